@@ -1,0 +1,372 @@
+"""Every option of every command, as dataclasses; the only place that holds defaults.
+
+Field docstrings are the help texts of the command line. Nothing here imports torch, so that
+``import nemo_hybrid`` and ``nemo-hybrid --help`` stay fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from nemo_hybrid.errors import UserError
+
+LAYER_LETTERS = {"M": "Mamba-2", "E": "LatentMoE", "*": "attention", "-": "dense MLP"}
+
+
+@dataclass
+class Architecture:
+    """Shape of a model. Names are those of the Hugging Face ``nemotron_h`` configuration."""
+
+    pattern: str = "MEM*EMEM*E"
+    """One letter per layer: M Mamba-2, E LatentMoE, * attention, - dense MLP. A list of such
+    letters, or of the names mamba, moe, attention, mlp, is accepted from Python."""
+    vocab_size: int = 4096
+    """Number of token ids; must cover the tokenizer."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+
+    num_attention_heads: int = 4
+    """Query heads of an attention layer."""
+    num_key_value_heads: int = 2
+    """Key/value heads of an attention layer (grouped-query attention)."""
+    head_dim: int = 64
+    """Width of one attention head."""
+
+    mamba_num_heads: int = 8
+    """Heads of a Mamba-2 layer."""
+    mamba_head_dim: int = 64
+    """Width of one Mamba-2 head."""
+    ssm_state_size: int = 32
+    """State size N of a Mamba-2 head."""
+    n_groups: int = 2
+    """Groups that share B and C in a Mamba-2 layer."""
+    conv_kernel: int = 4
+    """Width of the causal depthwise convolution."""
+    chunk_size: int = 64
+    """Chunk length of the Mamba-2 scan. It changes speed, not results (up to rounding)."""
+    time_step_min: float = 1e-3
+    """Smallest initial Mamba-2 time step."""
+    time_step_max: float = 0.1
+    """Largest initial Mamba-2 time step."""
+    time_step_floor: float = 1e-4
+    """Floor of the initial Mamba-2 time step."""
+
+    n_routed_experts: int = 16
+    """Routed experts of a MoE layer."""
+    num_experts_per_tok: int = 4
+    """Routed experts that each token visits."""
+    moe_intermediate_size: int = 128
+    """Inner width of one routed expert."""
+    moe_latent_size: int | None = 64
+    """Width in which tokens are dispatched and experts work; null: the full hidden size."""
+    moe_shared_expert_intermediate_size: int = 256
+    """Inner width of the shared expert, which works in the full hidden size; 0: none."""
+    routed_scaling_factor: float = 2.5
+    """Factor on the normalised routing weights."""
+    norm_topk_prob: bool = True
+    """Normalise the chosen experts' scores to sum to one before scaling."""
+    intermediate_size: int = 512
+    """Inner width of a dense MLP layer (pattern letter -)."""
+
+    mtp_pattern: str = "*E"
+    """Layers of the multi-token-prediction block."""
+    mtp_num_depths: int = 2
+    """How many tokens beyond the next one are predicted; 0: no multi-token-prediction block.
+    One physical block is applied once per depth."""
+
+    layer_norm_epsilon: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial linear weights."""
+    max_position_embeddings: int = 262144
+    """Longest sequence the model is declared for; nothing in the model depends on it."""
+    bos_token_id: int = 1
+    """Id of the beginning-of-sequence token."""
+    eos_token_id: int = 2
+    """Id of the end-of-sequence token."""
+    pad_token_id: int = 0
+    """Id of the padding token."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def expert_size(self) -> int:
+        """Width in which routed experts work: the latent size, or the hidden size without one."""
+        return self.moe_latent_size or self.hidden_size
+
+    def validate(self) -> None:
+        """Raise UserError for the first field that cannot work, naming it and what would."""
+        check_pattern(self.pattern, "model.pattern")
+        if self.mtp_num_depths < 0:
+            raise UserError("model.mtp_num_depths must be 0 or more")
+        if self.mtp_num_depths:
+            check_pattern(self.mtp_pattern, "model.mtp_pattern", allowed="*E")
+        for f in fields(Architecture):
+            value = getattr(self, f.name)
+            may_be_zero = f.name.endswith("_token_id") or f.name in (
+                "mtp_num_depths",
+                "moe_shared_expert_intermediate_size",
+            )
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if value < 0 or (value == 0 and not may_be_zero):
+                    raise UserError(f"model.{f.name} must be positive, got {value}")
+        _divides("model.num_key_value_heads", self.num_key_value_heads,
+                 "model.num_attention_heads", self.num_attention_heads)  # fmt: skip
+        _divides("model.n_groups", self.n_groups, "model.mamba_num_heads", self.mamba_num_heads)
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise UserError(
+                f"model.num_experts_per_tok ({self.num_experts_per_tok}) exceeds "
+                f"model.n_routed_experts ({self.n_routed_experts})"
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise UserError(f"model.{name} must be below model.vocab_size ({self.vocab_size})")
+
+
+@dataclass
+class HybridConfig(Architecture):
+    """The configuration a :class:`nemo_hybrid.HybridLM` is built from."""
+
+
+@dataclass
+class ModelOptions(Architecture):
+    """Model of a run: its shape, or a directory to take shape and weights from."""
+
+    from_hf: str | None = None
+    """Directory with config.json and safetensors to start from; its shape replaces the fields
+    here."""
+
+    def hybrid(self) -> HybridConfig:
+        return HybridConfig(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
+
+
+@dataclass
+class DataOptions:
+    """Where tokens come from and how they are cut into sequences."""
+
+    path: str | None = None
+    """Prepared token store (made by `prepare`)."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Several stores and their weights, instead of path; they must share one tokenizer."""
+    prepare_default: bool = False
+    """Make the default corpus (this Python's standard library) at path when it is absent."""
+    sequence_length: int = 256
+    """Tokens per training sequence."""
+    workers: int = 0
+    """Background processes that read data; the order of samples does not depend on it."""
+
+
+@dataclass
+class TrainOptions:
+    """Optimization, losses, and what happens when."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seed: int = 1234
+    """Seed of initialization and sample order."""
+    global_batch_size: int = 16
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Optimizer (torch AdamW; no decay on norms, biases, A_log, D and dt_bias)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.01
+    """Final learning rate over the peak."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int = 200
+    """Last steps over which the wsd schedule decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
+    beta1: float = 0.9
+    """AdamW beta 1."""
+    beta2: float = 0.95
+    """AdamW beta 2."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    mtp_loss_weight: float = 0.3
+    """Weight lambda of the mean over depths of the multi-token-prediction losses."""
+    aux_loss_weight: float = 1e-4
+    """Weight of the sequence-wise load-balancing loss."""
+    router_bias_rate: float = 1e-3
+    """Step of the router bias update, once per global batch; 0 freezes the bias."""
+    recompute: str = ""
+    """Pattern letters whose layers recompute activations in the backward pass, such as "ME"."""
+    deterministic: bool = False
+    """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0: at the start and the end only."""
+    eval_sequences: int = 256
+    """Held-out sequences per evaluation (fewer if the store holds fewer); 0: no evaluation."""
+    log_every: int = 10
+    """Steps between plain log lines when the output is not a terminal."""
+
+
+@dataclass
+class ParallelOptions:
+    """How the work is divided over processes."""
+
+    ep: int = 1
+    """Expert-parallel size: processes over which the routed experts are divided."""
+    zero: Literal[1, 2] = 2
+    """DeepSpeed ZeRO stage."""
+
+
+@dataclass
+class PrecisionOptions:
+    """Number formats."""
+
+    recipe: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 weights and activations with fp32 masters and accumulation; fp32: all fp32."""
+
+
+@dataclass
+class CheckpointOptions:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 500
+    """Steps between checkpoints; one is always written at the end. 0: at the end only."""
+    keep: int = 3
+    """Newest checkpoints that stay; 0: all of them."""
+
+
+@dataclass
+class KernelOptions:
+    """Which implementation each operation takes; `doctor` prints the choice and its reason."""
+
+    ssd: Literal["auto", "reference", "mamba_ssm"] = "auto"
+    """Mamba-2 scan."""
+    conv1d: Literal["auto", "reference", "causal_conv1d"] = "auto"
+    """Causal depthwise convolution."""
+    attention: Literal["auto", "reference", "flash_attn"] = "auto"
+    """Softmax attention (reference: torch's scaled_dot_product_attention)."""
+
+
+@dataclass
+class RunConfig:
+    """A training run: `pretrain`."""
+
+    run_dir: str = "runs/default"
+    """Directory of the run: resolved configuration, metrics, plots, checkpoints."""
+    resume: str = "auto"
+    """auto: newest valid checkpoint of the same configuration, else a fresh start; never: the
+    directory must be empty; or the path of a checkpoint."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    kernels: KernelOptions = field(default_factory=KernelOptions)
+
+    def validate(self) -> None:
+        """Check everything that needs neither data nor processes. Raises UserError."""
+        self.model.validate()
+        t, d, m = self.train, self.data, self.model
+        positive = {
+            "data.sequence_length": d.sequence_length,
+            "train.max_steps": t.max_steps,
+            "train.global_batch_size": t.global_batch_size,
+            "train.micro_batch_size": t.micro_batch_size,
+            "train.lr": t.lr,
+            "train.eps": t.eps,
+            "train.log_every": t.log_every,
+            "parallel.ep": self.parallel.ep,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name} must be positive, got {value}")
+        not_negative = {
+            "data.workers": d.workers,
+            "train.warmup_steps": t.warmup_steps,
+            "train.decay_steps": t.decay_steps,
+            "train.weight_decay": t.weight_decay,
+            "train.clip_grad_norm": t.clip_grad_norm,
+            "train.mtp_loss_weight": t.mtp_loss_weight,
+            "train.aux_loss_weight": t.aux_loss_weight,
+            "train.router_bias_rate": t.router_bias_rate,
+            "train.min_lr_ratio": t.min_lr_ratio,
+            "train.eval_every": t.eval_every,
+            "train.eval_sequences": t.eval_sequences,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise UserError(f"{name} must be 0 or more, got {value}")
+        for name, beta in {"train.beta1": t.beta1, "train.beta2": t.beta2}.items():
+            if not 0 <= beta < 1:
+                raise UserError(f"{name} must lie in [0, 1), got {beta}")
+        if t.schedule == "wsd" and t.warmup_steps + t.decay_steps > t.max_steps:
+            raise UserError(
+                f"train.warmup_steps ({t.warmup_steps}) + train.decay_steps ({t.decay_steps}) "
+                f"exceed train.max_steps ({t.max_steps})"
+            )
+        if d.sequence_length <= m.mtp_num_depths:
+            raise UserError(
+                f"data.sequence_length ({d.sequence_length}) must exceed "
+                f"model.mtp_num_depths ({m.mtp_num_depths})"
+            )
+        if d.path and d.blend:
+            raise UserError("give data.path or data.blend, not both")
+        if not d.path and not d.blend:
+            raise UserError(
+                "data.path is missing: name a token store made by `nemo-hybrid prepare`"
+            )
+        for path, weight in d.blend.items():
+            if not weight > 0:
+                raise UserError(f"data.blend: the weight of {path} must be positive, got {weight}")
+        check_pattern(t.recompute, "train.recompute", empty=True)
+        if m.n_routed_experts % self.parallel.ep:
+            raise UserError(
+                f"model.n_routed_experts ({m.n_routed_experts}) is not divisible by "
+                f"parallel.ep ({self.parallel.ep})"
+            )
+
+    def validate_world(self, world_size: int) -> int:
+        """Check the layout against the number of processes; return the accumulation steps."""
+        ep, t = self.parallel.ep, self.train
+        if world_size % ep:
+            raise UserError(
+                f"parallel.ep ({ep}) does not divide the number of processes ({world_size})"
+            )
+        per_pass = t.micro_batch_size * world_size
+        if t.global_batch_size % per_pass:
+            raise UserError(
+                f"train.global_batch_size ({t.global_batch_size}) is not divisible by "
+                f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
+                f"= {per_pass}"
+            )
+        return t.global_batch_size // per_pass
+
+
+def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:
+    """Raise UserError unless every letter of pattern is one of allowed."""
+    if not pattern and not empty:
+        raise UserError(f"{name} is empty: give one letter per layer")
+    for i, letter in enumerate(pattern):
+        if letter not in allowed:
+            known = ", ".join(f"{a} ({LAYER_LETTERS[a]})" for a in allowed)
+            raise UserError(f"{name}: unknown layer letter {letter!r} at place {i}; known: {known}")
+
+
+def _divides(small_name: str, small: int, big_name: str, big: int) -> None:
+    if big % small:
+        raise UserError(f"{big_name} ({big}) is not divisible by {small_name} ({small})")
