@@ -118,9 +118,10 @@ class Architecture:
                 "mtp_num_depths",
                 "moe_shared_expert_intermediate_size",
             )
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                if value < 0 or (value == 0 and not may_be_zero):
-                    raise UserError(f"model.{f.name} must be positive, got {value}")
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if value < 0 or (value == 0 and not may_be_zero):
+                raise UserError(f"model.{f.name} must be positive, got {value}")
         _divides("model.num_key_value_heads", self.num_key_value_heads,
                  "model.num_attention_heads", self.num_attention_heads)  # fmt: skip
         _divides("model.n_groups", self.n_groups, "model.mamba_num_heads", self.mamba_num_heads)
