@@ -13,6 +13,9 @@ from nemo_hybrid.errors import UserError
 
 LAYER_LETTERS = {"M": "Mamba-2", "E": "LatentMoE", "*": "attention", "-": "dense MLP"}
 
+FP32_NAMES = ("A_log", "D", "dt_bias", "e_score_correction_bias")
+"""Last name parts of the parameters and buffers that stay fp32 in every model, run and file."""
+
 
 @dataclass
 class Architecture:

@@ -1,0 +1,1 @@
+"""The model: one file per mixer, each short enough to read beside the paper it implements."""

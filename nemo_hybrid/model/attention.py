@@ -1,0 +1,44 @@
+"""Grouped-query attention without position encoding: order comes from the Mamba-2 layers.
+
+Shapes: B batch, S sequence, D hidden, H query heads, G key/value heads, P head dim, T cache length.
+"""
+
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import AttentionCache
+from nemo_kernels.attention import attention, attention_step
+
+
+class Attention(nn.Module):
+    """Causal attention; documents of a packed row do not see each other."""
+
+    def __init__(self, cfg: Architecture) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        q_size = cfg.num_attention_heads * cfg.head_dim
+        kv_size = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=False)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [.., H, P], k and v [.., G, P] of x [.., D]."""
+        split = (*x.shape[:-1], -1, self.head_dim)
+        return self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
+
+    def forward(self, x_BSD: Tensor, seq_idx_BS: Tensor | None = None) -> Tensor:
+        q_BSHP, k_BSGP, v_BSGP = self._heads(x_BSD)
+        o_BSHP = attention(q_BSHP, k_BSGP, v_BSGP, seq_idx_BS)
+        return self.o_proj(o_BSHP.flatten(-2))
+
+    def prefill(self, x_BSD: Tensor, cache: AttentionCache) -> Tensor:
+        q_BSHP, k_BSGP, v_BSGP = self._heads(x_BSD)
+        cache.start(k_BSGP, v_BSGP)
+        return self.o_proj(attention(q_BSHP, k_BSGP, v_BSGP).flatten(-2))
+
+    def decode(self, x_BD: Tensor, cache: AttentionCache) -> Tensor:
+        q_BHP, k_BGP, v_BGP = self._heads(x_BD)
+        k_BTGP, v_BTGP = cache.append(k_BGP, v_BGP)
+        return self.o_proj(attention_step(q_BHP, k_BTGP, v_BTGP).flatten(-2))

@@ -1,0 +1,27 @@
+"""Parameters that must not lose precision when a model is cast."""
+
+from collections.abc import Callable
+from itertools import chain
+
+from torch import Tensor, nn
+
+from nemo_hybrid.config import FP32_NAMES
+
+
+class KeepsFp32(nn.Module):
+    """A module whose own tensors named in ``FP32_NAMES`` keep their dtype under any cast.
+
+    Moves between devices still apply, so ``model.to("cuda", torch.bfloat16)`` does what it should.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32":
+        own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        kept = {id(tensor) for name, tensor in own if name in FP32_NAMES}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in kept and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(apply, recurse=recurse)

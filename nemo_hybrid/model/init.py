@@ -1,0 +1,59 @@
+"""Initial weights, as Megatron-LM draws them for hybrid models.
+
+Every tensor depends only on (seed, parameter name, global expert index): it is the same at every
+parallel layout, and a process draws only the experts it owns.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+
+OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
+"""Projections that write into the residual stream: sigma / sqrt(layers)."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, cfg: Architecture, owned_experts: range, seed: int) -> None:
+    """Draw all parameters of the model in place; buffers are left as built."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            for slot, expert in enumerate(owned_experts):
+                _draw(parameter[slot], name, cfg, _generator(seed, name, expert))
+        else:
+            _draw(parameter, name, cfg, _generator(seed, name, 0))
+
+
+def _generator(seed: int, name: str, expert: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _draw(tensor: Tensor, name: str, cfg: Architecture, generator: torch.Generator) -> None:
+    parts = name.split(".")
+    leaf, owner = parts[-1], parts[-2]
+    # Always drawn in fp32 on the CPU, so that dtype and device do not change the stream.
+    draw = torch.empty(tensor.shape, dtype=torch.float32)
+    if leaf == "A_log":
+        draw.uniform_(1, 16, generator=generator).log_()
+    elif leaf == "D":
+        draw.fill_(1.0)
+    elif leaf == "dt_bias":
+        low, high = math.log(cfg.time_step_min), math.log(cfg.time_step_max)
+        dt = draw.uniform_(low, high, generator=generator).exp_().clamp_(min=cfg.time_step_floor)
+        draw = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+    elif owner == "conv1d":
+        bound = 1 / math.sqrt(cfg.conv_kernel)  # Kaiming uniform, fan-in of a depthwise kernel
+        draw.uniform_(-bound, bound, generator=generator)
+    elif tensor.dim() == 1:
+        draw.fill_(1.0)  # RMSNorm weights
+    else:
+        output_side = owner in OUTPUT_SIDE or leaf in OUTPUT_SIDE
+        sigma = cfg.initializer_range
+        if output_side:
+            sigma /= math.sqrt(cfg.num_hidden_layers)
+        draw.normal_(0, sigma, generator=generator)
+    tensor.copy_(draw)

@@ -1,0 +1,83 @@
+"""LatentMoE (arXiv 2601.18089): routed experts that work in a narrow latent space.
+
+The router and the shared expert see the full hidden width; tokens are dispatched, transformed and
+combined in the latent width. Without a latent size this is an ordinary MoE layer.
+
+Shapes: B rows, S sequence, T = B*S tokens, D hidden, L latent, E experts, F expert width, K experts
+per token.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.mlp import MLP
+from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
+from nemo_kernels.moe import moe_mlp
+
+
+class Experts(nn.Module):
+    """The routed experts that this process owns, stacked: up [E, F, L] and down [E, L, F]."""
+
+    def __init__(self, experts: int, size: int, intermediate: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(experts, intermediate, size))
+        self.down_proj = nn.Parameter(torch.empty(experts, size, intermediate))
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back: [T, L] -> [T, L]. ``owned`` are this process's experts."""
+
+    owned: range
+
+    def __call__(
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+    ) -> Tensor: ...
+
+
+class LocalDispatcher(nn.Module):
+    """All experts live in this process."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.owned = range(experts)
+
+    def forward(
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+    ) -> Tensor:
+        return moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, experts.up_proj, experts.down_proj)
+
+
+class LatentMoE(nn.Module):
+    """x -> fc2_latent_proj(experts(fc1_latent_proj(x))) + shared_experts(x)."""
+
+    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        D, L = cfg.hidden_size, cfg.expert_size
+        self.gate = Router(cfg)
+        self.experts = Experts(len(dispatcher.owned), L, cfg.moe_intermediate_size)
+        self.dispatcher = dispatcher
+        latent = cfg.moe_latent_size is not None
+        self.fc1_latent_proj = nn.Linear(D, L, bias=False) if latent else None
+        self.fc2_latent_proj = nn.Linear(L, D, bias=False) if latent else None
+        shared = cfg.moe_shared_expert_intermediate_size
+        self.shared_experts = MLP(D, shared) if shared else None
+
+    def _mix(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [T, D], expert ids [T, K] and scores [T, E]."""
+        ids_TK, weights_TK, scores_TE = self.gate(x_TD)
+        h_TL = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
+        h_TL = self.dispatcher(h_TL, ids_TK, weights_TK, self.experts)
+        y_TD = h_TL if self.fc2_latent_proj is None else self.fc2_latent_proj(h_TL)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD, ids_TK, scores_TE
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
+        y_TD, ids_TK, scores_TE = self._mix(x_BSD.flatten(0, 1))
+        return y_TD.view_as(x_BSD), routing_stats(scores_TE, ids_TK, x_BSD.shape[0])
+
+    def decode(self, x_BD: Tensor) -> Tensor:
+        return self._mix(x_BD)[0]

@@ -1,0 +1,65 @@
+"""One layer of the stack: x + mixer(norm(x)), with one mixer per layer."""
+
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.attention import Attention
+from nemo_hybrid.model.cache import AttentionCache, MambaCache
+from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
+from nemo_hybrid.model.mamba2 import Mamba2
+from nemo_hybrid.model.mlp import MLP
+from nemo_hybrid.model.norm import RMSNorm
+from nemo_hybrid.model.router import RoutingStats
+
+LayerCache = AttentionCache | MambaCache | None
+
+
+def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
+    if letter == "M":
+        return Mamba2(cfg)
+    if letter == "*":
+        return Attention(cfg)
+    if letter == "E":
+        return LatentMoE(cfg, dispatcher)
+    return MLP(cfg.hidden_size, cfg.intermediate_size)
+
+
+class Layer(nn.Module):
+    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.LAYER_LETTERS``)."""
+
+    def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.letter = letter
+        self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
+        self.mixer = build_mixer(letter, cfg, dispatcher)
+
+    def forward(
+        self, x_BSD: Tensor, seq_idx_BS: Tensor | None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Training: the new residual stream, and routing statistics of a MoE layer."""
+        h_BSD = self.norm(x_BSD)
+        if self.letter == "E":
+            y_BSD, stats = self.mixer(h_BSD)
+            return x_BSD + y_BSD, stats
+        if self.letter == "-":
+            return x_BSD + self.mixer(h_BSD), None
+        return x_BSD + self.mixer(h_BSD, seq_idx_BS), None
+
+    def new_cache(self) -> LayerCache:
+        return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()
+
+    def prefill(self, x_BSD: Tensor, cache: LayerCache) -> Tensor:
+        h_BSD = self.norm(x_BSD)
+        if self.letter == "E":
+            return x_BSD + self.mixer(h_BSD)[0]
+        if self.letter == "-":
+            return x_BSD + self.mixer(h_BSD)
+        return x_BSD + self.mixer.prefill(h_BSD, cache)
+
+    def decode(self, x_BD: Tensor, cache: LayerCache) -> Tensor:
+        h_BD = self.norm(x_BD)
+        if self.letter == "E":
+            return x_BD + self.mixer.decode(h_BD)
+        if self.letter == "-":
+            return x_BD + self.mixer(h_BD)
+        return x_BD + self.mixer.decode(h_BD, cache)

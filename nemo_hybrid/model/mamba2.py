@@ -1,0 +1,98 @@
+"""Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060) as the Nemotron-H family uses it.
+
+Shapes: B batch, S sequence, D hidden, H heads, P head dim, I = H*P inner width, G groups,
+N state, C = I + 2*G*N conv channels, K conv kernel, J = K - 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import MambaCache
+from nemo_hybrid.model.fp32 import KeepsFp32
+from nemo_hybrid.model.norm import GatedRMSNorm
+from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from nemo_kernels.ssd import ssd_scan, ssd_step
+
+
+class CausalConv1d(nn.Module):
+    """Weights of the depthwise causal convolution, in the checkpoint's layout [C, 1, K]."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    @property
+    def weight_CK(self) -> Tensor:
+        return self.weight.squeeze(1)
+
+
+class Mamba2(KeepsFp32):
+    """in_proj -> (gate z | x, B, C through the convolution | dt) -> scan -> gated norm -> out_proj.
+
+    ``A_log``, ``D`` and ``dt_bias`` stay fp32: a bf16 ulp is coarser than their updates.
+    """
+
+    def __init__(self, cfg: Architecture) -> None:
+        super().__init__()
+        self.heads, self.head_dim = cfg.mamba_num_heads, cfg.mamba_head_dim
+        self.groups, self.state, self.chunk = cfg.n_groups, cfg.ssm_state_size, cfg.chunk_size
+        inner = cfg.mamba_inner_size
+        self.widths = (inner, cfg.conv_channels, self.heads)
+        self.in_proj = nn.Linear(cfg.hidden_size, sum(self.widths), bias=False)
+        self.conv1d = CausalConv1d(cfg.conv_channels, cfg.conv_kernel)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm(inner, cfg.layer_norm_epsilon, inner // cfg.n_groups)
+        self.out_proj = nn.Linear(inner, cfg.hidden_size, bias=False)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate z [.., I], conv input [.., C] and time step dt [.., H] (fp32) of x [.., D]."""
+        z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
+        return z, xBC, F.softplus(dt.float() + self.dt_bias)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [.., H, P], B and C [.., G, N] of the convolved channels [.., C]."""
+        bc = self.groups * self.state
+        x, B, C = xBC.split([self.widths[0], bc, bc], dim=-1)
+        lead = xBC.shape[:-1]
+        return (
+            x.view(*lead, self.heads, self.head_dim),
+            B.view(*lead, self.groups, self.state),
+            C.view(*lead, self.groups, self.state),
+        )
+
+    def _scan(
+        self, xBC_BSC: Tensor, dt_BSH: Tensor, seq_idx_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        conv = self.conv1d
+        xBC_BSC = causal_conv1d(xBC_BSC, conv.weight_CK, conv.bias, seq_idx_BS)
+        x_BSHP, B_BSGN, C_BSGN = self._split(xBC_BSC)
+        A_H = -self.A_log.exp()
+        return ssd_scan(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, seq_idx_BS)
+
+    def forward(self, x_BSD: Tensor, seq_idx_BS: Tensor | None = None) -> Tensor:
+        z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
+        y_BSHP, _ = self._scan(xBC_BSC, dt_BSH, seq_idx_BS)
+        return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
+
+    def prefill(self, x_BSD: Tensor, cache: MambaCache) -> Tensor:
+        z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
+        cache.conv_BCJ = conv_state(xBC_BSC, self.conv1d.weight.shape[-1])
+        y_BSHP, cache.ssm_BHPN = self._scan(xBC_BSC, dt_BSH, None)
+        return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
+
+    def decode(self, x_BD: Tensor, cache: MambaCache) -> Tensor:
+        z_BI, xBC_BC, dt_BH = self._project(x_BD)
+        conv = self.conv1d
+        xBC_BC, cache.conv_BCJ = causal_conv1d_step(
+            xBC_BC, cache.conv_BCJ, conv.weight_CK, conv.bias
+        )
+        x_BHP, B_BGN, C_BGN = self._split(xBC_BC)
+        y_BHP, cache.ssm_BHPN = ssd_step(
+            x_BHP, dt_BH, -self.A_log.exp(), B_BGN, C_BGN, self.D, cache.ssm_BHPN
+        )
+        return self.out_proj(self.norm(y_BHP.flatten(-2), z_BI))

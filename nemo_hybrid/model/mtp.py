@@ -1,0 +1,59 @@
+"""Multi-token prediction: one physical block, applied once per depth (DeepSeek-V3 section 2.2,
+with the weights shared over depths as Nemotron 3 does).
+
+Depth k = 1..n reads the previous depth's hidden state at position t and the embedding of token
+t + k, and predicts token t + 1 + k. Embedding and output head are the backbone's.
+
+Shapes: B batch, S sequence, D hidden.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.latent_moe import Dispatcher
+from nemo_hybrid.model.layer import Layer
+from nemo_hybrid.model.norm import RMSNorm
+from nemo_hybrid.model.router import RoutingStats
+
+
+class MTPBlock(nn.Module):
+    """u = eh_proj([enorm(e); hnorm(h)]) -> layers -> final_layernorm, named as the checkpoint does:
+    the projections belong to the first layer, the final norm to the last."""
+
+    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        D, eps = cfg.hidden_size, cfg.layer_norm_epsilon
+        self.layers = nn.ModuleList(Layer(letter, cfg, dispatcher) for letter in cfg.mtp_pattern)
+        first, last = self.layers[0], self.layers[-1]
+        first.enorm = RMSNorm(D, eps)
+        first.hnorm = RMSNorm(D, eps)
+        first.eh_proj = nn.Linear(2 * D, D, bias=False)
+        last.final_layernorm = RMSNorm(D, eps)
+
+    def forward(
+        self, h_BSD: Tensor, e_BSD: Tensor, seq_idx_BS: Tensor | None
+    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+        """One depth: previous hidden state (after its final norm) and embeddings of tokens t + k.
+
+        Returns the depth's hidden state (after the final norm) and the MoE layers' statistics.
+        """
+        first, last = self.layers[0], self.layers[-1]
+        x_BSD = first.eh_proj(torch.cat([first.enorm(e_BSD), first.hnorm(h_BSD)], dim=-1))
+        collected = {}
+        for i, layer in enumerate(self.layers):
+            x_BSD, stats = layer(x_BSD, seq_idx_BS)
+            if stats is not None:
+                collected[i] = stats
+        return last.final_layernorm(x_BSD), collected
+
+
+def shift_left(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:
+    """x at position t + k of the same document, ``fill`` where the document ends before that."""
+    shifted_BS = torch.full_like(x_BS, fill)
+    if k < x_BS.shape[1]:
+        same: Tensor | bool = True
+        if seq_idx_BS is not None:
+            same = seq_idx_BS[:, k:] == seq_idx_BS[:, :-k]
+        shifted_BS[:, :-k] = torch.where(torch.as_tensor(same), x_BS[:, k:], fill)
+    return shifted_BS

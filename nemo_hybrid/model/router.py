@@ -1,0 +1,66 @@
+"""Router of a MoE layer: sigmoid scores, selection by score plus a balancing bias.
+
+The bias (Wang et al. 2024, arXiv 2408.15664) steers the choice only; it is moved once per global
+batch by the training loop, never by a gradient.
+
+Shapes: B rows, S sequence, T = B*S tokens, D hidden, E experts, K experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.fp32 import KeepsFp32
+from nemo_kernels.moe import topk_router
+
+
+class RoutingStats(NamedTuple):
+    """What balancing needs from one layer and one forward pass."""
+
+    counts_E: Tensor  # int64: routed slots per expert
+    aux_loss: Tensor  # fp32 scalar: sequence-wise balance loss, summed over rows
+
+
+class Router(KeepsFp32):
+    """Scores in fp32 whatever the model's dtype; ``e_score_correction_bias`` is kept in fp32."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, cfg: Architecture) -> None:
+        super().__init__()
+        self.top_k = cfg.num_experts_per_tok
+        self.scaling = cfg.routed_scaling_factor
+        self.normalize = cfg.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert ids [T, K], weights [T, K] (fp32) and sigmoid scores [T, E] (fp32)."""
+        return topk_router(
+            x_TD,
+            self.weight,
+            self.e_score_correction_bias,
+            self.top_k,
+            self.scaling,
+            self.normalize,
+        )
+
+
+def routing_stats(scores_TE: Tensor, topk_ids_TK: Tensor, rows: int) -> RoutingStats:
+    """Expert counts, and sum over rows of E * sum_i f_i * P_i.
+
+    f_i is the share of a row's routed slots that expert i received, P_i the row's mean of the
+    scores normalised over all experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    """
+    experts = scores_TE.shape[1]
+    slots_per_row = topk_ids_TK.numel() // rows
+    row = torch.arange(rows, device=topk_ids_TK.device).repeat_interleave(slots_per_row)
+    counts_BE = torch.bincount(
+        topk_ids_TK.flatten() + row * experts, minlength=rows * experts
+    ).view(rows, experts)
+    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    mean_share_BE = share_TE.view(rows, -1, experts).mean(1)
+    aux = (experts / slots_per_row) * (counts_BE * mean_share_BE).sum()
+    return RoutingStats(counts_BE.sum(0), aux)
