@@ -51,9 +51,10 @@ class MTPBlock(nn.Module):
 def shift_left(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:
     """x at position t + k of the same document, ``fill`` where the document ends before that."""
     shifted_BS = torch.full_like(x_BS, fill)
-    if k < x_BS.shape[1]:
-        same: Tensor | bool = True
-        if seq_idx_BS is not None:
-            same = seq_idx_BS[:, k:] == seq_idx_BS[:, :-k]
-        shifted_BS[:, :-k] = torch.where(torch.as_tensor(same), x_BS[:, k:], fill)
+    if k >= x_BS.shape[1]:
+        return shifted_BS
+    ahead_BS = x_BS[:, k:]
+    if seq_idx_BS is not None:
+        ahead_BS = torch.where(seq_idx_BS[:, k:] == seq_idx_BS[:, :-k], ahead_BS, fill)
+    shifted_BS[:, :-k] = ahead_BS
     return shifted_BS
