@@ -1,0 +1,131 @@
+"""Which implementation each op takes, and why.
+
+An op is a folder of this package. Its ``reference`` module is the specification and runs on every
+device. Other implementations are declared by the folder as ``PATHS = {name: module}``, best first,
+for example ``PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}``. Such a module
+
+* imports its library at its top (so importing the module is the probe),
+* has the functions of ``reference`` under the same names with the same signatures,
+* says in ``DEVICE_TYPES`` on which tensors it runs (``("cuda",)``), and
+* has ``self_check(device_type) -> float``: the largest deviation of its outputs and gradients from
+  the reference on a small input, relative to the reference's largest value.
+
+``auto`` takes the first path that runs on the tensor's device, imports, and passes its self-check;
+otherwise the reference. Probe and self-check happen at the first use and once per process.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+OPS = ("ssd", "conv1d", "attention", "moe", "loss", "norm")
+TOLERANCE = 2e-2
+"""Largest accepted deviation in a self-check; those run in bf16, whose rounding is 4e-3."""
+
+
+class Path(NamedTuple):
+    """The implementation an op takes and the reason for it."""
+
+    name: str
+    reason: str
+
+
+_choices: dict[str, str] = {}
+
+
+def choose(**choices: str) -> None:
+    """Set the path of ops for this process: ``choose(ssd="reference", attention="auto")``.
+
+    Raises ValueError for an unknown op, a name the op does not have, or a library that is missing;
+    then no choice has changed.
+    """
+    for op, name in choices.items():
+        names = ("auto", "reference", *_declared(op))
+        if name not in names:
+            raise ValueError(f"op {op} has no path {name!r}; choose one of {', '.join(names)}")
+        if name not in ("auto", "reference"):
+            problem = _probe(_declared(op)[name])
+            if problem:
+                raise ValueError(f"path {name} of op {op} cannot be used: {problem}")
+    _choices.update(choices)
+    _resolve.cache_clear()
+
+
+def path(op: str, device_type: str) -> Path:
+    """The path of op on tensors of a device type ("cpu", "cuda").
+
+    Raises ValueError for an unknown op, or when a forced path does not run on that device.
+    """
+    return _resolve(op, device_type)[0]
+
+
+def implementation(op: str, device_type: str) -> ModuleType:
+    """The module that implements op on tensors of a device type; see :func:`path`."""
+    return _resolve(op, device_type)[1]
+
+
+def report(device_type: str) -> list[tuple[str, str, str]]:
+    """(op, path name, reason) of every op on tensors of a device type."""
+    return [(op, *path(op, device_type)) for op in OPS]
+
+
+@cache
+def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
+    declared = _declared(op)
+    choice = _choices.get(op, "auto")
+    reference = f"nemo_kernels.{op}.reference"
+    if choice == "reference":
+        return Path(choice, "chosen"), import_module(reference)
+    if choice != "auto":
+        module = import_module(declared[choice])
+        if device_type not in module.DEVICE_TYPES:
+            raise ValueError(
+                f"path {choice} of op {op} runs on {', '.join(module.DEVICE_TYPES)} tensors, not on "
+                f"{device_type}; choose auto or reference"
+            )
+        return Path(choice, "chosen"), module
+    # Without a GPU nothing is probed: a library's import can take seconds.
+    if device_type == "cpu":
+        return Path("reference", "CPU tensors"), import_module(reference)
+    reasons = []
+    for name, module_name in declared.items():
+        problem = _probe(module_name) or _check(module_name, device_type)
+        if not problem:
+            return Path(name, "imports and agrees with the reference"), import_module(module_name)
+        reasons.append(f"{name}: {problem}")
+    reason = "; ".join(reasons) or "the only path"
+    return Path("reference", reason), import_module(reference)
+
+
+def _declared(op: str) -> dict[str, str]:
+    if op not in OPS:
+        raise ValueError(f"there is no op {op!r}; ops are {', '.join(OPS)}")
+    return dict(import_module(f"nemo_kernels.{op}").PATHS)
+
+
+@cache
+def _probe(module_name: str) -> str:
+    """Why a path's module does not import; empty if it does."""
+    try:
+        import_module(module_name)
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@cache
+def _check(module_name: str, device_type: str) -> str:
+    """Why a path is not used on a device type; empty if it passes its self-check."""
+    module = import_module(module_name)
+    if device_type not in module.DEVICE_TYPES:
+        return f"does not run on {device_type} tensors"
+    try:
+        deviation = float(module.self_check(device_type))
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        return f"failed its self-check: {type(error).__name__}: {error}"
+    if not deviation <= TOLERANCE:  # also true for NaN
+        return f"deviates from the reference by {deviation:.2g} (limit {TOLERANCE})"
+    return ""

@@ -1,0 +1,38 @@
+"""Causal depthwise convolution with SiLU, as the Mamba-2 mixer uses it.
+
+Shapes: B batch, S sequence, C channels, K kernel width, J = K-1 inputs kept for decoding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nemo_kernels import backend
+
+PATHS = {"causal_conv1d": "nemo_kernels.conv1d.external"}
+
+
+def causal_conv1d(
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, seq_idx_BS: Tensor | None = None
+) -> Tensor:
+    """y[b,s,c] = SiLU(bias[c] + sum_k weight[c,k] x[b,s-K+1+k,c]) in x's dtype, [B,S,C].
+
+    Inputs before the sequence count as zero. With seq_idx (a document number per token, equal
+    along each document) no tap reaches into another document.
+    """
+    impl = backend.implementation("conv1d", x_BSC.device.type)
+    return impl.causal_conv1d(x_BSC, weight_CK, bias_C, seq_idx_BS)
+
+
+def causal_conv1d_step(
+    x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of :func:`causal_conv1d`: output [B,C] and the next state [B,C,J]."""
+    impl = backend.implementation("conv1d", x_BC.device.type)
+    return impl.causal_conv1d_step(x_BC, state_BCJ, weight_CK, bias_C)
+
+
+def conv_state(x_BSC: Tensor, kernel: int) -> Tensor:
+    """The last kernel-1 inputs of a sequence, zero-padded on the left: [B,C,J]."""
+    impl = backend.implementation("conv1d", x_BSC.device.type)
+    return impl.conv_state(x_BSC, kernel)

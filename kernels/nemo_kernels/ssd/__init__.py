@@ -1,0 +1,51 @@
+"""Mamba-2 scan (state-space duality, arXiv 2405.21060).
+
+Shapes: B batch, S sequence, H heads, P head dim, G groups (each serves H/G heads), N state.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nemo_kernels import backend
+
+PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}
+
+
+def ssd_scan(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    seq_idx_BS: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y [B,S,H,P] in x's dtype and the last token's state [B,H,P,N] in fp32 of the recurrence
+
+        state = exp(dt A) state + dt x B^T        y = state C + D x
+
+    dt is positive (after softplus), A negative. With seq_idx (a document number per token, equal
+    along each document) the state starts from zero at each document; an initial state then
+    belongs to the first document of its row. chunk_size changes speed and memory, not results.
+    """
+    impl = backend.implementation("ssd", x_BSHP.device.type)
+    return impl.ssd_scan(
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size, seq_idx_BS, initial_state_BHPN
+    )
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of :func:`ssd_scan`: y [B,H,P] in x's dtype and the next state [B,H,P,N], fp32."""
+    impl = backend.implementation("ssd", x_BHP.device.type)
+    return impl.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)
