@@ -1,0 +1,73 @@
+"""Cross-entropy of a linear head in row chunks, plain PyTorch: the specification.
+
+Shapes: R rows, N rows with a non-zero scale, C rows of one chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits of one chunk: small enough to stay in a CPU's second-level cache between the passes over
+# them; on a GPU, large enough to fill it.
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+
+
+def rows_per_chunk(vocab: int, device_type: str) -> int:
+    return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Loss, and in the same pass both gradients, which are linear in the loss's own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_RD: Tensor,
+        weight_VD: Tensor,
+        labels_R: Tensor,
+        scale_R: Tensor,
+        chunk_size: int,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        acc = torch.float64 if h_RD.dtype == torch.float64 else torch.float32
+        need_h = with_grad and ctx.needs_input_grad[0]
+        need_weight = with_grad and ctx.needs_input_grad[1]
+        rows_N = scale_R.nonzero().squeeze(1)
+        ce_R = torch.zeros(h_RD.shape[0], dtype=acc, device=h_RD.device)
+        dh_RD = torch.zeros_like(h_RD) if need_h else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=acc) if need_weight else None
+        w_VD = weight_VD.to(acc)
+        for rows_C in rows_N.split(chunk_size):
+            h_CD = h_RD.index_select(0, rows_C).to(acc)
+            label_C1 = labels_R.index_select(0, rows_C)[:, None]
+            p_CV = torch.mm(h_CD, w_VD.t())
+            torch.log_softmax(p_CV, -1, out=p_CV)
+            ce_R[rows_C] = -p_CV.gather(1, label_C1).squeeze(1)
+            if not (need_h or need_weight):
+                continue
+            scale_C1 = scale_R.index_select(0, rows_C).to(acc)[:, None]
+            p_CV.exp_().mul_(scale_C1).scatter_add_(1, label_C1, -scale_C1)
+            if dh_RD is not None:
+                dh_RD[rows_C] = torch.mm(p_CV, w_VD).to(h_RD.dtype)
+            if dweight_VD is not None:
+                dweight_VD.addmm_(p_CV.t(), h_CD)
+        ctx.save_for_backward(dh_RD, dweight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(ce_R)
+        return torch.dot(ce_R, scale_R.to(acc)), ce_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _dce_R: Tensor) -> tuple[Tensor | None, ...]:
+        dh_RD, dweight_VD = ctx.saved_tensors
+        if dh_RD is not None:
+            dh_RD = torch.mul(dh_RD, dloss, out=torch.empty_like(dh_RD))
+        if dweight_VD is not None:
+            # The only rounding of the weight gradient.
+            rounded = torch.empty_like(dweight_VD, dtype=ctx.weight_dtype)
+            dweight_VD = torch.mul(dweight_VD, dloss, out=rounded)
+        return dh_RD, dweight_VD, None, None, None, None

@@ -1,0 +1,145 @@
+"""Mixture-of-experts: router, sorting of routed slots, grouped expert MLP, and all of it as one.
+
+Shapes: T tokens, D hidden, E experts, K experts per token, R routed slots (T*K), L width in which
+experts work (latent or hidden), F expert inner width. An expert is
+``down @ (weight * relu(up @ x)^2)``: the routing weight multiplies before the down projection, so
+that combining a token's K results is a plain sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_kernels.moe import reference
+from nemo_kernels.moe.reference import Slots
+
+__all__ = ["Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+
+
+def topk_router(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor,
+    k: int,
+    scaling_factor: float,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose k experts per token by sigmoid score + bias.
+
+    Args:
+        x_TD: tokens; weight_ED: router weight; both are cast to fp32.
+        bias_E: fp32 correction that moves the choice only; it receives no gradient.
+        k: experts per token.
+        scaling_factor: multiplies the weights.
+        normalize: divide a token's k weights by their sum (+ 1e-20) first.
+
+    Returns:
+        ``topk_ids_TK`` int64 in no particular order within a token; ``topk_weights_TK`` fp32, from
+        the scores without bias; ``scores_TE`` fp32 sigmoid scores. The last two are differentiable.
+
+    Raises:
+        ValueError: shapes do not fit together, or k exceeds the number of experts.
+    """
+    _expect("x_TD", x_TD, (None, None))
+    _expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
+    _expect("bias_E", bias_E, (weight_ED.shape[0],))
+    if not 0 < k <= weight_ED.shape[0]:
+        raise ValueError(f"k: expected 1 to {weight_ED.shape[0]} (experts), got {k}")
+    return reference.topk_router(x_TD, weight_ED, bias_E, k, scaling_factor, normalize)
+
+
+def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
+    """Sort the R = T*K routed slots by expert, stably, without waiting for the device.
+
+    Args:
+        topk_ids_TK: int64 expert of each slot, each in [0, n_experts); not checked.
+        n_experts: E.
+
+    Returns:
+        ``order_R``: slot (token*K + k) at each sorted place; ``inverse_R``: place of each slot;
+        ``counts_E``: slots per expert; all int64.
+
+    Raises:
+        ValueError: ids are not a 2-D int64 tensor.
+    """
+    _expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
+    return reference.sort_slots(topk_ids_TK, n_experts)
+
+
+def grouped_mlp(
+    x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
+) -> Tensor:
+    """Experts on rows that are already sorted by expert.
+
+    Args:
+        x_RL: rows, those of expert 0 first.
+        weights_R: routing weight per row.
+        counts_E: int64 rows per expert; their sum is R (not checked on a GPU).
+        w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
+
+    Returns:
+        y_RL, with gradients for everything but counts_E; exact zeros for experts without rows.
+        The backward pass keeps the inputs and the pre-activation [R, F].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _expect("x_RL", x_RL, (None, None))
+    _expect("weights_R", weights_R, (x_RL.shape[0],))
+    _expect_experts(x_RL, w_up_EFL, w_down_ELF)
+    _expect("counts_E", counts_E, (w_up_EFL.shape[0],), dtype=torch.int64)
+    return reference.GroupedMLP.apply(
+        reference.LoopGemm, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF
+    )
+
+
+def moe_mlp(
+    x_TL: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+) -> Tensor:
+    """Routed experts on unsorted tokens: sort, gather, experts, sum over each token's K results.
+
+    Args:
+        x_TL: tokens.
+        topk_ids_TK: int64 experts of each token, each in [0, E); not checked.
+        topk_weights_TK: their routing weights.
+        w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
+
+    Returns:
+        y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass
+        keeps the inputs and the pre-activation [R, F].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _expect("x_TL", x_TL, (None, None))
+    _expect("topk_weights_TK", topk_weights_TK, (x_TL.shape[0], None))
+    _expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
+    _expect_experts(x_TL, w_up_EFL, w_down_ELF)
+    slots = reference.sort_slots(topk_ids_TK, w_up_EFL.shape[0])
+    return reference.MoeMLP.apply(
+        reference.LoopGemm, x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF
+    )
+
+
+def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
+    _expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=x.dtype)
+    n_experts, width, _ = w_up_EFL.shape
+    _expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=x.dtype)
+
+
+def _expect(
+    name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
+) -> None:
+    fits = x.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
