@@ -7,7 +7,7 @@ Field docstrings are the help texts of the command line. Nothing here imports to
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_hybrid.errors import UserError
 
@@ -141,6 +141,19 @@ class Architecture:
 @dataclass
 class HybridConfig(Architecture):
     """The configuration a :class:`nemo_hybrid.HybridLM` is built from."""
+
+    @classmethod
+    def from_hf(cls, path: str) -> HybridConfig:
+        """Read config.json (or the directory that holds it). Raises UserError, naming fields."""
+        from nemo_hybrid.hf_config import config_from_hf
+
+        return config_from_hf(path)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of config.json for transformers and serving engines."""
+        from nemo_hybrid.hf_config import config_to_hf
+
+        return config_to_hf(self)
 
 
 @dataclass

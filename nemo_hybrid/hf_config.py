@@ -1,0 +1,328 @@
+"""config.json of the Hugging Face ``nemotron_h`` model type, read and written.
+
+Field names and their meaning when absent are those of transformers'
+``models/nemotron_h/configuration_nemotron_h.py``. Two things differ on disk:
+
+- Layers are written as pattern strings (``hybrid_override_pattern``), which every reader knows;
+  lists (``layers_block_type``) are read in the old and the new vocabulary.
+- Serving engines require ``num_nextn_predict_layers`` 1, because one physical block is applied
+  repeatedly. The number of depths travels in ``mtp_num_depths``, a field of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nemo_hybrid.config import Architecture, HybridConfig, check_pattern
+from nemo_hybrid.errors import UserError
+
+LAYER_NAMES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "moe": "E",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+}
+DEFAULT_MTP_DEPTHS = 2  # what the released models were trained with
+
+# What a field means when config.json lacks it. Fields not listed here must be present when the
+# pattern uses them (_NEEDED).
+_ABSENT = {
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "time_step_min": 1e-3,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": 7688,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_NEEDED = {
+    "": ("vocab_size", "hidden_size"),
+    "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
+    "E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "-": ("intermediate_size",),
+}
+# Second names of a field: from other converters, and from transformers' own attribute map.
+_ALIASES = {
+    "norm_eps": "layer_norm_epsilon",
+    "num_local_experts": "n_routed_experts",
+    "layer_types": "layers_block_type",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_conv_bias": "use_conv_bias",
+}
+# Fields with one supported value (absent means that value), written as they stand here.
+_FIXED: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "n_group": 1,
+    "topk_group": 1,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "sliding_window": None,
+}
+_INFINITY = {"__float__": "Infinity"}  # how transformers writes it
+
+
+def config_to_hf(cfg: HybridConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+    """The config.json of a checkpoint whose weights are stored in dtype, as strict JSON values.
+
+    A model without shared expert is written with size 0; transformers cannot build that one.
+    """
+    out: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], **_FIXED}
+    shape = {f.name: getattr(cfg, f.name) for f in fields(Architecture)}
+    del shape["pattern"], shape["mtp_pattern"], shape["mtp_num_depths"]
+    out |= shape
+    out |= {
+        "hybrid_override_pattern": cfg.pattern,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "n_shared_experts": int(cfg.moe_shared_expert_intermediate_size > 0),
+        "num_nextn_predict_layers": int(cfg.mtp_num_depths > 0),
+        "expand": 2,  # nothing reads it, but released configurations carry it
+        "mamba_ssm_cache_dtype": "float32",
+        "moe_shared_expert_overlap": False,
+        "rescale_prenorm_residual": True,
+        "residual_in_fp32": False,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+    if cfg.mtp_num_depths:
+        out["mtp_hybrid_override_pattern"] = cfg.mtp_pattern
+        out["mtp_num_depths"] = cfg.mtp_num_depths
+    return out
+
+
+def config_from_hf(source: str | Path | Mapping[str, Any]) -> HybridConfig:
+    """Read a configuration from a config.json, the directory that holds one, or its contents.
+
+    Raises UserError naming the field for values that this model family's code does not support
+    and for fields that contradict each other.
+    """
+    if isinstance(source, Mapping):
+        where, raw = "config.json", dict(source)
+    else:
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        where, raw = str(path), read_json(path)
+    raw = _resolve_aliases(raw, where)
+    _check_fixed(raw, where)
+
+    pattern = _pattern(raw, "hybrid_override_pattern", "layers_block_type", where)
+    if pattern is None:
+        raise UserError(f"{where}: hybrid_override_pattern (or layers_block_type) is missing")
+    check_pattern(pattern, f"{where}: hybrid_override_pattern")
+    layers = raw.get("num_hidden_layers")
+    if layers is not None and layers != len(pattern):
+        raise UserError(
+            f"{where}: num_hidden_layers is {layers}, but the pattern {pattern} has "
+            f"{len(pattern)} layers"
+        )
+    depths, mtp_pattern = _mtp(raw, where)
+
+    used = set(pattern) | set(mtp_pattern if depths else "") | {""}
+    for letter, names in _NEEDED.items():
+        missing = [name for name in names if letter in used and raw.get(name) is None]
+        if missing == ["num_key_value_heads"]:
+            raw["num_key_value_heads"] = raw["num_attention_heads"]
+        elif missing:
+            raise UserError(f"{where}: {', '.join(missing)} is missing")
+    _check_shared(raw, where, used="E" in used)
+    values: dict[str, Any] = {}
+    for f in fields(Architecture):
+        if f.name in ("pattern", "mtp_pattern", "mtp_num_depths"):
+            continue
+        value = raw.get(f.name)
+        if value is None:
+            value = _ABSENT.get(f.name)
+        if f.name == "eos_token_id" and isinstance(value, list) and value:
+            value = value[0]  # the others belong to generation_config.json
+        values[f.name] = _typed(value, str(f.type), f.name, where)
+    cfg = HybridConfig(pattern=pattern, mtp_num_depths=depths, **values)
+    if depths:
+        cfg.mtp_pattern = mtp_pattern
+    try:
+        cfg.validate()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return cfg
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise UserError(f"{path}: the key {key!r} appears twice")
+            out[key] = value
+        return out
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _resolve_aliases(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    out = dict(raw)
+    for alias, name in _ALIASES.items():
+        value = out.pop(alias, None)
+        if value is None:
+            continue
+        if out.get(name) is not None and out[name] != value:
+            raise UserError(f"{where}: {alias} is {value!r}, but {name} is {out[name]!r}")
+        out[name] = value
+    return out
+
+
+def _check_fixed(raw: Mapping[str, Any], where: str) -> None:
+    if raw.get("model_type") is None:
+        raise UserError(f"{where}: model_type is missing; expected 'nemotron_h'")
+    if raw.get("quantization_config") is not None:
+        raise UserError(
+            f"{where}: quantization_config is set; only unquantized checkpoints can be read"
+        )
+    for name, only in _FIXED.items():
+        value = raw.get(name)
+        # 1 == True in Python; in JSON they are different mistakes.
+        if value is not None and (
+            value != only or isinstance(value, bool) != isinstance(only, bool)
+        ):
+            raise UserError(f"{where}: {name} is {value!r}; only {only!r} is supported")
+    limit = raw.get("time_step_limit")
+    if limit is not None:
+        numbers = [math.inf if v == _INFINITY else v for v in _as_list(limit)]
+        if numbers != [0, math.inf]:
+            raise UserError(
+                f"{where}: time_step_limit is {limit!r}; only (0, infinity) is supported: "
+                "time steps are not clamped"
+            )
+
+
+def _check_shared(raw: Mapping[str, Any], where: str, used: bool) -> None:
+    count = raw.get("n_shared_experts")
+    size = raw.get("moe_shared_expert_intermediate_size")
+    if not used:
+        return
+    if size is None:
+        raise UserError(f"{where}: moe_shared_expert_intermediate_size is missing")
+    if count is not None and count not in (0, 1):
+        raise UserError(
+            f"{where}: n_shared_experts is {count!r}; only 1 is supported "
+            "(moe_shared_expert_intermediate_size is its whole width)"
+        )
+    if count is not None and bool(count) != bool(size):
+        raise UserError(
+            f"{where}: n_shared_experts is {count}, but moe_shared_expert_intermediate_size "
+            f"is {size}"
+        )
+
+
+def _mtp(raw: Mapping[str, Any], where: str) -> tuple[int, str]:
+    """Number of depths and pattern of the multi-token-prediction block."""
+    blocks = raw.get("num_nextn_predict_layers") or 0
+    depths = raw.get("mtp_num_depths")
+    if blocks not in (0, 1) or isinstance(blocks, bool):
+        raise UserError(
+            f"{where}: num_nextn_predict_layers is {blocks!r}; only 1 is supported: one physical "
+            "block, applied mtp_num_depths times"
+        )
+    if not blocks:
+        if depths:
+            raise UserError(
+                f"{where}: mtp_num_depths is {depths!r}, but num_nextn_predict_layers is 0"
+            )
+        return 0, ""
+    if depths is None:
+        depths = DEFAULT_MTP_DEPTHS
+    if not isinstance(depths, int) or isinstance(depths, bool) or depths < 1:
+        raise UserError(f"{where}: mtp_num_depths must be a positive whole number, got {depths!r}")
+    pattern = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type", where)
+    return depths, "*E" if pattern is None else pattern
+
+
+def _pattern(raw: Mapping[str, Any], text: str, names: str, where: str) -> str | None:
+    """The layer letters from a pattern string, a list of layer names, or both if they agree."""
+    found: dict[str, str] = {}
+    if raw.get(text) is not None:
+        if not isinstance(raw[text], str):
+            raise UserError(f"{where}: {text} must be a string, got {raw[text]!r}")
+        found[text] = raw[text]
+    if raw.get(names) is not None:
+        letters = []
+        for name in _as_list(raw[names]):
+            if not isinstance(name, str) or name not in LAYER_NAMES:
+                known = ", ".join(LAYER_NAMES)
+                raise UserError(f"{where}: {names} holds {name!r}; known: {known}")
+            letters.append(LAYER_NAMES[name])
+        found[names] = "".join(letters)
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"{where}: {text} ({found[text]}) and {names} ({found[names]}) contradict each other"
+        )
+    return next(iter(found.values()), None)
+
+
+def _as_list(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _typed(value: Any, annotation: str, name: str, where: str) -> Any:
+    """Check value against the annotation of an Architecture field."""
+    kind, _, rest = annotation.partition(" | ")
+    if value is None and rest == "None":
+        return None
+    checks: dict[str, Callable[[Any], bool]] = {
+        "bool": lambda v: isinstance(v, bool),
+        "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+        "float": lambda v: (
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        ),
+    }
+    if not checks[kind](value):
+        raise UserError(f"{where}: {name} must be {annotation}, got {value!r}")
+    return float(value) if kind == "float" else value
