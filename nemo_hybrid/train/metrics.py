@@ -1,0 +1,289 @@
+"""What a run records about itself: RUN_DIR/metrics.jsonl, expert_load.jsonl and TensorBoard.
+
+``metrics.jsonl`` holds one JSON object per optimizer step, with the fields of StepMetrics in full
+precision (the shortest decimal that reads back as the same float). JSON has no NaN and no
+infinities: they are written as the strings "NaN", "Infinity" and "-Infinity"; null means that
+something was not measured. MFU follows flops.MFU_FORMULA, which TensorBoard shows as a text.
+
+``expert_load.jsonl`` holds, for the steps that the loop chose, ``{"step": n, "load": {layer:
+[tokens of expert 0, tokens of expert 1, ...]}}``: what each expert got from that global batch.
+
+Steps count from 1: row n tells of the n-th optimizer step, and checkpoint n comes after row n.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.train.flops import MFU_FORMULA
+
+METRICS_FILE = "metrics.jsonl"
+EXPERT_LOAD_FILE = "expert_load.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+_NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass
+class StepMetrics:
+    """One optimizer step. Losses are in nats per target, times in seconds."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    loss: float
+    """Next-token cross-entropy of the global batch."""
+    mtp_losses: list[float]
+    """Cross-entropy of each multi-token-prediction depth; entry k - 1 predicts token t + 1 + k."""
+    aux_loss: float
+    """Sequence-wise load-balancing loss, before its weight."""
+    lr: float
+    """Learning rate that the step used."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    tokens: int
+    """Tokens of the global batch."""
+    tokens_total: int
+    """Tokens since the start of the run, this step included."""
+    tokens_per_s: float
+    """Tokens of the global batch over step_seconds."""
+    step_seconds: float
+    """Wall time of the step, waiting for data included; evaluation and checkpoints are not."""
+    data_seconds: float
+    """Part of step_seconds spent waiting for data."""
+    mfu: float | None
+    """Model FLOP utilization as a fraction (flops.MFU_FORMULA); None: the peak is unknown."""
+    memory_gb: float
+    """Peak memory of rank 0, in 1e9 bytes: of the device, or resident on CPU."""
+    max_vio: float
+    """Largest of max_vio_per_layer."""
+    max_vio_per_layer: dict[str, float]
+    """Per MoE layer: (load of the busiest expert - mean load) / mean load, 0 when balanced."""
+    dead_experts: int
+    """Experts, over all layers, that got no token in this step."""
+    heldout_loss: float | None = None
+    """Held-out cross-entropy of the weights after this step, where they were evaluated. An
+    evaluation before the first step stands in row 1."""
+    heldout_mtp_losses: list[float] | None = None
+    """The same for each multi-token-prediction depth."""
+    sample_hash: str = ""
+    """Digest of the global batch's sample numbers or tokens, to compare the order of two runs."""
+
+
+class MetricsWriter:
+    """Append the metrics of a run; for rank 0 alone. A context manager.
+
+    ``resume_step`` is the number of steps that the checkpoint holds, 0 for a fresh start: rows of
+    later steps, left by the run that was interrupted, are cut away first. Raises UserError where
+    the directory cannot be written or the files hold something else than metrics.
+    """
+
+    def __init__(self, run_dir: Path | str, resume_step: int) -> None:
+        run_dir = Path(run_dir)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, EXPERT_LOAD_FILE):
+                cut_back(run_dir / name, resume_step)
+            self._metrics = _Appender(run_dir / METRICS_FILE)
+            self._expert_load = _Appender(run_dir / EXPERT_LOAD_FILE)
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Points at or after purge_step that an interrupted run left are hidden.
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
+        except OSError as error:
+            raise UserError(f"cannot write metrics in {run_dir}: {error}") from error
+        self._board.add_text("mfu formula", MFU_FORMULA, resume_step + 1)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(
+        self, metrics: StepMetrics, expert_load: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Append one row, and the tokens per expert of each layer where given.
+
+        The lines are handed to the operating system before this returns, so a killed process
+        loses none of them.
+        """
+        self._metrics.append(asdict(metrics))
+        if expert_load is not None:
+            load = {layer: [int(n) for n in counts] for layer, counts in expert_load.items()}
+            self._expert_load.append({"step": metrics.step, "load": load})
+        for name, value in _scalars(metrics):
+            self._board.add_scalar(name, value, metrics.step)
+
+    def sync(self) -> None:
+        """Force everything to the disk; call it before a checkpoint is given its final name."""
+        self._metrics.sync()
+        self._expert_load.sync()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Sync and close all files."""
+        self.sync()
+        self._metrics.close()
+        self._expert_load.close()
+        self._board.close()
+
+
+def read_metrics(path: Path | str) -> list[StepMetrics]:
+    """Read a metrics.jsonl; a torn last line is left out, unknown fields are passed over.
+
+    Raises UserError where the file is missing or another line is damaged.
+    """
+    known = {f.name for f in fields(StepMetrics)}
+    rows = []
+    for _, record in _records(Path(path)):
+        values = {name: _from_json(value) for name, value in record.items() if name in known}
+        values["sample_hash"] = record.get("sample_hash", "")
+        try:
+            rows.append(StepMetrics(**values))
+        except TypeError as error:
+            raise UserError(f"{path}: step {record['step']} is not a row of metrics") from error
+    return rows
+
+
+def read_expert_load(
+    path: Path | str, most: int = 400
+) -> tuple[list[int], dict[str, list[list[int]]]]:
+    """Read an expert_load.jsonl: the steps, and per layer the tokens of [step][expert].
+
+    At most about ``most`` evenly spaced records, the last one among them, so that a long run fits
+    in memory. Raises UserError where the file is missing or damaged.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        count = sum(line.endswith(b"}\n") for line in file)
+    every = max(1, math.ceil(count / most))
+    steps: list[int] = []
+    loads: dict[str, list[list[int]]] = {}
+    for _, record in _records(path, keep=lambda i: (count - 1 - i) % every == 0):
+        steps.append(record["step"])
+        for layer, counts in record["load"].items():
+            loads.setdefault(layer, []).append(counts)
+    return steps, loads
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Remove the rows after ``step``, and a torn last line, by an atomic rewrite.
+
+    A missing file stays missing; a file that needs no cut is left as it is. Raises UserError
+    where a line before the last is damaged.
+    """
+    if not path.exists():
+        return
+    kept = b"".join(line for line, record in _records(path) if record["step"] <= step)
+    if len(kept) == path.stat().st_size:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class _Appender:
+    """A file of JSON lines that is appended to without a buffer of our own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        text = json.dumps(_to_json(record), separators=(",", ":"), allow_nan=False)
+        left = memoryview(text.encode() + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _records(
+    path: Path, keep: Callable[[int], bool] | None = None
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines (each with its newline) and what they hold; those that ``keep(line index)`` chooses."""
+    with _open(path) as file:
+        for i, line in enumerate(file):
+            if keep is not None and not keep(i):
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line.rstrip(b"\n") + b"\n", record
+            elif file.readline():
+                raise UserError(
+                    f"{path}: line {i + 1} is damaged; restore the file or move it away"
+                )
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return _NOT_IN_JSON.get(value, value) if isinstance(value, str) else value
+
+
+def _scalars(m: StepMetrics) -> Iterator[tuple[str, float]]:
+    """The curves of TensorBoard."""
+    yield "loss/train", m.loss
+    yield "loss/aux", m.aux_loss
+    for k, loss in enumerate(m.mtp_losses, 1):
+        yield f"loss/mtp_{k}", loss
+    if m.heldout_loss is not None:
+        yield "heldout/loss", m.heldout_loss
+    for k, loss in enumerate(m.heldout_mtp_losses or [], 1):
+        yield f"heldout/mtp_{k}", loss
+    yield "optimizer/lr", m.lr
+    yield "optimizer/grad_norm", m.grad_norm
+    yield "speed/tokens_per_s", m.tokens_per_s
+    yield "speed/step_seconds", m.step_seconds
+    yield "speed/data_seconds", m.data_seconds
+    if m.mfu is not None:
+        yield "speed/mfu", m.mfu
+    yield "speed/memory_gb", m.memory_gb
+    yield "experts/max_vio", m.max_vio
+    yield "experts/dead", m.dead_experts
+    for layer, value in m.max_vio_per_layer.items():
+        yield f"max_vio/{layer}", value
