@@ -1,0 +1,1 @@
+"""Processes: the only package that imports torch.distributed or deepspeed."""

@@ -1,0 +1,110 @@
+"""Expert parallelism: every routed slot travels to the process that owns its expert, and back.
+
+Dropless: the number of slots per process is exchanged first, so no slot is cut or padded. What
+travels has the latent width; the routing weight travels along, because it multiplies inside the
+expert.
+
+Shapes: T tokens, K experts per token, R = T*K routed slots, Q received slots, L latent, E experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from nemo_hybrid.model.latent_moe import Experts
+from nemo_kernels.moe import grouped_mlp, sort_slots
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows go where ``send`` says; ``receive`` rows come. Gradients take the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        received = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), receive, send, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        returned = grad.new_empty(sum(ctx.send), *grad.shape[1:])
+        dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return returned, None, None, None
+
+
+class AllToAllDispatcher(MoE):
+    """Owns experts ``[ep_rank * E / ep, (ep_rank + 1) * E / ep)`` of every MoE layer.
+
+    A subclass of DeepSpeed's MoE only because that is how its engine learns that parameters
+    flagged ``allreduce = False`` are reduced over the expert-data-parallel group; nothing of that
+    class is used.
+    """
+
+    def __init__(self, experts: int, ep_size: int, rank: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = experts
+        self.ep_size = ep_size
+        self.num_local_experts = experts // ep_size
+        self.expert_group_name = expert_group_name(ep_size)
+        first = (rank % ep_size) * self.num_local_experts
+        self.owned = range(first, first + self.num_local_experts)
+        self.group: dist.ProcessGroup | None = None
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, **_: Any
+    ) -> None:
+        """Called by ``deepspeed.initialize``: make or find the expert-parallel group."""
+        name = self.expert_group_name
+        if name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        self.group = groups._get_expert_parallel_group(name)
+        if dist.get_rank(self.group) * self.num_local_experts != self.owned.start:
+            raise RuntimeError("DeepSpeed ordered the expert-parallel ranks in an unexpected way")
+
+    def forward(
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+    ) -> Tensor:
+        assert self.group is not None, "the dispatcher works only inside the engine"
+        top_k = topk_ids_TK.shape[1]
+        order_R, inverse_R, counts_E = sort_slots(topk_ids_TK, self.num_experts)
+        received_counts_E = torch.empty_like(counts_E)
+        dist.all_to_all_single(received_counts_E, counts_E, group=self.group)
+        send = counts_E.view(self.ep_size, -1).sum(1).tolist()
+        receive = received_counts_E.view(self.ep_size, -1).sum(1).tolist()
+
+        x_QL = _AllToAll.apply(x_TL[order_R // top_k], send, receive, self.group)
+        weights_Q = _AllToAll.apply(topk_weights_TK.flatten()[order_R], send, receive, self.group)
+        # Rows arrive by source rank, then by expert; the experts want them by expert.
+        arrived_SE = received_counts_E.view(self.ep_size, self.num_local_experts)
+        local = torch.arange(self.num_local_experts, device=counts_E.device).repeat(self.ep_size)
+        by_expert_Q = torch.repeat_interleave(local, arrived_SE.flatten()).argsort(stable=True)
+        y_QL = grouped_mlp(
+            x_QL[by_expert_Q],
+            weights_Q[by_expert_Q],
+            arrived_SE.sum(0),
+            experts.up_proj,
+            experts.down_proj,
+        )
+        y_QL = y_QL[_inverse(by_expert_Q)]
+        y_RL = _AllToAll.apply(y_QL, receive, send, self.group)
+        y_TKL = y_RL[inverse_R].view(-1, top_k, x_TL.shape[1])
+        return y_TKL.sum(1, dtype=torch.float32).to(x_TL.dtype)
+
+
+def expert_group_name(ep_size: int) -> str:
+    """DeepSpeed's name of the expert-parallel group."""
+    return f"ep_size_{ep_size}"
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return inverse

@@ -1,0 +1,193 @@
+"""The DeepSpeed engine: ZeRO-1 or ZeRO-2 with fp32 accumulation, on CPU and on GPUs alike.
+
+This is the only file that reads DeepSpeed's private fields; they are checked at start.
+
+Mixed dtypes. DeepSpeed's own bf16 mode would cast every parameter, also the few that must stay
+fp32. So that mode is off, the model arrives in its final dtypes, and parameters are grouped by
+dtype. Gradients are accumulated and communicated in fp32 if the *first* group has the right dtype:
+ZeRO-2 takes its buffers' dtype from there (so fp32 comes first); ZeRO-1 accumulates in fp32 beside
+the parameters only when that dtype is not already fp32 (so bf16 comes first).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.checkpoint.state import Fragment
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
+from nemo_hybrid.parallel.world import World
+
+TESTED = "0.19.8"
+_NEEDED = (
+    "bit16_groups",
+    "single_partition_of_fp32_groups",
+    "averaged_gradients",
+    "update_lp_params",
+)
+
+
+def prepare_deepspeed(world: World) -> None:
+    """Settings that must stand before DeepSpeed starts.
+
+    Its shared-memory collectives for CPU are compiled on first use; gloo does the same work
+    without needing a compiler.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+class Engine:
+    """Backward, reduction, clipping and the optimizer step of ``module``.
+
+    ``groups`` are optimizer parameter groups (see ``train.optim``); ``named`` maps parameters to
+    the names that checkpoints use.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        optimizer_class: type[torch.optim.Optimizer],
+        groups: list[dict[str, Any]],
+        config: RunConfig,
+        world: World,
+        accumulation: int,
+        dispatcher: AllToAllDispatcher | None,
+    ) -> None:
+        import deepspeed
+
+        self.world = world
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.dispatcher = dispatcher
+        if dispatcher is not None:
+            _mark_experts(groups, dispatcher.ep_size)
+        fp32_first = config.parallel.zero == 2
+        groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer_class(groups),
+            config=_deepspeed_config(config, accumulation),
+            dist_init_required=False,
+        )
+        self.zero = self.engine.optimizer
+        missing = [name for name in _NEEDED if not hasattr(self.zero, name)]
+        if missing:
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}; this version of "
+                f"nemo_hybrid was tested with {TESTED}"
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of ``loss``, this micro-batch's share of the *global* mean.
+
+        DeepSpeed averages over ranks and micro-batches, so the share is scaled up to undo that.
+        """
+        scale = self.world.size * self.engine.gradient_accumulation_steps()
+        self.engine.backward(loss * scale)
+
+    def step(self, lr: float) -> float | None:
+        """Finish a micro-batch; after the last of a global batch update the weights.
+
+        Returns the global gradient norm before clipping at an update, else None.
+        """
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if boundary else None
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates made so far, as the optimizer counts them for its bias correction."""
+        state = self.zero.optimizer.state.get(self.zero.single_partition_of_fp32_groups[0], {})
+        return int(state.get("step", 0))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The parts of masters and moments that this rank owns: views, not copies."""
+        for i, parameters in enumerate(self.zero.bit16_groups):
+            master = self.zero.single_partition_of_fp32_groups[i]
+            state = self.zero.optimizer.state[master]
+            flat = {"master": master.detach(), **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
+            for parameter in parameters:
+                mapping = getattr(parameter, "_hp_mapping", None)
+                if mapping is None:
+                    continue  # this rank owns no part of it
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                start, shape = self._global(parameter)
+                yield Fragment(
+                    name=self.names[parameter],
+                    start=start + here.start,
+                    numel=here.numel,
+                    shape=shape,
+                    tensors={k: v.narrow(0, there.start, there.numel) for k, v in flat.items()},
+                )
+
+    def _global(self, parameter: nn.Parameter) -> tuple[int, tuple[int, ...]]:
+        """Offset of this rank's parameter in the flattened global one, and the global shape."""
+        shape = tuple(parameter.shape)
+        if self.dispatcher is None or getattr(parameter, "allreduce", True):
+            return 0, shape
+        return self.dispatcher.owned.start * parameter[0].numel(), (
+            self.dispatcher.num_experts,
+            *shape[1:],
+        )
+
+    def allocate_state(self, steps: int) -> None:
+        """Create zero moments and set the step count, so that ``fragments`` can be filled."""
+        for master in self.zero.single_partition_of_fp32_groups:
+            self.zero.optimizer.state[master] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def publish_masters(self) -> None:
+        """Round the (restored) masters into the model's weights, on every rank."""
+        self.zero.update_lp_params()
+
+
+def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:
+    """Flag routed experts, so that they are reduced over ranks that hold the same experts."""
+    name = expert_group_name(ep_size)
+    for group in groups:
+        if group["experts"]:
+            group.update(moe=True, name=name)
+            for parameter in group["params"]:
+                parameter.allreduce = False
+                parameter.group_name = name
+
+
+def _deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.clip_grad_norm,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": 100_000_000,
+        },
+        "steps_per_print": 10**12,
+    }

@@ -1,0 +1,67 @@
+"""The processes of a run, as the small object the other packages see."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """``rank`` of ``size`` processes, computing on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def start() -> World:
+        """Join the processes torchrun started, or form a world of one. Call once per process."""
+        rank = int(os.environ.get("RANK", 0))
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            backend = "nccl"
+        else:
+            device, backend = torch.device("cpu"), "gloo"
+        if not dist.is_initialized():
+            # A world of one needs no rendezvous, so no environment variables and no port.
+            store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30)
+            )
+        return World(rank, size, device)
+
+    @staticmethod
+    def stop() -> None:
+        """Leave the process group together; without this torchrun may report a failed child."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather(self, item: Any) -> list[Any]:
+        """The items of all ranks, in rank order, on every rank."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's item, on every rank."""
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; the tensor is returned."""
+        dist.all_reduce(tensor)
+        return tensor

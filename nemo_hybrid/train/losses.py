@@ -1,0 +1,98 @@
+"""The pre-training objective over one Batch.
+
+loss = CE + (lambda / D) * sum_k CE_k + mu * aux, where every cross-entropy is a sum over the whole
+global batch divided by the global count of its own valid targets, and aux, the sequence-wise
+balance loss, is the mean over the rows of the global batch.
+
+Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, N = 1 + D losses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.mtp import shift_left
+from nemo_kernels.loss import linear_cross_entropy
+
+
+class Normalizer(NamedTuple):
+    """Counts over all ranks and micro-batches of one optimizer step."""
+
+    targets_N: Tensor  # int64: valid targets of the main loss and of each depth
+    rows: int  # rows of the global batch
+
+
+class LossParts(NamedTuple):
+    """One micro-batch on one rank; sums, so that shares add up."""
+
+    loss: Tensor  # fp32 scalar with gradient: this micro-batch's share of the global loss
+    ce_sums_N: Tensor  # fp32, detached: summed cross-entropies, main first
+    aux_sum: Tensor  # fp32, detached: balance loss summed over rows and layers
+    counts: dict[str, Tensor]  # layer name -> routed slots per expert
+
+
+def targets(batch: Batch, depths: int) -> tuple[Tensor, Tensor]:
+    """Labels and validity [1 + D, B, S]: depth k at position t targets token t + 1 + k.
+
+    A target counts only if it lies in position t's own document and was not masked itself.
+    """
+    labels, valid = [batch.labels_BS], [batch.loss_mask_BS]
+    for k in range(1, depths + 1):
+        labels.append(shift_left(batch.labels_BS, k, batch.seq_idx_BS))
+        valid.append(shift_left(batch.loss_mask_BS, k, batch.seq_idx_BS))
+    return torch.stack(labels), torch.stack(valid)
+
+
+def count_targets(batch: Batch, depths: int) -> Tensor:
+    """Valid targets of the main loss and of each depth, int64 [1 + D]."""
+    return targets(batch, depths)[1].flatten(1).sum(1)
+
+
+class PretrainObjective(nn.Module):
+    """What the engine runs forward and backward."""
+
+    def __init__(self, model: HybridLM, train: TrainOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.depths = model.config.mtp_num_depths
+        self.weights_N = [1.0] + [train.mtp_loss_weight / self.depths] * self.depths
+        self.aux_weight = train.aux_loss_weight
+
+    def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
+        model = self.model
+        seq_idx_BS = batch.seq_idx_BS if batch.packed else None
+        h_BSD, stats = model.forward_hidden(batch.ids_BS, seq_idx_BS)
+        hidden = [h_BSD]
+        if self.depths:
+            mtp_hidden, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, seq_idx_BS)
+            hidden += mtp_hidden
+            stats = stats | mtp_stats
+
+        labels_NBS, valid_NBS = targets(batch, self.depths)
+        weights_N = torch.tensor(self.weights_N, device=h_BSD.device)
+        # max(1): a loss without any target in the global batch is zero, not 0/0.
+        scale_N = weights_N / normalizer.targets_N.clamp(min=1)
+        # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
+        loss, ce_NT = linear_cross_entropy(
+            torch.stack(hidden).flatten(0, 2),
+            model.lm_head.weight,
+            labels_NBS.flatten(),
+            (scale_N[:, None, None] * valid_NBS).flatten(),
+        )
+        aux_sum = torch.zeros((), device=h_BSD.device)
+        for routed in stats.values():
+            aux_sum = aux_sum + routed.aux_loss
+        if self.aux_weight:
+            loss = loss + aux_sum * (self.aux_weight / normalizer.rows)
+        return LossParts(
+            loss,
+            ce_NT.view(len(hidden), -1).sum(1),
+            aux_sum.detach(),
+            {name: routed.counts_E for name, routed in stats.items()},
+        )
