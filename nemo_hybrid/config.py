@@ -181,7 +181,10 @@ class DataOptions:
     sequence_length: int = 256
     """Tokens per training sequence."""
     workers: int = 0
-    """Background processes that read data; the order of samples does not depend on it."""
+    """Background threads that read ahead; the order of samples does not depend on it."""
+    verify: Literal["full", "size"] = "full"
+    """Check of the store's files at the start: every SHA-256, or only the sizes (for stores too
+    large to read twice)."""
 
 
 @dataclass
@@ -372,6 +375,85 @@ class RunConfig:
                 f"= {per_pass}"
             )
         return t.global_batch_size // per_pass
+
+
+@dataclass
+class PrepareOptions:
+    """Turn text into a token store: `prepare`."""
+
+    paths: list[str] = field(default_factory=list)
+    """Text files (.txt, .py and other text, .jsonl, .parquet), directories of those, Hugging Face
+    datasets on disk, Megatron .bin/.idx pairs. None: the default corpus, which is the running
+    Python's standard library."""
+    out: str | None = None
+    """Directory of the token store. It may be left out for the default corpus, which then goes to
+    the place that configs/run/pretrain_tiny_cpu.yaml names."""
+    tokenizer: str | None = None
+    """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
+    vocab_size: int = 4096
+    """Entries of the tokenizer that is trained."""
+    text_field: str = "text"
+    """Field or column that holds the text in .jsonl, .parquet and datasets."""
+    heldout: float = 0.05
+    """Part of the documents that is held out for evaluation."""
+    skip_bad: bool = False
+    """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
+    seed: int = 1234
+    """Seed of the choice of held-out documents."""
+
+    def validate(self) -> None:
+        """Raise UserError for an option that cannot work."""
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"heldout must lie in [0, 1), got {self.heldout}")
+
+
+@dataclass
+class GenerateOptions:
+    """Continue a prompt with a trained model: `generate`."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 100
+    """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
+    temperature: float = 0.0
+    """0: always the most probable token; 1: the model's distribution; lower is more careful."""
+    top_p: float = 1.0
+    """Draw only from the most probable tokens that together have this probability."""
+    seed: int = 1234
+    """Seed of the draws."""
+
+    def validate(self) -> None:
+        """Raise UserError for an option that cannot work."""
+        if self.max_new_tokens <= 0:
+            raise UserError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass
+class EvalOptions:
+    """Measure the losses of a trained model on held-out data: `eval`."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    data: str
+    """Prepared token store whose held-out part is used."""
+    sequences: int = 256
+    """Sequences to evaluate (fewer if the store holds fewer)."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+
+    def validate(self) -> None:
+        """Raise UserError for an option that cannot work."""
+        for name in ("sequences", "micro_batch_size", "sequence_length"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:

@@ -1,0 +1,338 @@
+"""`prepare`: text in many formats to a tokenizer and two token stores.
+
+Documents are streamed twice, once to train the tokenizer and once to encode, so memory is bounded
+by the largest document, a batch of text, and eight bytes per document for the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_hybrid.data.progress import progress_bar
+from nemo_hybrid.data.sources import (
+    Document,
+    Source,
+    Unusable,
+    default_sources,
+    find_sources,
+    read_documents,
+)
+from nemo_hybrid.data.store import (
+    StoreWriter,
+    TokenStore,
+    sync_directory,
+    write_synced,
+)
+from nemo_hybrid.data.tokenizer import (
+    TextTokenizer,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
+from nemo_hybrid.errors import UserError
+
+TRAIN, HELDOUT = "train", "heldout"
+RECORD = "prepare.json"
+_BATCH_CHARACTERS = 1 << 20
+_NAMED_UNUSABLE = 5
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` made."""
+
+    out: str
+    train_tokens: int
+    train_documents: int
+    heldout_tokens: int
+    heldout_documents: int
+    vocab_size: int
+    eos_id: int
+    sources: dict[str, Any]
+    """paths, files, bytes, empty (documents without content), unusable (records skipped) and
+    unusable_examples."""
+    seconds: float
+    reused: bool = False
+    """True where an existing store of the same arguments was returned as it is."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.out}: {'reused, ' if self.reused else ''}vocabulary {self.vocab_size:,}",
+            f"  train    {self.train_tokens:>14,} tokens in {self.train_documents:,} documents",
+            f"  held out {self.heldout_tokens:>14,} tokens in {self.heldout_documents:,} documents",
+        ]
+        for name in ("empty", "unusable"):
+            if self.sources[name]:
+                lines.append(f"  skipped  {self.sources[name]:>14,} {name} documents")
+        return "\n".join(lines)
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 4096,
+    text_field: str = "text",
+    heldout: float = 0.03,
+    skip_bad: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    reuse: bool = False,
+) -> PrepareSummary:
+    """Read documents, train (or take) a tokenizer, and write the token stores below out.
+
+    paths: files and directories (text, .jsonl, .parquet), datasets saved by Hugging Face
+        `datasets`, Megatron .bin/.idx pairs; none: the default corpus, the standard library of
+        the running Python (whose unusable files are skipped and counted).
+    tokenizer: Hugging Face directory to take the tokenizer from; vocab_size is then unused.
+    text_field: field of .jsonl, column of .parquet and of datasets.
+    heldout: fraction of documents held out, by a hash of seed and path (and line or row number).
+    skip_bad: skip records that are not usable text, and count them, instead of failing.
+    reuse: return the summary of an existing store made with the same arguments.
+
+    Raises UserError. Nothing appears under out until everything is written.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if not 0 <= heldout < 1:
+        raise UserError(f"heldout must lie in [0, 1), got {heldout}")
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    if given is None:
+        check_vocab_size(vocab_size)
+    request = {
+        "paths": [str(Path(p).resolve()) for p in paths],
+        "tokenizer_sha256": given.sha256 if given else None,
+        "vocab_size": None if given else vocab_size,
+        "text_field": text_field,
+        "heldout": heldout,
+        "skip_bad": skip_bad,
+        "seed": seed,
+    }
+    if not _is_free(out):
+        if reuse:
+            return _existing(out, request)
+        raise UserError(f"{out} exists already; name another --out or remove it first")
+
+    sources = find_sources(paths) if paths else default_sources()
+    corpus = _Corpus(sources, text_field, heldout, seed, skip_bad or not paths, progress)
+    if given is None:
+        given = train_tokenizer(corpus.training_texts(), vocab_size)
+    with _replacing(out) as partial:
+        writers = {
+            split: StoreWriter(
+                partial / split,
+                vocab_size=given.vocab_size,
+                eos_id=given.eos_id,
+                tokenizer_sha256=given.sha256,
+            )
+            for split in ((TRAIN, HELDOUT) if heldout else (TRAIN,))
+        }
+        try:
+            _encode(corpus, given, writers)
+            summary = _summary(out, corpus, given, writers, [str(p) for p in paths], started)
+            for writer in writers.values():
+                writer.finish(summary.sources)
+        finally:
+            for writer in writers.values():
+                writer.close()
+        for name, data in given.files.items():
+            write_synced(partial / name, data)
+        record = {"request": request, "summary": asdict(summary)}
+        write_synced(partial / RECORD, json.dumps(record, indent=2).encode())
+    return summary
+
+
+class _Corpus:
+    """The documents of all sources, assigned to a split; counts of the latest pass."""
+
+    def __init__(
+        self,
+        sources: list[Source],
+        text_field: str,
+        heldout: float,
+        seed: int,
+        skip_bad: bool,
+        progress: bool,
+    ) -> None:
+        self.sources = sources
+        self.text_field = text_field
+        self.heldout = heldout
+        self.seed = seed
+        self.skip_bad = skip_bad
+        self.progress = progress
+        self.empty = 0
+        self.unusable: list[Unusable] = []
+        self.unusable_count = 0
+
+    def split_of(self, key: str) -> str:
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode(errors="surrogateescape")).digest()
+        drawn = int.from_bytes(digest[:8], "big") / 2**64
+        return HELDOUT if drawn < self.heldout else TRAIN
+
+    def documents(self, title: str, vocab_size: int | None) -> Iterator[tuple[str, Document]]:
+        """(split, document) of every document that is not empty. Raises UserError at the end for
+        unusable records, unless they may be skipped, and for an empty split."""
+        self.empty = 0
+        self.unusable = []
+        self.unusable_count = 0
+        counts: Counter[str] = Counter()
+        total = max(1, sum(s.size for s in self.sources))
+        before = 0
+        with progress_bar(title, total, self.progress) as update:
+            for source in self.sources:
+                for item in read_documents(source, self.text_field, vocab_size):
+                    if isinstance(item, Unusable):
+                        self.unusable_count += 1
+                        if len(self.unusable) < _NAMED_UNUSABLE:
+                            self.unusable.append(item)
+                        continue
+                    update(before + item.done * source.size)
+                    if len(item.content) == 0:
+                        self.empty += 1
+                        continue
+                    split = self.split_of(item.key)
+                    counts[split] += 1
+                    yield split, item
+                before += source.size
+        self._check(counts)
+
+    def training_texts(self) -> Iterator[str]:
+        for split, document in self.documents("prepare: training the tokenizer", None):
+            if split == TRAIN and isinstance(document.content, str):
+                yield document.content
+
+    def _check(self, counts: Counter[str]) -> None:
+        if self.unusable and not self.skip_bad:
+            named = "; ".join(f"{u.where}: {u.why}" for u in self.unusable)
+            more = self.unusable_count - len(self.unusable)
+            raise UserError(
+                f"{self.unusable_count} unusable: {named}"
+                + (f"; and {more} more" if more else "")
+                + ". Mend the input, or skip such records with --skip_bad true"
+            )
+        if not counts:
+            raise UserError(
+                "the corpus is empty: no document with content in "
+                + (", ".join(str(s.path) for s in self.sources[:5]) or "the named paths")
+            )
+        for split in (TRAIN, HELDOUT) if self.heldout else (TRAIN,):
+            if not counts[split]:
+                raise UserError(
+                    f"none of the {counts.total()} documents falls into the {split} split at "
+                    f"heldout {self.heldout}: give more documents, another heldout fraction or "
+                    "seed, or --heldout 0 for no held-out split"
+                )
+
+
+def _encode(corpus: _Corpus, tokenizer: TextTokenizer, writers: dict[str, StoreWriter]) -> None:
+    pending: list[tuple[str, Document]] = []
+    characters = 0
+    for split, document in corpus.documents("prepare: encoding", tokenizer.vocab_size):
+        pending.append((split, document))
+        characters += len(document.content)
+        if characters >= _BATCH_CHARACTERS:
+            _write(pending, tokenizer, writers)
+            pending, characters = [], 0
+    _write(pending, tokenizer, writers)
+
+
+def _write(
+    pending: list[tuple[str, Document]], tokenizer: TextTokenizer, writers: dict[str, StoreWriter]
+) -> None:
+    texts = [d.content for _, d in pending if isinstance(d.content, str)]
+    encoded = iter(tokenizer.encode(texts))
+    for split, document in pending:
+        ids = next(encoded) if isinstance(document.content, str) else document.content
+        # A tokenizer may drop all of a text; the document then is its end alone.
+        writers[split].add(ids if len(ids) else np.array([tokenizer.eos_id]))
+
+
+def _summary(
+    out: Path,
+    corpus: _Corpus,
+    tokenizer: TextTokenizer,
+    writers: dict[str, StoreWriter],
+    paths: list[str],
+    started: float,
+) -> PrepareSummary:
+    held = writers.get(HELDOUT)
+    return PrepareSummary(
+        out=str(out),
+        train_tokens=writers[TRAIN].tokens,
+        train_documents=writers[TRAIN].documents,
+        heldout_tokens=held.tokens if held else 0,
+        heldout_documents=held.documents if held else 0,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        sources={
+            "paths": paths or ["standard library of the running Python"],
+            "files": len(corpus.sources),
+            "bytes": sum(s.size for s in corpus.sources),
+            "empty": corpus.empty,
+            "unusable": corpus.unusable_count,
+            "unusable_examples": [f"{u.where}: {u.why}" for u in corpus.unusable],
+        },
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A directory beside out that becomes out on success and disappears otherwise."""
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        try:
+            yield partial
+            sync_directory(partial)
+            os.rename(partial, out)
+            sync_directory(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+
+
+def _is_free(out: Path) -> bool:
+    """Whether out is absent or an empty directory."""
+    try:
+        if out.is_symlink() or out.is_file():
+            return False
+        return not out.is_dir() or not any(out.iterdir())
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror}") from e
+
+
+def _existing(out: Path, request: dict[str, Any]) -> PrepareSummary:
+    """Summary of the complete store at out if it was made by the same request."""
+    try:
+        record = json.loads((out / RECORD).read_bytes())
+        made_by = record["request"]
+        summary = PrepareSummary(**{**record["summary"], "out": str(out), "reused": True})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out} exists and is not a store made by prepare; remove it first") from e
+    different = [name for name, value in request.items() if made_by.get(name) != value]
+    if different:
+        raise UserError(
+            f"{out} was prepared with other arguments ({', '.join(different)} differ); remove it "
+            "or name another --out"
+        )
+    TokenStore.open(out / TRAIN)
+    if request["heldout"]:
+        TokenStore.open(out / HELDOUT)
+    return summary

@@ -1,0 +1,141 @@
+"""Byte-level BPE: training one, and taking a Hugging Face tokenizer from a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_hybrid.data.store import TOKENIZER
+from nemo_hybrid.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+"""Ids 0, 1, 2."""
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+"""All bytes and the special tokens: whatever the text, it can be encoded."""
+_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and the files that a Hugging Face directory of it needs."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    """Largest id plus one."""
+    eos_id: int
+    files: dict[str, bytes]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the mapping from text to ids: the hash of tokenizer.json."""
+        return hashlib.sha256(self.files[TOKENIZER]).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Token ids of each text, without special tokens."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.int64) for e in encodings]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train byte-level BPE with at most vocab_size entries (fewer if the text has fewer merges)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    check_vocab_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+    }
+    return _wrap(
+        tokenizer,
+        eos_id=SPECIAL_TOKENS.index(eos),
+        files={
+            TOKENIZER: tokenizer.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        },
+    )
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small: a byte-level tokenizer needs at least "
+            f"{SMALLEST_VOCABULARY} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+
+
+def load_tokenizer(path: str | Path) -> TextTokenizer:
+    """Take the tokenizer of a Hugging Face directory, or of its tokenizer.json. Its
+    tokenizer_config.json must name the eos token. Raises UserError."""
+    from tokenizers import Tokenizer
+
+    directory = Path(path)
+    if directory.name == TOKENIZER:
+        directory = directory.parent
+    name = directory / TOKENIZER
+    try:
+        files = {TOKENIZER: name.read_bytes()}
+        for extra in _COPIED:
+            if (directory / extra).is_file():
+                files[extra] = (directory / extra).read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"cannot read the tokenizer {name}: {e.strerror}; name a directory with a Hugging Face "
+            f"{TOKENIZER}"
+        ) from e
+    try:
+        tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+    except Exception as e:  # tokenizers raises a bare Exception for whatever is wrong with it
+        raise UserError(f"{name} is not a Hugging Face tokenizer: {e}") from e
+    eos_id = _eos_id(directory, files, tokenizer)
+    return _wrap(tokenizer, eos_id, files)
+
+
+def _wrap(tokenizer: Tokenizer, eos_id: int, files: dict[str, bytes]) -> TextTokenizer:
+    # Text that happens to spell a special token is text, not the end of a document.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return TextTokenizer(tokenizer, vocab_size, eos_id, files)
+
+
+def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> int:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            options: Any = json.loads(files.get(name, b"{}"))
+        except ValueError as e:
+            raise UserError(f"{directory / name} is not JSON: {e}") from e
+        token = options.get("eos_token") if isinstance(options, dict) else None
+        if isinstance(token, dict):
+            token = token.get("content")
+        eos_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if eos_id is not None:
+            return int(eos_id)
+    raise UserError(
+        f"{directory / 'tokenizer_config.json'} must name an eos_token of the vocabulary: documents"
+        " are ended with it"
+    )
