@@ -394,17 +394,12 @@ class PrepareOptions:
     """Entries of the tokenizer that is trained."""
     text_field: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and datasets."""
-    heldout: float = 0.05
-    """Part of the documents that is held out for evaluation."""
+    heldout: float = 0.03
+    """Fraction of the documents that is held out for evaluation."""
     skip_bad: bool = False
     """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
-    seed: int = 1234
+    seed: int = 0
     """Seed of the choice of held-out documents."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        if not 0 <= self.heldout < 1:
-            raise UserError(f"heldout must lie in [0, 1), got {self.heldout}")
 
 
 @dataclass

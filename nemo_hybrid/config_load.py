@@ -1,0 +1,268 @@
+"""From YAML files and command-line words to a RunConfig, and back to YAML.
+
+jsonargparse checks types and parses overrides; this file adds what it does not do: sections kept
+in files of their own, paths that resolve from the file that names them, and messages that name the
+file and the nearest key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os.path
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import yaml
+
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.options import (
+    check_words,
+    new_parser,
+    one_line,
+    parse_words,
+    suggest,
+    take_words,
+    type_in_words,
+)
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+PATH_KEYS = ("run_dir", "resume", "model.from_hf", "data.path")
+"""Keys that hold a path. The keys inside data.blend are paths too."""
+
+NOT_A_PATH = {"resume": ("auto", "never")}
+
+# YAML 1.1 reads 1e-3 as a string, because it wants a dot. We read it as everybody means it.
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that reads 1e-3 as a float, dates as text, and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                problem = "a key must be plain text"
+            elif key in seen:
+                problem = f"the key {key!r} is given twice"
+            else:
+                seen.add(key)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that quotes every text the loader above would not read back as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def sections() -> dict[str, type]:
+    """Name and dataclass of every section of RunConfig, in order."""
+    hints = get_type_hints(RunConfig)
+    return {f.name: hints[f.name] for f in fields(RunConfig) if is_dataclass(hints[f.name])}
+
+
+def key_types() -> dict[str, Any]:
+    """Type of every dotted key of RunConfig, such as ``train.lr``."""
+    types: dict[str, Any] = {}
+    inner = sections()
+    for name, hint in get_type_hints(RunConfig).items():
+        if name in inner:
+            types.update({f"{name}.{k}": v for k, v in get_type_hints(inner[name]).items()})
+        else:
+            types[name] = hint
+    return types
+
+
+def load_config(files: Iterable[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge YAML files in order, then apply ``--dotted.key value`` words.
+
+    A word pair ``--SECTION FILE`` (for example ``--model model/tiny.yaml``) merges a section's file
+    after all configuration files. The result has absolute paths; call ``validate()`` on it.
+    Raises UserError for a missing or malformed file, an unknown key or a value of a wrong type.
+    """
+    chosen, words = take_words(overrides, repeated=[f"--{name}" for name in sections()])
+    parser = run_parser("", "")
+    merged: dict[str, Any] = {}
+    for file in files:
+        _merge(merged, _checked(parser, read_config(Path(file)), file))
+    for name in sections():
+        for file in chosen[f"--{name}"]:
+            _merge(merged, _checked(parser, {name: read_section(Path(file), name)}, file))
+    check_words(words, {f"--{key}" for key in key_types()})
+    parser.set_defaults(_flatten(merged))
+    config = _build(parse_words(parser, words, key_types()))
+    return _absolute(config)
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text from which load_config gives an equal configuration (paths made absolute)."""
+    return yaml.dump(asdict(_absolute(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read one configuration file: sections read in, keys checked, paths absolute."""
+    content = _read_yaml(file)
+    known = sections()
+    for key, value in content.items():
+        if key in known:
+            if isinstance(value, str):
+                content[key] = read_section(_resolve(value, file.parent), key)
+            else:
+                content[key] = _checked_section({} if value is None else value, key, file)
+        elif key not in key_types():
+            raise UserError(f"{file}: unknown key {key}{suggest(str(key), key_types())}")
+    return _resolve_paths(content, file.parent)
+
+
+def read_section(file: Path, section: str) -> dict[str, Any]:
+    """Read a file that holds the keys of one section, such as a model's shape."""
+    content = _checked_section(_read_yaml(file), section, file)
+    resolved: dict[str, Any] = _resolve_paths({section: content}, file.parent)[section]
+    return resolved
+
+
+def run_parser(prog: str, description: str, **kwargs: Any) -> jsonargparse.ArgumentParser:
+    """The parser of every option of RunConfig."""
+    parser = new_parser(prog, description, **kwargs)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Content of a YAML file that holds a mapping; an empty file is an empty mapping."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a UTF-8 text file") from None
+    except OSError as e:
+        raise UserError(f"cannot read configuration file {file}: {e.strerror}") from None
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{place}: not valid YAML: {e.problem}{_hint(e)}") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def _hint(error: yaml.MarkedYAMLError) -> str:
+    """A pattern such as *E without quotes is an alias to YAML."""
+    about_alias = "alias" in f"{error.problem} {error.context}"
+    return ' (put text that starts with * in quotes: "*E")' if about_alias else ""
+
+
+def _checked_section(content: Any, section: str, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file}: {section} must be a mapping of keys or the path of a YAML file, "
+            f"got {content!r}"
+        )
+    known = {k.split(".", 1)[1]: k for k in key_types() if k.startswith(f"{section}.")}
+    for key in content:
+        if key not in known:
+            dotted = f"{section}.{key}"
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {known[near[0]]}?" if near else suggest(dotted, key_types())
+            raise UserError(f"{file}: unknown key {dotted}{hint}")
+    return content
+
+
+def _checked(
+    parser: jsonargparse.ArgumentParser, content: dict[str, Any], file: str | Path
+) -> dict[str, Any]:
+    """Check the types of one file's content, so that the message can name the file."""
+    for key, value in _flatten(content).items():
+        # jsonargparse takes null for "not given" whatever the type.
+        if value is None and type(None) not in get_args(key_types()[key]):
+            raise UserError(f"{file}: {key}: expected {type_in_words(key_types()[key])}, got null")
+    try:
+        parser.parse_object(content)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{file}: {one_line(e, key_types())}") from None
+    return content
+
+
+def _flatten(content: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys; data.blend stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in sections():
+            flat.update({f"{key}.{k}": v for k, v in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
+    """Keys of update win, key by key inside sections; data.blend is replaced as a whole."""
+    for key, value in update.items():
+        if key in sections():
+            base.setdefault(key, {}).update(value)
+        else:
+            base[key] = value
+
+
+def _resolve(path: str, base: Path) -> Path:
+    return (base / Path(path).expanduser()).absolute()
+
+
+def _resolve_paths(content: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The nested content with every relative path made absolute, seen from base."""
+    for dotted in PATH_KEYS:
+        holder, key = content, dotted
+        if "." in dotted:
+            section, key = dotted.split(".")
+            holder = content.get(section, {})
+        value = holder.get(key)
+        if isinstance(value, str) and value not in NOT_A_PATH.get(dotted, ()):
+            holder[key] = _clean(_resolve(value, base))
+    blend = content.get("data", {}).get("blend")
+    if isinstance(blend, dict):
+        content["data"]["blend"] = {_clean(_resolve(str(k), base)): v for k, v in blend.items()}
+    return content
+
+
+def _clean(path: Path) -> str:
+    """Text of a path without ``..``; links are kept, so that they may be moved later."""
+    return os.path.normpath(path)
+
+
+def _build(content: dict[str, Any]) -> RunConfig:
+    values = {name: section(**content.pop(name)) for name, section in sections().items()} | content
+    config = RunConfig(**values)
+    for key, value in _flatten(asdict(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} must be a finite number, got {value}")
+    return config
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """A copy whose relative paths are seen from the current directory."""
+    content = _resolve_paths(asdict(config), Path.cwd())
+    return _build(content)
