@@ -1,0 +1,138 @@
+"""A directory written by all ranks together that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.files import FileRecord
+from nemo_hybrid.errors import UserError
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    """What checkpoints need to know about the other processes."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def barrier(self) -> None: ...
+
+    def gather(self, obj: Any) -> list[Any]:
+        """The objects of all ranks, in rank order, on every rank."""
+
+
+class OneProcess:
+    """The world of a process that works alone."""
+
+    rank = 0
+    size = 1
+
+    def barrier(self) -> None:
+        pass
+
+    def gather(self, obj: Any) -> list[Any]:
+        return [obj]
+
+
+class Writer:
+    """Writes files of one rank into the unfinished directory and keeps their records."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.records: dict[str, FileRecord] = {}
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write one file. Raises UserError when it exists already or cannot be written."""
+        self.records[name] = files.write_file(self.directory / name, parts)
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write(name, [text.encode()])
+
+
+def together(world: World, action: Callable[[], T]) -> list[T]:
+    """Run action on every rank and return the results of all.
+
+    A UserError on any rank is raised on every rank, so that none waits for one that failed.
+    """
+    result: T | None = None
+    failure: str | None = None
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+        if world.size == 1:
+            raise
+    outcomes: list[tuple[T, str | None]] = world.gather((result, failure))
+    failures = [text for _, text in outcomes if text is not None]
+    if failures:
+        raise UserError("; ".join(dict.fromkeys(failures)))
+    return [value for value, _ in outcomes]
+
+
+def on_rank_0(world: World, action: Callable[[], T]) -> T:
+    """Run action on rank 0 and return its result, or raise its UserError, on every rank."""
+    return together(world, lambda: action() if world.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def write_directory(
+    final: Path,
+    world: World,
+    write: Callable[[Writer], T],
+    finish: Callable[[Writer, list[T]], None],
+) -> None:
+    """Write ``final`` so that it is whole or absent, whatever dies on the way.
+
+    ``write`` runs on every rank, must not communicate, and returns what rank 0 needs to know;
+    ``finish`` runs on rank 0 with the results of all ranks and writes the files that describe
+    them. Then the manifest is written, everything synced, and the directory renamed.
+
+    Raises UserError on every rank when one cannot write; what stood under final stays.
+    """
+    temporary = final.with_name(files.TEMPORARY + final.name)
+
+    def create() -> None:
+        with files.naming("create", final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
+        with files.naming("write into", final.parent):
+            if temporary.exists():  # left by a writer that was killed
+                files.remove_directory(temporary)
+            temporary.mkdir()
+
+    writer = Writer(temporary)
+
+    def write_own() -> tuple[T, dict[str, FileRecord]]:
+        return write(writer), writer.records
+
+    on_rank_0(world, create)
+    try:
+        parts = together(world, write_own)
+
+        def complete() -> None:
+            finish(writer, [result for result, _ in parts])
+            records = dict(writer.records)
+            for _, others in parts[1:]:
+                records |= others
+            writer.write_text(files.MANIFEST, files.manifest_text(records))
+            with files.naming("write", final):
+                files.sync_directory(temporary)
+                files.install_directory(temporary, final)
+
+        on_rank_0(world, complete)
+    except UserError:
+        if world.rank == 0 and temporary.exists():
+            files.remove_directory(temporary)
+        raise
+
+
+def require_absent_or_empty(directory: Path) -> None:
+    """Raise UserError when something stands under a name that is about to be written."""
+    if directory.exists() and (not directory.is_dir() or os.listdir(directory)):
+        raise UserError(f"{directory} exists and is not empty; name another directory or remove it")

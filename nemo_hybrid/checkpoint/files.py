@@ -1,0 +1,320 @@
+"""Files that are whole or not there: hashed writes, manifests, and the choice of a checkpoint.
+
+Layout of a run's checkpoints::
+
+    RUN/checkpoints/step_00000100/...    one directory per checkpoint, with manifest.json
+    RUN/checkpoints/latest               the name of the newest one, for people and tools
+    RUN/checkpoints/.tmp-*               what a crashed writer left; removed at the next save
+
+A directory appears under its final name by one rename, after everything in it was written,
+hashed and synced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.hf_config import read_json
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+TEMPORARY = ".tmp-"
+# A checkpoint saved again at the same step moves the old one aside until the new one stands.
+_REPLACED = ".replaced"
+_STEP = re.compile(r"step_(\d{8,})(\.replaced)?")
+_CHUNK = 16 << 20
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged or incomplete; the message names the file."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a written file."""
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def naming(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, permission, ...) into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a new file, hashed on the way and synced to the disk. The only function that does.
+
+    Raises UserError naming path when the file exists already or cannot be written.
+    """
+    digest, size = hashlib.sha256(), 0
+    with naming("write", path), open(path, "xb") as file:
+        for part in parts:
+            for i in range(0, len(part), _CHUNK):
+                chunk = part[i : i + _CHUNK]
+                file.write(chunk)
+                digest.update(chunk)  # while the chunk is still in the processor's cache
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write text to path by way of a temporary file: readers see the old or the new contents."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    with naming("write", path):
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, [text.encode()])
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with naming("read", path), open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON (no Infinity), one line per entry, the same text for the same value."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def manifest_text(files: Mapping[str, FileRecord]) -> str:
+    """The manifest, which also hashes itself, so that damage to it is blamed on it."""
+    listing = {name: asdict(record) for name, record in files.items()}
+    return to_json({"files": listing, "sha256": _seal(listing)})
+
+
+def _seal(listing: object) -> str:
+    return hashlib.sha256(to_json(listing).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """The files a checkpoint directory must hold. Raises CheckpointError naming the manifest."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
+    try:
+        raw = read_json(path)
+        listing = raw["files"]
+        sealed = raw["sha256"] == _seal(listing)
+        files = {name: FileRecord(**record) for name, record in listing.items()}
+    except UserError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"damaged checkpoint: {path} is not a manifest") from None
+    if not sealed:
+        raise CheckpointError(f"damaged checkpoint: {path} does not match its own checksum")
+    for name in files:
+        if name != Path(name).name:
+            raise CheckpointError(f"{path} names {name!r}, which is not a file of its directory")
+    return files
+
+
+def verify(directory: Path, deep: bool = True) -> None:
+    """Compare a checkpoint directory with its manifest: presence and size, and hashes if deep.
+
+    Raises CheckpointError naming the damaged file.
+    """
+    for name, record in read_manifest(directory).items():
+        path = directory / name
+        try:
+            found = path.lstat()
+        except OSError:
+            raise CheckpointError(f"damaged checkpoint: {path} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"damaged checkpoint: {path} is not a regular file")
+        if found.st_size != record.size:
+            raise CheckpointError(
+                f"damaged checkpoint: {path} has {found.st_size} bytes, should have {record.size}"
+            )
+        if deep and hash_file(path) != record.sha256:
+            raise CheckpointError(f"damaged checkpoint: {path} does not match its checksum")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(directory: Path) -> int:
+    """The step of a checkpoint directory's name. Raises UserError for another name."""
+    match = _STEP.fullmatch(directory.name)
+    if match is None:
+        raise UserError(f"{directory} is not a checkpoint directory (step_NNNNNNNN)")
+    return int(match[1])
+
+
+def list_steps(checkpoints_dir: Path) -> list[Path]:
+    """Checkpoint directories, newest first, valid or not."""
+    if not checkpoints_dir.is_dir():
+        return []
+    with naming("read", checkpoints_dir):
+        found = [p for p in checkpoints_dir.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: (step_of(p), not p.name.endswith(_REPLACED)), reverse=True)
+
+
+def find_latest(checkpoints_dir: Path, deep: bool = True) -> Path | None:
+    """The newest valid checkpoint, or None where there are no checkpoints at all.
+
+    Damaged ones are named in a warning and skipped; UserError when every one is damaged.
+    """
+    steps = list_steps(checkpoints_dir)
+    for directory in steps:
+        try:
+            verify(directory, deep)
+        except UserError as error:
+            log.warning("skipping checkpoint %s: %s", directory.name, error)
+        else:
+            _check_pointer(checkpoints_dir)
+            return directory
+    if steps:
+        raise UserError(
+            f"none of the {len(steps)} checkpoints in {checkpoints_dir} is valid (see the warnings "
+            "above); move them away to start afresh"
+        )
+    return None
+
+
+def _check_pointer(checkpoints_dir: Path) -> None:
+    if read_latest(checkpoints_dir) is None:
+        log.warning("%s names no checkpoint; it is not used", checkpoints_dir / LATEST)
+
+
+def read_latest(checkpoints_dir: Path) -> Path | None:
+    """The directory that the pointer file names; None if it is absent, empty or dangling."""
+    try:
+        name = (checkpoints_dir / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    directory = checkpoints_dir / name
+    return directory if _STEP.fullmatch(name) and directory.is_dir() else None
+
+
+def point_latest(checkpoints_dir: Path, directory: Path) -> None:
+    """Move the pointer file to a checkpoint directory; the last act of a save."""
+    replace_file(checkpoints_dir / LATEST, directory.name + "\n")
+
+
+def prune(checkpoints_dir: Path, keep: int, trusted: Path | None = None) -> list[Path]:
+    """Delete all but the ``keep`` newest checkpoints (0: delete none); return what was deleted.
+
+    ``trusted`` is known to be whole (just written). Nothing is deleted unless one of those that
+    stay is trusted or verified to the last byte. What cannot be deleted is named in a warning.
+    """
+    if keep <= 0:
+        return []
+    steps = list_steps(checkpoints_dir)
+    stay = [d for d in steps if d == trusted or _is_valid(d, deep=False)][:keep]
+    doomed = steps[steps.index(stay[-1]) + 1 :] if stay else []
+    if not doomed or not (trusted in stay or any(_is_valid(d, deep=True) for d in stay)):
+        return []
+    return [d for d in doomed if remove_directory(d)]
+
+
+def _is_valid(directory: Path, deep: bool) -> bool:
+    try:
+        verify(directory, deep)
+    except UserError:
+        return False
+    return True
+
+
+def remove_directory(directory: Path) -> bool:
+    """Delete a directory; a kill half-way leaves no torn one under its name."""
+    doomed = directory
+    try:
+        if not directory.name.startswith(TEMPORARY):
+            doomed = directory.with_name(TEMPORARY + directory.name)
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            os.replace(directory, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("cannot delete %s: %s", doomed, error.strerror or error)
+        return False
+    return True
+
+
+def remove_stale(checkpoints_dir: Path) -> None:
+    """Delete what crashed writers left, and replaced checkpoints whose successor is whole."""
+    for path in checkpoints_dir.iterdir():
+        name = path.name.removeprefix(TEMPORARY)
+        if name != path.name and _STEP.fullmatch(name):
+            remove_directory(path)
+        elif path.name.endswith(_REPLACED) and _STEP.fullmatch(path.name):
+            successor = path.with_name(path.name.removesuffix(_REPLACED))
+            if successor.is_dir() and _is_valid(successor, deep=True):
+                remove_directory(path)
+
+
+def install_directory(temporary: Path, final: Path) -> None:
+    """Rename a finished directory to its final name, replacing a checkpoint of the same step."""
+    aside = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        # An old one still set aside means that final is damaged (see remove_stale).
+        if aside.exists():
+            remove_directory(final)
+        else:
+            os.replace(final, aside)
+    os.replace(temporary, final)
+    sync_directory(final.parent)
+    if aside.exists():
+        remove_directory(aside)
+
+
+def resolve(path: str | Path) -> Path:
+    """The directory with config.json that a user's path means.
+
+    Accepts a Hugging Face directory, a checkpoint's step directory, RUN/checkpoints/latest,
+    RUN/checkpoints, or RUN itself. Raises UserError saying what was looked for.
+    """
+    start = Path(path).expanduser()
+    if not start.exists():
+        raise UserError(f"{path} does not exist")
+    if start.is_dir() and (start / "config.json").is_file():
+        return start
+    pointer = start.name == LATEST and start.is_file()
+    for candidate in (start.parent if pointer else start, start / "checkpoints"):
+        if not list_steps(candidate):
+            continue
+        pointed = read_latest(candidate)
+        if pointed is None:
+            pointed = find_latest(candidate, deep=False)
+        if pointed is not None and (pointed / "config.json").is_file():
+            return pointed
+        raise UserError(f"{pointed} has no config.json")
+    raise UserError(
+        f"{path} holds no checkpoint: expected a directory with config.json, or a run directory "
+        "with checkpoints"
+    )

@@ -1,0 +1,391 @@
+"""Training state: everything a run needs to go on, addressed so that any layout can read it.
+
+A step directory holds, beside the Hugging Face files of `weights.py`::
+
+    optimizer-rRRRRR.safetensors   fp32 masters and moments: one flat tensor per fragment and kind
+    optimizer.index.json           parameter -> global shape and its fragments, over all ranks
+    rank-RRRRR.safetensors         RNG states and the like of one rank
+    run_state.json, run.yaml       counters and identity of the run; its resolved configuration
+    manifest.json                  size and checksum of every file
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.directory import World, Writer, on_rank_0, write_directory
+from nemo_hybrid.checkpoint.files import CheckpointError
+from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
+from nemo_hybrid.checkpoint.tensors import open_tensors, safetensors_parts
+from nemo_hybrid.checkpoint.weights import (
+    MAX_SHARD_BYTES,
+    Shards,
+    Weights,
+    write_model_files,
+    write_shards,
+)
+from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.hf_config import config_from_hf, read_json
+
+FORMAT_VERSION = 1
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+RUN_STATE = "run_state.json"
+OPTIMIZER_INDEX = "optimizer.index.json"
+_JSON = "json"  # metadata key of a rank file
+# Fields that may differ on resume: they do not change what the stored tensors mean.
+_FREE = (
+    "chunk_size",
+    "max_position_embeddings",
+    "initializer_range",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+)
+
+
+@dataclass
+class Fragment:
+    """A run of consecutive elements of one parameter, with its optimizer state.
+
+    ``start`` counts in the flattened global parameter of shape ``shape``; a stacked expert
+    parameter counts as the whole [E, ...] tensor. ``tensors`` holds flat fp32 tensors of
+    ``numel`` elements for each of ``KINDS``.
+    """
+
+    name: str
+    start: int
+    numel: int
+    shape: tuple[int, ...]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
+
+
+@dataclass
+class _Saved:
+    """Where a stored fragment is."""
+
+    start: int
+    numel: int
+    file: str
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    checkpoints_dir: Path,
+    step: int,
+    world: World,
+    *,
+    config: HybridConfig,
+    weights: Weights,
+    fragments: Iterable[Fragment],
+    run_state: Mapping[str, Any],
+    rank_state: Mapping[str, Any],
+    tokenizer_files: Path | None,
+    resolved_config: str,
+    keep: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write ``checkpoints_dir/step_NNNNNNNN``, move ``latest`` to it, delete old checkpoints.
+
+    Called by all ranks. Each gives only the weights (parameters, and router biases in fp32) and
+    fragments it owns; together the fragments must cover every parameter with both moments.
+    ``run_state`` (JSON, the same on every rank) and ``rank_state`` (tensors and JSON values by
+    name) come back from `load_state` and `load_rank_state`; tuples come back as lists.
+
+    Raises UserError on every rank when one of them cannot write, or when the state is
+    incomplete; the checkpoints that were there stay valid.
+    """
+    final = checkpoints_dir / files.step_name(step)
+
+    def write(writer: Writer) -> tuple[Shards, dict[str, Any]]:
+        shards = write_shards(writer, weights, world.rank, max_shard_bytes)
+        listing = _write_fragments(writer, fragments, world.rank)
+        _write_rank_state(writer, rank_state, world.rank)
+        return shards, listing
+
+    def finish(writer: Writer, parts: list[tuple[Shards, dict[str, Any]]]) -> None:
+        shards = [part for part, _ in parts]
+        index = _merge(listing for _, listing in parts)
+        _check_complete(index, shards)
+        write_model_files(writer, config, shards, tokenizer_files)
+        writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
+        state = {**run_state, "step": step, "format_version": FORMAT_VERSION}
+        writer.write_text(RUN_STATE, files.to_json(state))
+        writer.write_text("run.yaml", resolved_config)
+
+    def clean() -> None:
+        if checkpoints_dir.is_dir():
+            with files.naming("clean", checkpoints_dir):
+                files.remove_stale(checkpoints_dir)
+
+    def settle() -> None:
+        files.point_latest(checkpoints_dir, final)
+        files.prune(checkpoints_dir, keep, trusted=final)
+
+    on_rank_0(world, clean)
+    write_directory(final, world, write, finish)
+    on_rank_0(world, settle)
+    return final
+
+
+def _write_fragments(writer: Writer, fragments: Iterable[Fragment], rank: int) -> dict[str, Any]:
+    """Write this rank's optimizer file; return its part of the index."""
+    file = f"optimizer-r{rank:05d}.safetensors"
+    listing: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for fragment in fragments:
+        if not 0 <= fragment.start <= fragment.stop <= prod(fragment.shape):
+            raise ValueError(f"{fragment.name}: {fragment.start}+{fragment.numel} is out of range")
+        for kind in KINDS:
+            tensor = fragment.tensors.get(kind)
+            if tensor is None:
+                raise UserError(f"{fragment.name} has no {kind}: refusing to save without it")
+            _check_tensor(fragment, kind, tensor)
+            tensors[_key(fragment.name, fragment.start, kind)] = tensor.reshape(-1)
+        entry = listing.setdefault(fragment.name, {"shape": list(fragment.shape), "fragments": []})
+        entry["fragments"].append([fragment.start, fragment.numel, file])
+    writer.write(file, safetensors_parts(tensors, {"format": "pt"}))
+    return listing
+
+
+def _check_tensor(fragment: Fragment, kind: str, tensor: torch.Tensor) -> None:
+    if tensor.numel() != fragment.numel or tensor.dtype != torch.float32:
+        raise ValueError(f"{fragment.name}: {kind} must be fp32 of {fragment.numel} elements")
+
+
+def _key(name: str, start: int, kind: str) -> str:
+    return f"{name}|{start}|{kind}"
+
+
+def _merge(listings: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    index: dict[str, Any] = {}
+    for listing in listings:
+        for name, entry in listing.items():
+            known = index.setdefault(name, {"shape": entry["shape"], "fragments": []})
+            if known["shape"] != entry["shape"]:
+                raise UserError(
+                    f"ranks disagree on the shape of {name}: {known['shape']}, {entry['shape']}"
+                )
+            known["fragments"] += entry["fragments"]
+    return index
+
+
+def _check_complete(index: Mapping[str, Any], shards: Iterable[Shards]) -> None:
+    """Refuse a state in which a parameter, or a part of one, has no master and moments."""
+    names = {from_hub(name)[0] for part in shards for name in part.file_of}
+    parameters = {name for name in names if not name.endswith(ROUTER_BIAS)}
+    for name in sorted(parameters ^ index.keys()):
+        lacks = "weights" if name in index else "optimizer state"
+        raise UserError(f"{name} has no {lacks}: refusing to save an incomplete checkpoint")
+    for name, entry in index.items():
+        total = prod(entry["shape"])
+        pieces = [_Saved(*piece) for piece in entry["fragments"]]
+        gap = _first_gap(pieces, 0, total)
+        if gap is not None:
+            raise UserError(f"{name}: no rank gave element {gap} of {total}: refusing to save")
+
+
+def _first_gap(pieces: Iterable[_Saved], start: int, stop: int) -> int | None:
+    """The first element of [start, stop) that no piece holds."""
+    reached = start
+    for piece in sorted(pieces, key=lambda p: p.start):
+        if reached >= stop or piece.start > reached:
+            break
+        reached = max(reached, piece.stop)
+    return reached if reached < stop else None
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> None:
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    plain = {k: v for k, v in state.items() if k not in tensors}
+    parts = safetensors_parts(tensors, {_JSON: json.dumps(plain, allow_nan=False)})
+    writer.write(_rank_file(rank), parts)
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def check_resumable(
+    directory: Path, config: HybridConfig, expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the run state of a checkpoint that a run of this configuration may resume from.
+
+    ``expected`` holds entries of the run state that must be equal (hashes of tokenizer and data,
+    seed of the sampler ...). Raises UserError naming both sides of the first difference, for a
+    directory that is not a training checkpoint, and for a newer format.
+    """
+    state = _read_run_state(directory)
+    saved = config_from_hf(directory)
+    for f in fields(Architecture):
+        theirs, ours = getattr(saved, f.name), getattr(config, f.name)
+        if f.name == "mtp_pattern" and not (saved.mtp_num_depths or config.mtp_num_depths):
+            continue
+        if theirs != ours and f.name not in _FREE:
+            raise UserError(
+                f"{directory} has model.{f.name} {theirs!r}, this run has {ours!r}; use the same "
+                "model, or another run_dir"
+            )
+    for name, ours in expected.items():
+        theirs = state.get(name)
+        if theirs != ours:
+            raise UserError(
+                f"{directory} was written with {name} {theirs!r}, this run has {ours!r}; use the "
+                "same, or another run_dir"
+            )
+    return state
+
+
+def _read_run_state(directory: Path) -> dict[str, Any]:
+    path = directory / RUN_STATE
+    if not path.is_file():
+        raise UserError(f"{directory} is not a training checkpoint: it has no {RUN_STATE}")
+    state = read_json(path)
+    version = state.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} has no format_version")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{directory} has checkpoint format {version}, this version reads up to "
+            f"{FORMAT_VERSION}; use a newer nemo_hybrid"
+        )
+    return state
+
+
+def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
+    """Fill the wanted fragments from a checkpoint of any layout; return its run state.
+
+    Tensors that a fragment already has are filled in place (they must be fp32), missing ones are
+    allocated on the CPU. Only the needed parts of files are read. Raises UserError when shapes
+    differ, and CheckpointError when an element of any kind is not in the checkpoint.
+    """
+    state = _read_run_state(directory)
+    saved = _read_optimizer_index(directory)
+    # file -> (stored fragment, wanted fragment)
+    reads: dict[str, list[tuple[_Saved, Fragment]]] = defaultdict(list)
+    for fragment in wanted:
+        _locate(directory, fragment, saved, reads)
+    for file, pairs in reads.items():
+        with open_tensors(directory / file) as opened:
+            stored = set(opened.keys())
+            for piece, fragment in pairs:
+                _copy_overlap(opened, stored, directory / file, piece, fragment)
+    return state
+
+
+def _read_optimizer_index(directory: Path) -> dict[str, tuple[tuple[int, ...], list[_Saved]]]:
+    path = directory / OPTIMIZER_INDEX
+    try:
+        index = {
+            name: (tuple(entry["shape"]), [_Saved(*piece) for piece in entry["fragments"]])
+            for name, entry in read_json(path).items()
+        }
+        plain = all(p.file == Path(p.file).name for _, pieces in index.values() for p in pieces)
+    except (KeyError, TypeError):
+        plain = False
+    if not plain:
+        raise CheckpointError(f"damaged checkpoint: {path} is not an optimizer index")
+    return index
+
+
+def _locate(
+    directory: Path,
+    fragment: Fragment,
+    saved: Mapping[str, tuple[tuple[int, ...], list[_Saved]]],
+    reads: dict[str, list[tuple[_Saved, Fragment]]],
+) -> None:
+    """Find the stored fragments that a wanted one overlaps, and allocate its tensors."""
+    if fragment.name not in saved:
+        raise CheckpointError(f"{directory} holds no optimizer state of {fragment.name}")
+    shape, pieces = saved[fragment.name]
+    if shape != tuple(fragment.shape):
+        raise UserError(
+            f"{directory} has {fragment.name} of shape {list(shape)}, this model has "
+            f"{list(fragment.shape)}"
+        )
+    gap = _first_gap(pieces, fragment.start, fragment.stop)
+    if gap is not None:
+        raise CheckpointError(f"{directory} holds no optimizer state of {fragment.name}[{gap}]")
+    for kind in KINDS:
+        tensor = fragment.tensors.get(kind)
+        if tensor is None:
+            fragment.tensors[kind] = torch.empty(fragment.numel, dtype=torch.float32)
+        else:
+            _check_tensor(fragment, kind, tensor)
+    for piece in pieces:
+        if piece.start < fragment.stop and fragment.start < piece.stop:
+            reads[piece.file].append((piece, fragment))
+
+
+def _copy_overlap(
+    opened: Any, stored: set[str], path: Path, piece: _Saved, fragment: Fragment
+) -> None:
+    start, stop = max(piece.start, fragment.start), min(piece.stop, fragment.stop)
+    for kind in KINDS:
+        key = _key(fragment.name, piece.start, kind)
+        if key not in stored:
+            raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {fragment.name}")
+        source = opened.get_slice(key)
+        if source.get_shape() != [piece.numel] or source.get_dtype() != "F32":
+            raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
+        target = fragment.tensors[kind].view(-1)
+        with torch.no_grad():
+            target[start - fragment.start : stop - fragment.start].copy_(
+                source[start - piece.start : stop - piece.start]
+            )
+
+
+def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:
+    """The rank_state that this rank saved; None if the checkpoint had fewer ranks."""
+    path = directory / _rank_file(rank)
+    if not path.is_file():
+        return None
+    with open_tensors(path) as opened:
+        state: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return {**state, **json.loads((opened.metadata() or {}).get(_JSON, "{}"))}
+
+
+def check_masters(weights: Weights, masters: Iterable[Fragment]) -> None:
+    """Compare every master with the weight that must be its rounding, bit by bit.
+
+    The fragments must lie within the weights given here. Raises CheckpointError naming the
+    parameter.
+    """
+    held = {name: (tensor, first_expert) for name, tensor, first_expert in weights}
+    for fragment in masters:
+        tensor, first_expert = held[fragment.name]
+        offset = fragment.start - first_expert * prod(fragment.shape[1:])
+        weight = tensor.detach().reshape(-1)[offset : offset + fragment.numel]
+        if offset < 0 or weight.numel() != fragment.numel:
+            raise ValueError(f"{fragment.name}: the fragment does not lie within the weight")
+        master = fragment.tensors["master"].reshape(-1).to(weight)
+        differing = int((master.view(torch.uint8) != weight.view(torch.uint8)).sum())
+        if differing:
+            raise CheckpointError(
+                f"{fragment.name}: the weights are not the rounding of their fp32 masters "
+                f"({differing} bytes differ); the checkpoint mixes two states"
+            )
