@@ -1,0 +1,496 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemo_hybrid.data import prepare as module
+from nemo_hybrid.data.prepare import PrepareSummary, prepare
+from nemo_hybrid.data.sources import default_sources
+from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
+from nemo_hybrid.errors import UserError
+
+WORDS = "the quick brown fox jumps over lazy dogs while naïve Čerenkov 光 shines 🎉 on </s> and <s>"
+
+
+def texts(count: int, salt: str = "") -> list[str]:
+    words = WORDS.split()
+    return [
+        f"{salt}{i}\n" + " ".join(words[(i * 7 + j * j) % len(words)] for j in range(30))
+        for i in range(count)
+    ]
+
+
+def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
+    return prepare(paths, out, **{"vocab_size": 300, "progress": False, "heldout": 0.3, **options})
+
+
+def decoded(out: Path, split: str) -> list[str]:
+    """Text of every document, by the tokenizer that was stored with it."""
+    store = TokenStore.open(out / split)
+    tokenizer = load_tokenizer(out).tokenizer
+    ids = store.read(0, len(store))
+    starts = np.flatnonzero(store.document_starts(0, len(store))).tolist()
+    documents = [ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    assert all(d[-1] == store.info.eos_id for d in documents)
+    return [tokenizer.decode(d[:-1], skip_special_tokens=False) for d in documents]
+
+
+def everything(out: Path, splits: tuple[str, ...] = ("train", "heldout")) -> list[str]:
+    return sorted(t for split in splits for t in decoded(out, split))
+
+
+def nothing_left(folder: Path, *names: str) -> bool:
+    return sorted(p.name for p in folder.iterdir()) == sorted(names)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """in/ with one file of each kind, some of them nested; 40 documents in all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = tmp_path / "in"
+    (root / "deep" / "er").mkdir(parents=True)
+    drawn = texts(40)
+    for i in range(10):
+        (root / "deep" / f"{i}.txt").write_text(drawn[i])
+        (root / "deep" / "er" / f"{i}.py").write_bytes(b"\xef\xbb\xbf" + drawn[10 + i].encode())
+    lines = [
+        json.dumps({"text": t, "other": 1}, ensure_ascii=i % 2 == 0) for i, t in enumerate(drawn)
+    ]
+    (root / "x.jsonl").write_text("\n\n".join(lines[20:30]) + "\n")
+    pq.write_table(pa.table({"text": drawn[30:40], "n": range(10)}), root / "y.parquet")
+    (root / "empty.txt").touch()
+    (root / ".hidden.txt").write_bytes(b"\xff")
+    (root / "__pycache__").mkdir()
+    (root / "__pycache__" / "a.pyc").write_bytes(b"\xff")
+    (tmp_path / "elsewhere.txt").write_text("not wanted")
+    (root / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (root / "loop").symlink_to(root)
+    return root
+
+
+def test_every_reader_and_the_text_comes_back(folder: Path, tmp_path: Path) -> None:
+    summary = make([folder], tmp_path / "new" / "out")
+    out = tmp_path / "new" / "out"
+    assert everything(out) == sorted(texts(40))
+    assert nothing_left(tmp_path / "new", "out")
+    assert summary.train_documents + summary.heldout_documents == 40
+    assert summary.sources["empty"] == 1
+    assert summary.sources["unusable"] == 0
+    for split in ("train", "heldout"):
+        store = TokenStore.open(out / split)
+        assert store.info.documents == getattr(summary, f"{split}_documents")
+        assert len(store) == getattr(summary, f"{split}_tokens")
+        assert store.info.sources == summary.sources
+    assert "train" in str(summary)
+
+
+def test_special_tokens_spelled_in_the_text_stay_text(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "out")
+    store = TokenStore.open(tmp_path / "out" / "train")
+    ids = store.read(0, len(store))
+    assert (ids == store.info.eos_id).sum() == store.info.documents
+    assert not np.isin(ids, [0, 1]).any()
+    assert any("</s>" in t for t in decoded(tmp_path / "out", "train"))
+
+
+def test_transformers_loads_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    make([folder], tmp_path / "out")
+    for cls in (AutoTokenizer, PreTrainedTokenizerFast):
+        tokenizer = cls.from_pretrained(tmp_path / "out")
+        special = tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token
+        assert special == ("<pad>", "<s>", "</s>")
+        ids = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        assert ids == (0, 1, 2)
+        text = texts(3)[2].replace("</s>", "")
+        ours = load_tokenizer(tmp_path / "out").encode([text])[0].tolist()
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ours
+        assert tokenizer.decode(ours) == text
+
+
+def test_same_input_same_bytes_in_other_processes(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from nemo_hybrid.data.prepare import prepare;"
+        "prepare([sys.argv[1]], sys.argv[2], vocab_size=330, heldout=0.3, progress=False)"
+    )
+    for name, threads in (("a", "1"), ("b", "3")):
+        env = {**os.environ, "PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads}
+        command = [sys.executable, "-c", code, str(folder), str(tmp_path / name)]
+        subprocess.run(command, check=True, env=env)
+    for file in ("tokenizer.json", "train/store.json", "heldout/store.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_split_follows_keys_and_seed_not_places(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "out")
+    moved = tmp_path / "moved" / "elsewhere"
+    moved.parent.mkdir()
+    folder.rename(moved)
+    make([moved], tmp_path / "out2")
+    assert decoded(tmp_path / "out2", "heldout") == decoded(tmp_path / "out", "heldout")
+    make([moved], tmp_path / "out3", seed=1)
+    assert decoded(tmp_path / "out3", "heldout") != decoded(tmp_path / "out", "heldout")
+    summary = make([moved], tmp_path / "out4", heldout=0.0)
+    assert (summary.train_documents, summary.heldout_documents) == (40, 0)
+    assert not (tmp_path / "out4" / "heldout").exists()
+
+
+def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path: Path) -> None:
+    """A word that only held-out documents hold must not become an entry."""
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.txt").write_text(texts(60)[i])
+    make([root], tmp_path / "first")
+    held = set(decoded(tmp_path / "first", "heldout"))
+    assert held
+    for file in root.iterdir():
+        if file.read_text() in held:
+            file.write_text("zyxwvut " * 200)
+    summary = make([root], tmp_path / "second")
+    assert summary.heldout_documents == len(held)
+    entries = load_tokenizer(tmp_path / "second").tokenizer.get_vocab()
+    assert not any("zyx" in e for e in entries)
+    (root / "extra.txt").write_text("zyxwvut " * 200)
+    make([root], tmp_path / "third", heldout=0.0)
+    assert any("zyx" in e for e in load_tokenizer(tmp_path / "third").tokenizer.get_vocab())
+
+
+def test_a_given_tokenizer_is_kept(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    other = tmp_path / "other.txt"
+    other.write_text("another text")
+    for given in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):
+        out = tmp_path / f"b{given.suffix}"
+        make([other], out, tokenizer=given, heldout=0.0, vocab_size=5)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (out / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+        assert decoded(out, "train") == ["another text"]
+
+
+def test_truncation_in_a_given_tokenizer_does_not_cut_documents(
+    folder: Path, tmp_path: Path
+) -> None:
+    make([folder], tmp_path / "a")
+    tokenizer = load_tokenizer(tmp_path / "a").tokenizer
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=512)
+    tokenizer.save(str(tmp_path / "a" / "tokenizer.json"))
+    make([folder], tmp_path / "b", tokenizer=tmp_path / "a")
+    assert everything(tmp_path / "b") == sorted(texts(40))
+
+
+def test_a_saved_hugging_face_dataset(folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    saved = datasets.Dataset.from_dict({"body": texts(20), "n": list(range(20))})
+    saved.save_to_disk(str(tmp_path / "ds"))
+    make([tmp_path / "ds"], tmp_path / "out", text_field="body")
+    assert everything(tmp_path / "out") == sorted(texts(20))
+    with pytest.raises(UserError, match=r"no column 'text'; its columns are body, n"):
+        make([tmp_path / "ds"], tmp_path / "out2")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "dict"))
+    with pytest.raises(UserError, match=r"splits test, train: name one"):
+        make([tmp_path / "dict"], tmp_path / "out2", text_field="body")
+    make([tmp_path / "dict" / "test"], tmp_path / "out3", text_field="body")
+    assert everything(tmp_path / "out3") == sorted(texts(20))
+    (tmp_path / "ds" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="not a readable Hugging Face dataset"):
+        make([tmp_path / "ds"], tmp_path / "out2", text_field="body")
+
+
+def write_megatron(
+    prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2"
+) -> bytes:
+    """A .bin/.idx pair written from the layout's description; returns the index."""
+    sequences = [s for d in documents for s in d]
+    lengths = [len(s) for s in sequences]
+    item = np.dtype(dtype).itemsize
+    offsets = [item * sum(lengths[:i]) for i in range(len(lengths))]
+    bounds = [sum(len(d) for d in documents[:i]) for i in range(len(documents) + 1)]
+    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
+    index += struct.pack("<Q", len(sequences)) + struct.pack("<Q", len(bounds))
+    index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(offsets)}q", *offsets)
+    index += struct.pack(f"<{len(bounds)}q", *bounds)
+    Path(f"{prefix}.idx").write_bytes(index)
+    tokens = np.array([t for s in sequences for t in s], dtype=dtype)
+    Path(f"{prefix}.bin").write_bytes(tokens.tobytes())
+    return index
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])
+def test_megatron_pairs(folder: Path, tmp_path: Path, code: int, dtype: str) -> None:
+    make([folder], tmp_path / "tok")
+    prefix = tmp_path / "corpus_v1.2_text"
+    documents = [[[10, 11], [12]], [[13, 2]], [], [[], [14]]]
+    write_megatron(prefix, documents, code, dtype)
+    for i, path in enumerate((prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))):
+        out = tmp_path / f"out{i}"
+        summary = make([path], out, tokenizer=tmp_path / "tok", heldout=0.0)
+        store = TokenStore.open(out / "train")
+        assert store.read(0, len(store)).tolist() == [10, 11, 12, 2, 13, 2, 14, 2]
+        assert np.flatnonzero(store.document_starts(0, 8)).tolist() == [0, 4, 6]
+        assert summary.sources["empty"] == 1
+
+
+def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "tok")
+    prefix = tmp_path / "m"
+    good = write_megatron(prefix, [[[10, 11]], [[12]]])
+
+    def message(index: bytes | None = None, **options: Any) -> str:
+        if index is not None:
+            Path(f"{prefix}.idx").write_bytes(index)
+        with pytest.raises(UserError) as e:
+            make([prefix], tmp_path / "out", **{"tokenizer": tmp_path / "tok", **options})
+        return str(e.value)
+
+    assert "name the tokenizer" in message(tokenizer=None)
+    assert "wrong magic number" in message(b"X" + good[1:])
+    assert "wrong magic number" in message(b"MMI")
+    assert "version 2" in message(good[:9] + b"\2" + good[10:])
+    assert "dtype code 6" in message(good[:17] + b"\6" + good[18:])
+    assert "truncated" in message(good[:-1])
+    at = 34 + 2 * 4 + 8  # byte offset of the second sequence
+    assert "points outside" in message(good[:at] + struct.pack("<q", 400) + good[at + 8 :])
+    assert "points outside" in message(good[:at] + struct.pack("<q", -2) + good[at + 8 :])
+    assert "points outside" in message(good[:-8] + struct.pack("<q", 1))
+    write_megatron(prefix, [[[10, 11]], [[300]]])
+    assert re.search(r"m\.bin document 1: token id 300 lies outside.* 300;", message())
+    Path(f"{prefix}.idx").unlink()
+    assert "m.idx is missing" in message()
+    Path(f"{prefix}.bin").rename(tmp_path / "n.idx")
+    with pytest.raises(UserError, match=r"n\.bin does not exist"):
+        make([tmp_path / "n.idx"], tmp_path / "out", tokenizer=tmp_path / "tok")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_records_are_counted_named_and_skipped_on_request(
+    folder: Path, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "bad.txt").write_bytes(b"fine\nthen \xff\n")
+    lines = [
+        b'{"text": "ok then"}',
+        b'{"txt": 1}',
+        b"{",
+        b'{"text": 5}',
+        b"[1]",
+        b'{"text": "\xff"}',
+    ]
+    lines += [b'{"text": "\\ud800"}', b"[" * 100_000]
+    (folder / "z.jsonl").write_bytes(b"\n".join(lines))
+    pq.write_table(pa.table({"text": ["row", None]}), folder / "z.parquet")
+    with pytest.raises(UserError) as e:
+        make([folder], tmp_path / "out")
+    message = str(e.value)
+    assert message.startswith("9 unusable: ")
+    assert "bad.txt line 2: not UTF-8" in message
+    assert "z.jsonl line 2: no text in field 'text'" in message
+    assert "z.jsonl line 3: not JSON" in message
+    assert "and 4 more" in message
+    assert "--skip_bad" in message
+    assert not (tmp_path / "out").exists()
+
+    summary = make([folder], tmp_path / "out", skip_bad=True)
+    assert everything(tmp_path / "out") == sorted([*texts(40), "ok then", "row"])
+    assert summary.sources["unusable"] == 9
+    assert TokenStore.open(tmp_path / "out" / "train").info.sources["unusable"] == 9
+    assert "9 unusable" in str(summary)
+    assert [s.split("/")[-1] for s in summary.sources["unusable_examples"]][:2] == [
+        "bad.txt line 2: not UTF-8",
+        "z.jsonl line 2: no text in field 'text'",
+    ]
+
+
+def test_bad_input_is_one_clear_message_and_leaves_nothing(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_text("some text")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "nothing.txt").touch()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    no_eos = tmp_path / "no_eos"
+    no_eos.mkdir()
+    bad_tokenizer = tmp_path / "bad_tokenizer"
+    bad_tokenizer.mkdir()
+    (bad_tokenizer / "tokenizer.json").write_text("{}")
+    make([good], tmp_path / "made", heldout=0.0)
+    (no_eos / "tokenizer.json").write_bytes((tmp_path / "made" / "tokenizer.json").read_bytes())
+    before = sorted(p.name for p in tmp_path.iterdir())
+    out = tmp_path / "out"
+    cases: list[tuple[list[Path], Path, dict[str, Any], str]] = [
+        ([tmp_path / "missing"], out, {}, "missing does not exist"),
+        ([empty], out, {}, "corpus is empty.*nothing.txt"),
+        ([tmp_path / "broken.parquet"], out, {}, "broken.parquet is not a readable parquet"),
+        ([good], out, {}, "none of the 1 documents falls into the heldout split"),
+        ([good], out, {"heldout": 0.9999}, "falls into the train split"),
+        ([good], out, {"heldout": 1.0}, r"must lie in \[0, 1\)"),
+        ([good], out, {"vocab_size": 258}, "at least 259"),
+        ([good], out, {"tokenizer": tmp_path / "missing"}, "cannot read the tokenizer"),
+        ([good], out, {"tokenizer": bad_tokenizer}, "is not a Hugging Face tokenizer"),
+        ([good], out, {"tokenizer": no_eos}, "must name an eos_token"),
+        ([good], tmp_path / "made", {}, "exists already"),
+        ([good], good, {}, "exists already"),
+        ([good], good / "out", {"heldout": 0.0}, "cannot write .*good.txt"),
+    ]
+    for paths, to, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            make(list(paths), to, **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == before, message
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read and write everywhere")
+def test_permissions(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0o500)
+    good = tmp_path / "good.txt"
+    good.write_text("some text")
+    with pytest.raises(UserError, match="cannot write"):
+        make([good], closed / "out", heldout=0.0)
+    good.chmod(0)
+    with pytest.raises(UserError, match="cannot read"):
+        make([good], tmp_path / "out", heldout=0.0)
+
+
+def test_a_full_disk_and_an_interrupt_leave_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=r"cannot write .*No space left"):
+            make([folder], target / "out")
+    assert nothing_left(target)
+
+    seen: list[list[str]] = []
+
+    def interrupted(self: TextTokenizer, texts: list[str]) -> Iterator[Any]:
+        seen.append([p.name for p in target.iterdir()])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(TextTokenizer, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make([folder], target / "out")
+    assert seen[0][0].endswith(".partial")
+    assert nothing_left(target)
+
+
+def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "tok")
+    big = tmp_path / "big.jsonl"
+    line = json.dumps({"text": " ".join(texts(30))}) + "\n"
+    big.write_text(line * 5000)
+    (tmp_path / "made").mkdir()
+    code = (
+        "import sys; from nemo_hybrid.data.prepare import prepare;"
+        "prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], progress=False)"
+    )
+    arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "made").rglob("*.bin")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in error
+    assert nothing_left(tmp_path / "made")
+
+
+def test_reuse_needs_the_same_arguments_and_a_sound_store(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = make([folder], out, reuse=True)
+    assert not first.reused
+    written = (out / "train" / "store.json").stat().st_mtime_ns
+    again = make([folder], out, reuse=True)
+    assert again == replace(first, reused=True)
+    assert (out / "train" / "store.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match=r"other arguments \(heldout, seed differ\)"):
+        make([folder], out, reuse=True, seed=1, heldout=0.2)
+    with pytest.raises(UserError, match="exists already"):
+        make([folder], out)
+    shard = out / "heldout" / "tokens-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="damaged"):
+        make([folder], out, reuse=True)
+    with pytest.raises(UserError, match="not a store made by prepare"):
+        make([folder], folder, reuse=True)
+
+
+def test_an_empty_directory_may_be_filled(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make([folder], tmp_path / "out")
+    assert everything(tmp_path / "out") == sorted(texts(40))
+
+
+def test_the_default_corpus_is_the_library_without_tests_and_packages() -> None:
+    sources = default_sources()
+    keys = {s.key for s in sources}
+    assert {"os.py", "json/decoder.py", "unittest/case.py"} <= keys
+    banned = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    assert not any(banned & set(k.split("/")) for k in keys)
+    assert all(k.endswith(".py") for k in keys)
+    assert sum(s.size for s in sources) > 5_000_000
+
+
+def test_no_paths_means_the_default_corpus(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unusable files, which the user cannot mend, are skipped and counted."""
+    (folder / "latin.py").write_bytes(b"# caf\xe9")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
+    summary = make([], tmp_path / "out")
+    assert everything(tmp_path / "out") == sorted(texts(20)[10:])
+    assert summary.sources["unusable"] == 1
+    assert summary.sources["paths"] == ["standard library of the running Python"]
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make([folder], tmp_path / "out", progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(r"training the tokenizer: done in [\d.]+ s\n", captured.err)
+    assert re.search(r"encoding: done in [\d.]+ s\n", captured.err)
+    assert "\x1b" not in captured.err
+
+
+def test_encoding_in_batches_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make([folder], tmp_path / "one")
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
+    make([folder], tmp_path / "many")
+    for split in ("train", "heldout"):
+        one, many = (tmp_path / n / split / "store.json" for n in ("one", "many"))
+        assert one.read_bytes() == many.read_bytes()
