@@ -39,8 +39,7 @@ def prepare_deepspeed(world: World) -> None:
     Its shared-memory collectives for CPU are compiled on first use; gloo does the same work
     without needing a compiler.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("LOCAL_RANK", "0")  # absent in a world of one without torchrun
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemo_hybrid.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,19 @@ class World:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, on all."""
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (action(), None)
+            except UserError as error:
+                outcome = (None, str(error))
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise UserError(failure)
+        return result
 
     def gather(self, item: Any) -> list[Any]:
         """The items of all ranks, in rank order, on every rank."""

@@ -61,7 +61,7 @@ class PretrainObjective(nn.Module):
         super().__init__()
         self.model = model
         self.depths = model.config.mtp_num_depths
-        self.weights_N = [1.0] + [train.mtp_loss_weight / self.depths] * self.depths
+        self.weights_N = [1.0] + [train.mtp_loss_weight / max(1, self.depths)] * self.depths
         self.aux_weight = train.aux_loss_weight
 
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:

@@ -1,0 +1,77 @@
+"""Losses on held-out data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.config import DataOptions, EvalOptions, TrainOptions
+from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+
+
+@torch.no_grad()
+def evaluate(
+    objective: PretrainObjective,
+    blend: Blend,
+    world: World,
+    *,
+    sequences: int,
+    sequence_length: int,
+    micro_batch_size: int,
+) -> list[float]:
+    """Mean cross-entropy in nats per target, [main, depth 1, ...], over the same held-out windows
+    on every call and at every number of processes. Raises UserError without held-out data."""
+    losses = 1 + objective.depths
+    sums_N = torch.zeros(losses, dtype=torch.float64, device=world.device)
+    targets_N = torch.zeros(losses, dtype=torch.int64, device=world.device)
+    unit = Normalizer(torch.ones(losses, dtype=torch.int64, device=world.device), 1)
+    for batch in heldout_batches(
+        blend.heldout,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        limit=sequences,
+    ):
+        batch = batch.to(world.device)
+        sums_N += objective(batch, unit).ce_sums_N
+        targets_N += count_targets(batch, objective.depths)
+    mean_N: Tensor = world.sum(sums_N) / world.sum(targets_N).clamp(min=1)
+    return mean_N.tolist()
+
+
+def eval_command(options: EvalOptions) -> None:
+    """``nemo-hybrid eval``: print the held-out losses of a checkpoint, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nemo_hybrid.checkpoint.load import load_model
+
+    model = load_model(Path(options.from_))
+    data = DataOptions(path=options.data, sequence_length=options.sequence_length)
+    blend = open_blend(data, model.config)
+    if not blend.heldout:
+        raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
+    world = World.start()
+    losses = evaluate(
+        PretrainObjective(model.to(world.device), TrainOptions()),
+        blend,
+        world,
+        sequences=options.sequences,
+        sequence_length=options.sequence_length,
+        micro_batch_size=options.micro_batch_size,
+    )
+    World.stop()
+    if world.rank:
+        return
+    table = Table("target", "held-out loss (nats per token)", "perplexity")
+    for k, loss in enumerate(losses):
+        name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
+        table.add_row(name, f"{loss:.4f}", f"{torch.tensor(loss).exp():.1f}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)

@@ -1,0 +1,341 @@
+"""Pre-training, from a configuration to the last checkpoint. Reads top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.config import HybridConfig, RunConfig
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.data.loader import Blend, open_blend, steps
+from nemo_hybrid.data.prepare import prepare
+from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.errors import TrainingError, UserError
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
+from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.train import resume
+from nemo_hybrid.train.balance import LoadCounter, max_violation, update_router_bias
+from nemo_hybrid.train.evaluate import evaluate
+from nemo_hybrid.train.flops import peak_flops, peak_source, train_flops_per_token, utilization
+from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
+from nemo_hybrid.train.optim import parameter_groups
+from nemo_hybrid.train.plots import write_plots
+from nemo_hybrid.train.progress import Progress
+from nemo_hybrid.train.run_dir import CHECKPOINTS, open_run
+from nemo_hybrid.train.schedule import learning_rate
+from nemo_kernels import backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train as ``config`` says; every process of the run calls this.
+
+    Raises UserError for mistakes, the same on every rank, and TrainingError when the loss or the
+    gradient stops being finite.
+    """
+    config.validate()
+    accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    world = World.start()
+    checkpoint = world.first(lambda: open_run(config))
+    if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
+        if world.rank == 0:
+            print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
+        World.stop()
+        return
+    blend = _open_data(config, world)
+    run = _build(config, world, blend, accumulation)
+    start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
+    if world.rank == 0:
+        _announce(config, world, run, checkpoint)
+        with (
+            MetricsWriter(config.run_dir, start) as writer,
+            Progress(config.train.max_steps, start, config.train.log_every) as progress,
+        ):
+            _train(run, start, writer, progress)
+        write_plots(config.run_dir)
+        print(_summary(config, "finished"))
+    else:
+        _train(run, start, None, None)
+    World.stop()
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: RunConfig
+    world: World
+    blend: Blend
+    model: HybridLM
+    objective: PretrainObjective
+    engine: Engine
+    identity: resume.Identity
+
+
+def _open_data(config: RunConfig, world: World) -> Blend:
+    """Open the token stores; make the default corpus first where the configuration asks for it."""
+    data = config.data
+
+    def make_default() -> None:
+        if data.prepare_default and data.path and not Path(data.path).exists():
+            prepare([], data.path, vocab_size=config.model.vocab_size)
+
+    world.first(make_default)
+    blend = open_blend(data, config.model)
+    if config.train.eval_sequences and not blend.heldout:
+        raise UserError(
+            "the data has no held-out part: prepare it with --heldout above 0, or set "
+            "train.eval_sequences to 0"
+        )
+    return blend
+
+
+def _build(config: RunConfig, world: World, blend: Blend, accumulation: int) -> Run:
+    prepare_deepspeed(world)
+    backend.choose(**vars(config.kernels))
+    ep = config.parallel.ep
+    hybrid = config.model.hybrid()
+    if config.model.from_hf:
+        hybrid = HybridConfig.from_hf(config.model.from_hf)
+    dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
+    model = HybridLM(
+        hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
+    )
+    if config.model.from_hf:
+        load_weights(
+            Path(config.model.from_hf),
+            tensors_by_name(model),
+            model.owned_experts,
+            n_experts=hybrid.n_routed_experts,
+        )
+    model.to(world.device, DTYPES[config.precision.recipe])
+    objective = PretrainObjective(model, config.train)
+    groups = parameter_groups(model, config.train)
+    engine = Engine(
+        objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
+    )
+    identity = resume.Identity(
+        data=[_digest(store) for store in blend.train],
+        tokenizer=blend.train[0].info.tokenizer_sha256,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+    )
+    return Run(config, world, blend, model, objective, engine, identity)
+
+
+def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progress | None) -> None:
+    """The loop. ``writer`` and ``progress`` exist on rank 0 alone."""
+    config, world, train = run.config, run.world, run.config.train
+    data = steps(
+        run.blend,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start,
+        workers=config.data.workers,
+        seed=train.seed,
+    )
+    meter = _Meter(run) if world.rank == 0 else None
+    heldout = _heldout(run) if start == 0 and train.eval_sequences else None
+    for step in range(start, train.max_steps):
+        began = time.monotonic()
+        batches = [batch.to(world.device) for batch in next(data)]
+        waited = time.monotonic() - began
+        lr = learning_rate(step, train)
+        outcome = _step(run, batches, lr)
+        seconds = time.monotonic() - began
+        done = step + 1
+        last = done == train.max_steps
+        if train.eval_sequences and (last or (train.eval_every and done % train.eval_every == 0)):
+            heldout = _heldout(run)
+        if meter and writer and progress:
+            metrics = meter.metrics(done, lr, outcome, seconds, waited, heldout)
+            logged = last or done % train.log_every == 0
+            writer.write(metrics, outcome.loads() if logged else None)
+            progress.update(metrics)
+        heldout = None
+        every = config.checkpoint.every
+        if last or (every and done % every == 0):
+            if writer:
+                writer.sync()
+            resume.save(
+                Path(config.run_dir) / CHECKPOINTS, done, run.engine, run.model, run.identity,
+                config, run.blend.tokenizer_dir,
+            )  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """One optimizer step, over all ranks."""
+
+    losses: list[float]  # cross-entropies: main, then each depth
+    aux: float
+    grad_norm: float
+    counts: dict[str, Tensor]  # layer name -> routed slots per expert
+    sample_hash: int
+
+    def loads(self) -> dict[str, list[int]]:
+        return {name: counts_E.tolist() for name, counts_E in self.counts.items()}
+
+
+def _step(run: Run, batches: list[Batch], lr: float) -> Outcome:
+    world, engine, train = run.world, run.engine, run.config.train
+    depths = run.objective.depths
+    # Targets are counted over the whole global batch before the first backward pass, so that
+    # every share of the loss has the right denominator.
+    known = torch.stack([count_targets(batch, depths) for batch in batches]).sum(0)
+    samples = torch.tensor([_hash(batches)], device=world.device)
+    totals = world.sum(torch.cat([known, samples]))
+    normalizer = Normalizer(totals[:-1], train.global_batch_size)
+
+    sums = torch.zeros(2 + depths, device=world.device)
+    counter = LoadCounter()
+    norm = None
+    for batch in batches:
+        parts = engine(batch, normalizer)
+        engine.backward(parts.loss)
+        sums += torch.cat([parts.ce_sums_N, parts.aux_sum[None]])
+        counter.add(parts.counts)
+        norm = engine.step(lr)
+    assert norm is not None, "the last micro-batch ends the global batch"
+    counts = counter.total(world)
+    update_router_bias(run.model, counts, train.router_bias_rate)
+    world.sum(sums)
+    losses = (sums[:-1] / normalizer.targets_N.clamp(min=1)).tolist()
+    aux = float(sums[-1]) / (train.global_batch_size * max(1, len(counts)))
+    if not all(map(_finite, [*losses, norm])):
+        raise TrainingError(
+            f"the loss ({losses[0]}) or the gradient norm ({norm}) is not finite: lower train.lr "
+            "or resume from an earlier checkpoint"
+        )
+    return Outcome(losses, aux, norm, counts, int(totals[-1]))
+
+
+def _heldout(run: Run) -> list[float]:
+    config = run.config
+    return evaluate(
+        run.objective,
+        run.blend,
+        run.world,
+        sequences=config.train.eval_sequences,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+
+
+class _Meter:
+    """Turns outcomes into rows of metrics; for rank 0 alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        config = run.config
+        self.tokens = config.train.global_batch_size * config.data.sequence_length
+        self.flops = train_flops_per_token(run.model.config, config.data.sequence_length)
+        self.peak = peak_flops(run.world.device.type, DTYPES[config.precision.recipe])
+
+    def metrics(
+        self,
+        done: int,
+        lr: float,
+        outcome: Outcome,
+        seconds: float,
+        waited: float,
+        heldout: list[float] | None,
+    ) -> StepMetrics:
+        violations = {name: max_violation(c) for name, c in outcome.counts.items()}
+        rate = self.tokens / seconds
+        return StepMetrics(
+            step=done,
+            loss=outcome.losses[0],
+            mtp_losses=outcome.losses[1:],
+            aux_loss=outcome.aux,
+            lr=lr,
+            grad_norm=outcome.grad_norm,
+            tokens=self.tokens,
+            tokens_total=self.tokens * done,
+            tokens_per_s=rate,
+            step_seconds=seconds,
+            data_seconds=waited,
+            mfu=utilization(rate, self.flops, self.peak, self.run.world.size),
+            memory_gb=_peak_memory(self.run.world.device) / 1e9,
+            max_vio=max(violations.values(), default=0.0),
+            max_vio_per_layer=violations,
+            dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
+            heldout_loss=heldout[0] if heldout else None,
+            heldout_mtp_losses=heldout[1:] if heldout else None,
+            sample_hash=f"{outcome.sample_hash & (2**64 - 1):016x}",
+        )
+
+
+def _hash(batches: list[Batch]) -> int:
+    """Hash of this rank's sequences; summed over ranks it does not depend on the layout."""
+    total = 0
+    for batch in batches:
+        for row in batch.ids_BS.cpu().numpy():
+            digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
+            total += int.from_bytes(digest, "little")
+    total %= 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+def _digest(store: TokenStore) -> str:
+    """One checksum for all files of a token store."""
+    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def _announce(config: RunConfig, world: World, run: Run, checkpoint: Path | None) -> None:
+    train, model = config.train, run.model.config
+    accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
+    print(
+        f"model {model.pattern}, hidden {model.hidden_size}, {model.n_routed_experts} experts of "
+        f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths\n"
+        f"data {run.blend.tokens:,} training tokens; {train.max_steps} steps of "
+        f"{train.global_batch_size} x {config.data.sequence_length} tokens\n"
+        f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
+        f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
+    )
+    for op, name, reason in backend.report(world.device.type):
+        print(f"kernel {op}: {name} ({reason})")
+    print(f"MFU relative to {peak_source(world.device.type)}")
+    print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
+
+
+def _summary(config: RunConfig, how: str) -> str:
+    run_dir = Path(config.run_dir)
+    return (
+        f"{how}\n"
+        f"  checkpoints  {run_dir / CHECKPOINTS}\n"
+        f"  metrics      {run_dir / 'metrics.jsonl'}\n"
+        f"  TensorBoard  {run_dir / 'tensorboard'}\n"
+        f"  plots        {run_dir / 'plots'}"
+    )
