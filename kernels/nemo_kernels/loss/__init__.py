@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_kernels.loss import reference
+from nemo_kernels import backend
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["PATHS", "linear_cross_entropy"]
+
+PATHS: dict[str, str] = {}
 
 
 def linear_cross_entropy(
@@ -52,10 +54,7 @@ def linear_cross_entropy(
             raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
         if x.dtype != dtype:
             raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
-    if chunk_size is None:
-        chunk_size = reference.rows_per_chunk(weight_VD.shape[0], h_RD.device.type)
-    if chunk_size <= 0:
+    if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
-    return reference.LinearCrossEntropy.apply(
-        h_RD, weight_VD, labels_R, scale_R, chunk_size, torch.is_grad_enabled()
-    )
+    impl = backend.implementation("loss", h_RD.device.type)
+    return impl.linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, chunk_size)

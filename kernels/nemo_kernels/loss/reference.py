@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits of one chunk: small enough to stay in a CPU's second-level cache between the passes over
+# Logits of one chunk: small enough to stay in a CPU's second-level caches between the passes over
 # them; on a GPU, large enough to fill it.
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 4 << 20}
+_CHUNK_BYTES_GPU = 256 << 20
 
 
-def rows_per_chunk(vocab: int, device_type: str) -> int:
-    return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab))
+def linear_cross_entropy(
+    h_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    scale_R: Tensor,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    if chunk_size is None:
+        budget = _CHUNK_BYTES.get(h_RD.device.type, _CHUNK_BYTES_GPU)
+        chunk_size = max(16, budget // (4 * weight_VD.shape[0]))
+    return LinearCrossEntropy.apply(
+        h_RD, weight_VD, labels_R, scale_R, chunk_size, torch.is_grad_enabled()
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -45,12 +57,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             h_CD = h_RD.index_select(0, rows_C).to(acc)
             label_C1 = labels_R.index_select(0, rows_C)[:, None]
             p_CV = torch.mm(h_CD, w_VD.t())
-            torch.log_softmax(p_CV, -1, out=p_CV)
-            ce_R[rows_C] = -p_CV.gather(1, label_C1).squeeze(1)
+            p_CV.sub_(p_CV.amax(1, keepdim=True))
+            label_logit_C1 = p_CV.gather(1, label_C1)
+            sum_C1 = p_CV.exp_().sum(1, keepdim=True)
+            ce_R[rows_C] = (sum_C1.log() - label_logit_C1).squeeze(1)
             if not (need_h or need_weight):
                 continue
             scale_C1 = scale_R.index_select(0, rows_C).to(acc)[:, None]
-            p_CV.exp_().mul_(scale_C1).scatter_add_(1, label_C1, -scale_C1)
+            p_CV.mul_(scale_C1 / sum_C1).scatter_add_(1, label_C1, -scale_C1)
             if dh_RD is not None:
                 dh_RD[rows_C] = torch.mm(p_CV, w_VD).to(h_RD.dtype)
             if dweight_VD is not None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_kernels.moe import reference
-from nemo_kernels.moe.reference import Slots
+from nemo_kernels import backend
+from nemo_kernels.moe.routing import Slots
 
-__all__ = ["Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+__all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+
+PATHS = {"grouped_mm": "nemo_kernels.moe.grouped_mm"}
 
 
 def topk_router(
@@ -46,7 +48,8 @@ def topk_router(
     _expect("bias_E", bias_E, (weight_ED.shape[0],))
     if not 0 < k <= weight_ED.shape[0]:
         raise ValueError(f"k: expected 1 to {weight_ED.shape[0]} (experts), got {k}")
-    return reference.topk_router(x_TD, weight_ED, bias_E, k, scaling_factor, normalize)
+    impl = backend.implementation("moe", x_TD.device.type)
+    return impl.topk_router(x_TD, weight_ED, bias_E, k, scaling_factor, normalize)
 
 
 def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
@@ -64,7 +67,7 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
         ValueError: ids are not a 2-D int64 tensor.
     """
     _expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
-    return reference.sort_slots(topk_ids_TK, n_experts)
+    return backend.implementation("moe", topk_ids_TK.device.type).sort_slots(topk_ids_TK, n_experts)
 
 
 def grouped_mlp(
@@ -89,9 +92,8 @@ def grouped_mlp(
     _expect("weights_R", weights_R, (x_RL.shape[0],))
     _expect_experts(x_RL, w_up_EFL, w_down_ELF)
     _expect("counts_E", counts_E, (w_up_EFL.shape[0],), dtype=torch.int64)
-    return reference.GroupedMLP.apply(
-        reference.LoopGemm, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF
-    )
+    impl = backend.implementation("moe", x_RL.device.type)
+    return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
 
 
 def moe_mlp(
@@ -120,10 +122,8 @@ def moe_mlp(
     _expect("topk_weights_TK", topk_weights_TK, (x_TL.shape[0], None))
     _expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
     _expect_experts(x_TL, w_up_EFL, w_down_ELF)
-    slots = reference.sort_slots(topk_ids_TK, w_up_EFL.shape[0])
-    return reference.MoeMLP.apply(
-        reference.LoopGemm, x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF
-    )
+    impl = backend.implementation("moe", x_TL.device.type)
+    return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF)
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:

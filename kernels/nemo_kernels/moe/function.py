@@ -1,0 +1,120 @@
+"""Autograd of the expert operations, over any implementation of the expert MLP itself.
+
+Shapes: T tokens, E experts, K experts per token, R routed slots (T*K), L width in which experts
+work, F expert inner width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_kernels.moe.routing import Slots, combine
+
+
+class Experts(Protocol):
+    """An implementation of the expert MLP on rows sorted by expert. It may leave results in fp32.
+
+    ``groups`` is counts_E in whatever form the implementation needs.
+    """
+
+    def groups(self, counts_E: Tensor) -> Any: ...
+
+    def forward(
+        self, x_RL: Tensor, weights_R: Tensor, groups: Any, w_up_EFL: Tensor, w_down_ELF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output y_RL and the pre-activation h_RF in x's dtype."""
+        ...
+
+    def backward(
+        self,
+        dy_RL: Tensor,
+        h_RF: Tensor,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: Any,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x_RL, weights_R, w_up_EFL, w_down_ELF; zero for experts without rows."""
+        ...
+
+
+class GroupedMLP(torch.autograd.Function):
+    """``grouped_mlp``; keeps its inputs and the pre-activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        experts: Experts,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        counts_E: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> Tensor:
+        ctx.experts, ctx.groups = experts, experts.groups(counts_E)
+        y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
+        ctx.save_for_backward(h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF)
+        return y_RL.to(x_RL.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RL: Tensor) -> tuple[Tensor | None, ...]:
+        h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
+        dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
+            dy_RL.contiguous(), h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
+        )
+        return (
+            None,
+            dx_RL.to(x_RL.dtype),
+            dweights_R.to(weights_R.dtype),
+            None,
+            dup_EFL.to(w_up_EFL.dtype),
+            ddown_ELF.to(w_down_ELF.dtype),
+        )
+
+
+class MoeMLP(torch.autograd.Function):
+    """``moe_mlp``; keeps its inputs (not their K-fold gather), the sort and the pre-activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        experts: Experts,
+        x_TL: Tensor,
+        slots: Slots,
+        topk_weights_TK: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> Tensor:
+        order_R, inverse_R, counts_E = slots
+        ctx.experts, ctx.groups = experts, experts.groups(counts_E)
+        token_R = order_R.div(topk_weights_TK.shape[1], rounding_mode="floor")
+        weights_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
+        x_RL = x_TL.index_select(0, token_R)
+        y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
+        ctx.save_for_backward(h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF)
+        return combine(y_RL, inverse_R, x_TL.shape[0]).to(x_TL.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TL: Tensor) -> tuple[Tensor | None, ...]:
+        h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
+        n_tokens = x_TL.shape[0]
+        dy_RL, x_RL = dy_TL.index_select(0, token_R), x_TL.index_select(0, token_R)
+        dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
+            dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
+        )
+        dweights_TK = dweights_R.index_select(0, inverse_R).view(n_tokens, -1)
+        return (
+            None,
+            combine(dx_RL, inverse_R, n_tokens).to(x_TL.dtype),
+            None,
+            dweights_TK.to(weights_R.dtype),
+            dup_EFL.to(w_up_EFL.dtype),
+            ddown_ELF.to(w_down_ELF.dtype),
+        )

@@ -1,0 +1,119 @@
+"""Mixture-of-experts operations over ``torch.nn.functional.grouped_mm``.
+
+Group sizes stay on the device: nothing waits for a GPU. Matrix products take the inputs' dtype
+(bf16 on a GPU) and round their results to it; the passes between them are in fp32.
+
+Shapes as in ``reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from nemo_kernels.moe import reference
+from nemo_kernels.moe.function import GroupedMLP, MoeMLP
+from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
+
+__all__ = ["DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "topk_router"]
+
+DEVICE_TYPES = ("cuda", "cpu")
+_ALIGNMENT = 16
+"""Bytes to which grouped_mm needs rows aligned on a GPU."""
+
+
+class GroupedMMExperts:
+    """The expert MLP, all experts in each matrix product."""
+
+    def groups(self, counts_E: Tensor) -> Tensor:
+        return counts_E.cumsum(0).int()
+
+    def forward(
+        self,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        h_RF = grouped_mm(x_RL, w_up_EFL.mT, offs=groups)
+        act_RF = h_RF.to(accumulation_dtype(x_RL)).relu()
+        act_RF = act_RF.square_().mul_(weights_R[:, None]).to(x_RL.dtype)
+        return grouped_mm(act_RF, w_down_ELF.mT, offs=groups), h_RF
+
+    def backward(
+        self,
+        dy_RL: Tensor,
+        h_RF: Tensor,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        acc, weights_R1 = accumulation_dtype(x_RL), weights_R[:, None]
+        relu_RF = h_RF.to(acc).relu()
+        dh_RF = grouped_mm(dy_RL, w_down_ELF, offs=groups).to(acc).mul_(relu_RF)
+        dweights_R = torch.linalg.vecdot(dh_RF, relu_RF)
+        act_RF = relu_RF.square_().mul_(weights_R1).to(x_RL.dtype)
+        ddown_ELF = grouped_mm(dy_RL.t(), act_RF, offs=groups)
+        dh_RF = dh_RF.mul_(2 * weights_R1).to(x_RL.dtype)
+        dx_RL = grouped_mm(dh_RF, w_up_EFL, offs=groups)
+        dup_EFL = grouped_mm(dh_RF.t(), x_RL, offs=groups)
+        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+
+
+def grouped_mlp(
+    x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
+) -> Tensor:
+    _check_alignment(w_up_EFL)
+    return GroupedMLP.apply(GroupedMMExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
+
+
+def moe_mlp(
+    x_TL: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+) -> Tensor:
+    _check_alignment(w_up_EFL)
+    slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
+    return MoeMLP.apply(GroupedMMExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF)
+
+
+def self_check(device_type: str) -> float:
+    """Largest deviation from the reference, relative to its largest value, of output and gradients
+    in bf16, with an expert that gets no token."""
+    generator = torch.Generator().manual_seed(0)
+    n_experts, n_tokens, k, width, inner = 5, 96, 2, 64, 128
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator)
+        return x.to(device_type, torch.bfloat16).requires_grad_()
+
+    x_TL, weights_TK = normal(n_tokens, width), normal(n_tokens, k)
+    up_EFL, down_ELF = normal(n_experts, inner, width), normal(n_experts, width, inner)
+    dy_TL = normal(n_tokens, width)
+    pairs = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type)
+    ids_TK = pairs.repeat(n_tokens // len(pairs), 1)
+    results = []
+    for op in (moe_mlp, reference.moe_mlp):
+        y_TL = op(x_TL, ids_TK, weights_TK, up_EFL, down_ELF)
+        grads = torch.autograd.grad(y_TL, (x_TL, weights_TK, up_EFL, down_ELF), dy_TL)
+        results.append([y_TL, *grads])
+    deviations = [
+        (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+        for ours, theirs in zip(*results, strict=True)
+    ]
+    return torch.stack(deviations).max().item()
+
+
+def _check_alignment(w_up_EFL: Tensor) -> None:
+    unit = _ALIGNMENT // w_up_EFL.element_size()
+    if w_up_EFL.shape[1] % unit or w_up_EFL.shape[2] % unit:
+        raise ValueError(
+            f"w_up_EFL: expected widths in multiples of {unit} for {w_up_EFL.dtype} (path "
+            f"grouped_mm of op moe), got {list(w_up_EFL.shape)}; path reference takes any"
+        )
