@@ -20,7 +20,7 @@ def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> HybridLM:
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
     """Build the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU.
 
     ``dtype`` None: as config.json says. Parameters of the fp32 list stay fp32. Raises UserError

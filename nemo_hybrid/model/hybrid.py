@@ -70,6 +70,16 @@ class HybridLM(nn.Module):
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
 
+    @classmethod
+    def from_hf(cls, path: str, dtype: torch.dtype | None = None) -> "HybridLM":
+        """Load a local directory (run, checkpoint or Hugging Face), every tensor accounted for.
+
+        ``dtype`` None: as stored. Raises UserError.
+        """
+        from nemo_hybrid.checkpoint.load import load_model
+
+        return load_model(path, dtype)
+
     def forward(self, input_ids: Tensor, mtp: bool = False) -> HybridOutput:
         """Logits of ``input_ids`` [B, S], one document per row."""
         h_BSD, _ = self.forward_hidden(input_ids)

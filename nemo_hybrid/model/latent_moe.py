@@ -10,12 +10,12 @@ per token.
 from typing import Protocol
 
 import torch
-from nemo_kernels.moe import moe_mlp
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
+from nemo_kernels.moe import moe_mlp
 
 
 class Experts(nn.Module):

@@ -9,11 +9,11 @@ Shapes: B rows, S sequence, T = B*S tokens, D hidden, E experts, K experts per t
 from typing import NamedTuple
 
 import torch
-from nemo_kernels.moe import topk_router
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.fp32 import KeepsFp32
+from nemo_kernels.moe import topk_router
 
 
 class RoutingStats(NamedTuple):

@@ -108,6 +108,7 @@ def _open_data(config: RunConfig, world: World) -> Blend:
 
 def _build(config: RunConfig, world: World, blend: Blend, accumulation: int) -> Run:
     prepare_deepspeed(world)
+    torch.manual_seed(config.train.seed)
     backend.choose(**vars(config.kernels))
     ep = config.parallel.ep
     hybrid = config.model.hybrid()

@@ -1,0 +1,105 @@
+"""Continue text with a trained model.
+
+Mamba-2 layers carry a state of fixed size and attention layers a key/value cache, so a new token
+costs the same however much the Mamba-2 layers have seen.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.config import GenerateOptions
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.hybrid import HybridLM
+
+
+def sample(
+    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Next token ids [B]: the most probable at temperature 0, else a draw.
+
+    ``top_p``: only from the fewest most probable tokens that together have at least this
+    probability (Holtzman et al. 2020, arXiv 1904.09751); ties keep the smaller id.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = ordered_BV.cumsum(-1) - ordered_BV
+        ordered_BV = ordered_BV.masked_fill(before_BV >= top_p, 0.0)
+        probabilities_BV = torch.zeros_like(ordered_BV).scatter(-1, order_BV, ordered_BV)
+    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)
+
+
+def generate(
+    model: HybridLM,
+    prompt_BS: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield one token id per row [B] at a time, ``max_new_tokens`` times.
+
+    ``prompt_BS`` holds prompts of equal length of at least one token.
+    """
+    generator = torch.Generator(prompt_BS.device).manual_seed(seed)
+    logits_BV, caches = model.prefill(prompt_BS)
+    for count in range(1, max_new_tokens + 1):
+        ids_B = sample(logits_BV, temperature, top_p, generator)
+        yield ids_B
+        if count < max_new_tokens:
+            logits_BV = model.decode(ids_B, caches)
+
+
+def generate_command(options: GenerateOptions) -> None:
+    """``nemo-hybrid generate``: print the prompt and its continuation as it appears."""
+    from transformers import PreTrainedTokenizerFast
+
+    from nemo_hybrid.checkpoint.files import resolve
+    from nemo_hybrid.checkpoint.load import load_model
+
+    directory = resolve(Path(options.from_))
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    model = load_model(directory).eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("--prompt is empty: give at least one token to continue")
+    prompt_BS = torch.tensor([ids], device=model.lm_head.weight.device)
+
+    began, new, shown = time.monotonic(), [], ""
+    sys.stdout.write(options.prompt)
+    for ids_B in generate(
+        model,
+        prompt_BS,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    ):
+        token = int(ids_B)
+        if token == model.config.eos_token_id:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # an unfinished UTF-8 sequence waits for its next bytes
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+    seconds = time.monotonic() - began
+    print(f"[{len(new)} tokens in {seconds:.1f} s]", file=sys.stderr)
