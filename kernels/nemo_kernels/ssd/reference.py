@@ -1,13 +1,35 @@
 """Mamba-2 scan in plain PyTorch: the specification.
 
-Shapes: B batch, S sequence, H heads, P head dim, G groups, N state, L chunk length.
+The chunked form of arXiv 2405.21060, section 6: within a chunk the scan is a masked matrix product
+M x, between chunks a state is carried. In the notation below, for one chunk and head,
+
+    a = dt A                         log-decay of each token
+    cs_i = sum of a over the document's tokens in the chunk up to i
+    decay_ij = exp(cs_i - cs_j) dt_j            M = mask * (C B^T) * decay + diag(D)
+    state' = exp(cs_end) state + sum_j decay_end,j x_j B_j^T
+    y = M x + exp(cs) C state
+
+The mask holds 1 where j <= i and both are in one document. Sums restart with each document and the
+state is multiplied by an exact 0 where a document begins, so (finite) tokens of one document do not
+change another one by a single bit. No exponent is positive. The backward pass is written by hand:
+it keeps only the states between chunks and recomputes M, a few batch rows at a time.
+
+Shapes: B batch, S sequence, H heads, P head dim, G groups, N state, c chunks, L chunk length,
+b batch rows of a block, h heads per group.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of M per block: a few such tensors stay in a CPU's L2 cache.
+_BLOCK = {"cpu": 1 << 18}
+_BLOCK_ELSEWHERE = 1 << 28
 
 
 def ssd_scan(
@@ -21,52 +43,21 @@ def ssd_scan(
     seq_idx_BS: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    batch, length, heads, head_dim = x_BSHP.shape
-    groups, state = B_BSGN.shape[2:]
+    length = x_BSHP.shape[1]
     chunk = min(chunk_size, length)
     pad = -length % chunk
-    dtype = torch.promote_types(x_BSHP.dtype, torch.float32)
-    x, dt, Bm, Cm = (t.to(dtype) for t in (x_BSHP, dt_BSH, B_BSGN, C_BSGN))
-    if pad:  # dt = 0: the state passes through unchanged
-        x, Bm, Cm = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, Bm, Cm))
-        dt = F.pad(dt, (0, 0, 0, pad))
-    if seq_idx_BS is None:
-        seq_idx_BS = torch.zeros(batch, length, dtype=torch.int32, device=x.device)
-    seq = F.pad(seq_idx_BS[:, None].double(), (0, pad), mode="replicate")[:, 0]
-    chunks = (length + pad) // chunk
-
-    doc_BcL = seq.view(batch, chunks, chunk)
-    same_BcLL = (doc_BcL[..., :, None] == doc_BcL[..., None, :]).tril()
-    dt_BcHL = dt.view(batch, chunks, chunk, heads).transpose(2, 3)
-    a_BcHL = dt_BcHL * A_H.to(dtype)[:, None]
-    cs_BcHL = a_BcHL @ same_BcLL.to(dtype).transpose(-1, -2)
-    decay = (cs_BcHL[..., :, None] - cs_BcHL[..., None, :]).masked_fill(
-        ~same_BcLL[:, :, None], -torch.inf
-    )
-    L_BcHLL = decay.exp()
-    xd = (x.view(batch, chunks, chunk, heads, head_dim).permute(0, 1, 3, 2, 4)) * dt_BcHL[..., None]
-    per = heads // groups
-    Bc = Bm.view(batch, chunks, chunk, groups, state).transpose(2, 3)
-    Cc = Cm.view(batch, chunks, chunk, groups, state).transpose(2, 3)
-    scores = (Cc @ Bc.transpose(-1, -2)).repeat_interleave(per, 2)
-    Bh, Ch = Bc.repeat_interleave(per, 2), Cc.repeat_interleave(per, 2)
-    y = (scores * L_BcHLL) @ xd
-    new = (xd * L_BcHLL[..., -1, :, None]).transpose(-1, -2) @ Bh  # BcHPN
-    previous_doc = torch.cat((doc_BcL[:, :1, 0], doc_BcL[:, :-1, -1]), 1)
-    carried = (doc_BcL == previous_doc[..., None])[:, :, None]  # Bc1L
-    gate = cs_BcHL.exp() * carried
+    if pad:  # padded tokens have dt = 0: they pass the state on unchanged
+        x_BSHP, B_BSGN, C_BSGN = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x_BSHP, B_BSGN, C_BSGN))
+        dt_BSH = F.pad(dt_BSH, (0, 0, 0, pad))
+        if seq_idx_BS is not None:
+            seq_idx_BS = torch.cat((seq_idx_BS, seq_idx_BS[:, -1:].expand(-1, pad)), dim=1)
     if initial_state_BHPN is None:
-        S = x.new_zeros(batch, heads, head_dim, state)
-    else:
-        S = initial_state_BHPN.to(dtype)
-    before = []
-    for c in range(chunks):
-        before.append(S)
-        S = S * gate[:, c, :, -1, None, None] + new[:, c]
-    y = y + (Ch @ torch.stack(before, 1).transpose(-1, -2)) * gate[..., None]
-    y = y.permute(0, 1, 3, 2, 4).reshape(batch, length + pad, heads, head_dim)[:, :length]
-    y = y + x[:, :length] * D_H.to(dtype)[:, None]
-    return y.to(x_BSHP.dtype), S
+        batch, _, heads, head_dim = x_BSHP.shape
+        initial_state_BHPN = dt_BSH.new_zeros(batch, heads, head_dim, B_BSGN.shape[-1])
+    y_BSHP, state_BHPN = _ChunkedScan.apply(
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, initial_state_BHPN, chunk, seq_idx_BS
+    )
+    return y_BSHP[:, :length], state_BHPN
 
 
 def ssd_step(
@@ -79,11 +70,221 @@ def ssd_step(
     state_BHPN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     per_group = x_BHP.shape[1] // B_BGN.shape[1]
-    x, dt = x_BHP.to(state_BHPN.dtype), dt_BH.to(state_BHPN.dtype)
+    x, dt_BH = x_BHP.to(state_BHPN.dtype), dt_BH.to(state_BHPN.dtype)
     B_BHN = B_BGN.to(x.dtype).repeat_interleave(per_group, dim=1)
     C_BHN = C_BGN.to(x.dtype).repeat_interleave(per_group, dim=1)
-    decay_BH = torch.exp(dt * A_H)
-    xd_BHP = x * dt[..., None]
-    state_BHPN = state_BHPN * decay_BH[..., None, None] + xd_BHP[..., None] * B_BHN[..., None, :]
-    y_BHP = (state_BHPN @ C_BHN[..., None])[..., 0] + x * D_H[:, None].to(x.dtype)
+    decay_BH = torch.exp(dt_BH * A_H)
+    new_BHPN = (x * dt_BH[..., None])[..., None] * B_BHN[..., None, :]
+    state_BHPN = torch.addcmul(new_BHPN, state_BHPN, decay_BH[..., None, None])
+    y_BHP = (state_BHPN @ C_BHN[..., None])[..., 0] + x * D_H[:, None]
     return y_BHP.to(x_BHP.dtype), state_BHPN
+
+
+class _Chunks(NamedTuple):
+    """What forward and backward need of a block of batch rows, in the computation's dtype."""
+
+    x_bcHLP: Tensor
+    B_bcGLN: Tensor
+    C_bcGLN: Tensor
+    dt_bcHL: Tensor
+    mask_bcLL: Tensor
+    scores_bcGLL: Tensor
+    """Masked C B^T."""
+    decay_bcHLL: Tensor
+    """exp(cs_i - cs_j) dt_j, at most dt_j where the mask is 0."""
+    from_start_bcHL: Tensor
+    """exp(cs), 0 for tokens whose document does not reach back before the chunk."""
+    to_end_bcHL: Tensor
+    """decay_end,j, 0 for tokens whose document does not reach the end of the chunk."""
+
+    def by_group(self, t_bcH: Tensor) -> Tensor:
+        """[b,c,H,...] as [b,c,G,h,...]."""
+        return t_bcH.unflatten(2, (self.B_bcGLN.shape[2], -1))
+
+    def matrix(self, D_H: Tensor) -> Tensor:
+        """M, [b,c,H,L,L]."""
+        M_bcGhLL = self.by_group(self.decay_bcHLL) * self.scores_bcGLL[:, :, :, None]
+        M_bcHLL = M_bcGhLL.flatten(2, 3)
+        M_bcHLL.diagonal(dim1=-2, dim2=-1).add_(D_H[:, None])
+        return M_bcHLL
+
+    def scaled(self, t_bcGLN: Tensor, scale_bcHL: Tensor) -> Tensor:
+        """B or C of each head times a factor per token, [b,c,H,L,N]."""
+        return (t_bcGLN[:, :, :, None] * self.by_group(scale_bcHL)[..., None]).flatten(2, 3)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        A_H: Tensor,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        D_H: Tensor,
+        initial_state_BHPN: Tensor,
+        chunk: int,
+        seq_idx_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x_BSHP.dtype, torch.float32)
+        batch, length, heads, head_dim = x_BSHP.shape
+        masks = _masks(seq_idx_BS, length, chunk, x_BSHP.device, dtype)
+        y_BSHP = torch.empty(x_BSHP.shape, dtype=x_BSHP.dtype, device=x_BSHP.device)
+        # states[:, c] enters chunk c; the last one is the final state.
+        states_BcHPN = torch.empty(
+            (batch, length // chunk + 1, *initial_state_BHPN.shape[1:]),
+            dtype=dtype,
+            device=x_BSHP.device,
+        )
+        states_BcHPN[:, 0] = initial_state_BHPN
+        for rows in _row_blocks(x_BSHP, chunk):
+            k = _chunks(rows, x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, chunk, masks)
+            states_bcHPN = states_BcHPN[rows]
+            new_bcHPN = k.x_bcHLP.mT @ k.scaled(k.B_bcGLN, k.to_end_bcHL)
+            gate_bcH = k.from_start_bcHL[..., -1]
+            for c in range(length // chunk):
+                torch.addcmul(
+                    new_bcHPN[:, c],
+                    states_bcHPN[:, c],
+                    gate_bcH[:, c, :, None, None],
+                    out=states_bcHPN[:, c + 1],
+                )
+            y_bcHLP = k.matrix(D_H.to(dtype)) @ k.x_bcHLP
+            C_bcHLN = k.scaled(k.C_bcGLN, k.from_start_bcHL)
+            y_bcHLP.flatten(0, 2).baddbmm_(
+                C_bcHLN.flatten(0, 2), states_bcHPN[:, :-1].mT.flatten(0, 2)
+            )
+            _by_head(y_BSHP[rows], chunk).copy_(y_bcHLP)
+        ctx.save_for_backward(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, states_BcHPN, seq_idx_BS)
+        ctx.chunk, ctx.initial_dtype = chunk, initial_state_BHPN.dtype
+        return y_BSHP, states_BcHPN[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSHP: Tensor, dfinal_BHPN: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, states_BcHPN, seq_idx_BS = ctx.saved_tensors
+        chunk, dtype = ctx.chunk, states_BcHPN.dtype
+        masks = _masks(seq_idx_BS, x_BSHP.shape[1], chunk, x_BSHP.device, dtype)
+        dx_BSHP, ddt_BSH, dB_BSGN, dC_BSGN = (
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in (x_BSHP, dt_BSH, B_BSGN, C_BSGN)
+        )
+        dinitial_BHPN = torch.empty_like(dfinal_BHPN)
+        dA_H, dD_H = A_H.new_zeros(A_H.shape, dtype=dtype), D_H.new_zeros(D_H.shape, dtype=dtype)
+        for rows in _row_blocks(x_BSHP, chunk):
+            k = _chunks(rows, x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, chunk, masks)
+            dy_bcHLP = _by_head(dy_BSHP[rows], chunk).to(dtype).contiguous()
+            before_bcHPN = states_BcHPN[rows, :-1]
+
+            # States, last chunk first: dafter[:, c] is the gradient of the state after chunk c.
+            C_bcHLN = k.scaled(k.C_bcGLN, k.from_start_bcHL)
+            gate_bcH = k.from_start_bcHL[..., -1]
+            dread_bcHPN = dy_bcHLP.mT @ C_bcHLN
+            dafter_bcHPN = torch.empty_like(dread_bcHPN)
+            dstate_bHPN = dfinal_BHPN[rows]
+            for c in reversed(range(dafter_bcHPN.shape[1])):
+                dafter_bcHPN[:, c] = dstate_bHPN
+                dstate_bHPN = torch.addcmul(
+                    dread_bcHPN[:, c], dstate_bHPN, gate_bcH[:, c, :, None, None]
+                )
+            dinitial_BHPN[rows] = dstate_bHPN
+
+            B_bcHLN = k.scaled(k.B_bcGLN, k.to_end_bcHL)
+            dx_bcHLP = k.matrix(D_H.to(dtype)).mT @ dy_bcHLP
+            dx_bcHLP.flatten(0, 2).baddbmm_(B_bcHLN.flatten(0, 2), dafter_bcHPN.mT.flatten(0, 2))
+            _by_head(dx_BSHP[rows], chunk).copy_(dx_bcHLP)
+
+            dM_bcHLL = dy_bcHLP @ k.x_bcHLP.mT
+            dD_H += dM_bcHLL.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+            dM_bcHLL.mul_(k.decay_bcHLL)
+            dscores_bcGLL = k.by_group(dM_bcHLL).sum(3).mul_(k.mask_bcLL[:, :, None])
+            k.by_group(dM_bcHLL).mul_(k.scores_bcGLL[:, :, :, None])
+            # Now dM * M without D. Products are grouped so that one sum serves dt and cs:
+            # whatever depends on decay_ij or to_end_j is proportional to dt_j and exp(-cs_j).
+            dC_bcHLN = dy_bcHLP @ before_bcHPN
+            dB_bcHLN = k.x_bcHLP @ dafter_bcHPN
+            to_end_bcHL = (dB_bcHLN * B_bcHLN).sum(-1)
+            column_bcHL = dM_bcHLL.sum(-2) + to_end_bcHL
+            dcs_bcHL = dM_bcHLL.sum(-1) - column_bcHL + (dC_bcHLN * C_bcHLN).sum(-1)
+            dcs_bcHL[..., -1] += to_end_bcHL.sum(-1)
+            dcs_bcHL[..., -1] += (dafter_bcHPN * before_bcHPN).sum((-1, -2)) * gate_bcH
+            da_bcHL = dcs_bcHL @ k.mask_bcLL
+            dA_H += (da_bcHL * k.dt_bcHL).sum((0, 1, 3))
+            ddt_bcHL = column_bcHL / k.dt_bcHL
+            ddt_bcHL.masked_fill_(k.dt_bcHL == 0, 0).add_(da_bcHL * A_H.to(dtype)[:, None])
+            ddt_BSH[rows].unflatten(1, (-1, chunk)).copy_(ddt_bcHL.transpose(2, 3))
+
+            dC_bcHLN *= k.from_start_bcHL[..., None]
+            dB_bcHLN *= k.to_end_bcHL[..., None]
+            dC_bcGLN = dscores_bcGLL @ k.B_bcGLN + k.by_group(dC_bcHLN).sum(3)
+            dB_bcGLN = dscores_bcGLL.mT @ k.C_bcGLN + k.by_group(dB_bcHLN).sum(3)
+            _by_head(dC_BSGN[rows], chunk).copy_(dC_bcGLN)
+            _by_head(dB_BSGN[rows], chunk).copy_(dB_bcGLN)
+        dA_H, dD_H = dA_H.to(A_H.dtype), dD_H.to(D_H.dtype)
+        dinitial_BHPN = dinitial_BHPN.to(ctx.initial_dtype)
+        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial_BHPN, None, None
+
+
+def _masks(
+    seq_idx_BS: Tensor | None, length: int, chunk: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """1 where j <= i is in i's document, [B,c,L,L]; 1 where i's document began earlier, [B,c,L].
+
+    Without documents both have batch size 1.
+    """
+    if seq_idx_BS is None:
+        seq_idx_BS = torch.zeros(1, length, dtype=torch.int32, device=device)
+    doc_BcL = seq_idx_BS.unflatten(1, (-1, chunk))
+    mask_BcLL = (doc_BcL[..., :, None] == doc_BcL[..., None, :]).tril()
+    # What enters the first chunk is the initial state, of the first document.
+    before_Bc = torch.cat((doc_BcL[:, :1, 0], doc_BcL[:, :-1, -1]), dim=1)
+    return mask_BcLL.to(dtype), (doc_BcL == before_Bc[..., None]).to(dtype)
+
+
+def _row_blocks(x_BSHP: Tensor, chunk: int) -> list[slice]:
+    batch, length, heads, _ = x_BSHP.shape
+    budget = _BLOCK.get(x_BSHP.device.type, _BLOCK_ELSEWHERE)
+    step = max(1, budget // (length * heads * chunk))
+    return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
+
+
+def _by_head(t_bSHP: Tensor, chunk: int) -> Tensor:
+    """[b,S,H,P] viewed as [b,c,H,L,P]."""
+    return t_bSHP.unflatten(1, (-1, chunk)).transpose(2, 3)
+
+
+def _chunks(
+    rows: slice,
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    chunk: int,
+    masks: tuple[Tensor, Tensor],
+) -> _Chunks:
+    mask_bcLL, carried_bcL = (m if len(m) == 1 else m[rows] for m in masks)
+    dtype = mask_bcLL.dtype
+    x_bcHLP, B_bcGLN, C_bcGLN = (
+        _by_head(t[rows], chunk).to(dtype).contiguous() for t in (x_BSHP, B_BSGN, C_BSGN)
+    )
+    dt_bcHL = dt_BSH[rows].unflatten(1, (-1, chunk)).transpose(2, 3).to(dtype).contiguous()
+    scores_bcGLL = (C_bcGLN @ B_bcGLN.mT).mul_(mask_bcLL[:, :, None])
+    # A sum as a product with the mask: exact zeros keep other documents out of it.
+    cs_bcHL = (dt_bcHL * A_H.to(dtype)[:, None]) @ mask_bcLL.mT
+    decay_bcHLL = (cs_bcHL[..., :, None] - cs_bcHL[..., None, :]).clamp_(max=0).exp_()
+    decay_bcHLL.mul_(dt_bcHL[..., None, :])
+    from_start_bcHL = cs_bcHL.exp() * carried_bcL[:, :, None]
+    to_end_bcHL = decay_bcHLL[..., -1, :] * mask_bcLL[:, :, None, -1]
+    return _Chunks(
+        x_bcHLP,
+        B_bcGLN,
+        C_bcGLN,
+        dt_bcHL,
+        mask_bcLL,
+        scores_bcGLL,
+        decay_bcHLL,
+        from_start_bcHL,
+        to_end_bcHL,
+    )
