@@ -92,6 +92,18 @@ def test_mtp_depths_share_one_block():
     assert parameter_counts(one) == parameter_counts(SUPER)
 
 
+@pytest.mark.parametrize("latent", [None, 64])
+def test_counts_equal_those_of_a_built_model(latent):
+    from nemo_hybrid import HybridLM
+
+    cfg = HybridConfig(pattern="MEM*E-", vocab_size=64, moe_latent_size=latent)
+    model = HybridLM(cfg)
+    counts = parameter_counts(cfg)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    mtp = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
+    assert counts.mtp == mtp
+
+
 def forward_flops_by_walking(cfg: HybridConfig, length: int) -> float:
     """Forward FLOPs of one whole sequence, product by product: rows x inner x columns."""
 
