@@ -58,8 +58,11 @@ def pretrain(config: RunConfig) -> None:
             print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
         World.stop()
         return
-    blend = _open_data(config, world)
-    run = _build(config, world, blend, accumulation)
+    hybrid = config.model.hybrid()
+    if config.model.from_hf:
+        hybrid = HybridConfig.from_hf(config.model.from_hf)
+    blend = _open_data(config, hybrid, world)
+    run = _build(config, hybrid, world, blend, accumulation)
     start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
     if world.rank == 0:
         _announce(config, world, run, checkpoint)
@@ -86,18 +89,19 @@ class Run:
     objective: PretrainObjective
     engine: Engine
     identity: resume.Identity
+    peak: float | None  # matmul FLOP/s of one process's device
 
 
-def _open_data(config: RunConfig, world: World) -> Blend:
+def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
     """Open the token stores; make the default corpus first where the configuration asks for it."""
     data = config.data
 
     def make_default() -> None:
         if data.prepare_default and data.path and not Path(data.path).exists():
-            prepare([], data.path, vocab_size=config.model.vocab_size)
+            prepare([], data.path, vocab_size=hybrid.vocab_size)
 
     world.first(make_default)
-    blend = open_blend(data, config.model)
+    blend = open_blend(data, hybrid)
     if config.train.eval_sequences and not blend.heldout:
         raise UserError(
             "the data has no held-out part: prepare it with --heldout above 0, or set "
@@ -106,14 +110,13 @@ def _open_data(config: RunConfig, world: World) -> Blend:
     return blend
 
 
-def _build(config: RunConfig, world: World, blend: Blend, accumulation: int) -> Run:
+def _build(
+    config: RunConfig, hybrid: HybridConfig, world: World, blend: Blend, accumulation: int
+) -> Run:
     prepare_deepspeed(world)
     torch.manual_seed(config.train.seed)
     backend.choose(**vars(config.kernels))
     ep = config.parallel.ep
-    hybrid = config.model.hybrid()
-    if config.model.from_hf:
-        hybrid = HybridConfig.from_hf(config.model.from_hf)
     dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
     model = HybridLM(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
@@ -138,7 +141,9 @@ def _build(config: RunConfig, world: World, blend: Blend, accumulation: int) -> 
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
     )
-    return Run(config, world, blend, model, objective, engine, identity)
+    # Measured by all ranks at once where it has to be measured: they share the cores in training.
+    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
+    return Run(config, world, blend, model, objective, engine, identity, peak)
 
 
 def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progress | None) -> None:
@@ -166,7 +171,8 @@ def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progres
         seconds = time.monotonic() - began
         done = step + 1
         last = done == train.max_steps
-        if train.eval_sequences and (last or (train.eval_every and done % train.eval_every == 0)):
+        due = last or (train.eval_every > 0 and done % train.eval_every == 0)
+        if train.eval_sequences and due and heldout is None:
             heldout = _heldout(run)
         if meter and writer and progress:
             metrics = meter.metrics(done, lr, outcome, seconds, waited, heldout)
@@ -251,7 +257,6 @@ class _Meter:
         config = run.config
         self.tokens = config.train.global_batch_size * config.data.sequence_length
         self.flops = train_flops_per_token(run.model.config, config.data.sequence_length)
-        self.peak = peak_flops(run.world.device.type, DTYPES[config.precision.recipe])
 
     def metrics(
         self,
@@ -276,7 +281,7 @@ class _Meter:
             tokens_per_s=rate,
             step_seconds=seconds,
             data_seconds=waited,
-            mfu=utilization(rate, self.flops, self.peak, self.run.world.size),
+            mfu=utilization(rate, self.flops, self.run.peak, self.run.world.size),
             memory_gb=_peak_memory(self.run.world.device) / 1e9,
             max_vio=max(violations.values(), default=0.0),
             max_vio_per_layer=violations,
