@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,12 +67,14 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
     Raises UserError naming path when the file exists already or cannot be written.
     """
     digest, size = hashlib.sha256(), 0
-    with naming("write", path), open(path, "xb") as file:
+    # Hashing costs about as much time as writing does; a second thread hides it.
+    with naming("write", path), open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
         for part in parts:
             for i in range(0, len(part), _CHUNK):
                 chunk = part[i : i + _CHUNK]
+                hashed = hasher.submit(digest.update, chunk)
                 file.write(chunk)
-                digest.update(chunk)  # while the chunk is still in the processor's cache
+                hashed.result()
             size += len(part)
         file.flush()
         os.fsync(file.fileno())
@@ -113,23 +116,19 @@ def to_json(value: Any) -> str:
 def manifest_text(files: Mapping[str, FileRecord]) -> str:
     """The manifest, which also hashes itself, so that damage to it is blamed on it."""
     listing = {name: asdict(record) for name, record in files.items()}
-    return to_json({"files": listing, "sha256": _seal(listing)})
-
-
-def _seal(listing: object) -> str:
-    return hashlib.sha256(to_json(listing).encode()).hexdigest()
+    seal = hashlib.sha256(to_json(listing).encode()).hexdigest()
+    return to_json({"files": listing, "sha256": seal})
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
     """The files a checkpoint directory must hold. Raises CheckpointError naming the manifest."""
     path = directory / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"not a complete checkpoint: {path} is missing")
     try:
-        raw = read_json(path)
-        listing = raw["files"]
-        sealed = raw["sha256"] == _seal(listing)
+        listing = read_json(path)["files"]
         files = {name: FileRecord(**record) for name, record in listing.items()}
+        sealed = path.read_text(encoding="utf-8") == manifest_text(files)
     except UserError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -1,0 +1,277 @@
+"""Crashes, full disks and damage: the previous checkpoint stays the valid newest one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.directory import on_rank_0, write_directory
+from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
+from nemo_hybrid.checkpoint.state import load_state
+from nemo_hybrid.errors import UserError
+
+
+class Killed(BaseException):
+    """kill -9: nothing catches it, nothing is cleaned up."""
+
+
+class Saboteur:
+    """Counts syncs, renames and new directories, and acts in place of the n-th one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.at, self.act = 0, -1, lambda _: None
+        for name in ("fsync", "replace", "mkdir"):
+            monkeypatch.setattr(os, name, self._wrap(getattr(os, name)))
+
+    def _wrap(self, real):
+        def wrapper(*args, **kwargs):
+            self.count += 1
+            if self.count - 1 == self.at:
+                self.act(args)
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    def arm(self, at: int, act) -> None:
+        self.count, self.at, self.act = 0, at, act
+
+
+def killed_early(args) -> None:
+    raise Killed
+
+
+def killed_while_writing(args) -> None:
+    """The file has its name, but half of its bytes."""
+    if isinstance(args[0], int) and not os.path.isdir(f"/proc/self/fd/{args[0]}"):
+        os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+    raise Killed
+
+
+def disk_full(args) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def read_step(path: Path, toy) -> torch.Tensor:
+    wanted = toy.fragments(0, 1, 1, filled=False)
+    load_state(path, wanted)
+    return torch.cat([f.tensors["exp_avg_sq"] for f in wanted])
+
+
+@pytest.mark.parametrize("act", [killed_early, killed_while_writing, disk_full])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_that_dies_anywhere(tmp_path, monkeypatch, toy, other_toy, act, world) -> None:
+    saboteur = Saboteur(monkeypatch)
+    toy.save(tmp_path, 1)
+    old = read_step(tmp_path / "step_00000001", toy)
+    saboteur.arm(-1, act)
+    other_toy.save(tmp_path, 2, world, world, max_shard_bytes=9000)
+    new = read_step(tmp_path / "step_00000002", toy)
+    assert not torch.equal(old, new)
+    operations = saboteur.count
+    assert operations > 10
+    survived = {1: 0, 2: 0}
+    for at in range(operations):
+        shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
+        (tmp_path / "latest").write_text("step_00000001\n")
+        saboteur.arm(at, act)
+        results = other_toy.save(tmp_path, 2, world, world, max_shard_bytes=9000)
+        if act is disk_full and at == 0:  # mkdir of a directory that exists may well fail
+            assert results == [tmp_path / "step_00000002"] * world
+        elif act is disk_full:
+            assert all(isinstance(r, UserError) and str(tmp_path) in str(r) for r in results)
+            assert not list(tmp_path.glob(".tmp-step*"))
+        else:
+            assert any(isinstance(r, Killed) for r in results)
+        newest = find_latest(tmp_path)
+        step = files.step_of(newest)
+        assert torch.equal(read_step(newest, toy), old if step == 1 else new)
+        survived[step] += 1
+        saboteur.arm(-1, act)
+        results = other_toy.save(
+            tmp_path, 2, world, world, max_shard_bytes=9000
+        )  # the next attempt cleans up
+        assert results == [tmp_path / "step_00000002"] * world
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "latest", "step_00000001", "step_00000002",
+        ]  # fmt: skip
+    assert survived[1] > survived[2] > 0
+
+
+def test_replacing_a_checkpoint_of_the_same_step(tmp_path, monkeypatch, toy, other_toy) -> None:
+    """After a roll-back the same step is saved again; the only checkpoint is never lost."""
+    saboteur = Saboteur(monkeypatch)
+    toy.save(tmp_path, 1)
+    old = read_step(tmp_path / "step_00000001", toy)
+    at, seen = 0, []
+    while True:
+        saboteur.arm(at, killed_early)
+        (result,) = other_toy.save(tmp_path, 1, max_shard_bytes=9000)
+        newest = find_latest(tmp_path)
+        seen.append(torch.equal(read_step(newest, toy), old))
+        if not isinstance(result, Killed):
+            break
+        at += 1
+        shutil.rmtree(newest)
+        saboteur.arm(-1, killed_early)
+        toy.save(tmp_path, 1, max_shard_bytes=9000)
+    assert seen[0]
+    assert not seen[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncate": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "extend": lambda path: path.open("ab").write(b"\0"),
+    "bit flip": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "delete": lambda path: path.unlink(),
+    "symlink": lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to("x")),
+    "other step's": lambda path: shutil.copy(path.parents[1] / "step_00000001" / path.name, path),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_named_and_skipped(tmp_path, toy, other_toy, damage, caplog) -> None:
+    toy.save(tmp_path, 1)
+    path = other_toy.save(tmp_path, 2)[0]
+    same = ("config.json", "generation_config.json", "model.safetensors.index.json",
+            "optimizer.index.json", "run.yaml", "rank-00000.safetensors")  # fmt: skip
+    names = sorted(p.name for p in path.iterdir())
+    assert len(names) > 8
+    for name in names:
+        if damage == "other step's" and name in same:
+            continue  # equal in both steps
+        backup = tmp_path / "backup"
+        shutil.copytree(path, backup)
+        caplog.clear()
+        if damage == "other step's" and name == "manifest.json":
+            expected = path  # a whole manifest, of other contents: some file does not fit it
+        else:
+            expected = path / name
+        DAMAGE[damage](path / name)
+        with pytest.raises(CheckpointError, match=str(expected)):
+            verify(path)
+        assert find_latest(tmp_path) == tmp_path / "step_00000001"
+        assert str(expected) in caplog.text
+        shutil.rmtree(path)
+        backup.rename(path)
+    assert find_latest(tmp_path) == path
+
+
+def test_shallow_verification_sees_sizes_only(tmp_path, toy) -> None:
+    path = toy.save(tmp_path, 1)[0]
+    flip(path / "optimizer-r00000.safetensors")
+    verify(path, deep=False)
+    with pytest.raises(CheckpointError, match="optimizer-r00000"):
+        verify(path)
+
+
+def test_wrong_manifests(tmp_path, toy) -> None:
+    path = toy.save(tmp_path, 1)[0]
+    manifest = path / "manifest.json"
+    good = json.loads(manifest.read_text())
+    outside = files.manifest_text({"../latest": files.FileRecord(1, "")})
+    broken = files.to_json({"files": {"a": 1}, "sha256": ""})
+    empty = files.to_json({"files": [], "sha256": ""})
+    for wrong in ("[]", "{}", empty, broken, outside, files.to_json(good | {"sha256": "0"})):
+        manifest.write_text(wrong)
+        with pytest.raises(CheckpointError, match=str(manifest)):
+            verify(path)
+
+
+def test_no_checkpoints_none_valid_and_bad_pointers(tmp_path, toy, caplog) -> None:
+    assert find_latest(tmp_path) is None
+    assert find_latest(tmp_path / "absent") is None
+    path = toy.save(tmp_path, 1)[0]
+    for pointer in ("", "step_00000009\n", "../elsewhere", "\0"):
+        (tmp_path / "latest").write_text(pointer)
+        caplog.clear()
+        assert find_latest(tmp_path) == path
+        assert str(tmp_path / "latest") in caplog.text
+        assert resolve(tmp_path) == path
+    (path / "run_state.json").unlink()
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        find_latest(tmp_path)
+
+
+def test_resolve_accepts_every_way_of_saying_it(tmp_path, toy) -> None:
+    run = tmp_path / "run"
+    toy.save(run / "checkpoints", 1)
+    path = toy.save(run / "checkpoints", 2)[0]
+    for way in (run, run / "checkpoints", run / "checkpoints" / "latest", path, str(path)):
+        assert resolve(way) == path
+    assert resolve(run / "checkpoints" / "step_00000001") == run / "checkpoints" / "step_00000001"
+    (run / "checkpoints" / "latest").write_text("step_00000001")
+    assert resolve(run).name == "step_00000001"
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    assert resolve(tmp_path / "hub") == tmp_path / "hub"
+    for wrong, says in ((tmp_path, "holds no checkpoint"), (tmp_path / "no", "does not exist")):
+        with pytest.raises(UserError, match=says):
+            resolve(wrong)
+
+
+def test_prune_keeps_the_newest_and_never_the_last_good_one_dies(tmp_path, toy) -> None:
+    paths = [toy.save(tmp_path, step)[0] for step in (1, 2, 3, 4)]
+    assert prune(tmp_path, 0) == []
+    assert prune(tmp_path, 2, trusted=paths[3]) == [paths[1], paths[0]]
+    assert find_latest(tmp_path) == paths[3]
+    flip(paths[3] / "optimizer-r00000.safetensors")
+    assert prune(tmp_path, 1) == []  # the newest looks whole, but is not
+    assert find_latest(tmp_path) == paths[2]
+    (paths[3] / "run.yaml").unlink()
+    newest = toy.save(tmp_path, 5, keep=1)[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", newest.name]
+
+
+def test_unwritable_directories(tmp_path, toy, in_ranks) -> None:
+    (tmp_path / "file").write_text("")
+    results = toy.save(tmp_path / "file", 1, 2, 2)
+    assert all(isinstance(r, UserError) and str(tmp_path / "file") in str(r) for r in results)
+
+
+def test_a_real_write_error(tmp_path, toy) -> None:
+    toy.save(tmp_path, 1)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    try:
+        results = toy.save(tmp_path, 2, 2, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert all(isinstance(r, UserError) for r in results)
+    assert ".tmp-step_00000002/optimizer-r00000.safetensors: File too large" in str(results[1])
+    assert find_latest(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_one_failing_rank_fails_all(tmp_path, in_ranks) -> None:
+    def action(world) -> None:
+        def write(writer) -> None:
+            writer.write_text("same name", "a")
+
+        write_directory(tmp_path / "out", world, write, lambda writer, parts: None)
+
+    results = in_ranks(3, action)
+    assert all(isinstance(r, UserError) and "same name" in str(r) for r in results)
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(world) -> None:
+        def fail() -> None:
+            raise UserError("only rank 0 knows")
+
+        on_rank_0(world, fail)
+
+    assert [str(r) for r in in_ranks(3, refuse)] == ["only rank 0 knows"] * 3
