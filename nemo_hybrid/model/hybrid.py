@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.model.init import initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
-from nemo_hybrid.model.layer import Layer, LayerCache
+from nemo_hybrid.model.layer import LayerCache, Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
     def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Layer(letter, cfg, dispatcher) for letter in cfg.pattern)
+        self.layers = Layers(cfg.pattern, cfg, dispatcher)
         self.norm_f = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
 
 
@@ -117,7 +117,8 @@ class HybridLM(nn.Module):
         Statistics are summed over depths, because the depths share one router.
         """
         assert self.mtp is not None, "the model has no multi-token-prediction block"
-        hidden, stats = [], {}
+        hidden: list[Tensor] = []
+        stats: Stats = {}
         for depth in range(1, self.config.mtp_num_depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
             h_BSD, collected = self.mtp(h_BSD, e_BSD, seq_idx_BS)

@@ -1,5 +1,8 @@
 """One layer of the stack: x + mixer(norm(x)), with one mixer per layer."""
 
+from collections.abc import Iterator
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
@@ -26,6 +29,8 @@ def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Mo
 
 class Layer(nn.Module):
     """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.LAYER_LETTERS``)."""
+
+    mixer: Any  # the four mixers share no more than being modules
 
     def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -63,3 +68,13 @@ class Layer(nn.Module):
         if self.letter == "-":
             return x_BD + self.mixer(h_BD)
         return x_BD + self.mixer.decode(h_BD, cache)
+
+
+class Layers(nn.ModuleList):
+    """The layers of a pattern, in order."""
+
+    def __init__(self, pattern: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+        super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return cast(Iterator[Layer], super().__iter__())

@@ -7,12 +7,14 @@ t + k, and predicts token t + 1 + k. Embedding and output head are the backbone'
 Shapes: B batch, S sequence, D hidden.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.latent_moe import Dispatcher
-from nemo_hybrid.model.layer import Layer
+from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 
@@ -24,12 +26,15 @@ class MTPBlock(nn.Module):
     def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
         D, eps = cfg.hidden_size, cfg.layer_norm_epsilon
-        self.layers = nn.ModuleList(Layer(letter, cfg, dispatcher) for letter in cfg.mtp_pattern)
-        first, last = self.layers[0], self.layers[-1]
+        self.layers = Layers(cfg.mtp_pattern, cfg, dispatcher)
+        first, last = self._ends()
         first.enorm = RMSNorm(D, eps)
         first.hnorm = RMSNorm(D, eps)
         first.eh_proj = nn.Linear(2 * D, D, bias=False)
         last.final_layernorm = RMSNorm(D, eps)
+
+    def _ends(self) -> tuple[Any, Any]:
+        return self.layers[0], self.layers[-1]
 
     def forward(
         self, h_BSD: Tensor, e_BSD: Tensor, seq_idx_BS: Tensor | None
@@ -38,7 +43,7 @@ class MTPBlock(nn.Module):
 
         Returns the depth's hidden state (after the final norm) and the MoE layers' statistics.
         """
-        first, last = self.layers[0], self.layers[-1]
+        first, last = self._ends()
         x_BSD = first.eh_proj(torch.cat([first.enorm(e_BSD), first.hnorm(h_BSD)], dim=-1))
         collected = {}
         for i, layer in enumerate(self.layers):

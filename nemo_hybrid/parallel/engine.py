@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Engine:
         self,
         module: nn.Module,
         model: nn.Module,
-        optimizer_class: type[torch.optim.Optimizer],
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         groups: list[dict[str, Any]],
         config: RunConfig,
         world: World,
@@ -79,7 +79,7 @@ class Engine:
         groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer_class(groups),
+            optimizer=make_optimizer(groups),
             config=_deepspeed_config(config, accumulation),
             dist_init_required=False,
         )

@@ -39,7 +39,7 @@ def update_router_bias(model: HybridLM, counts: dict[str, Tensor], rate: float) 
     """bias += rate * sign(mean load - load), in fp32, for every layer counted."""
     for name, counts_E in counts.items():
         load_E = counts_E.float()
-        bias_E = model.get_submodule(name).mixer.gate.e_score_correction_bias
+        bias_E = model.get_buffer(f"{name}.mixer.gate.e_score_correction_bias")
         bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
 
 
