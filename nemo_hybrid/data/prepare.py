@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_hybrid.config import PrepareOptions
 from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.sources import (
     Document,
@@ -44,6 +45,7 @@ from nemo_hybrid.data.tokenizer import (
 )
 from nemo_hybrid.errors import UserError
 
+_DEFAULTS = PrepareOptions()
 TRAIN, HELDOUT = "train", "heldout"
 RECORD = "prepare.json"
 _BATCH_CHARACTERS = 1 << 20
@@ -85,11 +87,11 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    vocab_size: int = 4096,
-    text_field: str = "text",
-    heldout: float = 0.03,
+    vocab_size: int = _DEFAULTS.vocab_size,
+    text_field: str = _DEFAULTS.text_field,
+    heldout: float = _DEFAULTS.heldout,
     skip_bad: bool = False,
-    seed: int = 0,
+    seed: int = _DEFAULTS.seed,
     progress: bool = True,
     reuse: bool = False,
 ) -> PrepareSummary:

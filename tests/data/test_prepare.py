@@ -36,7 +36,9 @@ def texts(count: int, salt: str = "") -> list[str]:
 
 
 def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
-    return prepare(paths, out, **{"vocab_size": 300, "progress": False, "heldout": 0.3, **options})
+    return prepare(
+        paths, out, **{"vocab_size": 300, "progress": False, "heldout": 0.3, "seed": 0, **options}
+    )
 
 
 def decoded(out: Path, split: str) -> list[str]:

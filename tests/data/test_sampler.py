@@ -25,7 +25,7 @@ def test_permute_handles_huge_ranges_and_rejects_outsiders() -> None:
         permute(5, 5, 1)
 
 
-@pytest.mark.parametrize("size", [5, 16, 97])
+@pytest.mark.parametrize("size", [5, 16, 41])
 def test_every_image_is_equally_likely(size: int) -> None:
     """Chi-square of where places 0 and size // 2, and the pair of the first two, go over keys."""
     trials = 400 * size

@@ -110,6 +110,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "token count": (lambda s: edit(s, tokens=5), "contradicts itself"),
     "document count": (lambda s: edit(s, documents=3), "does not fit"),
+    "dtype": (lambda s: edit(s, vocab_size=70000), "contradicts itself"),
     "eos outside": (lambda s: edit(s, eos_id=100), "contradicts itself"),
     "field of a wrong type": (lambda s: edit(s, vocab_size=True), "vocab_size is missing or"),
 }
