@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemo_hybrid import __version__
 from nemo_hybrid.config import EvalOptions, GenerateOptions, PrepareOptions, RunConfig
 from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
-from nemo_hybrid.errors import UserError
+from nemo_hybrid.errors import TrainingError, UserError
 from nemo_hybrid.options import new_parser, options_parser, read_options, suggest, take_words
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 PROG = "nemo-hybrid"
 STATUSES = (
     "Exit status: 0 done, 1 internal failure (or, from doctor, a required package that does not "
-    "work), 2 mistake in options, files or layout, 130 interrupted. torchrun ends with 1 whatever "
-    "its processes end with."
+    "work), 2 mistake in options, files or layout, 3 the training itself failed, 130 interrupted. "
+    "torchrun ends with 1 whatever its processes end with."
 )
 DEFAULT_CORPUS_RUN = Path(__file__).parent.parent / "configs" / "run" / "pretrain_tiny_cpu.yaml"
 OTHER_RANKS_WAIT_S = 3.0
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _report(error)
         return 2
+    except TrainingError as error:
+        _report(error)
+        return 3
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -115,8 +118,8 @@ def _command_parser(name: str) -> jsonargparse.ArgumentParser:
     return options_parser(command.options, prog, command.summary, epilog=STATUSES)
 
 
-def _report(error: UserError) -> None:
-    """Print the message once per job: from rank 0, or from a rank whose mistake is its own.
+def _report(error: UserError | TrainingError) -> None:
+    """Print the message once per job: from rank 0, or from a rank whose error is its own.
 
     torchrun ends all processes soon after the first has ended. So the other ranks wait: either
     rank 0 had the same error and they are ended while they wait, or their error is their own.
@@ -136,9 +139,9 @@ def _pretrain(words: list[str]) -> int:
     if own["--print_config"]:
         print(dump_config(config), end="")
         return 0
-    if config.model.from_hf is None:  # else the shape is not known yet
-        config.validate()
-        config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
+    # Here already, because the import below takes seconds.
+    config.validate()
+    config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
     from nemo_hybrid.train.loop import pretrain
 
     pretrain(config)

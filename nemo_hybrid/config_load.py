@@ -14,6 +14,7 @@ import os.path
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -77,12 +78,14 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+@cache
 def sections() -> dict[str, type]:
     """Name and dataclass of every section of RunConfig, in order."""
     hints = get_type_hints(RunConfig)
     return {f.name: hints[f.name] for f in fields(RunConfig) if is_dataclass(hints[f.name])}
 
 
+@cache
 def key_types() -> dict[str, Any]:
     """Type of every dotted key of RunConfig, such as ``train.lr``."""
     types: dict[str, Any] = {}
@@ -132,7 +135,7 @@ def read_config(file: Path) -> dict[str, Any]:
             else:
                 content[key] = _checked_section({} if value is None else value, key, file)
         elif key not in key_types():
-            raise UserError(f"{file}: unknown key {key}{suggest(str(key), key_types())}")
+            raise UserError(f"{file}: unknown key {key}{suggest(str(key), [*known, *key_types()])}")
     return _resolve_paths(content, file.parent)
 
 

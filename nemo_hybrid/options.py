@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from nemo_hybrid.errors import UserError
@@ -129,7 +130,7 @@ def _complete(words: Sequence[str], types: dict[str, Any]) -> list[str]:
     """The words with ``true`` after every bare yes-or-no option: ``--skip_bad`` means true."""
     switches = {flag(name) for name, hint in types.items() if hint is bool}
     completed = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         completed.append(word)
         if word in switches and following.lower() not in ("true", "false", "yes", "no"):
             completed.append("true")

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Make the environment with the development tools, check the style and the types, run all tests.
+# Arguments go to pytest: bash scripts/test.sh tests/cli -k help
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/environment.sh
+source "$ROOT/scripts/environment.sh"
+cd "$ROOT"
+
+make_environment dev
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+bin="$VENV/bin"
+
+# All checks run, so that one call shows everything; the last lines are pytest's summary.
+status=0
+"$bin/ruff" check . || status=1
+"$bin/ruff" format --check . || status=1
+"$bin/mypy" || status=1
+"$bin/python" -m pytest -n 2 "$@" || status=$?
+exit "$status"

@@ -1,0 +1,271 @@
+"""The command line: help, dispatch, messages and exit statuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nemo_hybrid import __version__, cli
+from nemo_hybrid.config import EvalOptions, GenerateOptions, RunConfig
+from nemo_hybrid.errors import TrainingError, UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs/run/pretrain_tiny_cpu.yaml")
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "rich", "pandas",
+         "jsonargparse", "matplotlib", "tensorboard", "pyarrow", "nemo_kernels")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the functions behind the commands were called with; nothing heavy is imported."""
+    calls: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> str:
+        calls.append((*args, kwargs) if kwargs else args[0])
+        return "summary"
+
+    for module, function in [
+        ("nemo_hybrid.train.loop", "pretrain"),
+        ("nemo_hybrid.data.prepare", "prepare"),
+        ("nemo_hybrid.generate", "generate_command"),
+        ("nemo_hybrid.train.evaluate", "eval_command"),
+    ]:
+        stub = ModuleType(module)
+        setattr(stub, function, record)
+        monkeypatch.setitem(sys.modules, module, stub)
+    return calls
+
+
+def python(*words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize("code", ["import nemo_hybrid", "from nemo_hybrid import cli; cli.main(['--help'])"])  # fmt: skip
+def test_import_and_help_are_quick_and_light(code: str) -> None:
+    seconds = []
+    for _ in range(3):  # the machine may be busy
+        start = time.monotonic()
+        done = python("-c", f"{code}; import sys; print('MODULES', *sys.modules)")
+        seconds.append(time.monotonic() - start)
+    assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5, seconds
+    modules = {m.split(".")[0] for m in done.stdout.split("MODULES")[1].split()}
+    assert not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"nemo-hybrid {command}" in shown
+    assert "Exit status: 0 done, 1" in shown
+
+
+def test_field_docstrings_are_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["pretrain", "-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.hidden_size HIDDEN_SIZE Width of the residual stream." in shown
+    assert "--train.schedule {wsd,cosine,constant}" in shown
+    assert "--print_config" in shown
+    cli.main(["generate", "-h"])
+    assert "--from FROM Run directory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_top_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in cli.COMMANDS)
+    assert "130 interrupted" in shown
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nemo-hybrid {__version__}\n"
+
+
+def test_pretrain_gets_the_merged_configuration(called: list[Any]) -> None:
+    words = ["pretrain", "--config", TINY, "--train.max_steps", "100", "--model.pattern=ME*"]
+    assert cli.main(words) == 0
+    (config,) = called
+    assert isinstance(config, RunConfig)
+    assert config.train.max_steps == 100
+    assert config.model.pattern == "ME*"
+    assert config.data.path == str(ROOT / "data/python-stdlib")
+
+
+def test_print_config_reloads(
+    called: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["pretrain", "--config", TINY, "--train.lr", "3e-4"]
+    assert cli.main([*words, "--print_config"]) == 0
+    assert called == []
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    cli.main(words)
+    cli.main(["pretrain", "--config", str(tmp_path / "printed.yaml")])
+    assert called[0] == called[1]
+
+
+def test_prepare(called: list[Any], tmp_path: Path) -> None:
+    assert cli.main(["prepare", "a.txt", "b", "--out", "o", "--skip_bad", "--heldout", "0"]) == 0
+    assert cli.main(["prepare"]) == 0
+    (first,), (second,) = called
+    assert first == {
+        "paths": ["a.txt", "b"], "out": "o", "tokenizer": None, "vocab_size": 4096,
+        "text_field": "text", "heldout": 0.0, "skip_bad": True, "seed": 0, "reuse": False,
+    }  # fmt: skip
+    assert second["paths"] == []
+    assert second["out"] == str(ROOT / "data/python-stdlib")
+    assert second["reuse"]
+
+
+def test_prepare_options_are_those_of_the_function() -> None:
+    """Names and defaults of the options agree with nemo_hybrid.data.prepare.prepare."""
+    import inspect
+
+    from nemo_hybrid.config import PrepareOptions
+    from nemo_hybrid.data.prepare import prepare
+
+    parameters = inspect.signature(prepare).parameters
+    for name, value in vars(PrepareOptions()).items():
+        assert name in parameters
+        if name not in ("paths", "out"):
+            assert parameters[name].default == value
+
+
+def test_generate_and_eval(called: list[Any]) -> None:
+    assert cli.main(["generate", "--from", "runs/a", "--prompt", "def ", "--top_p", "0.9"]) == 0
+    assert cli.main(["eval", "--from=runs/a", "--data", "d", "--sequences", "7"]) == 0
+    generate, evaluate = called
+    assert generate == GenerateOptions("runs/a", "def ", top_p=0.9)
+    assert evaluate == EvalOptions("runs/a", "d", sequences=7)
+
+
+@pytest.mark.parametrize("prompt", ["null", "1e-3", "[1, 2]", "a: b", "# c", " x\n", "", "true"])
+def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
+    assert cli.main(["generate", "--from", "a", "--prompt", prompt]) == 0
+    assert called[0].prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "no command given"),
+        ("pretran", "unknown command pretran; did you mean pretrain?"),
+        ("--verson", "unknown option --verson; did you mean --version?"),
+        ("pretrain", "data.path is missing"),
+        ("pretrain --config gone.yaml", "gone.yaml: No such file"),
+        ("pretrain --config", "--config needs a value"),
+        ("pretrain --data.path d --train.lr x", "train.lr: expected a number, got x"),
+        ("pretrain --data.path d --parallel.ep 3", "not divisible by parallel.ep (3)"),
+        ("pretrain --data.path d --parallel.ep 2", "does not divide the number of processes (1)"),
+        ("pretrain --data.path d --model.pattern MXE", "unknown layer letter 'X'"),
+        ("pretrain --data.path d --data.sequence_length 0", "data.sequence_length must be posit"),
+        ("prepare a.txt", "--out is missing"),
+        ("prepare --vocab_size many", "vocab_size: expected an integer, got many"),
+        ("generate", "missing: --from, --prompt"),
+        ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
+        ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),
+        ("eval --from a", "missing: --data"),
+        ("eval --from a --data d --sequence 3", "did you mean --sequences?"),
+        ("doctor now", "doctor takes no options"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    words: str, expected: str, called: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert expected in said
+    assert said.count("\n") == 1
+    assert called == []
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[str]:
+    def fail(options: object) -> None:
+        raise error
+
+    stub = ModuleType("nemo_hybrid.generate")
+    stub.generate_command = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nemo_hybrid.generate", stub)
+    return ["generate", "--from", "a", "--prompt", "b"]
+
+
+def test_statuses_of_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(raising(monkeypatch, UserError("no disk"))) == 2
+    assert capsys.readouterr().err == "error: no disk\n"
+    assert cli.main(raising(monkeypatch, TrainingError("loss is nan"))) == 3
+    assert capsys.readouterr().err == "error: loss is nan\n"
+    assert cli.main(raising(monkeypatch, KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):  # Python then prints the traceback and ends with 1
+        cli.main(raising(monkeypatch, ZeroDivisionError()))
+
+
+def test_other_ranks_speak_only_when_they_are_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 prints at once; another rank waits to be ended, and prints when nobody ends it."""
+    waits: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["pretrain"]) == 2
+    assert capsys.readouterr().err.startswith("error: data.path")
+    assert waits == []
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["pretrain"]) == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): data.path")
+    assert waits == [cli.OTHER_RANKS_WAIT_S]
+
+
+def test_module_and_console_script_agree() -> None:
+    done = python("-m", "nemo_hybrid", "pretran")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown command pretran; did you mean pretrain?\n"
+    script = Path(sys.executable).parent / "nemo-hybrid"
+    if not script.exists():
+        pytest.skip("the console script is not installed")
+    assert python(str(script), "pretran").stderr == done.stderr
+
+
+def test_closed_pipe_is_quiet() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_hybrid", "--version"],
+        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
+    program = (
+        "import sys, types\nfrom nemo_hybrid import cli\n"
+        "stub = types.ModuleType('nemo_hybrid.generate')\n"
+        "def wait(options):\n    import time\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "stub.generate_command = wait\nsys.modules['nemo_hybrid.generate'] = stub\n"
+        "sys.exit(cli.main(['generate', '--from', 'a', '--prompt', 'b']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "interrupted\n")

