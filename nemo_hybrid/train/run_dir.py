@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "parallel",
     "data.workers",
     "data.prepare_default",
+    "data.verify",
     "train.max_steps",
     "train.micro_batch_size",
     "train.recompute",
