@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Elements of M per block: a few such tensors stay in a CPU's L2 cache.
-_BLOCK = {"cpu": 1 << 18}
+_BLOCK = {"cpu": 1 << 19}
 _BLOCK_ELSEWHERE = 1 << 28
 
 
