@@ -1,0 +1,138 @@
+"""Start the processes of a distributed program the way torchrun does, and wait for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+GRACE_S = 10.0
+"""How long the others may go on after the first process failed. torchrun ends them sooner; here
+their own messages are worth the wait."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit status (negative: killed by that signal) and output of one process."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run_python(
+    arguments: Sequence[str | Path],
+    size: int = 1,
+    *,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+    succeed: bool = True,
+) -> list[Finished]:
+    """Run ``python ARGUMENTS`` in ``size`` processes that can find each other; by rank.
+
+    Raises AssertionError with all output when they take longer than ``timeout`` seconds (they are
+    killed), and, if ``succeed``, when one of them ends with another status than 0.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = Path(directory)
+        processes = [
+            _start(arguments, _environment(rank, size, port, environment), outputs / str(rank))
+            for port in [_free_port()]
+            for rank in range(size)
+        ]
+        try:
+            in_time = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                _kill(process)
+        finished = [
+            Finished(
+                process.returncode,
+                (outputs / f"{rank}.out").read_text(errors="replace"),
+                (outputs / f"{rank}.err").read_text(errors="replace"),
+            )
+            for rank, process in enumerate(processes)
+        ]
+    assert in_time, f"not finished after {timeout} s:\n{_described(finished)}"
+    assert not succeed or not any(f.status for f in finished), _described(finished)
+    return finished
+
+
+def run_command(*words: str | Path, size: int = 1, succeed: bool = True) -> list[Finished]:
+    """Run ``python -m nemo_hybrid WORDS`` in ``size`` processes."""
+    return run_python(["-m", "nemo_hybrid", *words], size, succeed=succeed)
+
+
+def _start(
+    arguments: Sequence[str | Path], environment: Mapping[str, str], output: Path
+) -> subprocess.Popen[bytes]:
+    with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,  # so that its children can be killed with it
+        )
+
+
+def _environment(
+    rank: int, size: int, port: int, extra: Mapping[str, str] | None
+) -> dict[str, str]:
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        **(extra or {}),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
+    """Whether all ended by themselves, or one failed and the grace period is over."""
+    deadline = time.monotonic() + timeout
+    failed_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        now = time.monotonic()
+        if now > deadline:
+            return False
+        if failed_at is None and any(process.returncode for process in processes):
+            failed_at = now
+        if failed_at is not None and now > failed_at + GRACE_S:
+            return True
+        time.sleep(0.05)
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _described(finished: Sequence[Finished]) -> str:
+    return "\n".join(
+        f"---- rank {rank}, status {f.status}\n{f.stdout[-4000:]}\n{f.stderr[-8000:]}"
+        for rank, f in enumerate(finished)
+    )

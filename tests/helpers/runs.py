@@ -1,0 +1,47 @@
+"""Runs of the tiny model: their configuration, and the parts that the training loop builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from helpers.corpus import TINY_MODEL
+from nemo_hybrid.config import (
+    DataOptions,
+    ModelOptions,
+    ParallelOptions,
+    PrecisionOptions,
+    RunConfig,
+    TrainOptions,
+)
+
+
+def tiny_run(
+    store: Path,
+    *,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    ep: int = 1,
+    zero: Any = 2,
+    recipe: Any = "fp32",
+) -> RunConfig:
+    """A run of 8 sequences of 32 tokens per step, several documents in each sequence."""
+    return RunConfig(
+        model=ModelOptions(**TINY_MODEL | (model or {})),
+        data=DataOptions(path=str(store), sequence_length=32),
+        train=TrainOptions(
+            **{
+                "max_steps": 30,
+                "global_batch_size": 8,
+                "micro_batch_size": 4,
+                "lr": 5e-3,
+                "schedule": "constant",
+                "warmup_steps": 0,
+                "decay_steps": 0,
+                "eval_sequences": 16,
+            }
+            | (train or {})
+        ),
+        parallel=ParallelOptions(ep=ep, zero=zero),
+        precision=PrecisionOptions(recipe=recipe),
+    )
