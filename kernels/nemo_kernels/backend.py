@@ -16,10 +16,14 @@ otherwise the reference. Probe and self-check happen at the first use and once p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 OPS = ("ssd", "conv1d", "attention", "moe", "loss", "norm")
 TOLERANCE = 2e-2
@@ -72,6 +76,28 @@ def report(device_type: str) -> list[tuple[str, str, str]]:
     return [(op, *path(op, device_type)) for op in OPS]
 
 
+def relative_deviation(
+    run: Callable[..., Tensor], implementations: tuple[Any, Any], inputs: tuple[Tensor, ...]
+) -> float:
+    """For self-checks: how far ``run(implementation, *inputs)`` and its gradients with respect to
+    the inputs differ between two implementations. The largest ratio, over output and gradients, of
+    the largest difference to the largest value of the second implementation.
+    """
+    results = []
+    for implementation in implementations:
+        leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            output = run(implementation, *leaves)
+            # Its gradient differs from token to token, unlike that of a plain sum.
+            loss = (
+                output.float()
+                * torch.linspace(-1, 1, output.numel()).to(output.device).view(output.shape)
+            ).sum()
+            results.append([output, *torch.autograd.grad(loss, leaves)])
+    ratios = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]
+    return float(torch.stack([r.detach().float() for r in ratios]).max())
+
+
 @cache
 def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
     declared = _declared(op)
@@ -83,8 +109,8 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
         module = import_module(declared[choice])
         if device_type not in module.DEVICE_TYPES:
             raise ValueError(
-                f"path {choice} of op {op} runs on {', '.join(module.DEVICE_TYPES)} tensors, not on "
-                f"{device_type}; choose auto or reference"
+                f"path {choice} of op {op} does not run on {device_type} tensors, only on "
+                f"{', '.join(module.DEVICE_TYPES)}; choose auto or reference"
             )
         return Path(choice, "chosen"), module
     # Without a GPU nothing is probed: a library's import can take seconds.

@@ -5,26 +5,34 @@ Shapes: B batch, S sequence, T cached tokens, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def attention(
-    q_BSHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, seq_idx_BS: Tensor | None = None
+    q_BSHP: Tensor,
+    k_BSGP: Tensor,
+    v_BSGP: Tensor,
+    seq_idx_BS: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
+    # CPUs without bf16 matrix units run this twice as fast in fp32.
+    dtype = torch.float32 if q_BSHP.is_cpu and q_BSHP.dtype == torch.bfloat16 else q_BSHP.dtype
     mask_B1SS = None
     if seq_idx_BS is not None:
         same_BSS = seq_idx_BS[:, :, None] == seq_idx_BS[:, None, :]
         mask_B1SS = same_BSS.tril()[:, None]
     o_BHSP = F.scaled_dot_product_attention(
-        q_BSHP.transpose(1, 2),
-        k_BSGP.transpose(1, 2),
-        v_BSGP.transpose(1, 2),
+        q_BSHP.transpose(1, 2).to(dtype),
+        k_BSGP.transpose(1, 2).to(dtype),
+        v_BSGP.transpose(1, 2).to(dtype),
         attn_mask=mask_B1SS,
         is_causal=mask_B1SS is None,
         enable_gqa=True,
     )
-    return o_BHSP.transpose(1, 2)
+    return o_BHSP.transpose(1, 2).to(q_BSHP.dtype)
 
 
 def attention_step(q_BHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class _ChunkedScan(torch.autograd.Function):
         seq_idx_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x_BSHP.dtype, torch.float32)
-        batch, length, heads, head_dim = x_BSHP.shape
+        batch, length = x_BSHP.shape[:2]
         masks = _masks(seq_idx_BS, length, chunk, x_BSHP.device, dtype)
         y_BSHP = torch.empty(x_BSHP.shape, dtype=x_BSHP.dtype, device=x_BSHP.device)
         # states[:, c] enters chunk c; the last one is the final state.
@@ -200,14 +200,14 @@ class _ChunkedScan(torch.autograd.Function):
             dM_bcHLL.mul_(k.decay_bcHLL)
             dscores_bcGLL = k.by_group(dM_bcHLL).sum(3).mul_(k.mask_bcLL[:, :, None])
             k.by_group(dM_bcHLL).mul_(k.scores_bcGLL[:, :, :, None])
-            # Now dM * M without D. Products are grouped so that one sum serves dt and cs:
-            # whatever depends on decay_ij or to_end_j is proportional to dt_j and exp(-cs_j).
+            # Now dM holds its product with M (without D). What depends on decay_ij and to_end_j is
+            # proportional to dt_j and to exp(-cs_j), so one column sum gives both gradients.
             dC_bcHLN = dy_bcHLP @ before_bcHPN
             dB_bcHLN = k.x_bcHLP @ dafter_bcHPN
-            to_end_bcHL = (dB_bcHLN * B_bcHLN).sum(-1)
-            column_bcHL = dM_bcHLL.sum(-2) + to_end_bcHL
+            written_bcHL = (dB_bcHLN * B_bcHLN).sum(-1)
+            column_bcHL = dM_bcHLL.sum(-2) + written_bcHL
             dcs_bcHL = dM_bcHLL.sum(-1) - column_bcHL + (dC_bcHLN * C_bcHLN).sum(-1)
-            dcs_bcHL[..., -1] += to_end_bcHL.sum(-1)
+            dcs_bcHL[..., -1] += written_bcHL.sum(-1)
             dcs_bcHL[..., -1] += (dafter_bcHPN * before_bcHPN).sum((-1, -2)) * gate_bcH
             da_bcHL = dcs_bcHL @ k.mask_bcLL
             dA_H += (da_bcHL * k.dt_bcHL).sum((0, 1, 3))

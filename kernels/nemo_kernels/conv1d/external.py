@@ -1,0 +1,52 @@
+"""Causal depthwise convolution by the causal-conv1d library (1.6 interface).
+
+Not run on a GPU yet. Its kernels take K from 2 to 4 and C a multiple of 8; other shapes raise
+RuntimeError there, and ``choose(conv1d="reference")`` serves them.
+
+Shapes: as in reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from torch import Tensor
+
+from nemo_kernels.backend import relative_deviation
+from nemo_kernels.conv1d import reference
+
+DEVICE_TYPES = ("cuda",)
+conv_state = reference.conv_state
+
+
+def causal_conv1d(
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, seq_idx_BS: Tensor | None = None
+) -> Tensor:
+    # With seq_idx the library wants channels last in memory: exactly the transpose of [B,S,C].
+    seq_idx_BS = None if seq_idx_BS is None else seq_idx_BS.to(torch.int32).contiguous()
+    y_BCS = causal_conv1d_fn(
+        x_BSC.contiguous().transpose(1, 2), weight_CK, bias_C, seq_idx_BS, activation="silu"
+    )
+    return y_BCS.transpose(1, 2)
+
+
+def causal_conv1d_step(
+    x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    state_BCJ = state_BCJ.clone()  # the library updates it in place
+    y_BC = causal_conv1d_update(x_BC.contiguous(), state_BCJ, weight_CK, bias_C, activation="silu")
+    return y_BC, state_BCJ
+
+
+def self_check(device_type: str) -> float:
+    generator = torch.Generator(device_type).manual_seed(0)
+    x_BSC, weight_CK, bias_C = (
+        torch.randn(shape, generator=generator, device=device_type, dtype=torch.bfloat16)
+        for shape in ((2, 96, 64), (64, 4), (64,))
+    )
+    seq_idx_BS = (torch.arange(96, device=device_type) // 37).to(torch.int32).expand(2, -1)
+    return relative_deviation(
+        lambda impl, *t: impl(*t, seq_idx_BS),
+        (causal_conv1d, reference.causal_conv1d),
+        (x_BSC, weight_CK, bias_C),
+    )
