@@ -83,6 +83,7 @@ make_environment() {
         fi
         wanted="$(stamp_of "$VENV/bin/python")"
     fi
+    echo "Installing; this takes one to three minutes, more over a slow line."
     prefer_cpu_torch
     "$VENV/bin/python" -m pip install --quiet -e "$ROOT${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$stamp"

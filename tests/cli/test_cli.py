@@ -54,7 +54,9 @@ def python(*words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("code", ["import nemo_hybrid", "from nemo_hybrid import cli; cli.main(['--help'])"])  # fmt: skip
+@pytest.mark.parametrize(
+    "code", ["import nemo_hybrid", "from nemo_hybrid import cli; cli.main(['--help'])"]
+)
 def test_import_and_help_are_quick_and_light(code: str) -> None:
     seconds = []
     for _ in range(3):  # the machine may be busy
