@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from nemo_hybrid.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,30 +49,11 @@ class World:
     def barrier(self) -> None:
         dist.barrier()
 
-    def first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 while the others wait; its result, or its UserError, on all."""
-        outcome: tuple[Any, str | None] = (None, None)
-        if self.rank == 0:
-            try:
-                outcome = (action(), None)
-            except UserError as error:
-                outcome = (None, str(error))
-        result, failure = self.broadcast(outcome)
-        if failure is not None:
-            raise UserError(failure)
-        return result
-
     def gather(self, item: Any) -> list[Any]:
         """The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
-
-    def broadcast(self, item: Any) -> Any:
-        """Rank 0's item, on every rank."""
-        items = [item]
-        dist.broadcast_object_list(items, src=0)
-        return items[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; the tensor is returned."""

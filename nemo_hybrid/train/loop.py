@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.directory import on_rank_0
+from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig, RunConfig
@@ -52,7 +54,7 @@ def pretrain(config: RunConfig) -> None:
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
     torch.use_deterministic_algorithms(config.train.deterministic)
     world = World.start()
-    checkpoint = world.first(lambda: open_run(config))
+    checkpoint = on_rank_0(world, lambda: open_run(config))
     if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
         if world.rank == 0:
             print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
@@ -60,7 +62,7 @@ def pretrain(config: RunConfig) -> None:
         return
     hybrid = config.model.hybrid()
     if config.model.from_hf:
-        hybrid = HybridConfig.from_hf(config.model.from_hf)
+        hybrid = HybridConfig.from_hf(str(resolve(config.model.from_hf)))
     blend = _open_data(config, hybrid, world)
     run = _build(config, hybrid, world, blend, accumulation)
     start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
@@ -100,7 +102,7 @@ def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
         if data.prepare_default and data.path and not Path(data.path).exists():
             prepare([], data.path, vocab_size=hybrid.vocab_size)
 
-    world.first(make_default)
+    on_rank_0(world, make_default)
     blend = open_blend(data, hybrid)
     if config.train.eval_sequences and not blend.heldout:
         raise UserError(
@@ -123,7 +125,7 @@ def _build(
     )
     if config.model.from_hf:
         load_weights(
-            Path(config.model.from_hf),
+            resolve(config.model.from_hf),
             tensors_by_name(model),
             model.owned_experts,
             n_experts=hybrid.n_routed_experts,
