@@ -1,0 +1,226 @@
+"""The pre-training objective against computations by hand, and how its shares add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.tiny_models import loud_model, packed_batch, random_ids, tiny_config
+from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.router import routing_stats
+from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+
+ROWS = [[7, 1, 2, 3, 6, 1], [4, 16], [20], [1, 1, 1, 17]]
+TRAIN = TrainOptions(mtp_loss_weight=0.3, aux_loss_weight=0.05)
+NO_AUX = replace(TRAIN, aux_loss_weight=0.0)
+
+
+def normalizer(batch: Batch, depths: int) -> Normalizer:
+    return Normalizer(count_targets(batch, depths), batch.ids_BS.shape[0])
+
+
+def gradients(model: HybridLM, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_objective_equals_a_computation_from_logits() -> None:
+    model = loud_model(tiny_config("ME*", mtp_num_depths=2))
+    batch = packed_batch(model.config, ROWS)
+    ours = PretrainObjective(model, TRAIN)(batch, normalizer(batch, 2))
+    our_gradients = gradients(model, ours.loss)
+
+    h_BSD, stats = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
+    depths, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+    ce = []
+    for k, hidden_BSD in enumerate([h_BSD, *depths]):
+        logits, labels = [], []
+        for row, lengths in enumerate(ROWS):
+            start = 0
+            for length in lengths:
+                for t in range(start, start + length - 1 - k):
+                    logits.append(model.lm_head(hidden_BSD[row, t]))
+                    labels.append(batch.labels_BS[row, t + k])
+                start += length
+        ce.append(F.cross_entropy(torch.stack(logits), torch.stack(labels), reduction="none"))
+    aux = sum(s.aux_loss for s in (*stats.values(), *mtp_stats.values()))
+    loss = ce[0].mean() + 0.3 / 2 * (ce[1].mean() + ce[2].mean()) + 0.05 * aux / len(ROWS)
+
+    torch.testing.assert_close(ours.loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.ce_sums_N, torch.stack([c.sum() for c in ce]))
+    torch.testing.assert_close(ours.aux_sum, aux)
+    assert not ours.ce_sums_N.requires_grad
+    assert not ours.aux_sum.requires_grad
+    for name, expected in gradients(model, loss).items():
+        assert (our_gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
+    assert set(ours.counts) == {"backbone.layers.1", "mtp.layers.1"}
+
+
+def test_objective_of_rows_without_documents() -> None:
+    """Unpacked rows take the path without document numbers."""
+    model = loud_model(tiny_config("M*", mtp_num_depths=1))
+    batch = packed_batch(model.config, [[12], [12]])
+    assert not batch.packed
+    out = model(batch.ids_BS, mtp=True)
+    main = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BS.flatten())
+    mtp = F.cross_entropy(out.mtp_logits[0][:, :-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten())
+    ours = PretrainObjective(model, NO_AUX)(batch, normalizer(batch, 1))
+    torch.testing.assert_close(ours.loss, main + 0.3 * mtp)
+
+
+def test_without_multi_token_prediction() -> None:
+    model = loud_model(tiny_config("M"))
+    batch = packed_batch(model.config, [[12], [12]])
+    ours = PretrainObjective(model, TRAIN)(batch, normalizer(batch, 0))
+    expected = F.cross_entropy(model(batch.ids_BS).logits.flatten(0, 1), batch.labels_BS.flatten())
+    torch.testing.assert_close(ours.loss, expected)
+
+
+def test_shares_of_unequal_micro_batches_add_up() -> None:
+    model = loud_model(tiny_config("ME", mtp_num_depths=2))
+    objective = PretrainObjective(model, TRAIN)
+    whole = packed_batch(model.config, ROWS)
+    parts = [rows_of(whole, 0, 1), rows_of(whole, 1, 4)]
+    counts = [count_targets(part, 2) for part in parts]
+    assert counts[0][0] * 3 < counts[1][0] * 2  # few targets in the first, many in the second
+    shared = normalizer(whole, 2)
+    assert torch.equal(sum(counts), shared.targets_N)
+
+    together = objective(whole, shared)
+    expected = gradients(model, together.loss)
+    model.zero_grad()
+    outcomes = [objective(part, shared) for part in parts]
+    torch.testing.assert_close(sum(o.loss for o in outcomes), together.loss)
+    torch.testing.assert_close(sum(o.ce_sums_N for o in outcomes), together.ce_sums_N)
+    torch.testing.assert_close(sum(o.aux_sum for o in outcomes), together.aux_sum)
+    for name, counts_E in together.counts.items():
+        assert torch.equal(sum(o.counts[name] for o in outcomes), counts_E)
+    for outcome in outcomes:
+        outcome.loss.backward()
+    accumulated = {n: p.grad for n, p in model.named_parameters()}
+    for name, gradient in expected.items():
+        assert (accumulated[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+    # Means of means are something else: that would be noticed.
+    means = [objective(part, normalizer(part, 2)).loss for part in parts]
+    assert abs(sum(means) / 2 - together.loss) > 1e-2
+
+
+def rows_of(batch: Batch, start: int, end: int) -> Batch:
+    """A micro-batch of some rows."""
+    rows = slice(start, end)
+    return Batch.from_windows(
+        torch.cat([batch.ids_BS[rows], batch.labels_BS[rows, -1:]], dim=1),
+        torch.cat([batch.positions_BS[rows] == 0, ~batch.loss_mask_BS[rows, -1:]], dim=1),
+    )
+
+
+def test_balance_loss_equals_a_loop_over_rows() -> None:
+    model = loud_model(tiny_config("E"))
+    gate = model.backbone.layers[0].mixer.gate
+    experts, k, rows, length = 8, 3, 3, 11
+    x_TD = torch.randn(rows * length, 32, generator=torch.Generator().manual_seed(0))
+    ids_TK, _, scores_TE = gate(x_TD)
+    ours = routing_stats(scores_TE, ids_TK, rows)
+    by_hand, counts = torch.zeros(()), [0] * experts
+    for row in range(rows):
+        tokens = range(row * length, (row + 1) * length)
+        for expert in range(experts):
+            received = sum(expert in ids_TK[t].tolist() for t in tokens)
+            counts[expert] += received
+            f = received / (length * k)
+            p = sum(scores_TE[t, expert] / scores_TE[t].sum() for t in tokens) / length
+            by_hand = by_hand + experts * f * p
+    torch.testing.assert_close(ours.aux_loss, by_hand)
+    assert ours.counts_E.tolist() == counts
+    (expected,) = torch.autograd.grad(by_hand, gate.weight, retain_graph=True)
+    (gradient,) = torch.autograd.grad(ours.aux_loss, gate.weight)
+    torch.testing.assert_close(gradient, expected)
+    # Over rows, not over the whole batch.
+    assert abs(routing_stats(scores_TE, ids_TK, 1).aux_loss * rows - by_hand) > 1e-3
+
+
+def test_balance_loss_is_one_per_row_at_perfect_balance() -> None:
+    scores_TE = torch.full((8, 4), 0.3)
+    ids_TK = torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
+    stats = routing_stats(scores_TE, ids_TK, 2)
+    assert float(stats.aux_loss) == pytest.approx(2.0)
+
+
+def test_balance_loss_pulls_the_router_when_it_is_weighted() -> None:
+    model = loud_model(tiny_config("E"))
+    batch = packed_batch(model.config, [[12], [12]])
+
+    def gate_gradient(weight: float) -> Tensor:
+        objective = PretrainObjective(model, TrainOptions(aux_loss_weight=weight))
+        loss = objective(batch, normalizer(batch, 0)).loss
+        return gradients(model, loss)["backbone.layers.0.mixer.gate.weight"].clone()
+
+    none, once, twice = gate_gradient(0.0), gate_gradient(1.0), gate_gradient(2.0)
+    assert (once - none).norm() > 1e-3 * none.norm()
+    torch.testing.assert_close(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-6)
+
+
+def test_head_gradient_keeps_a_small_share_of_multi_token_prediction_in_bf16() -> None:
+    """Shares below half a bf16 ulp of the main loss's gradient vanish when each loss's gradient is
+    rounded before they are added; summed in fp32 and rounded once, they survive on average."""
+    config = tiny_config("M", mtp_num_depths=1, vocab_size=257, hidden_size=64)
+    model = loud_model(config).bfloat16()
+    batch = packed_batch(config, [[65]] * 4)
+
+    def head_gradient(weight: float, dtype: torch.dtype) -> Tensor:
+        objective = PretrainObjective(
+            model.to(dtype), TrainOptions(mtp_loss_weight=weight, aux_loss_weight=0.0)
+        )
+        loss = objective(batch, normalizer(batch, 1)).loss
+        return gradients(model, loss)["lm_head.weight"].clone()
+
+    share = 2.0**-10
+    main = head_gradient(0.0, torch.bfloat16)
+    with_share = head_gradient(share, torch.bfloat16)
+    only_share = (head_gradient(1.0, torch.float32) - head_gradient(0.0, torch.float32)) * share
+    assert main.dtype == with_share.dtype == torch.bfloat16
+    small = only_share.abs() < 2.0**-10 * main.float().abs()
+    assert small.float().mean() > 0.4
+
+    def kept(total: Tensor) -> float:
+        """Which fraction of the small shares is found in a total gradient."""
+        difference = (total.float() - main.float())[small]
+        return float((difference * only_share[small]).sum() / only_share[small].square().sum())
+
+    assert kept(with_share) == pytest.approx(1.0, abs=0.2)
+    assert kept(main + only_share.bfloat16()) == 0.0  # rounded apart, they are lost
+
+
+@pytest.mark.parametrize("pattern", ["M*", "ME"])
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(pattern: str) -> None:
+    model = loud_model(tiny_config(pattern, mtp_num_depths=2))
+    tokens_BW = random_ids(model.config, 2, 13)
+    starts_BW = torch.zeros_like(tokens_BW, dtype=torch.bool)
+    batch = Batch.from_windows(tokens_BW, starts_BW, keep_B=torch.tensor([False, False]))
+    assert count_targets(batch, 2).tolist() == [0, 0, 0]
+    objective = PretrainObjective(model, NO_AUX)
+    parts = objective(batch, normalizer(batch, 2))
+    assert float(parts.loss.detach()) == 0.0
+    assert parts.ce_sums_N.tolist() == [0.0, 0.0, 0.0]
+    for name, gradient in gradients(model, parts.loss).items():
+        assert gradient.eq(0).all(), name
+
+
+def test_a_masked_row_adds_nothing_to_the_cross_entropies() -> None:
+    model = loud_model(tiny_config("M*", mtp_num_depths=2))
+    tokens_BW = random_ids(model.config, 2, 13)
+    starts_BW = torch.zeros_like(tokens_BW, dtype=torch.bool)
+    both = Batch.from_windows(tokens_BW, starts_BW, keep_B=torch.tensor([True, False]))
+    first = Batch.from_windows(tokens_BW[:1], starts_BW[:1])
+    objective = PretrainObjective(model, NO_AUX)
+    torch.testing.assert_close(
+        objective(both, normalizer(both, 2)).loss, objective(first, normalizer(first, 2)).loss
+    )

@@ -1,0 +1,300 @@
+"""Multi-token prediction against a naive implementation written from its definition.
+
+Depth k = 1, 2 ... at position t of a document reads the previous depth's hidden state at t and the
+embedding of the document's token t + k, and predicts its token t + 1 + k. Positions from which
+there is no such token have no prediction. The naive version walks over rows, documents and
+positions one at a time, in float64, and computes nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.tiny_models import loud_model, packed_batch, tiny_config
+from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.mtp import shift_left
+from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets, targets
+
+# Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
+# target belongs to a document that has no input.
+ROWS = {
+    "one document per row": [[20], [20]],
+    "packed": [[7, 1, 2, 3, 6, 1], [4, 16], [20], [1, 1, 1, 17]],
+}
+PATTERNS = ("*E", "E*")
+
+
+@dataclass
+class Prediction:
+    """One depth at one position: hidden state [D], the id to predict and its cross-entropy."""
+
+    hidden: Tensor
+    target: int
+    loss: Tensor
+
+
+Place = tuple[int, int, int]  # depth (0: the main head), row, position
+
+
+def weights_of(model: HybridLM) -> dict[str, Tensor]:
+    """Copies in float64, for gradients of their own."""
+    return {
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def naive_predictions(
+    model: HybridLM, weights: dict[str, Tensor], rows: list[list[int]], batch: Batch
+) -> dict[Place, Prediction]:
+    """Every prediction there is. Only the backbone's hidden states are taken from the model."""
+    with torch.no_grad():
+        backbone = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)[0].double()
+    out: dict[Place, Prediction] = {}
+    for row, lengths in enumerate(rows):
+        # The window has one token more than the row; it stands in the labels.
+        window = [*batch.ids_BS[row].tolist(), int(batch.labels_BS[row, -1])]
+        start = 0
+        for length in lengths:
+            document = window[start : start + length]
+            hidden = list(backbone[row, start : start + length])
+            for depth in range(model.config.mtp_num_depths + 1):
+                predicting = range(length - 1 - depth)
+                if depth:
+                    table = weights["backbone.embeddings.weight"]
+                    embedded = [table[document[t + depth]] for t in predicting]
+                    hidden = naive_block(weights, model, hidden[: len(embedded)], embedded)
+                for t in predicting:
+                    target = document[t + 1 + depth]
+                    logits = weights["lm_head.weight"] @ hidden[t]
+                    loss = logits.logsumexp(0) - logits[target]
+                    out[depth, row, start + t] = Prediction(hidden[t], target, loss)
+            start += length
+    return out
+
+
+def naive_block(
+    weights: dict[str, Tensor], model: HybridLM, hidden: list[Tensor], embedded: list[Tensor]
+) -> list[Tensor]:
+    """The MTP block over the first positions of one document."""
+
+    def w(name: str) -> Tensor:
+        return weights[f"mtp.layers.{name}"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / torch.sqrt((x * x).mean() + model.config.layer_norm_epsilon) * w(name)
+
+    last = len(model.config.mtp_pattern) - 1
+    xs = []
+    for e, h in zip(embedded, hidden, strict=True):
+        both = torch.cat([norm(e, "0.enorm.weight"), norm(h, "0.hnorm.weight")])
+        xs.append(w("0.eh_proj.weight") @ both)
+    for i, letter in enumerate(model.config.mtp_pattern):
+        normed = [norm(x, f"{i}.norm.weight") for x in xs]
+        mix = {"*": naive_attention, "E": naive_moe}[letter]
+        mixed = mix(lambda name, i=i: w(f"{i}.mixer.{name}"), model, normed)
+        xs = [x + y for x, y in zip(xs, mixed, strict=True)]
+    return [norm(x, f"{last}.final_layernorm.weight") for x in xs]
+
+
+def naive_attention(w: Callable[[str], Tensor], model: HybridLM, xs: list[Tensor]) -> list[Tensor]:
+    cfg = model.config
+    P, per_kv = cfg.head_dim, cfg.num_attention_heads // cfg.num_key_value_heads
+    out = []
+    for t, x in enumerate(xs):
+        heads = []
+        for head in range(cfg.num_attention_heads):
+            of_q = slice(head * P, (head + 1) * P)
+            of_kv = slice(head // per_kv * P, (head // per_kv + 1) * P)
+            q = w("q_proj.weight")[of_q] @ x
+            scores = [q @ (w("k_proj.weight")[of_kv] @ xs[s]) / math.sqrt(P) for s in range(t + 1)]
+            shares = torch.stack(scores).softmax(0)
+            values = [w("v_proj.weight")[of_kv] @ xs[s] for s in range(t + 1)]
+            heads.append(sum(a * v for a, v in zip(shares, values, strict=True)))
+        out.append(w("o_proj.weight") @ torch.cat(heads))
+    return out
+
+
+def naive_moe(w: Callable[[str], Tensor], model: HybridLM, xs: list[Tensor]) -> list[Tensor]:
+    cfg = model.config
+    out = []
+    for x in xs:
+        scores = torch.sigmoid(w("gate.weight") @ x)
+        ranked = sorted(
+            range(cfg.n_routed_experts),
+            key=lambda e: float((scores[e] + w("gate.e_score_correction_bias")[e]).detach()),
+        )
+        chosen = ranked[-cfg.num_experts_per_tok :]
+        total = sum(scores[e] for e in chosen)
+        latent = w("fc1_latent_proj.weight") @ x
+        mixed = torch.zeros_like(latent)
+        for e in chosen:
+            inner = F.relu(w("experts.up_proj")[e] @ latent) ** 2
+            share = cfg.routed_scaling_factor * scores[e] / total
+            mixed = mixed + share * (w("experts.down_proj")[e] @ inner)
+        inner = F.relu(w("shared_experts.up_proj.weight") @ x) ** 2
+        shared = w("shared_experts.down_proj.weight") @ inner
+        out.append(w("fc2_latent_proj.weight") @ mixed + shared)
+    return out
+
+
+@dataclass
+class Comparison:
+    """How far the model is from the naive version."""
+
+    validity: int  # positions where only one of the two has a prediction
+    labels: int  # wrong labels among the others
+    logits: float  # largest deviation there
+    losses: float  # largest deviation of a summed loss, main and depths
+
+
+@torch.no_grad()
+def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Comparison:
+    depths = model.config.mtp_num_depths
+    h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
+    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+    logits_NBSV = torch.stack([model.lm_head(h) for h in (h_BSD, *hidden)])
+    counts_N = count_targets(batch, depths)
+    parts = PretrainObjective(model, TrainOptions())(batch, Normalizer(counts_N, 1))
+    labels_NBS, valid_NBS = targets(batch, depths)
+    assert torch.equal(counts_N, valid_NBS.sum((1, 2)))
+    ours = {tuple(place) for place in valid_NBS.nonzero().tolist()}
+    common = ours & naive.keys()
+    head = model.lm_head.weight.detach().double()
+    sums = torch.zeros(depths + 1)
+    for (depth, _, _), prediction in naive.items():
+        sums[depth] += float(prediction.loss)
+    return Comparison(
+        validity=len(ours ^ naive.keys()),
+        labels=sum(int(labels_NBS[p]) != naive[p].target for p in common),
+        logits=max(float((logits_NBSV[p] - head @ naive[p].hidden).abs().max()) for p in common),
+        losses=float((parts.ce_sums_N - sums).abs().max()),
+    )
+
+
+def build(rows: list[list[int]], pattern: str, depths: int) -> tuple[HybridLM, Batch]:
+    model = loud_model(tiny_config("M", mtp_pattern=pattern, mtp_num_depths=depths), seed=3)
+    return model, packed_batch(model.config, rows)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_hidden_states_targets_and_losses(rows: list[list[int]], pattern: str, depths: int) -> None:
+    model, batch = build(rows, pattern, depths)
+    found = compare(model, batch, naive_predictions(model, weights_of(model), rows, batch))
+    assert (found.validity, found.labels) == (0, 0)
+    assert found.logits < 1e-5
+    assert found.losses < 1e-3  # sums of about 50 values around 5
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients(pattern: str) -> None:
+    """Of all losses but the main one, to the block, the embedding and the head."""
+    rows = ROWS["packed"]
+    model, batch = build(rows, pattern, 2)
+    weights = weights_of(model)
+    naive = naive_predictions(model, weights, rows, batch)
+    sum(p.loss for place, p in naive.items() if place[0]).backward()
+
+    with torch.no_grad():
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
+    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+    labels_NBS, valid_NBS = targets(batch, 2)
+    logits_NBSV = model.lm_head(torch.stack(hidden))
+    F.cross_entropy(
+        logits_NBSV[valid_NBS[1:]], labels_NBS[1:][valid_NBS[1:]], reduction="sum"
+    ).backward()
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = weights[name].grad
+            assert (parameter.grad - expected).norm() < 1e-5 * expected.norm(), name
+            compared += 1
+    of_block = sum(1 for name, _ in model.named_parameters() if name.startswith("mtp."))
+    assert compared == of_block + 2
+
+
+def one_too_far(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:
+    return shift_left(x_BS, k + 1, seq_idx_BS, fill)
+
+
+def one_too_near(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:
+    return shift_left(x_BS, k - 1, seq_idx_BS, fill) if k > 1 else x_BS
+
+
+def across_documents(x_BS: Tensor, k: int, _: Tensor | None, fill: int = 0) -> Tensor:
+    return shift_left(x_BS, k, None, fill)
+
+
+def test_a_wrong_shift_is_noticed() -> None:
+    rows = ROWS["packed"]
+    model, batch = build(rows, "*E", 2)
+    naive = naive_predictions(model, weights_of(model), rows, batch)
+    for wrong in (one_too_far, one_too_near):
+        with patch("nemo_hybrid.model.hybrid.shift_left", wrong):
+            found = compare(model, batch, naive)
+        assert found.logits > 0.1, wrong
+        assert found.losses > 1, wrong
+        with patch("nemo_hybrid.train.losses.shift_left", wrong):
+            found = compare(model, batch, naive)
+        assert found.labels > 10, wrong
+        assert found.losses > 1, wrong
+
+
+def test_crossing_a_document_boundary_is_noticed() -> None:
+    rows = ROWS["packed"]
+    model, batch = build(rows, "*E", 2)
+    naive = naive_predictions(model, weights_of(model), rows, batch)
+    with patch("nemo_hybrid.train.losses.shift_left", across_documents):
+        found = compare(model, batch, naive)
+    assert found.validity > 5
+    assert found.losses > 1
+    # Attention of the MTP block over all of a row. (Its embeddings matter beyond the boundary only
+    # where there is no prediction; test_packing looks at those positions.)
+    one_document_BS = torch.zeros_like(batch.seq_idx_BS)
+    with torch.no_grad():
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
+        right, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+        wrong, _ = model.forward_mtp(h_BSD, batch.ids_BS, one_document_BS)
+    later = batch.seq_idx_BS > 0
+    assert (right[0] - wrong[0])[later].abs().max() > 0.1
+
+
+def test_the_block_is_applied_to_its_own_normalised_output() -> None:
+    """Depth 2 continues depth 1; two depths from the same backbone state would be noticed."""
+    model, batch = build(ROWS["packed"], "*E", 2)
+    with torch.no_grad():
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
+        first, second = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)[0]
+        e_BSD = model.backbone.embeddings(shift_left(batch.ids_BS, 2, batch.seq_idx_BS))
+        restarted, _ = model.mtp(h_BSD, e_BSD, batch.seq_idx_BS)
+        continued, _ = model.mtp(first, e_BSD, batch.seq_idx_BS)
+    assert torch.equal(continued, second)
+    assert (restarted - second).abs().max() > 0.1
+
+
+def test_forward_returns_logits_of_all_depths() -> None:
+    model, batch = build(ROWS["one document per row"], "*E", 2)
+    with torch.no_grad():
+        output = model(batch.ids_BS, mtp=True)
+        h_BSD, _ = model.forward_hidden(batch.ids_BS)
+        hidden, stats = model.forward_mtp(h_BSD, batch.ids_BS)
+    assert torch.equal(output.logits, model.lm_head(h_BSD))
+    assert len(output.mtp_logits) == 2
+    for logits_BSV, hidden_BSD in zip(output.mtp_logits, hidden, strict=True):
+        assert torch.equal(logits_BSV, model.lm_head(hidden_BSD))
+    assert model(batch.ids_BS).mtp_logits == []
+    # One router serves both depths: its load is that of both.
+    slots = batch.ids_BS.numel() * model.config.num_experts_per_tok
+    assert int(stats["mtp.layers.1"].counts_E.sum()) == 2 * slots

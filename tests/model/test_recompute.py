@@ -1,0 +1,56 @@
+"""Recomputing activations changes memory and time, and nothing else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.tiny_models import loud_model, packed_batch, tiny_config
+from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.train.losses import LossParts, Normalizer, PretrainObjective, count_targets
+
+PATTERN = "ME*-ME"
+
+
+def step(model: HybridLM) -> tuple[LossParts, dict[str, Tensor], list[int]]:
+    """One forward and backward pass: losses, gradients, and how often each layer ran."""
+    calls = [0] * len(model.config.pattern)
+
+    def counter(i: int) -> None:
+        calls[i] += 1
+
+    for i, layer in enumerate(model.backbone.layers):
+        layer.mixer.register_forward_pre_hook(lambda *_, i=i: counter(i))
+    batch = packed_batch(model.config, [[7, 12, 2], [21]])
+    depths = model.config.mtp_num_depths
+    objective = PretrainObjective(model, TrainOptions(aux_loss_weight=0.05))
+    parts = objective(batch, Normalizer(count_targets(batch, depths), 2))
+    parts.loss.backward()
+    return parts, {n: p.grad for n, p in model.named_parameters()}, calls
+
+
+@pytest.mark.parametrize("letters", ["M", "E", "*", "ME*", "ME*-"])
+def test_recomputation_is_exact_and_counts_once(letters: str) -> None:
+    config = tiny_config(PATTERN, mtp_num_depths=2)
+    expected, expected_gradients, once = step(loud_model(config))
+    parts, gradients, calls = step(loud_model(config, recompute=letters))
+    assert once == [1] * len(PATTERN)
+    assert calls == [2 if letter in letters else 1 for letter in PATTERN]
+    assert torch.equal(parts.loss, expected.loss)
+    for name, gradient in expected_gradients.items():
+        assert torch.equal(gradients[name], gradient), name
+    assert parts.counts.keys() == expected.counts.keys()
+    for name, counts_E in expected.counts.items():
+        assert torch.equal(parts.counts[name], counts_E)
+    tokens = 2 * 20  # windows of 21 tokens
+    assert int(parts.counts["backbone.layers.1"].sum()) == tokens * config.num_experts_per_tok
+
+
+def test_nothing_is_recomputed_without_gradients() -> None:
+    model = loud_model(tiny_config("M"), recompute="M")
+    ids_BS = torch.ones(1, 5, dtype=torch.int64)
+    calls = []
+    model.backbone.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(ids_BS)
+    assert len(calls) == 1
