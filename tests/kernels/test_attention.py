@@ -1,0 +1,76 @@
+"""Attention against its definition, and its isolation of documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_kernels.attention import attention, attention_step
+
+
+def inputs(length=21, dtype=torch.float32, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8))
+    return [torch.randn(s, generator=gen).to(dtype) for s in shapes]
+
+
+def packed(lengths):
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+
+
+def definition(q, k, v, seq=None):
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            seen = [j for j in range(i + 1) if seq is None or seq[b, j] == seq[b, i]]
+            for h in range(q.shape[2]):
+                scores = (k[b, seen, h // 2] @ q[b, i, h]) / q.shape[-1] ** 0.5
+                out[b, i, h] = scores.softmax(0) @ v[b, seen, h // 2]
+    return out
+
+
+@pytest.mark.parametrize("lengths", [None, [21], [1, 8, 12]])
+def test_equals_the_definition(lengths):
+    seq = None if lengths is None else packed(lengths)
+    t = inputs()
+    torch.testing.assert_close(attention(*t, seq), definition(*t, seq), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_is_the_last_row(dtype):
+    q, k, v = inputs(dtype=dtype)
+    last = attention(q, k, v)[:, -1]
+    assert last.dtype == dtype
+    torch.testing.assert_close(
+        attention_step(q[:, -1], k, v), last, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [1, 31, 32, 33, 300])
+@pytest.mark.parametrize("second", [1, 32, 33])
+def test_documents_are_isolated_bit_for_bit(first, second, dtype):
+    seq = packed([first, second, 5])
+    where = slice(first, first + second)
+
+    def run(tensors, seq, where):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        o = attention(*leaves, seq)[:, where]
+        (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum().backward()
+        return [o, *(t.grad[:, where] for t in leaves)]
+
+    t = inputs(first + second + 5, dtype)
+    before = run(t, seq, where)
+    changed = [v.clone() for v in t]
+    for v in changed:
+        v[:, :first] *= -30
+        v[:, first + second :] *= -30
+    after = run(changed, seq, where)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    alone = run([v[:, where] for v in t], None, slice(None))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(before, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    # The comparison notices attention that crosses.
+    assert not torch.equal(run(t, None, where)[0], run(changed, None, where)[0])
