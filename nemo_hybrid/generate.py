@@ -31,7 +31,9 @@ def sample(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
+    # In float64, and with no positive exponent, so that no temperature is too small.
+    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True).double()
+    probabilities_BV = (below_BV / temperature).softmax(-1)
     if top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = ordered_BV.cumsum(-1) - ordered_BV
