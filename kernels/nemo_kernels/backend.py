@@ -150,7 +150,7 @@ def _check(module_name: str, device_type: str) -> str:
         return f"does not run on {device_type} tensors"
     try:
         deviation = float(module.self_check(device_type))
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, OSError) as error:
         return f"failed its self-check: {type(error).__name__}: {error}"
     if not deviation <= TOLERANCE:  # also true for NaN
         return f"deviates from the reference by {deviation:.2g} (limit {TOLERANCE})"

@@ -8,7 +8,7 @@ Shapes: as in reference.py; T = B*S tokens.
 from __future__ import annotations
 
 import torch
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_varlen_func
 from torch import Tensor
 
 from nemo_kernels.attention import reference
@@ -28,13 +28,14 @@ def attention(
 ) -> Tensor:
     if q_BSHP.dtype not in (torch.float16, torch.bfloat16):
         return reference.attention(q_BSHP, k_BSGP, v_BSGP, seq_idx_BS)
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    batch, length = q_BSHP.shape[:2]
     if seq_idx_BS is None:
-        return flash_attn_func(q_BSHP, k_BSGP, v_BSGP, causal=True, deterministic=deterministic)
-    if cu_seqlens is None:
+        ends = torch.arange(batch + 1, device=q_BSHP.device, dtype=torch.int32)
+        cu_seqlens, max_seqlen = ends * length, length
+    elif cu_seqlens is None:
         cu_seqlens = _document_bounds(seq_idx_BS)
     if max_seqlen is None:
-        max_seqlen = seq_idx_BS.shape[1]  # an upper bound serves and costs no host sync
+        max_seqlen = length  # an upper bound serves and costs no host sync
     o_THP = flash_attn_varlen_func(
         q_BSHP.flatten(0, 1),
         k_BSGP.flatten(0, 1),
@@ -44,7 +45,7 @@ def attention(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         causal=True,
-        deterministic=deterministic,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return o_THP.view(q_BSHP.shape)
 

@@ -9,13 +9,14 @@ Shapes: as in reference.py.
 from __future__ import annotations
 
 import torch
-from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 
 from nemo_kernels.backend import relative_deviation
 from nemo_kernels.conv1d import reference
 
 DEVICE_TYPES = ("cuda",)
+causal_conv1d_step = reference.causal_conv1d_step
 conv_state = reference.conv_state
 
 
@@ -28,14 +29,6 @@ def causal_conv1d(
         x_BSC.contiguous().transpose(1, 2), weight_CK, bias_C, seq_idx_BS, activation="silu"
     )
     return y_BCS.transpose(1, 2)
-
-
-def causal_conv1d_step(
-    x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
-) -> tuple[Tensor, Tensor]:
-    state_BCJ = state_BCJ.clone()  # the library updates it in place
-    y_BC = causal_conv1d_update(x_BC.contiguous(), state_BCJ, weight_CK, bias_C, activation="silu")
-    return y_BC, state_BCJ
 
 
 def self_check(device_type: str) -> float:
