@@ -37,7 +37,7 @@ from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
 from nemo_hybrid.train.optim import parameter_groups
 from nemo_hybrid.train.plots import write_plots
 from nemo_hybrid.train.progress import Progress
-from nemo_hybrid.train.run_dir import CHECKPOINTS, open_run
+from nemo_hybrid.train.run_dir import CHECKPOINTS, claim_run, open_run
 from nemo_hybrid.train.schedule import learning_rate
 from nemo_kernels import backend
 
@@ -66,6 +66,7 @@ def pretrain(config: RunConfig) -> None:
     blend = _open_data(config, hybrid, world)
     run = _build(config, hybrid, world, blend, accumulation)
     start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
+    on_rank_0(world, lambda: claim_run(config))
     if world.rank == 0:
         _announce(config, world, run, checkpoint)
         with (
@@ -233,8 +234,8 @@ def _step(run: Run, batches: list[Batch], lr: float) -> Outcome:
     aux = float(sums[-1]) / (train.global_batch_size * max(1, len(counts)))
     if not all(map(_finite, [*losses, norm])):
         raise TrainingError(
-            f"the loss ({losses[0]}) or the gradient norm ({norm}) is not finite: lower train.lr "
-            "or resume from an earlier checkpoint"
+            f"the loss ({losses[0]}) or the gradient norm ({norm}) is not finite: start another "
+            "run_dir with a lower train.lr, or resume from an earlier checkpoint"
         )
     return Outcome(losses, aux, norm, counts, int(totals[-1]))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.directory import together
 from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
@@ -57,7 +58,7 @@ def save(
         weights=_owned(engine, model),
         fragments=engine.fragments(),
         run_state={
-            "identity": asdict(identity),
+            **asdict(identity),
             "optimizer_steps": engine.optimizer_steps,
             "layout": {
                 "world_size": world.size,
@@ -79,20 +80,24 @@ def restore(directory: Path, engine: Engine, model: HybridLM, identity: Identity
     Raises UserError if the checkpoint belongs to another model, data store, tokenizer, sequence
     length, batch size or seed, or if its weights are not the rounding of their masters.
     """
-    state = check_resumable(directory, model.config, {"identity": asdict(identity)})
-    targets = tensors_by_name(model)
-    load_weights(directory, targets, model.owned_experts, n_experts=model.config.n_routed_experts)
-    engine.allocate_state(int(state["optimizer_steps"]))
-    fragments = list(engine.fragments())
-    load_state(directory, fragments)
-    check_masters(
-        [(name, tensor, _first_expert(name, model)) for name, tensor in targets.items()], fragments
-    )
+
+    def read() -> int:
+        state = check_resumable(directory, model.config, asdict(identity))
+        targets, experts = tensors_by_name(model), model.owned_experts
+        load_weights(directory, targets, experts, n_experts=model.config.n_routed_experts)
+        engine.allocate_state(int(state["optimizer_steps"]))
+        fragments = list(engine.fragments())
+        load_state(directory, fragments)
+        weights = [(name, tensor, _first_expert(name, model)) for name, tensor in targets.items()]
+        check_masters(weights, fragments)
+        return int(state["step"])
+
+    steps = together(engine.world, read)
     engine.publish_masters()
     own = load_rank_state(directory, engine.world.rank)
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
-    return int(state["step"])
+    return steps[0]
 
 
 def _owned(engine: Engine, model: HybridLM) -> Iterator[tuple[str, Tensor, int]]:

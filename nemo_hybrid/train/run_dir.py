@@ -6,6 +6,7 @@ files, plots, and checkpoints/step_NNNNNNNN.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -41,42 +42,70 @@ MAY_CHANGE = (
 
 
 def open_run(config: RunConfig) -> Path | None:
-    """Claim ``config.run_dir``; return the checkpoint to go on from, or None for a fresh start.
+    """The checkpoint to go on from, or None for a fresh start; nothing is written.
 
-    For rank 0 alone. Raises UserError if the directory cannot be written, holds something that is
-    not a run, or a different run.
+    For rank 0 alone. Raises UserError if the directory cannot be used, holds something that is
+    not a run, or a different run, and if the checkpoint that was asked for is damaged.
     """
     run_dir = Path(config.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        present = sorted(os.listdir(run_dir))
-        if not os.access(run_dir, os.W_OK | os.X_OK):
-            raise PermissionError(13, "permission denied")
+        present = _contents(run_dir)
     except OSError as error:
         raise UserError(f"cannot use run_dir {run_dir}: {error.strerror or error}") from error
-    saved = run_dir / CONFIG_FILE
     if present and config.resume == "never":
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
-    if saved.exists():
-        _same_run(config, saved)
+    if CONFIG_FILE in present:
+        _same_run(config, run_dir / CONFIG_FILE)
     elif present:
         raise UserError(
             f"run_dir {run_dir} holds {present[0]} but no {CONFIG_FILE}, so it is not a run; "
             "choose another directory"
         )
-    else:
-        files.replace_file(saved, dump_config(config))
     if config.resume in ("auto", "never"):
         return files.find_latest(run_dir / CHECKPOINTS)
-    return files.resolve(Path(config.resume))
+    checkpoint = files.resolve(Path(config.resume))
+    files.step_of(checkpoint)
+    files.verify(checkpoint)
+    return checkpoint
+
+
+def claim_run(config: RunConfig) -> None:
+    """Make ``config.run_dir`` the directory of this run: write its configuration, if it has none.
+
+    For rank 0 alone, when nothing else can go wrong any more: a directory that was claimed by a
+    mistaken configuration would refuse the mended one. Raises UserError.
+    """
+    run_dir = Path(config.run_dir)
+    with files.naming("use run_dir", run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / CONFIG_FILE).exists():
+        files.replace_file(run_dir / CONFIG_FILE, dump_config(config))
+
+
+def _contents(run_dir: Path) -> list[str]:
+    """Names in the directory, what a killed writer left aside; none if it does not exist yet.
+
+    Raises OSError if it cannot be written, or not be made.
+    """
+    existing = next(p for p in (run_dir, *run_dir.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{existing} may not be written")
+    if existing != run_dir:
+        return []
+    return sorted(name for name in os.listdir(run_dir) if not name.startswith(files.TEMPORARY))
 
 
 def _same_run(config: RunConfig, saved: Path) -> None:
     """Raise UserError naming the options in which the run in the directory differs."""
-    before, now = (
-        _flat(yaml.safe_load(saved.read_text())),
-        _flat(yaml.safe_load(dump_config(config))),
-    )
+    try:
+        there = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        there = None
+    if not isinstance(there, dict):
+        raise UserError(f"{saved} is not the configuration of a run; choose another run_dir")
+    before, now = _flat(there), _flat(yaml.safe_load(dump_config(config)))
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.corpus import write_corpus
+from helpers.once import once
 from helpers.processes import run_python
 from helpers.runs import ALL_OF_RANK_1
 
@@ -44,20 +45,19 @@ WORLD_4: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "store")
+    return once(tmp_path_factory, "corpus", lambda out: write_corpus(out / "store")) / "store"
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callable[[int], Path]:
     """results(1 | 2 | 4): the directory of what that many processes left."""
-    done: dict[int, Path] = {}
 
     def run(size: int) -> Path:
-        if size not in done:
-            out = tmp_path_factory.mktemp(f"world{size}")
-            scenarios = {1: WORLD_1, 2: WORLD_2, 4: WORLD_4}[size]
-            run_python([WORKER, store, out, json.dumps(scenarios)], size)
-            done[size] = out
-        return done[size]
+        scenarios = json.dumps({1: WORLD_1, 2: WORLD_2, 4: WORLD_4}[size])
+        return once(
+            tmp_path_factory,
+            f"world{size}",
+            lambda out: run_python([WORKER, store, out, scenarios], size),
+        )
 
     return run

@@ -1,0 +1,136 @@
+"""A run that goes on is the run that never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.corpus import flip_byte, write_corpus
+from helpers.processes import Finished, run_command
+from nemo_hybrid.train.metrics import read_metrics
+from train.conftest import LAYOUT, Unbroken
+
+MEASURED = ("tokens_per_s", "step_seconds", "data_seconds", "mfu", "memory_gb")
+"""Fields that tell of the machine, not of the training."""
+WITH_PATHS = ("run.yaml", "manifest.json")
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    found = [asdict(row) for row in read_metrics(run_dir / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Finished]]:
+    """The run as if it had been killed while it wrote after its last step: the newest checkpoint
+    is damaged, metrics are further than the one before, and the last line is torn."""
+    run_dir = unbroken.copy(tmp_path_factory.mktemp("resumed") / "run")
+    flip_byte(run_dir / "checkpoints/step_00000012/optimizer-r00001.safetensors", -1)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step":13,"loss":')
+    words = ["pretrain", "--config", unbroken.config, "--run_dir", run_dir, *LAYOUT]
+    return run_dir, run_command(*words, size=2)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    resumed: tuple[Path, list[Finished]],
+) -> None:
+    run_dir, finished = resumed
+    assert "step_00000012/optimizer-r00001.safetensors" in finished[0].stderr
+    assert f"going on from {run_dir / 'checkpoints/step_00000008'}" in finished[0].stdout
+
+
+def test_resumed_run_is_bit_identical(
+    unbroken: Unbroken, resumed: tuple[Path, list[Finished]]
+) -> None:
+    """Weights, router biases, masters, moments and generators, byte by byte."""
+    theirs = unbroken.run_dir / "checkpoints/step_00000012"
+    ours = resumed[0] / "checkpoints/step_00000012"
+    names = {path.name for path in theirs.iterdir()}
+    assert {path.name for path in ours.iterdir()} == names
+    assert sum(name.startswith("optimizer-r") for name in names) == 2
+    for name in names - set(WITH_PATHS):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    # What would have been missed: the step before has other bytes in every such file.
+    before = unbroken.run_dir / "checkpoints/step_00000008"
+    for name in names - set(WITH_PATHS):
+        if name.startswith(("model-", "optimizer-r")):
+            assert (before / name).read_bytes() != (theirs / name).read_bytes(), name
+
+
+def test_metrics_are_cut_back_and_go_on_equal(
+    unbroken: Unbroken, resumed: tuple[Path, list[Finished]]
+) -> None:
+    assert rows(resumed[0]) == rows(unbroken.run_dir)
+    before, after = (
+        (directory / "metrics.jsonl").read_text().splitlines()
+        for directory in (unbroken.run_dir, resumed[0])
+    )
+    assert after[:8] == before[:8]  # kept as they were
+    seconds = [json.loads(line)["step_seconds"] for line in before[8:]]
+    assert seconds != [json.loads(line)["step_seconds"] for line in after[8:]]  # made again
+
+
+def test_other_layout_goes_on_with_the_same_samples(unbroken: Unbroken, tmp_path: Path) -> None:
+    """From two processes and expert parallel 2 to one process: bf16 rounds differently."""
+    run_dir = unbroken.copy(tmp_path / "run", without=(12, 8))
+    words = ["pretrain", "--config", unbroken.config, "--run_dir", run_dir]
+    finished = run_command(*words, "--train.micro_batch_size", "4")
+    assert "going on from" in finished[0].stdout
+    ours, theirs = rows(run_dir), rows(unbroken.run_dir)
+    assert len(ours) == 12
+    assert ours[:4] == theirs[:4]
+    for a, b in zip(ours[4:], theirs[4:], strict=True):
+        assert a["sample_hash"] == b["sample_hash"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["mtp_losses"] == pytest.approx(b["mtp_losses"], rel=5e-3)
+    # One step further on from the same state, so the first row is closer than the training moves.
+    assert ours[4]["loss"] == pytest.approx(theirs[4]["loss"], rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--train.lr", "0.001"), ["train.lr", "0.001", "0.005"]),
+        (("--model.pattern", "ME*E-E"), ["model.pattern", "ME*E-E", "ME*E-M"]),
+        (("--precision.recipe", "fp32"), ["precision.recipe"]),
+        (("--resume", "never"), ["not empty", "--resume auto"]),
+    ],
+)
+def test_another_run_is_refused(
+    unbroken: Unbroken,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, str],
+    named: list[str],
+) -> None:
+    assert pretrain("--config", unbroken.config, "--run_dir", unbroken.run_dir, *words) == 2
+    message = capsys.readouterr().err
+    assert str(unbroken.run_dir) in message
+    assert all(name in message for name in named), message
+
+
+def test_other_data_under_the_same_name_is_refused(
+    unbroken: Unbroken,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """The configuration is equal, the tokens are not."""
+    store = write_corpus(tmp_path / "store", seed=1)
+    copied = unbroken.copy(tmp_path / "run", without=(12,))
+    saved = copied / "config.yaml"
+    path = json.dumps(str(store))
+    lines = saved.read_text().splitlines()
+    saved.write_text("\n".join(f"  path: {path}" if "  path: " in x else x for x in lines) + "\n")
+    words = ["--config", unbroken.config, "--run_dir", copied, "--data.path", store]
+    assert pretrain(*words) == 2
+    message = capsys.readouterr().err
+    assert "step_00000008 was written with data [" in message

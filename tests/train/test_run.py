@@ -1,0 +1,127 @@
+"""A run from the command line to the last file: two processes, expert parallel, ZeRO-2, bf16,
+packed documents, multi-token prediction, accumulation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.train.metrics import read_metrics
+from train.conftest import Unbroken
+
+
+def test_every_step_has_a_row(unbroken: Unbroken) -> None:
+    lines = (unbroken.run_dir / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    promised = {"step", "loss", "mtp_losses", "lr", "grad_norm", "tokens", "tokens_per_s"}
+        "step",
+        "loss",
+        "mtp_losses",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s",
+        "max_vio",
+    ]
+    assert promised | {"max_vio"} <= set(first)
+    rows = read_metrics(unbroken.run_dir / "metrics.jsonl")
+    assert [row.step for row in rows] == list(range(1, 13))
+    for row in rows:
+        numbers = [row.loss, *row.mtp_losses, row.lr, row.grad_norm, row.tokens_per_s, row.max_vio]
+        assert all(math.isfinite(x) and x > 0 for x in numbers), row
+        assert len(row.mtp_losses) == 2
+        assert row.tokens == 8 * 32
+    assert rows[-1].tokens_total == 12 * 8 * 32
+    assert len({row.sample_hash for row in rows}) == 12
+
+
+def test_losses_fall(unbroken: Unbroken) -> None:
+    rows = read_metrics(unbroken.run_dir / "metrics.jsonl")
+    assert rows[-1].loss < rows[0].loss - 0.5
+    assert all(b < a - 0.2 for a, b in zip(rows[0].mtp_losses, rows[-1].mtp_losses, strict=True))
+    heldout = {row.step: row.heldout_loss for row in rows if row.heldout_loss is not None}
+    assert sorted(heldout) == [1, 6, 12]
+    assert all(b < a for a, b in pairwise(heldout.values()))
+
+
+def test_learning_rate_warms_up_and_decays(unbroken: Unbroken) -> None:
+    lr = [row.lr for row in read_metrics(unbroken.run_dir / "metrics.jsonl")]
+    assert lr[0] < lr[1] < lr[2] == lr[7] == 5e-3
+    assert all(b < a for a, b in pairwise(lr[7:]))
+    assert lr[-1] == pytest.approx(5e-5)
+
+
+def test_plots_and_tensorboard_are_there(unbroken: Unbroken) -> None:
+    plots = sorted(unbroken.run_dir.glob("plots/*.png"))
+    assert len(plots) >= 2
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+    events = list(unbroken.run_dir.glob("tensorboard/events*"))
+    assert events
+    assert all(event.stat().st_size > 1000 for event in events)
+    loads = [json.loads(x) for x in (unbroken.run_dir / "expert_load.jsonl").open()]
+    assert [row["step"] for row in loads] == [5, 10, 12]
+    for row in loads:
+        # 256 tokens go to 2 experts each; the block of the two depths counts twice.
+        assert {sum(load) for load in row["load"].values()} == {512, 1024}
+
+
+def test_checkpoints_are_whole_and_latest_is_the_newest(unbroken: Unbroken) -> None:
+    checkpoints = unbroken.run_dir / "checkpoints"
+    found = [d.name for d in files.list_steps(checkpoints)]
+    assert found == [f"step_{step:08d}" for step in (12, 8, 4)]
+    for directory in files.list_steps(checkpoints):
+        files.verify(directory)
+    assert files.read_latest(checkpoints) == checkpoints / "step_00000012"
+    assert not list(unbroken.run_dir.rglob(".tmp-*"))
+    held = {path.name for path in (checkpoints / "step_00000012").iterdir()}
+    assert held >= {"config.json", "tokenizer.json", "generation_config.json", "run.yaml",
+                    "model.safetensors.index.json", "optimizer.index.json", "run_state.json",
+                    "rank-00000.safetensors", "rank-00001.safetensors"}  # fmt: skip
+
+
+def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> None:
+    """The weights on disk have the held-out loss that the run measured at its end."""
+    from nemo_hybrid.config import DataOptions, TrainOptions
+    from nemo_hybrid.data.loader import heldout_batches, open_blend
+    from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+
+    model = HybridLM.from_hf(str(unbroken.run_dir))
+    data = DataOptions(path=str(store), sequence_length=32)
+    objective = PretrainObjective(model, TrainOptions())
+    total, count = 0.0, 0
+    for batch in heldout_batches(
+        open_blend(data, model.config).heldout,
+        sequence_length=32,
+        micro_batch_size=16,
+        rank=0,
+        world_size=1,
+        limit=16,
+    ):
+        counts_N = count_targets(batch, objective.depths)
+        total += float(objective(batch, Normalizer(counts_N, 16)).ce_sums_N[0])
+        count += int(counts_N[0])
+    last = read_metrics(unbroken.run_dir / "metrics.jsonl")[-1]
+    assert total / count == pytest.approx(last.heldout_loss, rel=5e-3)
+
+
+def test_output_says_what_runs_and_where_it_is(unbroken: Unbroken) -> None:
+    assert "2 processes on cpu, expert parallel 2, ZeRO-2, accumulation 2, bf16" in unbroken.stdout
+    assert "fresh start" in unbroken.stdout
+    assert str(unbroken.run_dir / "checkpoints") in unbroken.stdout
+
+
+def test_finished_run_prints_its_summary_and_makes_no_step(
+    unbroken: Unbroken, pretrain: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in unbroken.run_dir.rglob("*")}
+    assert pretrain("--config", unbroken.config, "--run_dir", unbroken.run_dir) == 0
+    output = capsys.readouterr()
+    assert "already finished at step 12" in output.out
+    assert str(unbroken.run_dir / "metrics.jsonl") in output.out
+    assert {p: p.stat().st_mtime_ns for p in unbroken.run_dir.rglob("*")} == before
