@@ -9,14 +9,17 @@ from nemo_hybrid.config import FP32_NAMES
 
 
 class KeepsFp32(nn.Module):
-    """A module whose own tensors named in ``FP32_NAMES`` keep their dtype under any cast.
+    """A module whose own tensors named in ``FP32_NAMES`` keep their dtype under any cast, gradients
+    included.
 
     Moves between devices still apply, so ``model.to("cuda", torch.bfloat16)`` does what it should.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32":
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
-        kept = {id(tensor) for name, tensor in own if name in FP32_NAMES}
+        tensors = [tensor for name, tensor in own if name in FP32_NAMES]
+        tensors += [tensor.grad for tensor in tensors if tensor.grad is not None]
+        kept = {id(tensor) for tensor in tensors}
 
         def apply(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -43,9 +43,9 @@ class Mamba2(KeepsFp32):
         self.widths = (inner, cfg.conv_channels, self.heads)
         self.in_proj = nn.Linear(cfg.hidden_size, sum(self.widths), bias=False)
         self.conv1d = CausalConv1d(cfg.conv_channels, cfg.conv_kernel)
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.D = nn.Parameter(torch.empty(self.heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(inner, cfg.layer_norm_epsilon, inner // cfg.n_groups)
         self.out_proj = nn.Linear(inner, cfg.hidden_size, bias=False)
 

@@ -34,7 +34,8 @@ class Router(KeepsFp32):
         self.scaling = cfg.routed_scaling_factor
         self.normalize = cfg.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
+        bias_E = torch.zeros(cfg.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Expert ids [T, K], weights [T, K] (fp32) and sigmoid scores [T, E] (fp32)."""
