@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.model.init import initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
-from nemo_hybrid.model.layer import LayerCache, Layers
+from nemo_hybrid.model.layer import Layer, LayerCache, Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
@@ -47,7 +46,8 @@ class HybridLM(nn.Module):
 
     ``dispatcher`` brings tokens to experts (all local by default) and says which experts this
     process owns. Weights depend on ``seed`` only, not on the layout; on the meta device none are
-    drawn. ``recompute`` names the layer letters whose activations are recomputed in backward.
+    drawn. ``recompute`` names the layer letters whose activations are recomputed in backward,
+    in the backbone and in the MTP block.
     """
 
     def __init__(
@@ -61,12 +61,14 @@ class HybridLM(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
-        self.recompute = recompute
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         self.owned_experts = dispatcher.owned
         self.backbone = Backbone(config, dispatcher)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTPBlock(config, dispatcher) if config.mtp_num_depths else None
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.recompute = module.letter in recompute
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
 
@@ -99,12 +101,7 @@ class HybridLM(nn.Module):
         stats: Stats = {}
         x_BSD = self.backbone.embeddings(ids_BS)
         for i, layer in enumerate(self.backbone.layers):
-            if layer.letter in self.recompute and torch.is_grad_enabled():
-                x_BSD, routed = checkpoint(
-                    layer, x_BSD, seq_idx_BS, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BSD, routed = layer(x_BSD, seq_idx_BS)
+            x_BSD, routed = layer(x_BSD, seq_idx_BS)
             if routed is not None:
                 stats[f"backbone.layers.{i}"] = routed
         return self.backbone.norm_f(x_BSD), stats

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.attention import Attention
@@ -35,6 +37,7 @@ class Layer(nn.Module):
     def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
+        self.recompute = False  # keep only the layer's input for the backward pass
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
         self.mixer = build_mixer(letter, cfg, dispatcher)
 
@@ -42,6 +45,15 @@ class Layer(nn.Module):
         self, x_BSD: Tensor, seq_idx_BS: Tensor | None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Training: the new residual stream, and routing statistics of a MoE layer."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._compute, x_BSD, seq_idx_BS, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._compute(x_BSD, seq_idx_BS)
+
+    def _compute(
+        self, x_BSD: Tensor, seq_idx_BS: Tensor | None
+    ) -> tuple[Tensor, RoutingStats | None]:
         h_BSD = self.norm(x_BSD)
         if self.letter == "E":
             y_BSD, stats = self.mixer(h_BSD)

@@ -7,20 +7,24 @@ from torch import Tensor
 from helpers.tiny_models import loud_model, packed_batch, tiny_config
 from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.layer import Layer
 from nemo_hybrid.train.losses import LossParts, Normalizer, PretrainObjective, count_targets
 
 PATTERN = "ME*-ME"
 
 
-def step(model: HybridLM) -> tuple[LossParts, dict[str, Tensor], list[int]]:
-    """One forward and backward pass: losses, gradients, and how often each layer ran."""
-    calls = [0] * len(model.config.pattern)
+def step(model: HybridLM) -> tuple[LossParts, dict[str, Tensor], dict[str, list[int]]]:
+    """One forward and backward pass: losses, gradients, and how often each layer ran, by letter."""
+    calls: dict[str, list[int]] = {}
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            calls.setdefault(layer.letter, []).append(0)
+            count, i = calls[layer.letter], len(calls[layer.letter]) - 1
 
-    def counter(i: int) -> None:
-        calls[i] += 1
+            def counter(*_: object, count: list[int] = count, i: int = i) -> None:
+                count[i] += 1
 
-    for i, layer in enumerate(model.backbone.layers):
-        layer.mixer.register_forward_pre_hook(lambda *_, i=i: counter(i))
+            layer.mixer.register_forward_pre_hook(counter)
     batch = packed_batch(model.config, [[7, 12, 2], [21]])
     depths = model.config.mtp_num_depths
     objective = PretrainObjective(model, TrainOptions(aux_loss_weight=0.05))
@@ -34,8 +38,11 @@ def test_recomputation_is_exact_and_counts_once(letters: str) -> None:
     config = tiny_config(PATTERN, mtp_num_depths=2)
     expected, expected_gradients, once = step(loud_model(config))
     parts, gradients, calls = step(loud_model(config, recompute=letters))
-    assert once == [1] * len(PATTERN)
-    assert calls == [2 if letter in letters else 1 for letter in PATTERN]
+    # The MTP block's layers come last; they run once per depth.
+    assert once == {"M": [1, 1], "E": [1, 1, 2], "*": [1, 2], "-": [1]}
+    for letter, counts in once.items():
+        times = 2 if letter in letters else 1
+        assert calls[letter] == [times * n for n in counts]
     assert torch.equal(parts.loss, expected.loss)
     for name, gradient in expected_gradients.items():
         assert torch.equal(gradients[name], gradient), name
