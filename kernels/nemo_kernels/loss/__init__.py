@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.checks import expect, expect_range
 
 __all__ = ["PATHS", "linear_cross_entropy"]
 
@@ -40,20 +41,15 @@ def linear_cross_entropy(
         each row's cross-entropy, 0 where the scale is 0.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or chunk_size is not positive.
+        ValueError: shapes or dtypes do not fit together, chunk_size is not positive, or (seen on
+            CPU tensors only) a label is out of range where the scale is not 0.
     """
-    n_rows, width = h_RD.shape if h_RD.dim() == 2 else (None, None)
-    checks = [
-        ("h_RD", h_RD, [n_rows, width], h_RD.dtype),
-        ("weight_VD", weight_VD, [weight_VD.shape[0], width], h_RD.dtype),
-        ("labels_R", labels_R, [n_rows], torch.int64),
-        ("scale_R", scale_R, [n_rows], scale_R.dtype),
-    ]
-    for name, x, shape, dtype in checks:
-        if list(x.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
-        if x.dtype != dtype:
-            raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
+    expect("h_RD", h_RD, (None, None))
+    n_rows, width = h_RD.shape
+    expect("weight_VD", weight_VD, (None, width), dtype=h_RD.dtype)
+    expect("labels_R", labels_R, (n_rows,), dtype=torch.int64)
+    expect("scale_R", scale_R, (n_rows,))
+    expect_range("labels_R", "labels", labels_R.masked_fill(scale_R == 0, 0), weight_VD.shape[0])
     if chunk_size is not None and chunk_size <= 0:
         raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
     impl = backend.implementation("loss", h_RD.device.type)

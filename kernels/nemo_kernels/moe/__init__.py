@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.checks import expect, expect_range
 from nemo_kernels.moe.routing import Slots
 
 __all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
@@ -43,9 +44,9 @@ def topk_router(
     Raises:
         ValueError: shapes do not fit together, or k exceeds the number of experts.
     """
-    _expect("x_TD", x_TD, (None, None))
-    _expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
-    _expect("bias_E", bias_E, (weight_ED.shape[0],))
+    expect("x_TD", x_TD, (None, None))
+    expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
+    expect("bias_E", bias_E, (weight_ED.shape[0],))
     if not 0 < k <= weight_ED.shape[0]:
         raise ValueError(f"k: expected 1 to {weight_ED.shape[0]} (experts), got {k}")
     impl = backend.implementation("moe", x_TD.device.type)
@@ -56,7 +57,7 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     """Sort the R = T*K routed slots by expert, stably, without waiting for the device.
 
     Args:
-        topk_ids_TK: int64 expert of each slot, each in [0, n_experts); not checked.
+        topk_ids_TK: int64 expert of each slot, each in [0, n_experts).
         n_experts: E.
 
     Returns:
@@ -64,9 +65,10 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
         ``counts_E``: slots per expert; all int64.
 
     Raises:
-        ValueError: ids are not a 2-D int64 tensor.
+        ValueError: ids are not a 2-D int64 tensor, or (seen on CPU tensors only) out of range.
     """
-    _expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
+    expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
+    expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     return backend.implementation("moe", topk_ids_TK.device.type).sort_slots(topk_ids_TK, n_experts)
 
 
@@ -78,7 +80,7 @@ def grouped_mlp(
     Args:
         x_RL: rows, those of expert 0 first.
         weights_R: routing weight per row.
-        counts_E: int64 rows per expert; their sum is R (not checked on a GPU).
+        counts_E: int64 rows per expert; their sum is R.
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
 
     Returns:
@@ -86,12 +88,16 @@ def grouped_mlp(
         The backward pass keeps the inputs and the pre-activation [R, F].
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not fit together, or (seen on CPU tensors only) counts do
+            not sum to R.
     """
-    _expect("x_RL", x_RL, (None, None))
-    _expect("weights_R", weights_R, (x_RL.shape[0],))
+    expect("x_RL", x_RL, (None, None))
+    expect("weights_R", weights_R, (x_RL.shape[0],))
     _expect_experts(x_RL, w_up_EFL, w_down_ELF)
-    _expect("counts_E", counts_E, (w_up_EFL.shape[0],), dtype=torch.int64)
+    expect("counts_E", counts_E, (w_up_EFL.shape[0],), dtype=torch.int64)
+    if counts_E.device.type == "cpu" and counts_E.sum() != x_RL.shape[0]:
+        total = int(counts_E.sum())
+        raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
     impl = backend.implementation("moe", x_RL.device.type)
     return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
 
@@ -107,7 +113,7 @@ def moe_mlp(
 
     Args:
         x_TL: tokens.
-        topk_ids_TK: int64 experts of each token, each in [0, E); not checked.
+        topk_ids_TK: int64 experts of each token, each in [0, E).
         topk_weights_TK: their routing weights.
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
 
@@ -116,30 +122,19 @@ def moe_mlp(
         keeps the inputs and the pre-activation [R, F].
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not fit together, or (seen on CPU tensors only) ids are out
+            of range.
     """
-    _expect("x_TL", x_TL, (None, None))
-    _expect("topk_weights_TK", topk_weights_TK, (x_TL.shape[0], None))
-    _expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
+    expect("x_TL", x_TL, (None, None))
+    expect("topk_weights_TK", topk_weights_TK, (x_TL.shape[0], None))
+    expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
     _expect_experts(x_TL, w_up_EFL, w_down_ELF)
+    expect_range("topk_ids_TK", "ids", topk_ids_TK, w_up_EFL.shape[0])
     impl = backend.implementation("moe", x_TL.device.type)
     return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF)
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
-    _expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=x.dtype)
+    expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=x.dtype)
     n_experts, width, _ = w_up_EFL.shape
-    _expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=x.dtype)
-
-
-def _expect(
-    name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
-) -> None:
-    fits = x.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
-    if dtype is not None and x.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
+    expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=x.dtype)

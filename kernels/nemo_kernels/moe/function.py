@@ -93,7 +93,8 @@ class MoeMLP(torch.autograd.Function):
     ) -> Tensor:
         order_R, inverse_R, counts_E = slots
         ctx.experts, ctx.groups = experts, experts.groups(counts_E)
-        token_R = order_R.div(topk_weights_TK.shape[1], rounding_mode="floor")
+        ctx.k = topk_weights_TK.shape[1]
+        token_R = order_R.div(ctx.k, rounding_mode="floor")
         weights_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
         x_RL = x_TL.index_select(0, token_R)
         y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
@@ -109,7 +110,7 @@ class MoeMLP(torch.autograd.Function):
         dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
             dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
         )
-        dweights_TK = dweights_R.index_select(0, inverse_R).view(n_tokens, -1)
+        dweights_TK = dweights_R.index_select(0, inverse_R).view(n_tokens, ctx.k)
         return (
             None,
             combine(dx_RL, inverse_R, n_tokens).to(x_TL.dtype),

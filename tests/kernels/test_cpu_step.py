@@ -1,0 +1,112 @@
+"""The CPU training-step benchmark compares the same thing on both sides and can say that it does
+not."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FILE = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "cpu_step.py"
+
+
+@pytest.fixture(scope="module")
+def cpu_step() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cpu_step", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cpu_step"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_models_agree_and_the_check_notices_other_experts(
+    cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = cpu_step.Workload(batch=2, length=128)
+    found = cpu_step.check_comparison(work)
+    assert found["token_difference"] < 1e-3
+    build_peer = cpu_step.build_peer
+
+    def with_permuted_experts(*arguments: Any) -> torch.nn.Module:
+        peer = build_peer(*arguments)
+        with torch.no_grad():
+            for name, weight in peer.named_parameters():
+                if name.endswith("experts.up_proj"):
+                    weight.copy_(weight.roll(1, 0))
+        return peer
+
+    monkeypatch.setattr(cpu_step, "build_peer", with_permuted_experts)
+    with pytest.raises(AssertionError, match="the models' losses differ"):
+        cpu_step.check_comparison(work)
+
+
+def test_a_step_changes_the_weights(cpu_step: ModuleType) -> None:
+    work = cpu_step.Workload(batch=1, length=64)
+    model, loss_function = cpu_step.build(cpu_step.Candidate("", "bfloat16"), work)
+    before = loss_function().item()
+    step = cpu_step.stepper(model, loss_function)
+    assert step() > 0
+    assert loss_function().item() < before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_fastest_of_each_side_and_the_table(cpu_step: ModuleType) -> None:
+    rows = [
+        {
+            "side": candidate.name,
+            "dtype": candidate.dtype,
+            "loss": 13.25,
+            "seconds_alone": 1.0 - i / 100,
+            "peak_mib": 1000.0 + i,
+            "peak_mib_over_imports": 600.0,
+        }
+        for i, candidate in enumerate(cpu_step.CANDIDATES)
+    ]
+    best = [cpu_step.fastest(rows, ours=True), cpu_step.fastest(rows, ours=False)]
+    assert best == [("", "bfloat16"), ("batched_mm", "bfloat16")]
+    check = {
+        "loss_ours": 13.25,
+        "loss_peer": 13.25,
+        "token_difference": 1e-4,
+        "experts_effect": 0.6,
+        "max_load": 2.0,
+    }
+    pair = {
+        "check": check,
+        "candidates": best,
+        "ours": {"median_s": 0.5},
+        "peer": {"median_s": 1.0},
+    }
+    result = {
+        "environment": cpu_step.environment(),
+        "work": {},
+        "alone": rows,
+        "pair": pair,
+        "speedup": 2.0,
+    }
+    text = cpu_step.table(json.loads(json.dumps(result)))  # also a result read from its file
+    assert "| nemo_hybrid | bfloat16 | 990 | **500** | 4096 | 1001 |" in text
+    assert "| transformers (batched_mm) | bfloat16 | 930 | **1000** | 2048 | 1007 |" in text
+    assert "**2.00 x** tokens/s" in text
+
+
+def test_the_result_is_written_whole(cpu_step: ModuleType, tmp_path: Path) -> None:
+    cpu_step.write_json(tmp_path / "new" / "result.json", {"speedup": 2.0})
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["result.json"]
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"speedup": 2.0}
+
+
+def test_too_few_steps_are_refused(
+    cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpu_step.py", "--steps", "3"])
+    with pytest.raises(SystemExit) as raised:
+        cpu_step.main()
+    assert raised.value.code == 2
+    assert "--steps must be at least 10" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""Chunked linear cross-entropy against torch's own on whole logits.
+
+Shapes: R rows, D hidden, V vocabulary.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_kernels import backend
+from nemo_kernels.loss import linear_cross_entropy
+
+
+def draw(
+    seed: int, rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    h_RD = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(vocab, width, generator=generator).to(dtype).requires_grad_()
+    labels_R = torch.randint(vocab, (rows,), generator=generator)
+    scale_R = torch.rand(rows, generator=generator)
+    return h_RD, weight_VD, labels_R, scale_R
+
+
+def oracle(
+    h_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, scale_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, cross-entropy per row, and both gradients, in float64 on whole logits."""
+    h, weight = (t.detach().double().requires_grad_() for t in (h_RD, weight_VD))
+    labels_R = torch.where(scale_R == 0, -100, labels_R)
+    ce_R = F.cross_entropy(h @ weight.t(), labels_R, reduction="none", ignore_index=-100)
+    loss = (ce_R * scale_R).sum()
+    return loss, ce_R, *torch.autograd.grad(loss, (h, weight), materialize_grads=True)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether the largest difference is small against the largest value."""
+    assert ours.shape == theirs.shape
+    if not ours.numel():
+        return True
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1e-3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(0, 23),
+    width=st.integers(1, 9),
+    vocab=st.integers(1, 17),
+    chunk_size=st.sampled_from([None, 1, 3, 8, 100]),
+    skip=st.sampled_from([0.0, 0.4, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_equals_cross_entropy_of_whole_logits(
+    seed: int, rows: int, width: int, vocab: int, chunk_size, skip: float, dtype: torch.dtype
+) -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(seed, rows, width, vocab, dtype)
+    skipped = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < skip
+    scale_R = scale_R.masked_fill(skipped, 0)
+    labels_R = labels_R.masked_fill(skipped, -100)
+    loss, ce_R = linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, chunk_size)
+    loss.backward()
+    expected_loss, expected_ce_R, dh_RD, dweight_VD = oracle(h_RD, weight_VD, labels_R, scale_R)
+    assert loss.dtype == ce_R.dtype == torch.float32
+    assert not ce_R.requires_grad
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5, abs=1e-5)
+    assert close(ce_R, expected_ce_R, 1e-5)
+    assert ce_R[skipped].eq(0).all()
+    gradient_tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert close(h_RD.grad, dh_RD, gradient_tolerance)
+    assert close(weight_VD.grad, dweight_VD, gradient_tolerance)
+    assert h_RD.grad.dtype == weight_VD.grad.dtype == dtype
+
+
+def test_gradcheck() -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(1, 7, 4, 9)
+    inputs = tuple(t.detach().double().requires_grad_() for t in (h_RD, weight_VD))
+    scale_R[2], scale_R[4] = 0, -0.5
+
+    def scaled(h: Tensor, weight: Tensor) -> Tensor:
+        return 3 * linear_cross_entropy(h, weight, labels_R, scale_R, 3)[0]
+
+    assert torch.autograd.gradcheck(scaled, inputs)
+
+
+def test_backward_can_run_twice() -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(2, 7, 4, 9)
+    loss, _ = linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R)
+    loss.backward(retain_graph=True)
+    once = weight_VD.grad.clone()
+    (2 * loss).backward()
+    torch.testing.assert_close(weight_VD.grad, 3 * once)
+
+
+def test_small_shares_of_the_weight_gradient_survive_in_bf16() -> None:
+    # 64 rows with 2^-10 of the first row's scale each: together 1/16 of its gradient.
+    h_RD, weight_VD, labels_R, _ = draw(3, 1, 8, 16, torch.bfloat16)
+    h_RD = h_RD.detach().expand(65, -1).contiguous()
+    labels_R = labels_R.expand(65).contiguous()
+    scale_R = torch.tensor([1.0] + [2.0**-10] * 64)
+    linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, 4)[0].backward()
+    together, weight_VD.grad = weight_VD.grad, None
+    for row in range(65):
+        rows = slice(row, row + 1)
+        linear_cross_entropy(h_RD[rows], weight_VD, labels_R[rows], scale_R[rows])[0].backward()
+    exact = oracle(h_RD, weight_VD, labels_R, scale_R)[3]
+    assert close(together, exact, 2**-8)
+    assert not close(weight_VD.grad, exact, 2**-5)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts matrix products and remembers the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_never_holds_all_logits_and_computes_gradients_only_when_asked() -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(4, 64, 2, 500)
+    with Recorder() as training:
+        linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, 8)
+    assert training.largest == 8 * 500
+    assert training.products == 3 * 8
+    with Recorder() as evaluation, torch.no_grad():
+        loss, ce_R = linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, 8)
+    assert evaluation.products == 8
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, (ce_R * scale_R).sum())
+    with Recorder() as frozen_head:
+        linear_cross_entropy(h_RD, weight_VD.detach(), labels_R, scale_R, 8)[0].backward()
+    assert frozen_head.products == 2 * 8
+
+
+def test_skipped_rows_cost_nothing() -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(5, 64, 2, 500)
+    with Recorder() as recorder:
+        linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R * (torch.arange(64) < 16), 8)
+    assert recorder.products == 3 * 2
+
+
+def test_huge_logits_stay_finite() -> None:
+    h_RD, weight_VD, labels_R, scale_R = draw(6, 9, 4, 11)
+    loss, ce_R = linear_cross_entropy(h_RD * 1e4, weight_VD, labels_R, scale_R)
+    loss.backward()
+    assert loss.isfinite()
+    assert weight_VD.grad.isfinite().all()
+    assert close(ce_R, oracle(h_RD * 1e4, weight_VD, labels_R, scale_R)[1], 1e-5)
+
+
+def test_path_and_bad_input() -> None:
+    assert backend.path("loss", "cpu").name == "reference"
+    h_RD, weight_VD, labels_R, scale_R = draw(7, 5, 4, 9)
+    with pytest.raises(ValueError, match=r"weight_VD: expected shape \[any, 4\], got \[9, 3\]"):
+        linear_cross_entropy(h_RD, weight_VD[:, :3], labels_R, scale_R)
+    with pytest.raises(ValueError, match=r"weight_VD: expected torch.float32, got torch.bfloat16"):
+        linear_cross_entropy(h_RD, weight_VD.bfloat16(), labels_R, scale_R)
+    with pytest.raises(ValueError, match=r"labels_R: expected torch.int64, got torch.int32"):
+        linear_cross_entropy(h_RD, weight_VD, labels_R.int(), scale_R)
+    with pytest.raises(ValueError, match=r"scale_R: expected shape \[5\], got \[4\]"):
+        linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R[:4])
+    with pytest.raises(ValueError, match=r"h_RD: expected shape \[any, any\], got \[5\]"):
+        linear_cross_entropy(h_RD[:, 0], weight_VD, labels_R, scale_R)
+    with pytest.raises(ValueError, match=r"labels_R: expected labels in \[0, 9\), got 9 to 9"):
+        linear_cross_entropy(h_RD, weight_VD, torch.full((5,), 9), scale_R)
+    with pytest.raises(ValueError, match="chunk_size: expected a positive number, got 0"):
+        linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, 0)
