@@ -1,0 +1,224 @@
+"""A user's mistake ends with one message that names it, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers.corpus import flip_byte, write_corpus
+from helpers.processes import run_command
+from helpers.runs import tiny_run
+from nemo_hybrid.config_load import dump_config
+from train.conftest import Unbroken
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    store: Path,
+    tmp_path: Path,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> Refused:
+    """refused(words, run_dir=...): the one line on stderr of a run that does not start."""
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(tiny_run(store)))
+
+    def run(*words: str | Path, run_dir: Path = tmp_path / "run") -> str:
+        before = contents(run_dir)
+        status = pretrain("--config", config, "--run_dir", run_dir, *words)
+        output = capsys.readouterr()
+        assert status == 2, output
+        lines = [x for x in output.err.splitlines() if not x.startswith("skipping checkpoint")]
+        assert len(lines) == 1, output.err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in output.err + output.out
+        assert contents(run_dir) == before, "something was written"
+        return lines[0]
+
+    return run
+
+
+def contents(directory: Path) -> dict[Path, bytes | None] | None:
+    """Every file below a directory; None if there is no such directory."""
+    if not directory.is_dir():
+        return None
+    return {p: p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+
+
+@pytest.fixture
+def own_store(store: Path, tmp_path: Path) -> Path:
+    """A copy of the token store that may be damaged."""
+    return Path(shutil.copytree(store, tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--model.pattern", "MEXE"), ["model.pattern", "'X'", "M (Mamba-2)"]),
+        (("--model.pattern", ""), ["model.pattern", "empty"]),
+        (("--model.mtp_pattern", "M"), ["model.mtp_pattern", "'M'"]),
+        (("--parallel.ep", "3"), ["model.n_routed_experts (8)", "parallel.ep (3)"]),
+        (("--parallel.ep", "2"), ["parallel.ep (2)", "processes (1)"]),
+        (("--parallel.zero", "3"), ["parallel.zero", "1, 2"]),
+        (("--train.global_batch_size", "6"), ["train.global_batch_size (6)", "micro_batch_size"]),
+        (("--data.sequence_length", "0"), ["data.sequence_length", "positive"]),
+        (("--data.sequence_length", "2"), ["data.sequence_length (2)", "mtp_num_depths (2)"]),
+        (("--data.sequence_length", "100000"), ["too few", "data.sequence_length (100000)"]),
+        (("--train.max_stepz", "3"), ["train.max_stepz", "train.max_steps"]),
+        (("--lr", "3"), ["--lr", "train.lr"]),
+        (("--train.lr", "fast"), ["train.lr", "a number", "fast"]),
+        (("--train.lr", "nan"), ["train.lr", "a number", "nan"]),
+        (("--train.max_steps", "-1"), ["train.max_steps", "positive"]),
+        (("--model.vocab_size", "50"), ["model.vocab_size (50)", "at least 96"]),
+        (("--model.from_hf", "nowhere"), ["nowhere"]),
+        (("--resume", "nowhere"), ["nowhere", "does not exist"]),
+        (("--config", "nowhere.yaml"), ["nowhere.yaml"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_options(refused: Refused, words: tuple[str, ...], named: list[str]) -> None:
+    message = refused(*words)
+    assert all(name in message for name in named), message
+
+
+def test_layout_that_does_not_fit_the_processes(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before the other processes are waited for: here there are none."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "parallel.ep (2) does not divide the number of processes (3)" in refused(
+        "--parallel.ep", "2"
+    )
+    assert "processes (3) = 12" in refused()
+
+
+def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    (empty / "train").mkdir(parents=True)
+    for path in (absent, empty):
+        message = refused("--data.path", path)
+        assert str(path) in message
+        assert "nemo-hybrid prepare" in message
+
+
+def test_a_mended_mistake_is_not_held_against_the_directory(
+    refused: Refused, tmp_path: Path
+) -> None:
+    """The directory does not remember a configuration that never trained."""
+    refused("--data.path", tmp_path / "absent")
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_store(refused: Refused, own_store: Path) -> None:
+    flip_byte(own_store / "train/tokens-00000.bin", 1000)
+    assert "train/tokens-00000.bin is damaged" in refused("--data.path", own_store)
+
+
+def test_truncated_store(refused: Refused, own_store: Path) -> None:
+    tokens = own_store / "train/tokens-00000.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    assert "tokens-00000.bin has" in refused("--data.path", own_store)
+
+
+def test_tokenizer_of_another_store(refused: Refused, own_store: Path) -> None:
+    flip_byte(own_store / "tokenizer.json", -2)
+    assert "is not the tokenizer" in refused("--data.path", own_store)
+
+
+def test_no_held_out_part(refused: Refused, own_store: Path) -> None:
+    shutil.rmtree(own_store / "heldout")
+    assert "train.eval_sequences" in refused("--data.path", own_store)
+
+
+def test_unwritable_run_directory(refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    for run_dir in (file, file / "run", file / "deep/run"):
+        message = refused(run_dir=run_dir)
+        assert str(run_dir) in message
+        assert "not a directory" in message
+    assert file.read_text() == "text"
+
+
+def test_directory_that_is_not_a_run(refused: Refused, tmp_path: Path) -> None:
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_text("meow")
+    assert "cat.jpg" in refused(run_dir=other)
+
+
+@pytest.mark.parametrize("content", ["{not yaml", "- a list", "", "\udc80"])
+def test_directory_with_a_foreign_configuration(
+    refused: Refused, tmp_path: Path, content: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text(content, errors="surrogateescape")
+    assert f"{other / 'config.yaml'} is not the configuration of a run" in refused(run_dir=other)
+
+
+def test_directory_of_a_different_run(refused: Refused, store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text(dump_config(tiny_run(store, train={"seed": 5})))
+    message = refused(run_dir=other)
+    assert "holds a different run (train.seed: 5 there, 1234 here)" in message
+
+
+def test_leftovers_of_a_killed_start_do_not_matter(
+    store: Path, refused: Refused, tmp_path: Path
+) -> None:
+    """A kill between the temporary configuration file and its final name."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.tmp-config.yaml").write_text("half")
+    # The next mistake is reported, so the directory was accepted.
+    assert "absent" in refused("--data.path", tmp_path / "absent")
+
+
+def test_checkpoint_that_cannot_be_resumed(
+    refused: Refused, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    damaged = unbroken.copy(tmp_path / "damaged_run") / "checkpoints/step_00000012"
+    file = next(damaged.glob("model-*.safetensors"))
+    flip_byte(file, -1)
+    assert f"{file} does not match its checksum" in refused("--resume", damaged)
+    exported = Path(shutil.copytree(damaged, tmp_path / "exported"))
+    assert "exported is not a checkpoint directory" in refused("--resume", exported)
+
+
+def test_every_checkpoint_damaged(
+    unbroken: Unbroken,
+    tmp_path: Path,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = unbroken.copy(tmp_path / "all_damaged")
+    for manifest in run_dir.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert pretrain("--config", unbroken.config, "--run_dir", run_dir) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "none of the 3 checkpoints" in message
+    assert "Traceback" not in message
+
+
+def test_diverged_training_ends_with_status_3(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(tiny_run(store, train={"lr": 1e30})))
+    finished = run_command(
+        "pretrain", "--config", config, "--run_dir", tmp_path / "run", succeed=False
+    )[0]
+    assert finished.status == 3, finished
+    assert "Traceback" not in finished.stderr
+    assert "is not finite" in finished.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_store_of_another_seed_is_another_store(tmp_path: Path, store: Path) -> None:
+    """A condition of the resume tests: the helper's seed matters."""
+    other = write_corpus(tmp_path / "store", seed=1) / "train/tokens-00000.bin"
+    assert other.read_bytes() != (store / "train/tokens-00000.bin").read_bytes()
