@@ -59,7 +59,7 @@ prefer_cpu_torch() {
         echo "The CPU builds at $CPU_INDEX cannot be reached; taking torch from pip's own index."
         return 0
     fi
-    "${pip[@]}" install --quiet --extra-index-url "$CPU_INDEX" "$TORCH_RANGE" ||
+    "${pip[@]}" install --quiet --no-compile --extra-index-url "$CPU_INDEX" "$TORCH_RANGE" ||
         echo "No CPU build of torch could be installed; taking torch from pip's own index."
 }
 
@@ -85,7 +85,7 @@ make_environment() {
     fi
     echo "Installing; this takes one to three minutes, more over a slow line."
     prefer_cpu_torch
-    "$VENV/bin/python" -m pip install --quiet -e "$ROOT${extra:+[$extra]}"
+    "$VENV/bin/python" -m pip install --quiet --no-compile -e "$ROOT${extra:+[$extra]}"
     printf '%s\n' "$wanted" >"$stamp"
     # Every extra contains the base.
     printf '%s\n' "$wanted" >"$VENV/.nemo-hybrid-base"
