@@ -344,6 +344,11 @@ class RunConfig:
                 f"data.sequence_length ({d.sequence_length}) must exceed "
                 f"model.mtp_num_depths ({m.mtp_num_depths})"
             )
+        if m.mtp_num_depths and not t.mtp_loss_weight:
+            raise UserError(
+                "train.mtp_loss_weight must be positive while model.mtp_num_depths is; set "
+                "model.mtp_num_depths to 0 to train without multi-token prediction"
+            )
         if d.path and d.blend:
             raise UserError("give data.path or data.blend, not both")
         if not d.path and not d.blend:
