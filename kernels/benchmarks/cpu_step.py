@@ -168,7 +168,7 @@ def check_comparison(work: Workload) -> dict[str, float]:
     import torch
 
     ids_BS = batch(work)
-    ours, _ = build(Candidate("", "float32"), work)
+    ours = build_ours().train()
     peer, peer_loss = build(Candidate(PEER_EXPERTS[0], "float32"), work)
     with torch.no_grad():
         loss, ce_R = loss_of_ours(ours, ids_BS)
@@ -254,7 +254,9 @@ def in_child(call: dict[str, Any], work: Workload) -> dict[str, Any]:
 def child(call: dict[str, Any]) -> dict[str, Any]:
     work = Workload(**call["work"])
     candidates = [Candidate(*c) for c in call["candidates"]]
-    return run_alone(*candidates, work) if len(candidates) == 1 else run_pair(*candidates, work)
+    if len(candidates) == 1:
+        return run_alone(candidates[0], work)
+    return run_pair(candidates[0], candidates[1], work)
 
 
 def environment() -> dict[str, Any]:
