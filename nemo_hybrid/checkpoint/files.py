@@ -1,4 +1,4 @@
-"""Files that are whole or not there: hashed writes, manifests, and the choice of a checkpoint.
+"""Manifests of checkpoint directories, and the choice of a checkpoint.
 
 Layout of a run's checkpoints::
 
@@ -19,93 +19,33 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import (
+    TEMPORARY,
+    FileRecord,
+    hash_file,
+    naming,
+    replace_file,
+    sync_directory,
+)
 from nemo_hybrid.hf_config import read_json
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-TEMPORARY = ".tmp-"
 # A checkpoint saved again at the same step moves the old one aside until the new one stands.
 _REPLACED = ".replaced"
 _STEP = re.compile(r"step_(\d{8,})(\.replaced)?")
-_CHUNK = 16 << 20
 
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged or incomplete; the message names the file."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of a written file."""
-
-    size: int
-    sha256: str
-
-
-@contextmanager
-def naming(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, permission, ...) into a UserError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot {action} {path}: {error.strerror or error}") from error
-
-
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file, hashed on the way and synced to the disk. The only function that does.
-
-    Raises UserError naming path when the file exists already or cannot be written.
-    """
-    digest, size = hashlib.sha256(), 0
-    # Hashing costs about as much time as writing does; a second thread hides it.
-    with naming("write", path), open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
-        for part in parts:
-            for i in range(0, len(part), _CHUNK):
-                chunk = part[i : i + _CHUNK]
-                hashed = hasher.submit(digest.update, chunk)
-                file.write(chunk)
-                hashed.result()
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(size, digest.hexdigest())
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write text to path by way of a temporary file: readers see the old or the new contents."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    with naming("write", path):
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, [text.encode()])
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new names inside a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with naming("read", path), open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def to_json(value: Any) -> str:
@@ -228,15 +168,17 @@ def point_latest(checkpoints_dir: Path, directory: Path) -> None:
 def prune(checkpoints_dir: Path, keep: int, trusted: Path | None = None) -> list[Path]:
     """Delete all but the ``keep`` newest checkpoints (0: delete none); return what was deleted.
 
-    ``trusted`` is known to be whole (just written). Nothing is deleted unless one of those that
-    stay is trusted or verified to the last byte. What cannot be deleted is named in a warning.
+    ``trusted`` is known to be whole (just written) and stays, however old its step. Nothing is
+    deleted unless one of those that stay is trusted or verified to the last byte. What cannot be
+    deleted is named in a warning.
     """
     if keep <= 0:
         return []
     steps = list_steps(checkpoints_dir)
     stay = [d for d in steps if d == trusted or _is_valid(d, deep=False)][:keep]
-    doomed = steps[steps.index(stay[-1]) + 1 :] if stay else []
-    if not doomed or not (trusted in stay or any(_is_valid(d, deep=True) for d in stay)):
+    older = steps[steps.index(stay[-1]) + 1 :] if stay else []
+    doomed = [d for d in older if d != trusted]
+    if not doomed or not (trusted in steps or any(_is_valid(d, deep=True) for d in stay)):
         return []
     return [d for d in doomed if remove_directory(d)]
 

@@ -17,6 +17,7 @@ from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import TEMPORARY, naming, replace_file
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -64,7 +65,7 @@ def open_run(config: RunConfig) -> Path | None:
     if config.resume in ("auto", "never"):
         return files.find_latest(run_dir / CHECKPOINTS)
     checkpoint = files.resolve(Path(config.resume))
-    files.step_of(checkpoint)
+    _nothing_beyond(files.step_of(checkpoint), run_dir / CHECKPOINTS)
     files.verify(checkpoint)
     return checkpoint
 
@@ -76,10 +77,10 @@ def claim_run(config: RunConfig) -> None:
     mistaken configuration would refuse the mended one. Raises UserError.
     """
     run_dir = Path(config.run_dir)
-    with files.naming("use run_dir", run_dir):
+    with naming("use run_dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / CONFIG_FILE).exists():
-        files.replace_file(run_dir / CONFIG_FILE, dump_config(config))
+        replace_file(run_dir / CONFIG_FILE, dump_config(config))
 
 
 def _contents(run_dir: Path) -> list[str]:
@@ -94,7 +95,17 @@ def _contents(run_dir: Path) -> list[str]:
         raise PermissionError(errno.EACCES, f"{existing} may not be written")
     if existing != run_dir:
         return []
-    return sorted(name for name in os.listdir(run_dir) if not name.startswith(files.TEMPORARY))
+    return sorted(name for name in os.listdir(run_dir) if not name.startswith(TEMPORARY))
+
+
+def _nothing_beyond(step: int, checkpoints: Path) -> None:
+    """Raise UserError for checkpoints of later steps: the next start would take one of those."""
+    later = [d.name for d in reversed(files.list_steps(checkpoints)) if files.step_of(d) > step]
+    if later:
+        raise UserError(
+            f"{checkpoints} holds checkpoints beyond step {step} ({', '.join(later)}): remove "
+            "them, or use another run_dir"
+        )
 
 
 def _same_run(config: RunConfig, saved: Path) -> None:

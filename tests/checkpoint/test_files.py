@@ -17,6 +17,7 @@ from nemo_hybrid.checkpoint.directory import on_rank_0, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import FileRecord
 
 
 class Killed(BaseException):
@@ -184,7 +185,7 @@ def test_wrong_manifests(tmp_path, toy) -> None:
     path = toy.save(tmp_path, 1)[0]
     manifest = path / "manifest.json"
     good = json.loads(manifest.read_text())
-    outside = files.manifest_text({"../latest": files.FileRecord(1, "")})
+    outside = files.manifest_text({"../latest": FileRecord(1, "")})
     broken = files.to_json({"files": {"a": 1}, "sha256": ""})
     empty = files.to_json({"files": [], "sha256": ""})
     for wrong in ("[]", "{}", empty, broken, outside, files.to_json(good | {"sha256": "0"})):
@@ -236,6 +237,14 @@ def test_prune_keeps_the_newest_and_never_the_last_good_one_dies(tmp_path, toy) 
     (paths[3] / "run.yaml").unlink()
     newest = toy.save(tmp_path, 5, keep=1)[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", newest.name]
+
+
+def test_prune_spares_what_was_just_written(tmp_path, toy) -> None:
+    """Also where checkpoints of later steps fill the places."""
+    paths = [toy.save(tmp_path, step)[0] for step in (1, 2, 3, 4)]
+    assert prune(tmp_path, 2, trusted=paths[0]) == [paths[1]]
+    assert find_latest(tmp_path) == paths[3]
+    assert paths[0].is_dir()
 
 
 def test_unwritable_directories(tmp_path, toy, in_ranks) -> None:

@@ -191,6 +191,22 @@ def test_checkpoint_that_cannot_be_resumed(
     assert "exported is not a checkpoint directory" in refused("--resume", exported)
 
 
+def test_resume_before_the_newest_checkpoint(
+    unbroken: Unbroken,
+    tmp_path: Path,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What it would train would never be taken up again."""
+    run_dir = unbroken.copy(tmp_path / "run", without=(12,))
+    before = contents(run_dir)
+    words = ["--config", unbroken.config, "--run_dir", run_dir, "--resume"]
+    assert pretrain(*words, run_dir / "checkpoints/step_00000004") == 2
+    message = capsys.readouterr().err
+    assert "beyond step 4 (step_00000008): remove them, or use another run_dir" in message
+    assert contents(run_dir) == before
+
+
 def test_every_checkpoint_damaged(
     unbroken: Unbroken,
     tmp_path: Path,
