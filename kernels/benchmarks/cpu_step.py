@@ -347,13 +347,10 @@ def measure(work: Workload) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    from nemo_hybrid.files import replace_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    replace_file(path, json.dumps(result, indent=1))
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.files import FileRecord
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import TEMPORARY, FileRecord, naming, sync_directory, write_file
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Writer:
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write one file. Raises UserError when it exists already or cannot be written."""
-        self.records[name] = files.write_file(self.directory / name, parts)
+        self.records[name] = write_file(self.directory / name, parts)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, [text.encode()])
@@ -96,12 +96,12 @@ def write_directory(
 
     Raises UserError on every rank when one cannot write; what stood under final stays.
     """
-    temporary = final.with_name(files.TEMPORARY + final.name)
+    temporary = final.with_name(TEMPORARY + final.name)
 
     def create() -> None:
-        with files.naming("create", final.parent):
+        with naming("create", final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
-        with files.naming("write into", final.parent):
+        with naming("write into", final.parent):
             if temporary.exists():  # left by a writer that was killed
                 files.remove_directory(temporary)
             temporary.mkdir()
@@ -121,8 +121,8 @@ def write_directory(
             for _, others in parts[1:]:
                 records |= others
             writer.write_text(files.MANIFEST, files.manifest_text(records))
-            with files.naming("write", final):
-                files.sync_directory(temporary)
+            with naming("write", final):
+                sync_directory(temporary)
                 files.install_directory(temporary, final)
 
         on_rank_0(world, complete)

@@ -37,6 +37,7 @@ from nemo_hybrid.checkpoint.weights import (
 )
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 from nemo_hybrid.hf_config import config_from_hf, read_json
 
 FORMAT_VERSION = 1
@@ -136,7 +137,7 @@ def save_checkpoint(
 
     def clean() -> None:
         if checkpoints_dir.is_dir():
-            with files.naming("clean", checkpoints_dir):
+            with naming("clean", checkpoints_dir):
                 files.remove_stale(checkpoints_dir)
 
     def settle() -> None:

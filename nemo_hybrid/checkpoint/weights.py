@@ -30,6 +30,7 @@ from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked, to_h
 from nemo_hybrid.checkpoint.tensors import DTYPES, open_tensors, safetensors_parts
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 from nemo_hybrid.hf_config import config_to_hf, read_json
 
 Weights = Iterable[tuple[str, torch.Tensor, int]]
@@ -141,7 +142,7 @@ def _copy_tokenizer(writer: Writer, directory: Path) -> None:
     if not found:
         raise UserError(f"{directory} holds no tokenizer.json")
     for path in found:
-        with files.naming("read", path):
+        with naming("read", path):
             content = path.read_bytes()
         writer.write(path.name, [content])
 

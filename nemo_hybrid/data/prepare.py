@@ -34,8 +34,6 @@ from nemo_hybrid.data.sources import (
 from nemo_hybrid.data.store import (
     StoreWriter,
     TokenStore,
-    sync_directory,
-    write_synced,
 )
 from nemo_hybrid.data.tokenizer import (
     TextTokenizer,
@@ -44,6 +42,7 @@ from nemo_hybrid.data.tokenizer import (
     train_tokenizer,
 )
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import sync_directory, write_file
 
 _DEFAULTS = PrepareOptions()
 TRAIN, HELDOUT = "train", "heldout"
@@ -152,9 +151,9 @@ def prepare(
             for writer in writers.values():
                 writer.close()
         for name, data in given.files.items():
-            write_synced(partial / name, data)
+            write_file(partial / name, [data])
         record = {"request": request, "summary": asdict(summary)}
-        write_synced(partial / RECORD, json.dumps(record, indent=2).encode())
+        write_file(partial / RECORD, [json.dumps(record, indent=2).encode()])
     return summary
 
 

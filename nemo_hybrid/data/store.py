@@ -13,19 +13,18 @@ store.json never names a path: file names follow from how many there are.
 from __future__ import annotations
 
 import array
-import hashlib
 import json
-import os
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import NewFile, hash_file, sync_directory, write_file
 
 FORMAT = "nemo_hybrid token store"
 VERSION = 1
@@ -62,31 +61,6 @@ def shard_name(number: int) -> str:
     return f"tokens-{number:05d}.bin"
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with open(path, "xb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 class StoreWriter:
     """Writes one store into a directory that it makes; store.json comes last."""
 
@@ -109,8 +83,7 @@ class StoreWriter:
         self.tokens = 0
         self._starts = array.array("q", [0])
         self._files: dict[str, dict[str, Any]] = {}
-        self._shard: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+        self._shard: NewFile | None = None
 
     @property
     def documents(self) -> int:
@@ -125,10 +98,9 @@ class StoreWriter:
         data = ids.astype(self.dtype)
         while len(data):
             if self._shard is None:
-                self._shard = open(self.path / shard_name(len(self._files)), "xb")  # noqa: SIM115
+                self._shard = NewFile(self.path / shard_name(len(self._files)))
             part = data[: self.shard_tokens - self.tokens % self.shard_tokens]
             self._shard.write(part.tobytes())
-            self._digest.update(part.tobytes())
             self.tokens += len(part)
             data = data[len(part) :]
             if self.tokens % self.shard_tokens == 0:
@@ -138,14 +110,9 @@ class StoreWriter:
     def finish(self, sources: dict[str, Any]) -> None:
         """Close the files and write the index and store.json."""
         self._close_shard()
-        with open(self.path / INDEX, "xb") as f:
-            np.save(f, np.array(self._starts, dtype="<i8"), allow_pickle=False)
-            f.flush()
-            os.fsync(f.fileno())
-        self._files[INDEX] = {
-            "size": (self.path / INDEX).stat().st_size,
-            "sha256": file_sha256(self.path / INDEX),
-        }
+        with NewFile(self.path / INDEX) as index:
+            np.save(index, np.array(self._starts, dtype="<i8"), allow_pickle=False)
+        self._files[INDEX] = asdict(index.record)
         info = StoreInfo(
             format=FORMAT,
             version=VERSION,
@@ -158,7 +125,7 @@ class StoreWriter:
             files=self._files,
             sources=sources,
         )
-        write_synced(self.path / "store.json", json.dumps(asdict(info), indent=2).encode())
+        write_file(self.path / "store.json", [json.dumps(asdict(info), indent=2).encode()])
         sync_directory(self.path)
 
     def close(self) -> None:
@@ -168,17 +135,9 @@ class StoreWriter:
             self._shard = None
 
     def _close_shard(self) -> None:
-        if self._shard is None:
-            return
-        self._shard.flush()
-        os.fsync(self._shard.fileno())
-        size = self._shard.tell()
-        self.close()
-        self._files[shard_name(len(self._files))] = {
-            "size": size,
-            "sha256": self._digest.hexdigest(),
-        }
-        self._digest = hashlib.sha256()
+        if self._shard is not None:
+            self._files[self._shard.path.name] = asdict(self._shard.finish())
+            self._shard = None
 
 
 class TokenStore:
@@ -211,9 +170,11 @@ class TokenStore:
         try:
             for name, entry in info.files.items():
                 _check_file(path / name, entry, verify)
-            if file_sha256(path.parent / TOKENIZER) != info.tokenizer_sha256:
+            tokenizer = path.parent / TOKENIZER
+            tokenizer.stat()  # a missing one is reported like a missing shard
+            if hash_file(tokenizer) != info.tokenizer_sha256:
                 raise UserError(
-                    f"{path.parent / TOKENIZER} is not the tokenizer that {path} was made with; "
+                    f"{tokenizer} is not the tokenizer that {path} was made with; "
                     "put the original back or prepare the store again"
                 )
             shards = [
@@ -325,5 +286,5 @@ def _check_file(path: Path, entry: dict[str, Any], verify: Verify) -> None:
         raise UserError(
             f"{path} has {size} bytes, store.json says {entry['size']}; prepare the store again"
         )
-    if verify == "full" and file_sha256(path) != entry["sha256"]:
+    if verify == "full" and hash_file(path) != entry["sha256"]:
         raise UserError(f"{path} is damaged (its SHA-256 differs); prepare the store again")

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import replace_file, sync
 from nemo_hybrid.train.flops import MFU_FORMULA
 
 METRICS_FILE = "metrics.jsonl"
@@ -184,17 +184,7 @@ def cut_back(path: Path, step: int) -> None:
     kept = b"".join(line for line, record in _records(path) if record["step"] <= step)
     if len(kept) == path.stat().st_size:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(path, kept)
 
 
 class _Appender:
@@ -214,7 +204,7 @@ class _Appender:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from error
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        sync(self._file)
 
     def close(self) -> None:
         self._file.close()

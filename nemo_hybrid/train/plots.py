@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import replace_file
 from nemo_hybrid.train.metrics import (
     EXPERT_LOAD_FILE,
     METRICS_FILE,
@@ -197,10 +198,7 @@ def _figure(
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        figure.savefig(file, format="png")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())
     return path

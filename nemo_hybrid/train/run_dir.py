@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "kernels",
     "parallel",
     "data.workers",
-    "data.prepare_default",
+    "data.default_corpus",
     "data.verify",
     "train.max_steps",
     "train.micro_batch_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from nemo_hybrid.checkpoint.directory import on_rank_0, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import FileRecord
+from nemo_hybrid.files import FileRecord, hash_file, replace_file, write_file
 
 
 class Killed(BaseException):
@@ -284,3 +285,17 @@ def test_one_failing_rank_fails_all(tmp_path, in_ranks) -> None:
         on_rank_0(world, fail)
 
     assert [str(r) for r in in_ranks(3, refuse)] == ["only rank 0 knows"] * 3
+
+
+def test_pieces_of_any_size_are_written_and_hashed(tmp_path) -> None:
+    parts = [b"", b"a" * 5, bytes(range(256)) * (1 << 13), memoryview(b"b" * ((16 << 20) + 3))]
+    record = write_file(tmp_path / "f", parts)
+    content = (tmp_path / "f").read_bytes()
+    assert content == b"".join(parts)
+    assert record == FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    assert hash_file(tmp_path / "f") == record.sha256
+    for act in (lambda: write_file(tmp_path / "f", [b""]), lambda: hash_file(tmp_path / "no")):
+        with pytest.raises(UserError, match=str(tmp_path)):
+            act()
+    replace_file(tmp_path / "f", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", "new")]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from nemo_hybrid.data.prepare import HELDOUT, TRAIN
-from nemo_hybrid.data.store import StoreWriter, TokenStore, file_sha256
+from nemo_hybrid.data.store import StoreWriter, TokenStore
+from nemo_hybrid.files import hash_file
 
 VOCABULARY = 96
 EOS = 2
@@ -62,7 +63,7 @@ def write_corpus(out: Path, seed: int = 0, documents: int = 600, heldout: int = 
             out / split,
             vocab_size=VOCABULARY,
             eos_id=EOS,
-            tokenizer_sha256=file_sha256(out / "tokenizer.json"),
+            tokenizer_sha256=hash_file(out / "tokenizer.json"),
         )
         for _ in range(count):
             word, document = int(draw() * words), []

@@ -1,6 +1,7 @@
 """The shape of the repository: imports run downwards, files stay short, nothing unsafe is used."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # From bottom to top. A room may import the rooms below it and itself.
 LAYERS = (
-    {"errors", "config", "config_load", "options", "hf_config"},
+    {"errors", "files", "config", "config_load", "options", "hf_config"},
     {"data", "model", "precision"},
     {"checkpoint", "export"},
     {"parallel"},
@@ -27,6 +28,8 @@ OPTIONAL_LIBRARIES = ("mamba_ssm", "causal_conv1d", "flash_attn", "transformer_e
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib")
 FORBIDDEN_CALLS = ("torch.load", "eval", "exec", "os.system")
 FORBIDDEN_TRUE = ("trust_remote_code", "allow_pickle", "shell")
+WRITING_MODES = {"w", "wb", "x", "xb", "w+b", "r+b"}  # a log may be appended to
+WRITING_CALL = re.compile(r"os\.fsync|(?!writer\.).*\.write_(text|bytes)")
 LONGEST_FILE = 600
 
 SOURCES = sorted(
@@ -109,6 +112,22 @@ def import_faults(path: str, source: str) -> list[str]:
     return faults
 
 
+def write_faults(path: str, source: str) -> list[str]:
+    """Writing, syncing and renaming of files elsewhere than in nemo_hybrid/files.py."""
+    faults = []
+    if not path.startswith("nemo_hybrid/") or path == "nemo_hybrid/files.py":
+        return faults
+    for node in nodes(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        modes = {a.value for a in node.args[:2] if isinstance(a, ast.Constant)} & WRITING_MODES
+        writes = called.split(".")[-1] == "open" and modes
+        if writes or WRITING_CALL.fullmatch(called):
+            faults.append(f"{path}:{node.lineno} calls {called}: nemo_hybrid.files does that")
+    return faults
+
+
 def unsafe(path: str, source: str) -> list[str]:
     """Pickle, code execution, remote code."""
     faults = [
@@ -134,6 +153,7 @@ def test_source_file(path: str) -> None:
     source = (ROOT / path).read_text(encoding="utf-8")
     assert import_faults(path, source) == []
     assert unsafe(path, source) == []
+    assert write_faults(path, source) == []
     assert len(source.splitlines()) <= LONGEST_FILE
 
 
@@ -164,6 +184,7 @@ def test_test_files_have_different_names() -> None:
     ("path", "source"),
     [
         ("nemo_hybrid/config.py", "import nemo_hybrid.data.store"),
+        ("nemo_hybrid/files.py", "from nemo_hybrid.checkpoint.files import FileRecord"),
         ("nemo_hybrid/data/a.py", "from nemo_hybrid.model.hybrid import HybridLM"),
         ("nemo_hybrid/data/a.py", "from nemo_hybrid import HybridLM"),
         ("nemo_hybrid/data/a.py", "from nemo_hybrid import train"),
@@ -186,6 +207,7 @@ def test_import_rules_notice(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("nemo_hybrid/train/a.py", "from nemo_hybrid.parallel.world import World"),
+        ("nemo_hybrid/data/a.py", "from nemo_hybrid.files import write_file"),
         ("nemo_hybrid/data/a.py", "if TYPE_CHECKING:\n    from nemo_hybrid.train import loop"),
         ("nemo_hybrid/parallel/a.py", "import deepspeed"),
         ("nemo_hybrid/model/hybrid.py", "def f():\n    from nemo_hybrid.checkpoint import load"),
@@ -195,6 +217,15 @@ def test_import_rules_notice(path: str, source: str) -> None:
 )
 def test_import_rules_allow(path: str, source: str) -> None:
     assert import_faults(path, source) == []
+
+
+@pytest.mark.parametrize(
+    "call", ["os.fsync(f)", "open(p, 'xb')", "p.open('wb')", "p.write_text('')"]
+)
+def test_writing_rule_notices(call: str) -> None:
+    assert write_faults("nemo_hybrid/train/a.py", call)
+    assert not write_faults("nemo_hybrid/files.py", call)
+    assert not write_faults("nemo_hybrid/train/a.py", "open(p, 'rb')\np.open('ab')\nopen(p)")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Files that are whole or not there: the only place that writes, syncs and hashes them.
+
+A new file is written under a name that nobody reads yet, synced, and then renamed: by
+``replace_file`` for one file, by the rooms that make directories for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from nemo_hybrid.errors import UserError
+
+TEMPORARY = ".tmp-"
+"""Start of the names of unfinished files and directories."""
+_CHUNK = 16 << 20
+_WORTH_A_THREAD = 1 << 20  # bytes; smaller pieces are hashed before a thread would have started
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a written file."""
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def naming(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, permission, ...) into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+class NewFile:
+    """A file that did not exist, written piece by piece and hashed on the way; a context manager.
+
+    Its ``record`` stands once ``finish`` has synced the file to the disk. Every method raises
+    UserError naming the path, also where the file exists already.
+    """
+
+    record: FileRecord
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming("write", path):
+            self._file = open(path, "xb")  # noqa: SIM115
+        self._digest = hashlib.sha256()
+        self._size = 0
+        # Hashing costs about as much time as writing does; a second thread hides it.
+        self._hasher = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def write(self, part: bytes | memoryview) -> int:
+        """Append bytes; returns their number, as files do."""
+        with naming("write", self.path):
+            for i in range(0, len(part), _CHUNK):
+                chunk = part[i : i + _CHUNK]
+                if len(chunk) < _WORTH_A_THREAD:
+                    self._digest.update(chunk)
+                    self._file.write(chunk)
+                else:
+                    hashed = self._hasher.submit(self._digest.update, chunk)
+                    self._file.write(chunk)
+                    hashed.result()
+        self._size += len(part)
+        return len(part)
+
+    def finish(self) -> FileRecord:
+        """Sync and close the file."""
+        with naming("write", self.path):
+            sync(self._file)
+        self.close()
+        self.record = FileRecord(self._size, self._digest.hexdigest())
+        return self.record
+
+    def close(self) -> None:
+        """Close the file, finished or not; for the way out after an error."""
+        self._hasher.shutdown()
+        with naming("write", self.path):
+            self._file.close()
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """Write a new file, hashed on the way and synced to the disk.
+
+    Raises UserError naming path when the file exists already or cannot be written.
+    """
+    with NewFile(path) as file:
+        for part in parts:
+            file.write(part)
+    return file.record
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Give path new content by way of a temporary file: readers see the old or the new one.
+
+    Raises UserError naming path.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    with naming("write", path):
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, [content.encode() if isinstance(content, str) else content])
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Make what was written to an open file survive a power cut. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names inside a directory survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises UserError when it cannot be read."""
+    digest = hashlib.sha256()
+    with naming("read", path), open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
