@@ -176,8 +176,9 @@ class DataOptions:
     """Prepared token store (made by `prepare`)."""
     blend: dict[str, float] = field(default_factory=dict)
     """Several stores and their weights, instead of path; they must share one tokenizer."""
-    prepare_default: bool = False
-    """Make the default corpus (this Python's standard library) at path when it is absent."""
+    default_corpus: str | None = None
+    """Place of the default corpus (this Python's standard library): it is made here when data.path
+    names this place and nothing is there."""
     sequence_length: int = 256
     """Tokens per training sequence."""
     workers: int = 0

@@ -35,7 +35,7 @@ from nemo_hybrid.options import (
 if TYPE_CHECKING:
     import jsonargparse
 
-PATH_KEYS = ("run_dir", "resume", "model.from_hf", "data.path")
+PATH_KEYS = ("run_dir", "resume", "model.from_hf", "data.path", "data.default_corpus")
 """Keys that hold a path. The keys inside data.blend are paths too."""
 
 NOT_A_PATH = {"resume": ("auto", "never")}

@@ -96,11 +96,11 @@ class Run:
 
 
 def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
-    """Open the token stores; make the default corpus first where the configuration asks for it."""
+    """Open the token stores; make the default corpus first where that is what is missing."""
     data = config.data
 
     def make_default() -> None:
-        if data.prepare_default and data.path and not Path(data.path).exists():
+        if data.path and data.path == data.default_corpus and not Path(data.path).exists():
             prepare([], data.path, vocab_size=hybrid.vocab_size)
 
     on_rank_0(world, make_default)

@@ -75,6 +75,8 @@ def test_paths_resolve_from_the_file_that_names_them(
                   "--data.blend", "{b: 1}", "--resume", "c")  # fmt: skip
     assert config.run_dir == str(tmp_path / "here/r")
     assert config.data.path == str(tmp_path / "here/d")
+    corpus = load(tmp_path / "configs", "data: {default_corpus: ../data/z}").data.default_corpus
+    assert corpus == str(tmp_path / "data/z")
     assert config.data.blend == {str(tmp_path / "here/b"): 1.0}
     assert config.resume == str(tmp_path / "here/c")
 
@@ -119,9 +121,8 @@ def test_text_that_looks_like_a_date_stays_text(tmp_path: Path) -> None:
 def test_null_and_bare_switch(tmp_path: Path) -> None:
     assert load(tmp_path, "model: {moe_latent_size: null}").model.moe_latent_size is None
     assert load(tmp_path, "", "--model.moe_latent_size", "null").model.moe_latent_size is None
-    config = load(tmp_path, "", "--train.deterministic", "--data.prepare_default", "true")
+    config = load(tmp_path, "", "--train.deterministic")
     assert config.train.deterministic
-    assert config.data.prepare_default
     assert not load(tmp_path, "", "--train.deterministic", "false").train.deterministic
 
 

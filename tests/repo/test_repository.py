@@ -38,7 +38,7 @@ def test_tiny_run_fits_two_processes() -> None:
     config = load_config([ROOT / "configs/run/pretrain_tiny_cpu.yaml"], ["--parallel.ep", "2"])
     config.validate()
     assert config.validate_world(2) >= 1
-    assert config.data.path == str(ROOT / "data/python-stdlib")
+    assert config.data.path == config.data.default_corpus == str(ROOT / "data/python-stdlib")
 
 
 @pytest.mark.parametrize("script", SHELL)

@@ -106,6 +106,21 @@ def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
         assert "nemo-hybrid prepare" in message
 
 
+def test_mistyped_path_is_not_the_default_corpus(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_hybrid.train import loop
+
+    made: list[str] = []
+    monkeypatch.setattr(loop, "prepare", lambda paths, out, **options: made.append(out))
+    place, mistyped = tmp_path / "corpus", tmp_path / "corpsu"
+    message = refused("--data.default_corpus", place, "--data.path", mistyped)
+    assert str(mistyped) in message
+    assert made == []
+    refused("--data.default_corpus", place, "--data.path", place)  # nothing was really made
+    assert made == [str(place)]
+
+
 def test_a_mended_mistake_is_not_held_against_the_directory(
     refused: Refused, tmp_path: Path
 ) -> None:
