@@ -12,6 +12,15 @@ from typing import Any, Literal
 from nemo_hybrid.errors import UserError
 
 LAYER_LETTERS = {"M": "Mamba-2", "E": "LatentMoE", "*": "attention", "-": "dense MLP"}
+LAYER_NAMES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "moe": "E",
+    "full_attention": "*",
+    "attention": "*",
+    "mlp": "-",
+}
+"""What config.json of either vocabulary calls the layers."""
 
 FP32_NAMES = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 """Last name parts of the parameters and buffers that stay fp32 in every model, run and file."""
@@ -22,8 +31,8 @@ class Architecture:
     """Shape of a model. Names are those of the Hugging Face ``nemotron_h`` configuration."""
 
     pattern: str = "MEM*EMEM*E"
-    """One letter per layer: M Mamba-2, E LatentMoE, * attention, - dense MLP. A list of such
-    letters, or of the names mamba, moe, attention, mlp, is accepted from Python."""
+    """One letter per layer: M Mamba-2, E LatentMoE, * attention, - dense MLP. From Python a list of
+    such letters, or of the names in LAYER_NAMES, becomes that string."""
     vocab_size: int = 4096
     """Number of token ids; must cover the tokenizer."""
     hidden_size: int = 256
@@ -90,6 +99,10 @@ class Architecture:
     """Id of the end-of-sequence token."""
     pad_token_id: int = 0
     """Id of the padding token."""
+
+    def __post_init__(self) -> None:
+        self.pattern = _letters(self.pattern, "model.pattern")
+        self.mtp_pattern = _letters(self.mtp_pattern, "model.mtp_pattern")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -461,10 +474,27 @@ def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = 
     """Raise UserError unless every letter of pattern is one of allowed."""
     if not pattern and not empty:
         raise UserError(f"{name} is empty: give one letter per layer")
+    if not isinstance(pattern, str):
+        raise UserError(f"{name} must be a string of layer letters, got {pattern!r}")
     for i, letter in enumerate(pattern):
         if letter not in allowed:
             known = ", ".join(f"{a} ({LAYER_LETTERS[a]})" for a in allowed)
             raise UserError(f"{name}: unknown layer letter {letter!r} at place {i}; known: {known}")
+
+
+def _letters(pattern: object, name: str) -> str:
+    """The pattern string that a string or a list of letters and layer names means."""
+    if isinstance(pattern, str):
+        return pattern
+    if not isinstance(pattern, list | tuple):
+        raise UserError(f"{name} must be a string of layer letters or a list, got {pattern!r}")
+    known = {letter: letter for letter in LAYER_LETTERS} | LAYER_NAMES
+    for i, layer in enumerate(pattern):
+        if layer not in list(known):
+            raise UserError(
+                f"{name}: unknown layer {layer!r} at place {i}; known: {', '.join(known)}"
+            )
+    return "".join(known[layer] for layer in pattern)
 
 
 def _divides(small_name: str, small: int, big_name: str, big: int) -> None:

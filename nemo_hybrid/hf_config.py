@@ -18,17 +18,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.config import Architecture, HybridConfig, check_pattern
+from nemo_hybrid.config import LAYER_NAMES, Architecture, HybridConfig, check_pattern
 from nemo_hybrid.errors import UserError
 
-LAYER_NAMES = {
-    "linear_attention": "M",
-    "mamba": "M",
-    "moe": "E",
-    "full_attention": "*",
-    "attention": "*",
-    "mlp": "-",
-}
 DEFAULT_MTP_DEPTHS = 2  # what the released models were trained with
 
 # What a field means when config.json lacks it. Fields not listed here must be present when the

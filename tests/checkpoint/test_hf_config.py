@@ -153,3 +153,27 @@ def test_broken_files(tmp_path, text: str, says: str) -> None:
         config_from_hf(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
         config_from_hf(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["mamba", "moe", "attention", "mlp"],
+        ["linear_attention", "E", "full_attention", "-"],
+        ("M", "E", "*", "-"),
+    ],
+)
+def test_a_list_of_layers_is_the_same_model(layers) -> None:
+    cfg = HybridConfig(pattern=layers, mtp_pattern=["attention", "moe"])
+    assert cfg == HybridConfig(pattern="ME*-", mtp_pattern="*E")
+    cfg.validate()
+
+
+@pytest.mark.parametrize("layers", [["ME", "*"], ["mamba", ""], ["rnn"], [["M"]], 3, None])
+def test_unknown_layers_of_a_list(layers) -> None:
+    with pytest.raises(UserError, match=r"model\.pattern"):
+        HybridConfig(pattern=layers)
+    cfg = HybridConfig()
+    cfg.pattern = layers  # past the constructor
+    with pytest.raises(UserError, match=r"model\.pattern"):
+        cfg.validate()
