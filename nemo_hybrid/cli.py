@@ -139,8 +139,10 @@ def _pretrain(words: list[str]) -> int:
     if own["--print_config"]:
         print(dump_config(config), end="")
         return 0
-    # Here already, because the import below takes seconds.
-    config.validate()
+    # Checked here already, because importing the training loop takes seconds.
+    from nemo_hybrid.checkpoint.shape import model_shape
+
+    config.validate(model_shape(config.model))
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
     from nemo_hybrid.train.loop import pretrain
 

@@ -174,8 +174,7 @@ class ModelOptions(Architecture):
     """Model of a run: its shape, or a directory to take shape and weights from."""
 
     from_hf: str | None = None
-    """Directory with config.json and safetensors to start from; its shape replaces the fields
-    here."""
+    """Directory with config.json and safetensors to start from; the shape is the one it holds."""
 
     def hybrid(self) -> HybridConfig:
         return HybridConfig(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
@@ -310,10 +309,13 @@ class RunConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
 
-    def validate(self) -> None:
-        """Check everything that needs neither data nor processes. Raises UserError."""
-        self.model.validate()
-        t, d, m = self.train, self.data, self.model
+    def validate(self, shape: Architecture | None = None) -> None:
+        """Check everything that needs neither data nor processes. Raises UserError.
+
+        ``shape`` is that of the model, where it does not come from the options here.
+        """
+        t, d, m = self.train, self.data, shape or self.model
+        m.validate()
         positive = {
             "data.sequence_length": d.sequence_length,
             "train.max_steps": t.max_steps,

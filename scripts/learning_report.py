@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.batch import Batch
@@ -114,7 +115,7 @@ def held_out(m: StepMetrics) -> list[float]:
 
 def pair_model_losses(config: RunConfig, depths: int) -> list[float]:
     """Held-out cross-entropy, in nats, of the pair model t -> t + 1 + k for k = 0 to depths."""
-    blend = open_blend(config.data, config.model)
+    blend = open_blend(config.data, model_shape(config.model))
     batches = heldout_batches(
         blend.heldout,
         sequence_length=config.data.sequence_length,

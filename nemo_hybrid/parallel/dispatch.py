@@ -43,10 +43,12 @@ class AllToAllDispatcher(MoE):
 
     A subclass of DeepSpeed's MoE only because that is how its engine learns that parameters
     flagged ``allreduce = False`` are reduced over the expert-data-parallel group; nothing of that
-    class is used.
+    class is used. Raises ValueError unless ``ep_size`` divides ``experts``.
     """
 
     def __init__(self, experts: int, ep_size: int, rank: int) -> None:
+        if experts % ep_size:
+            raise ValueError(f"{experts} experts cannot be divided over {ep_size} processes")
         nn.Module.__init__(self)
         self.num_experts = experts
         self.ep_size = ep_size

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.directory import on_rank_0
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig, RunConfig
 from nemo_hybrid.data.batch import Batch
@@ -50,7 +51,8 @@ def pretrain(config: RunConfig) -> None:
     Raises UserError for mistakes, the same on every rank, and TrainingError when the loss or the
     gradient stops being finite.
     """
-    config.validate()
+    hybrid = model_shape(config.model)
+    config.validate(hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
     torch.use_deterministic_algorithms(config.train.deterministic)
     world = World.start()
@@ -60,9 +62,6 @@ def pretrain(config: RunConfig) -> None:
             print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
         World.stop()
         return
-    hybrid = config.model.hybrid()
-    if config.model.from_hf:
-        hybrid = HybridConfig.from_hf(str(resolve(config.model.from_hf)))
     blend = _open_data(config, hybrid, world)
     run = _build(config, hybrid, world, blend, accumulation)
     start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0

@@ -28,6 +28,7 @@ from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.router import Router
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.train.balance import update_router_bias
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
 from nemo_hybrid.train.optim import parameter_groups
@@ -209,3 +210,8 @@ def test_bf16_layouts_agree_within_its_rounding(results: Results, plain: Outcome
         assert differences["norms"] < 1e-2, differences
         assert differences["weights"] < 1e-2, differences
     assert distances(alone, plain)["losses"] < 1e-3
+
+
+def test_experts_that_cannot_be_divided() -> None:
+    with pytest.raises(ValueError, match="6 experts cannot be divided over 4 processes"):
+        AllToAllDispatcher(6, 4, 0)

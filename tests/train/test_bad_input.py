@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers.corpus import flip_byte, write_corpus
+from helpers.corpus import TINY_MODEL, flip_byte, write_corpus
 from helpers.processes import run_command
 from helpers.runs import tiny_run
+from nemo_hybrid.config import HybridConfig, ModelOptions
 from nemo_hybrid.config_load import dump_config
 from train.conftest import Unbroken
 
@@ -84,6 +86,34 @@ def own_store(store: Path, tmp_path: Path) -> Path:
 def test_options(refused: Refused, words: tuple[str, ...], named: list[str]) -> None:
     message = refused(*words)
     assert all(name in message for name in named), message
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """What is looked at first of a Hugging Face directory, of a model of 6 experts."""
+    shape = HybridConfig(**TINY_MODEL | {"n_routed_experts": 6})
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/config.json").write_text(json.dumps(shape.to_hf()))
+    return tmp_path / "weights"
+
+
+def test_shape_of_from_hf_is_the_one_that_counts(
+    refused: Refused, store: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the 6 experts there, not the 16 that are the default."""
+    own = tiny_run(store)
+    own.model = ModelOptions(from_hf=str(weights))
+    (tmp_path / "run.yaml").write_text(dump_config(own))
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert "model.n_routed_experts (6)" in refused("--parallel.ep", "4")
+    assert "processes (12)" in refused("--parallel.ep", "3")  # one check further
+
+
+def test_shape_beside_from_hf(refused: Refused, weights: Path) -> None:
+    message = refused("--model.from_hf", weights)
+    assert "model.n_routed_experts is 8 here, 6 there" in message
+    assert "hidden_size" not in message
+    assert "leave such options out" in message
 
 
 def test_layout_that_does_not_fit_the_processes(
