@@ -23,21 +23,24 @@ PATH="$VENV/bin:$PATH"
 
 SECONDS=0
 step 'Preparing the corpus'
-nemo-hybrid prepare --out "$DATA"
+python -m nemo_hybrid prepare --out "$DATA"
 prepare_s=$SECONDS
 
 SECONDS=0
 step 'Pre-training with two processes'
-torchrun --standalone --nproc_per_node=2 -m nemo_hybrid pretrain \
+python -m torch.distributed.run --standalone --nproc_per_node=2 -m nemo_hybrid pretrain \
     --config "$CONFIG" --parallel.ep 2 --run_dir "$RUN_DIR"
 train_s=$SECONDS
 
 SECONDS=0
 step 'Evaluating on held-out data'
-nemo-hybrid eval --from "$RUN_DIR" --data "$DATA"
+python -m nemo_hybrid eval --from "$RUN_DIR" --data "$DATA"
+
+step 'What it learned'
+python scripts/learning_report.py "$RUN_DIR" || echo 'A bar was missed; on a slower or other machine that can happen.'
 
 step 'Generating'
-nemo-hybrid generate --from "$RUN_DIR" --prompt 'def '
+python -m nemo_hybrid generate --from "$RUN_DIR" --prompt 'def '
 use_s=$SECONDS
 
 cat <<EOF
@@ -55,6 +58,6 @@ What next:
   nemo-hybrid generate --from $RUN_DIR --prompt 'class ' --temperature 0.8 --top_p 0.95
   nemo-hybrid doctor                          # what is installed, which path each operation takes
   nemo-hybrid prepare YOUR_TEXTS --out data/yours
-  torchrun --standalone --nproc_per_node=2 -m nemo_hybrid pretrain --config $CONFIG \\
-    --data.path data/yours --run_dir runs/yours --parallel.ep 2
+  python -m torch.distributed.run --standalone --nproc_per_node=2 -m nemo_hybrid pretrain \\
+    --config $CONFIG --data.path data/yours --run_dir runs/yours --parallel.ep 2
 EOF
