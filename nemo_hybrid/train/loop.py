@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.directory import on_rank_0
+from nemo_hybrid.checkpoint.directory import on_rank_0, together
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
@@ -56,6 +56,7 @@ def pretrain(config: RunConfig) -> None:
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
     torch.use_deterministic_algorithms(config.train.deterministic)
     world = World.start()
+    together(world, lambda: _choose_kernels(config, world))
     checkpoint = on_rank_0(world, lambda: open_run(config))
     if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
         if world.rank == 0:
@@ -94,6 +95,15 @@ class Run:
     peak: float | None  # matmul FLOP/s of one process's device
 
 
+def _choose_kernels(config: RunConfig, world: World) -> None:
+    """Set every operation's path and try it. Raises UserError for one that cannot be taken."""
+    try:
+        backend.choose(**vars(config.kernels))
+        backend.report(world.device.type)
+    except ValueError as error:
+        raise UserError(f"kernels: {error}") from error
+
+
 def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
     """Open the token stores; make the default corpus first where that is what is missing."""
     data = config.data
@@ -117,7 +127,6 @@ def _build(
 ) -> Run:
     prepare_deepspeed(world)
     torch.manual_seed(config.train.seed)
-    backend.choose(**vars(config.kernels))
     ep = config.parallel.ep
     dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
     model = HybridLM(

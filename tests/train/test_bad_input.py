@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +116,26 @@ def test_shape_beside_from_hf(refused: Refused, weights: Path) -> None:
     assert "model.n_routed_experts is 8 here, 6 there" in message
     assert "hidden_size" not in message
     assert "leave such options out" in message
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_kernels_that_cannot_be_used(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    """The library is missing, or it is there and wants another device."""
+    from nemo_kernels import backend
+
+    module = SimpleNamespace(DEVICE_TYPES=("cuda",))
+    stubs = {} if missing else {"nemo_kernels.ssd.external": module}
+    monkeypatch.setattr(backend, "_probe", lambda name: "" if name in stubs else "not installed")
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)  # type: ignore[arg-type]
+    try:
+        message = refused("--kernels.ssd", "mamba_ssm")
+    finally:
+        backend.choose(ssd="auto")
+    assert "kernels: path mamba_ssm of op ssd" in message
+    assert ("not installed" if missing else "choose auto or reference") in message
 
 
 def test_layout_that_does_not_fit_the_processes(
