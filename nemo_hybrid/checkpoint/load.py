@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.files import resolve
-from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.checkpoint.weights import load_weights, save_weights
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
@@ -18,6 +18,16 @@ from nemo_hybrid.model.hybrid import HybridLM
 def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     """Everything a checkpoint holds of a model: parameters and router biases."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def save_model(model: HybridLM, path: str | Path) -> None:
+    """Write a model of one process as a Hugging Face directory: whole, or not at all.
+
+    Raises UserError when path exists and is not empty, or cannot be written.
+    """
+    first = model.owned_experts.start
+    weights = ((name, tensor, first) for name, tensor in tensors_by_name(model).items())
+    save_weights(Path(path), model.config, weights)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:

@@ -82,6 +82,15 @@ class HybridLM(nn.Module):
 
         return load_model(path, dtype)
 
+    def save_hf(self, path: str) -> None:
+        """Write a Hugging Face directory: config.json and safetensors, one key per expert.
+
+        Raises UserError when path exists and is not empty.
+        """
+        from nemo_hybrid.checkpoint.load import save_model
+
+        save_model(self, path)
+
     def forward(self, input_ids: Tensor, mtp: bool = False) -> HybridOutput:
         """Logits of ``input_ids`` [B, S], one document per row."""
         h_BSD, _ = self.forward_hidden(input_ids)
