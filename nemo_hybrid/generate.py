@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.config import GenerateOptions
+from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -66,24 +67,23 @@ def generate(
 
 def generate_command(options: GenerateOptions) -> None:
     """``nemo-hybrid generate``: print the prompt and its continuation as it appears."""
-    from transformers import PreTrainedTokenizerFast
-
     from nemo_hybrid.checkpoint.files import resolve
     from nemo_hybrid.checkpoint.load import load_model
 
     directory = resolve(Path(options.from_))
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     model = load_model(directory).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
+    ids = tokenizer.encode([options.prompt])[0]
+    if not len(ids):
         raise UserError("--prompt is empty: give at least one token to continue")
-    prompt_BS = torch.tensor([ids], device=model.lm_head.weight.device)
+    prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
-    began, new, shown = time.monotonic(), [], ""
+    began, count = time.monotonic(), 0
+    text = TextStream(tokenizer)
     sys.stdout.write(options.prompt)
     for ids_B in generate(
         model,
@@ -96,12 +96,9 @@ def generate_command(options: GenerateOptions) -> None:
         token = int(ids_B)
         if token == model.config.eos_token_id:
             break
-        new.append(token)
-        text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # an unfinished UTF-8 sequence waits for its next bytes
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    sys.stdout.write("\n")
+        count += 1
+        sys.stdout.write(text.add(token))
+        sys.stdout.flush()
+    sys.stdout.write(text.finish() + "\n")
     seconds = time.monotonic() - began
-    print(f"[{len(new)} tokens in {seconds:.1f} s]", file=sys.stderr)
+    print(f"[{count} tokens in {seconds:.1f} s]", file=sys.stderr)

@@ -22,6 +22,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 """Ids 0, 1, 2."""
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: whatever the text, it can be encoded."""
+_LONGEST_UNFINISHED = 16
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -44,6 +45,41 @@ class TextTokenizer:
         """Token ids of each text, without special tokens."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int64) for e in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+class TextStream:
+    """Text of a growing sequence of tokens, in pieces that never split a character.
+
+    Each token costs the same, however many came before: only the latest ones are decoded again.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some decoders treat the first token differently, so those shown last stay before it.
+        self._shown: list[int] = []
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty inside an unfinished character."""
+        self._pending.append(token)
+        text = self._text()
+        # After this many tokens, the bytes are no character that is still to be finished.
+        if text.endswith("\ufffd") and len(self._pending) < _LONGEST_UNFINISHED:
+            return ""
+        self._shown, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """The text of an unfinished end: a replacement character for what is no UTF-8."""
+        return self._text() if self._pending else ""
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -110,6 +146,11 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
     except Exception as e:  # tokenizers raises a bare Exception for whatever is wrong with it
         raise UserError(f"{name} is not a Hugging Face tokenizer: {e}") from e
+    if not isinstance(json.loads(files[TOKENIZER]).get("added_tokens"), list):
+        raise UserError(
+            f"{name} has no list added_tokens, without which transformers cannot load it; save the "
+            "tokenizer again with transformers' save_pretrained"
+        )
     eos_id = _eos_id(directory, files, tokenizer)
     return _wrap(tokenizer, eos_id, files)
 

@@ -1,0 +1,40 @@
+"""generate: the prompt is read as training read its text, and the text comes out whole."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_hybrid import HybridConfig, HybridLM
+from nemo_hybrid import generate as module
+from nemo_hybrid.config import GenerateOptions
+from nemo_hybrid.data.tokenizer import train_tokenizer
+
+
+def test_text_in_and_text_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_tokenizer(["a b"], 259)
+    HybridLM(
+        HybridConfig(pattern="-", vocab_size=300, hidden_size=8, intermediate_size=8,
+                     mtp_num_depths=0)
+    ).save_hf(str(tmp_path / "model"))  # fmt: skip
+    for name, data in tokenizer.files.items():
+        (tmp_path / "model" / name).write_bytes(data)
+    (answer,) = tokenizer.encode([" é </s>\U0001f600"])
+    prompts: list[Tensor] = []
+
+    def fixed(model: HybridLM, prompt_BS: Tensor, *_: object, **__: object) -> Iterator[Tensor]:
+        prompts.append(prompt_BS)
+        yield from torch.from_numpy(answer[:-1])[:, None]
+
+    monkeypatch.setattr(module, "generate", fixed)
+    module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
+    (ids,) = tokenizer.encode(["a </s> b"])
+    assert prompts[0].tolist() == [ids.tolist()]
+    assert tokenizer.eos_id not in ids
+    shown = capsys.readouterr().out
+    assert shown.rstrip("\ufffd\n") == "a </s> b é </s>"
+    assert shown.endswith("\ufffd\n")
