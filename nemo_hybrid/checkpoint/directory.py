@@ -58,23 +58,40 @@ class Writer:
 
 
 def together(world: World, action: Callable[[], T]) -> list[T]:
-    """Run action on every rank and return the results of all.
+    """Run action on every rank and return the results of all, which are sent to every rank.
 
-    A UserError on any rank is raised on every rank, so that none waits for one that failed.
+    A UserError, OSError or MemoryError on any rank is raised on every rank as a UserError, so that
+    none waits for one that failed.
     """
-    result: T | None = None
-    failure: str | None = None
+    result, failure = _attempt(world, action)
+    outcomes = world.gather((result, failure))
+    _raise_any([failure for _, failure in outcomes])
+    return [value for value, _ in outcomes]
+
+
+def each(world: World, action: Callable[[], T]) -> T:
+    """Run action on every rank and return this rank's own result; failures as in together()."""
+    result, failure = _attempt(world, action)
+    _raise_any(world.gather(failure))
+    return result  # type: ignore[return-value]
+
+
+def _attempt(world: World, action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of action, or the message of its failure."""
     try:
-        result = action()
+        return action(), None
     except UserError as error:
-        failure = str(error)
         if world.size == 1:
             raise
-    outcomes: list[tuple[T, str | None]] = world.gather((result, failure))
-    failures = [text for _, text in outcomes if text is not None]
-    if failures:
-        raise UserError("; ".join(dict.fromkeys(failures)))
-    return [value for value, _ in outcomes]
+        return None, str(error)
+    except (OSError, MemoryError) as error:
+        return None, f"rank {world.rank}: {str(error) or 'out of memory'}"
+
+
+def _raise_any(failures: list[str | None]) -> None:
+    messages = dict.fromkeys(failure for failure in failures if failure is not None)
+    if messages:
+        raise UserError("; ".join(messages))
 
 
 def on_rank_0(world: World, action: Callable[[], T]) -> T:

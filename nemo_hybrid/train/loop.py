@@ -8,13 +8,14 @@ import os
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.directory import on_rank_0, together
+from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
@@ -48,18 +49,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def pretrain(config: RunConfig) -> None:
     """Train as ``config`` says; every process of the run calls this.
 
-    Raises UserError for mistakes, the same on every rank, and TrainingError when the loss or the
-    gradient stops being finite.
+    Raises UserError for mistakes, also for those that only one rank meets, on every rank, and
+    TrainingError when the loss or the gradient stops being finite. What fails within the steps on
+    one rank alone, such as writing a row of metrics to a full disk, ends that rank; the others wait
+    in their next collective until torchrun, which watches all of them, ends them.
     """
     hybrid = model_shape(config.model)
     config.validate(hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
     torch.use_deterministic_algorithms(config.train.deterministic)
     world = World.start()
+    first = world.rank == 0
     together(world, lambda: _choose_kernels(config, world))
     checkpoint = on_rank_0(world, lambda: open_run(config))
     if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
-        if world.rank == 0:
+        if first:
             print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
         World.stop()
         return
@@ -67,17 +71,18 @@ def pretrain(config: RunConfig) -> None:
     run = _build(config, hybrid, world, blend, accumulation)
     start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
     on_rank_0(world, lambda: claim_run(config))
-    if world.rank == 0:
-        _announce(config, world, run, checkpoint)
-        with (
-            MetricsWriter(config.run_dir, start) as writer,
-            Progress(config.train.max_steps, start, config.train.log_every) as progress,
-        ):
-            _train(run, start, writer, progress)
-        write_plots(config.run_dir)
+    with ExitStack() as stack:
+        writer = each(world, lambda: MetricsWriter(config.run_dir, start) if first else None)
+        progress = None
+        if writer:
+            _announce(config, world, run, checkpoint)
+            stack.enter_context(writer)
+            progress = Progress(config.train.max_steps, start, config.train.log_every)
+            stack.enter_context(progress)
+        _train(run, start, writer, progress)
+    on_rank_0(world, lambda: write_plots(config.run_dir))
+    if first:
         print(_summary(config, "finished"))
-    else:
-        _train(run, start, None, None)
     World.stop()
 
 
@@ -112,14 +117,17 @@ def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
         if data.path and data.path == data.default_corpus and not Path(data.path).exists():
             prepare([], data.path, vocab_size=hybrid.vocab_size)
 
+    def open_stores() -> Blend:
+        blend = open_blend(data, hybrid)
+        if config.train.eval_sequences and not blend.heldout:
+            raise UserError(
+                "the data has no held-out part: prepare it with --heldout above 0, or set "
+                "train.eval_sequences to 0"
+            )
+        return blend
+
     on_rank_0(world, make_default)
-    blend = open_blend(data, hybrid)
-    if config.train.eval_sequences and not blend.heldout:
-        raise UserError(
-            "the data has no held-out part: prepare it with --heldout above 0, or set "
-            "train.eval_sequences to 0"
-        )
-    return blend
+    return each(world, open_stores)
 
 
 def _build(
@@ -133,12 +141,7 @@ def _build(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
     if config.model.from_hf:
-        load_weights(
-            resolve(config.model.from_hf),
-            tensors_by_name(model),
-            model.owned_experts,
-            n_experts=hybrid.n_routed_experts,
-        )
+        together(world, lambda: _load_from_hf(config, model))
     model.to(world.device, DTYPES[config.precision.recipe])
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
@@ -155,6 +158,15 @@ def _build(
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
     peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
     return Run(config, world, blend, model, objective, engine, identity, peak)
+
+
+def _load_from_hf(config: RunConfig, model: HybridLM) -> None:
+    load_weights(
+        resolve(str(config.model.from_hf)),
+        tensors_by_name(model),
+        model.owned_experts,
+        n_experts=model.config.n_routed_experts,
+    )
 
 
 def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progress | None) -> None:
@@ -193,8 +205,7 @@ def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progres
         heldout = None
         every = config.checkpoint.every
         if last or (every and done % every == 0):
-            if writer:
-                writer.sync()
+            each(world, lambda: writer.sync() if writer else None)
             resume.save(
                 Path(config.run_dir) / CHECKPOINTS, done, run.engine, run.model, run.identity,
                 config, run.blend.tokenizer_dir,

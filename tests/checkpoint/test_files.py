@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.directory import on_rank_0, write_directory
+from nemo_hybrid.checkpoint.directory import each, on_rank_0, together, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.errors import UserError
@@ -299,3 +299,31 @@ def test_pieces_of_any_size_are_written_and_hashed(tmp_path) -> None:
             act()
     replace_file(tmp_path / "f", "new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", "new")]
+
+
+@pytest.mark.parametrize("run", [each, together])
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (UserError("no such store"), "no such store"),
+        (OSError(errno.EIO, "Input/output error"), "rank 1: [Errno 5] Input/output error"),
+        (MemoryError(), "rank 1: out of memory"),
+    ],
+    ids=["user", "disk", "memory"],
+)
+def test_failure_of_one_rank_reaches_all(in_ranks, run, failure, said) -> None:
+    def action(world) -> object:
+        def act() -> int:
+            if world.rank == 1:
+                raise failure
+            return world.rank
+
+        return run(world, act)
+
+    results = in_ranks(3, action)
+    assert all(isinstance(r, UserError) and str(r) == said for r in results), results
+
+
+def test_each_keeps_its_own_result(in_ranks) -> None:
+    """One that could not be sent, such as an open file."""
+    assert in_ranks(2, lambda world: each(world, lambda: world.rank)) == [0, 1]

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from checkpoint.conftest import ThreadWorld, in_ranks
 from helpers.corpus import TINY_MODEL, flip_byte, write_corpus
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.config import HybridConfig, ModelOptions
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.errors import UserError
 from train.conftest import Unbroken
 
 Refused = Callable[..., str]
@@ -156,6 +158,19 @@ def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
         message = refused("--data.path", path)
         assert str(path) in message
         assert "nemo-hybrid prepare" in message
+
+
+def test_store_that_one_node_lacks(store: Path, tmp_path: Path) -> None:
+    """No process is left waiting for the one that cannot open it."""
+    from nemo_hybrid.train import loop
+
+    def open_data(world: ThreadWorld) -> object:
+        config = tiny_run(store if world.rank == 0 else tmp_path / "absent")
+        return loop._open_data(config, config.model.hybrid(), world)  # type: ignore[arg-type]
+
+    for result in in_ranks(2, open_data):
+        assert isinstance(result, UserError)
+        assert str(tmp_path / "absent") in str(result)
 
 
 def test_mistyped_path_is_not_the_default_corpus(
