@@ -148,16 +148,21 @@ def _build(
     engine = Engine(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
     )
-    identity = resume.Identity(
+    identity = _identity(config, blend)
+    # Measured by all ranks at once where it has to be measured: they share the cores in training.
+    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
+    return Run(config, world, blend, model, objective, engine, identity, peak)
+
+
+def _identity(config: RunConfig, blend: Blend) -> resume.Identity:
+    return resume.Identity(
         data=[_digest(store) for store in blend.train],
+        weights=list(blend.weights),
         tokenizer=blend.train[0].info.tokenizer_sha256,
         sequence_length=config.data.sequence_length,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
     )
-    # Measured by all ranks at once where it has to be measured: they share the cores in training.
-    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
-    return Run(config, world, blend, model, objective, engine, identity, peak)
 
 
 def _load_from_hf(config: RunConfig, model: HybridLM) -> None:

@@ -33,6 +33,7 @@ class Identity:
     """What must be equal for a checkpoint to continue the same sequence of samples."""
 
     data: list[str]  # digests of the token stores
+    weights: list[float]  # with which they are drawn
     tokenizer: str  # digest
     sequence_length: int
     global_batch_size: int

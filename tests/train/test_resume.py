@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ import pytest
 
 from helpers.corpus import flip_byte, write_corpus
 from helpers.processes import Finished, run_command
+from helpers.runs import tiny_run
+from nemo_hybrid.config import DataOptions
+from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.train import loop
 from nemo_hybrid.train.metrics import read_metrics
 from train.conftest import LAYOUT, Unbroken
 
@@ -134,3 +138,14 @@ def test_other_data_under_the_same_name_is_refused(
     assert pretrain(*words) == 2
     message = capsys.readouterr().err
     assert "step_00000008 was written with data [" in message
+
+
+def test_weights_of_a_blend_are_part_of_the_identity(store: Path) -> None:
+    """They decide which samples come next."""
+    blend = open_blend(DataOptions(path=str(store), sequence_length=32), tiny_run(store).model)
+    two = replace(blend, train=blend.train * 2, weights=(0.5, 0.5))
+    config = tiny_run(store)
+    same, other = replace(two), replace(two, weights=(0.7, 0.3))
+    assert loop._identity(config, two) == loop._identity(config, same)
+    assert loop._identity(config, two) != loop._identity(config, other)
+    assert asdict(loop._identity(config, other))["weights"] == [0.7, 0.3]
