@@ -10,8 +10,11 @@ for example ``PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}``. Such a modul
 * has ``self_check(device_type) -> float``: the largest deviation of its outputs and gradients from
   the reference on a small input, relative to the reference's largest value.
 
+A path that does not take every shape has ``supports(*tensors) -> bool`` as well.
+
 ``auto`` takes the first path that runs on the tensor's device, imports, and passes its self-check;
-otherwise the reference. Probe and self-check happen at the first use and once per process.
+otherwise, and for shapes that this path does not take, the reference. Probe and self-check happen
+at the first use and once per process.
 """
 
 from __future__ import annotations
@@ -66,9 +69,14 @@ def path(op: str, device_type: str) -> Path:
     return _resolve(op, device_type)[0]
 
 
-def implementation(op: str, device_type: str) -> ModuleType:
-    """The module that implements op on tensors of a device type; see :func:`path`."""
-    return _resolve(op, device_type)[1]
+def implementation(op: str, device_type: str, *tensors: Tensor) -> ModuleType:
+    """The module that implements op on tensors of a device type; see :func:`path`. ``tensors`` are
+    those whose shapes decide whether a path that ``auto`` took can serve this call."""
+    module = _resolve(op, device_type)[1]
+    may_leave = tensors and _choices.get(op, "auto") == "auto" and hasattr(module, "supports")
+    if may_leave and not module.supports(*tensors):
+        return import_module(f"nemo_kernels.{op}.reference")
+    return module
 
 
 def report(device_type: str) -> list[tuple[str, str, str]]:

@@ -342,3 +342,24 @@ def test_bad_input_is_named() -> None:
         topk_router(x_TL, torch.zeros(3, 6), torch.zeros(3), 4, 1.0)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected ids in \[0, 3\), got 0 to 3"):
         moe_mlp(x_TL, ids_TK.index_fill(0, torch.tensor([1]), 3), weights_TK, up, down)
+
+
+@pytest.mark.parametrize(("width", "inner", "served"), [(64, 100, False), (64, 104, True)])
+def test_auto_leaves_widths_that_cannot_be_aligned_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch, width: int, inner: int, served: bool
+) -> None:
+    """As on a GPU, where auto takes grouped_mm."""
+    chosen = (backend.Path("grouped_mm", "as on a GPU"), grouped_mm)
+    monkeypatch.setattr(backend, "_resolve", lambda op, device_type: chosen)
+    generator = torch.Generator().manual_seed(7)
+    x_TL, weights_TK, up, down = draw_inputs(generator, 12, 2, 3, width, inner, torch.bfloat16)
+    ids_TK = draw_ids(generator, 12, 3, 2, skew=0.0)
+    assert (backend.implementation("moe", "cpu", up) is grouped_mm) == served
+    expected_TL = reference.moe_mlp(x_TL, ids_TK, weights_TK, up, down)
+    y_TL = moe_mlp(x_TL, ids_TK, weights_TK, up, down)
+    torch.testing.assert_close(y_TL, expected_TL, rtol=2e-2, atol=2e-2)
+    order_R, _, counts_E = sort_slots(ids_TK, 3)
+    rows = (x_TL[order_R // 2], weights_TK.flatten()[order_R], counts_E, up, down)
+    torch.testing.assert_close(
+        grouped_mlp(*rows), reference.grouped_mlp(*rows), rtol=2e-2, atol=2e-2
+    )

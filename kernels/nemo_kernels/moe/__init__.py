@@ -98,7 +98,7 @@ def grouped_mlp(
     if counts_E.device.type == "cpu" and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
-    impl = backend.implementation("moe", x_RL.device.type)
+    impl = backend.implementation("moe", x_RL.device.type, w_up_EFL)
     return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
 
 
@@ -130,7 +130,7 @@ def moe_mlp(
     expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
     _expect_experts(x_TL, w_up_EFL, w_down_ELF)
     expect_range("topk_ids_TK", "ids", topk_ids_TK, w_up_EFL.shape[0])
-    impl = backend.implementation("moe", x_TL.device.type)
+    impl = backend.implementation("moe", x_TL.device.type, w_up_EFL)
     return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF)
 
 

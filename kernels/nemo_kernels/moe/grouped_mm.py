@@ -16,7 +16,9 @@ from nemo_kernels.moe import reference
 from nemo_kernels.moe.function import GroupedMLP, MoeMLP
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
-__all__ = ["DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "topk_router"]
+__all__ = [
+    "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
+]  # fmt: skip
 
 DEVICE_TYPES = ("cuda", "cpu")
 _ALIGNMENT = 16
@@ -110,9 +112,15 @@ def self_check(device_type: str) -> float:
     return torch.stack(deviations).max().item()
 
 
-def _check_alignment(w_up_EFL: Tensor) -> None:
+def supports(w_up_EFL: Tensor) -> bool:
+    """Whether rows of these experts' widths can be aligned."""
     unit = _ALIGNMENT // w_up_EFL.element_size()
-    if w_up_EFL.shape[1] % unit or w_up_EFL.shape[2] % unit:
+    return w_up_EFL.shape[1] % unit == 0 and w_up_EFL.shape[2] % unit == 0
+
+
+def _check_alignment(w_up_EFL: Tensor) -> None:
+    if not supports(w_up_EFL):
+        unit = _ALIGNMENT // w_up_EFL.element_size()
         raise ValueError(
             f"w_up_EFL: expected widths in multiples of {unit} for {w_up_EFL.dtype} (path "
             f"grouped_mm of op moe), got {list(w_up_EFL.shape)}; path reference takes any"
