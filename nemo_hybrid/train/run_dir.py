@@ -1,6 +1,6 @@
 """The directory of a run: whose it is, and where it goes on.
 
-RUN_DIR holds config.yaml (the resolved configuration of the first start), metrics, TensorBoard
+RUN_DIR holds config.yaml (the resolved configuration of the last start), metrics, TensorBoard
 files, plots, and checkpoints/step_NNNNNNNN.
 """
 
@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "checkpoint",
     "kernels",
     "parallel",
+    "data.path",
     "data.workers",
     "data.default_corpus",
     "data.verify",
@@ -39,7 +40,8 @@ MAY_CHANGE = (
     "train.eval_sequences",
     "train.log_every",
 )
-"""Options that may differ when a run goes on; all others make it a different run."""
+"""Options that may differ when a run goes on; all others make it a different run. Data may move:
+checkpoints know it by its checksums. So of data.blend only the weights are compared."""
 
 
 def open_run(config: RunConfig) -> Path | None:
@@ -71,7 +73,7 @@ def open_run(config: RunConfig) -> Path | None:
 
 
 def claim_run(config: RunConfig) -> None:
-    """Make ``config.run_dir`` the directory of this run: write its configuration, if it has none.
+    """Make ``config.run_dir`` the directory of this run: write its configuration.
 
     For rank 0 alone, when nothing else can go wrong any more: a directory that was claimed by a
     mistaken configuration would refuse the mended one. Raises UserError.
@@ -79,8 +81,7 @@ def claim_run(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     with naming("use run_dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / CONFIG_FILE).exists():
-        replace_file(run_dir / CONFIG_FILE, dump_config(config))
+    replace_file(run_dir / CONFIG_FILE, dump_config(config))
 
 
 def _contents(run_dir: Path) -> list[str]:
@@ -116,7 +117,8 @@ def _same_run(config: RunConfig, saved: Path) -> None:
         there = None
     if not isinstance(there, dict):
         raise UserError(f"{saved} is not the configuration of a run; choose another run_dir")
-    before, now = _flat(there), _flat(yaml.safe_load(dump_config(config)))
+    # What an older configuration does not say had its default.
+    before, now = _compared(RunConfig()) | _flat(there), _compared(config)
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
@@ -130,10 +132,16 @@ def _same_run(config: RunConfig, saved: Path) -> None:
         )
 
 
+def _compared(config: RunConfig) -> dict[str, Any]:
+    return _flat(yaml.safe_load(dump_config(config)))
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if key == "blend" and isinstance(value, dict):
+            flat[f"{prefix}{key}"] = [*value.values()]
+        elif isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
