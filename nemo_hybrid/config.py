@@ -138,6 +138,12 @@ class Architecture:
                 continue
             if value < 0 or (value == 0 and not may_be_zero):
                 raise UserError(f"model.{f.name} must be positive, got {value}")
+        for name in ("time_step_min", "time_step_floor"):
+            if getattr(self, name) > self.time_step_max:
+                raise UserError(
+                    f"model.{name} ({getattr(self, name)}) exceeds model.time_step_max "
+                    f"({self.time_step_max})"
+                )
         _divides("model.num_key_value_heads", self.num_key_value_heads,
                  "model.num_attention_heads", self.num_attention_heads)  # fmt: skip
         _divides("model.n_groups", self.n_groups, "model.mamba_num_heads", self.mamba_num_heads)
@@ -347,6 +353,7 @@ class RunConfig:
         for name, value in not_negative.items():
             if value < 0:
                 raise UserError(f"{name} must be 0 or more, got {value}")
+        _check_seed("train.seed", t.seed)
         for name, beta in {"train.beta1": t.beta1, "train.beta2": t.beta2}.items():
             if not 0 <= beta < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {beta}")
@@ -372,8 +379,10 @@ class RunConfig:
                 "data.path is missing: name a token store made by `nemo-hybrid prepare`"
             )
         for path, weight in d.blend.items():
-            if not weight > 0:
-                raise UserError(f"data.blend: the weight of {path} must be positive, got {weight}")
+            if not 0 < weight < float("inf"):
+                raise UserError(
+                    f"data.blend: the weight of {path} must be positive and finite, got {weight}"
+                )
         check_pattern(t.recompute, "train.recompute", empty=True)
         if m.n_routed_experts % self.parallel.ep:
             raise UserError(
@@ -448,6 +457,9 @@ class GenerateOptions:
             raise UserError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
+        _check_seed("seed", self.seed)
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):
+            raise UserError("the prompt is not text: it holds bytes that are not UTF-8")
 
 
 @dataclass
@@ -497,6 +509,11 @@ def _letters(pattern: object, name: str) -> str:
                 f"{name}: unknown layer {layer!r} at place {i}; known: {', '.join(known)}"
             )
     return "".join(known[layer] for layer in pattern)
+
+
+def _check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed < 2**63:  # what every generator takes
+        raise UserError(f"{name} must lie in [0, 2**63), got {seed}")
 
 
 def _divides(small_name: str, small: int, big_name: str, big: int) -> None:

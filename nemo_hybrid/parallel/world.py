@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_hybrid.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -22,11 +24,20 @@ class World:
 
     @staticmethod
     def start() -> World:
-        """Join the processes torchrun started, or form a world of one. Call once per process."""
+        """Join the processes torchrun started, or form a world of one. Call once per process.
+
+        Raises UserError where a node has more processes than GPUs.
+        """
         rank = int(os.environ.get("RANK", 0))
         size = int(os.environ.get("WORLD_SIZE", 1))
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= gpus:
+                raise UserError(
+                    f"process {local_rank} of this node has no GPU, there are {gpus}: start "
+                    f"torchrun with --nproc_per_node={gpus}"
+                )
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             backend = "nccl"
         else:

@@ -178,6 +178,8 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("generate", "missing: --from, --prompt"),
         ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
         ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),
+        ("generate --from a --prompt b --seed -1", "seed must lie in [0, 2**63), got -1"),
+        ("generate --from a --prompt \udcff", "the prompt is not text"),
         ("eval --from a", "missing: --data"),
         ("eval --from a --data d --sequence 3", "did you mean --sequences?"),
         ("doctor now", "doctor takes no options"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from checkpoint.conftest import ThreadWorld, in_ranks
 from helpers.corpus import TINY_MODEL, flip_byte, write_corpus
@@ -80,6 +81,12 @@ def own_store(store: Path, tmp_path: Path) -> Path:
         (("--train.lr", "fast"), ["train.lr", "a number", "fast"]),
         (("--train.lr", "nan"), ["train.lr", "a number", "nan"]),
         (("--train.max_steps", "-1"), ["train.max_steps", "positive"]),
+        (("--train.seed", "-1"), ["train.seed", "[0, 2**63)", "-1"]),
+        (("--train.seed", str(2**63)), ["train.seed", "[0, 2**63)"]),
+        (("--model.time_step_min", "0.2"), ["model.time_step_min (0.2)", "time_step_max (0.1)"]),
+        (("--model.time_step_floor", "0.2"), ["model.time_step_floor (0.2)", "exceeds"]),
+        (("--data.path", "null", "--data.blend", "{a: .inf}"), ["weight of", "finite, got inf"]),
+        (("--data.path", "null", "--data.blend", "{a: .nan}"), ["weight of", "finite, got nan"]),
         (("--model.vocab_size", "50"), ["model.vocab_size (50)", "at least 96"]),
         (("--model.from_hf", "nowhere"), ["nowhere"]),
         (("--resume", "nowhere"), ["nowhere", "does not exist"]),
@@ -149,6 +156,13 @@ def test_layout_that_does_not_fit_the_processes(
         "--parallel.ep", "2"
     )
     assert "processes (3) = 12" in refused()
+
+
+def test_more_processes_than_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert "there are 2: start torchrun with --nproc_per_node=2" in refused()
 
 
 def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
