@@ -25,7 +25,7 @@ from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.losses import targets
-from nemo_hybrid.train.metrics import METRICS_FILE, StepMetrics, read_metrics
+from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.ngram import Ids, PairModel, fit_pairs, pairs_within_documents
 from nemo_hybrid.train.progress import clock
 from nemo_hybrid.train.run_dir import CONFIG_FILE
@@ -60,22 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(run_dir: Path) -> list[Row]:
     """The lines of the table. Raises UserError where the run cannot be judged."""
     metrics = read_metrics(run_dir / METRICS_FILE)
-    evaluated = [m for m in metrics if m.heldout_loss is not None]
+    evaluated = evaluations(metrics)
     if len(evaluated) < 2:
         raise UserError(
             f"{run_dir} has {len(evaluated)} evaluation(s) on held-out data, two are needed: "
             "train with train.eval_sequences above 0, to the end"
         )
-    first, last = held_out(evaluated[0]), held_out(evaluated[-1])
+    (first_step, first), (last_step, last) = evaluated[0], evaluated[-1]
     config = load_config([run_dir / CONFIG_FILE])
     baselines = pair_model_losses(config, depths=len(last) - 1)
     tail = metrics[-max(1, len(metrics) // 10) :]
     dead = max(m.dead_experts for m in tail)
 
     rows = [
-        Row("held-out loss, first evaluation", f"{first[0]:.3f}"),
+        Row(f"held-out loss, first evaluation (step {first_step})", f"{first[0]:.3f}"),
         Row(
-            f"held-out loss, last evaluation (step {evaluated[-1].step})",
+            f"held-out loss, last evaluation (step {last_step})",
             f"{last[0]:.3f} ({last[0] / first[0]:.1%} of the first)",
             "< 50%",
             last[0] < 0.5 * first[0],
@@ -105,12 +105,6 @@ def report(run_dir: Path) -> list[Row]:
     if metrics[-1].step < config.train.max_steps:
         rows.append(Row("not finished", f"step {metrics[-1].step} of {config.train.max_steps}"))
     return rows
-
-
-def held_out(m: StepMetrics) -> list[float]:
-    """Held-out losses of one evaluation: next token, then each depth."""
-    assert m.heldout_loss is not None, "only rows with an evaluation come here"
-    return [m.heldout_loss, *(m.heldout_mtp_losses or [])]
 
 
 def pair_model_losses(config: RunConfig, depths: int) -> list[float]:

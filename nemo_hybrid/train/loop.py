@@ -189,7 +189,7 @@ def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progres
         seed=train.seed,
     )
     meter = _Meter(run) if world.rank == 0 else None
-    heldout = _heldout(run) if start == 0 and train.eval_sequences else None
+    before = _heldout(run) if start == 0 and train.eval_sequences else None
     for step in range(start, train.max_steps):
         began = time.monotonic()
         batches = [batch.to(world.device) for batch in next(data)]
@@ -200,14 +200,13 @@ def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progres
         done = step + 1
         last = done == train.max_steps
         due = last or (train.eval_every > 0 and done % train.eval_every == 0)
-        if train.eval_sequences and due and heldout is None:
-            heldout = _heldout(run)
+        heldout = _heldout(run) if train.eval_sequences and due else None
         if meter and writer and progress:
-            metrics = meter.metrics(done, lr, outcome, seconds, waited, heldout)
+            metrics = meter.metrics(done, lr, outcome, seconds, waited, before, heldout)
             logged = last or done % train.log_every == 0
             writer.write(metrics, outcome.loads() if logged else None)
             progress.update(metrics)
-        heldout = None
+        before = None
         every = config.checkpoint.every
         if last or (every and done % every == 0):
             each(world, lambda: writer.sync() if writer else None)
@@ -292,6 +291,7 @@ class _Meter:
         outcome: Outcome,
         seconds: float,
         waited: float,
+        before: list[float] | None,
         heldout: list[float] | None,
     ) -> StepMetrics:
         violations = {name: max_violation(c) for name, c in outcome.counts.items()}
@@ -315,6 +315,8 @@ class _Meter:
             dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
             heldout_loss=heldout[0] if heldout else None,
             heldout_mtp_losses=heldout[1:] if heldout else None,
+            heldout_loss_before=before[0] if before else None,
+            heldout_mtp_losses_before=before[1:] if before else None,
             sample_hash=f"{outcome.sample_hash & (2**64 - 1):016x}",
         )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -68,12 +68,28 @@ class StepMetrics:
     dead_experts: int
     """Experts, over all layers, that got no token in this step."""
     heldout_loss: float | None = None
-    """Held-out cross-entropy of the weights after this step, where they were evaluated. An
-    evaluation before the first step stands in row 1."""
+    """Held-out cross-entropy of the weights after this step, where they were evaluated."""
     heldout_mtp_losses: list[float] | None = None
+    """The same for each multi-token-prediction depth."""
+    heldout_loss_before: float | None = None
+    """In row 1: held-out cross-entropy of the initial weights, if the run evaluates."""
+    heldout_mtp_losses_before: list[float] | None = None
     """The same for each multi-token-prediction depth."""
     sample_hash: str = ""
     """Digest of the global batch's sample numbers or tokens, to compare the order of two runs."""
+
+
+def evaluations(rows: Iterable[StepMetrics]) -> list[tuple[int, list[float]]]:
+    """(Steps done, held-out losses: next token, then each depth) of every evaluation; that of the
+    initial weights is at step 0."""
+    found = []
+    for m in rows:
+        if m.heldout_loss_before is not None:
+            losses = [m.heldout_loss_before, *(m.heldout_mtp_losses_before or [])]
+            found.append((m.step - 1, losses))
+        if m.heldout_loss is not None:
+            found.append((m.step, [m.heldout_loss, *(m.heldout_mtp_losses or [])]))
+    return found
 
 
 class MetricsWriter:
@@ -94,8 +110,10 @@ class MetricsWriter:
             self._expert_load = _Appender(run_dir / EXPERT_LOAD_FILE)
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points at or after purge_step that an interrupted run left are hidden.
-            self._board = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
+            # Points at or after purge_step that an interrupted run left are hidden; that of step 0
+            # belongs to row 1.
+            purge_step = resume_step + 1 if resume_step else 0
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=purge_step)
         except OSError as error:
             raise UserError(f"cannot write metrics in {run_dir}: {error}") from error
         self._board.add_text("mfu formula", MFU_FORMULA, resume_step + 1)
@@ -120,6 +138,9 @@ class MetricsWriter:
             self._expert_load.append({"step": metrics.step, "load": load})
         for name, value in _scalars(metrics):
             self._board.add_scalar(name, value, metrics.step)
+        for step, losses in evaluations([metrics]):
+            for k, loss in enumerate(losses):
+                self._board.add_scalar(f"heldout/mtp_{k}" if k else "heldout/loss", loss, step)
 
     def sync(self) -> None:
         """Force everything to the disk; call it before a checkpoint is given its final name."""
@@ -256,15 +277,11 @@ def _from_json(value: Any) -> Any:
 
 
 def _scalars(m: StepMetrics) -> Iterator[tuple[str, float]]:
-    """The curves of TensorBoard."""
+    """The curves of TensorBoard that have a point at every step."""
     yield "loss/train", m.loss
     yield "loss/aux", m.aux_loss
     for k, loss in enumerate(m.mtp_losses, 1):
         yield f"loss/mtp_{k}", loss
-    if m.heldout_loss is not None:
-        yield "heldout/loss", m.heldout_loss
-    for k, loss in enumerate(m.heldout_mtp_losses or [], 1):
-        yield f"heldout/mtp_{k}", loss
     yield "optimizer/lr", m.lr
     yield "optimizer/grad_norm", m.grad_norm
     yield "speed/tokens_per_s", m.tokens_per_s

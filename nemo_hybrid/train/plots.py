@@ -15,6 +15,7 @@ from nemo_hybrid.train.metrics import (
     EXPERT_LOAD_FILE,
     METRICS_FILE,
     StepMetrics,
+    evaluations,
     read_expert_load,
     read_metrics,
 )
@@ -74,19 +75,20 @@ def _losses(rows: list[StepMetrics]) -> Figure:
     steps = [m.step for m in rows]
     depths = max(len(m.mtp_losses) for m in rows)
     axes.plot(steps, [m.loss for m in rows], color=_TRAIN, lw=0.8, alpha=0.3)
-    held_out = [m for m in rows if m.heldout_loss is not None]
+    held_out = evaluations(rows)
     for k in range(-1, depths):  # -1: the next-token loss
         color = _TRAIN if k < 0 else _MTP[k % len(_MTP)]
         label = "train, next token" if k < 0 else f"train, MTP depth {k + 1} (token t+{k + 2})"
         values = smooth([_loss(m, k) for m in rows], len(rows) // 50)
         axes.plot(steps, values, color=color, lw=1.6 if k < 0 else 1.3, label=label)
         axes.plot(
-            [m.step for m in held_out], [_heldout(m, k) for m in held_out], color=color, ls="none",
-            marker="o", ms=5.5, mec="white", mew=0.8, zorder=4,
+            [step for step, _ in held_out],
+            [losses[k + 1] if k + 1 < len(losses) else np.nan for _, losses in held_out],
+            color=color, ls="none", marker="o", ms=5.5, mec="white", mew=0.8, zorder=4,
         )  # fmt: skip
     if held_out:
         axes.plot([], [], color=_INK, ls="none", marker="o", ms=5, label="held-out")
-        last = (held_out[-1].step, _heldout(held_out[-1], -1))
+        last = (held_out[-1][0], held_out[-1][1][0])
         axes.annotate(
             f"{last[1]:.3f}", last, xytext=(7, 0), textcoords="offset points", va="center",
             color=_INK, fontsize=9, annotation_clip=False,
@@ -102,11 +104,6 @@ def _loss(m: StepMetrics, depth: int) -> float:
     if depth < 0:
         return m.loss
     return m.mtp_losses[depth] if depth < len(m.mtp_losses) else np.nan
-
-
-def _heldout(m: StepMetrics, depth: int) -> float:
-    losses = [np.nan if m.heldout_loss is None else m.heldout_loss, *(m.heldout_mtp_losses or [])]
-    return losses[depth + 1] if depth + 1 < len(losses) else np.nan
 
 
 def _learning_rate(rows: list[StepMetrics]) -> Figure:

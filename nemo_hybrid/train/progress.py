@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from nemo_hybrid.train.metrics import StepMetrics
+from nemo_hybrid.train.metrics import StepMetrics, evaluations
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -33,7 +33,7 @@ class Progress:
         self._max_steps, self._start_step, self._log_every = max_steps, start_step, log_every
         self._console = console or Console()
         self._seconds: deque[float] = deque(maxlen=_AVERAGED_STEPS)
-        self._heldout: StepMetrics | None = None
+        self._heldout: tuple[int, list[float]] | None = None
         self._live: Live | None = None
         if self._console.is_terminal:
             self._bar = Bar(
@@ -69,8 +69,9 @@ class Progress:
     def update(self, metrics: StepMetrics) -> None:
         """Take in one finished step."""
         self._seconds.append(metrics.step_seconds)
-        if metrics.heldout_loss is not None:
-            self._heldout = metrics
+        held_out = evaluations([metrics])
+        if held_out:
+            self._heldout = held_out[-1]
         if self._live:
             self._elapsed += metrics.step_seconds
             self._bar.update(
@@ -83,7 +84,7 @@ class Progress:
         elif (
             metrics.step % self._log_every == 0
             or metrics.step in (self._start_step + 1, self._max_steps)
-            or metrics.heldout_loss is not None
+            or held_out
         ):
             self._print(self._line(metrics))
 
@@ -97,8 +98,9 @@ class Progress:
     def _line(self, metrics: StepMetrics) -> str:
         parts = [f"step {metrics.step}/{self._max_steps}"]
         parts += [f"{name} {value}" for name, value in _figures(metrics).items()]
-        if metrics.heldout_loss is not None:
-            parts.append(f"held-out {_losses(metrics.heldout_loss, metrics.heldout_mtp_losses)}")
+        for step, losses in evaluations([metrics]):
+            when = "" if step == metrics.step else f" (step {step})"
+            parts.append(f"held-out {_losses(losses)}{when}")
         return "  ".join([*parts, f"eta {clock(self.eta_seconds(metrics.step))}"])
 
     def _table(self, metrics: StepMetrics) -> RenderableType:
@@ -106,9 +108,9 @@ class Progress:
         from rich.table import Table
 
         figures = _figures(metrics)
-        if self._heldout is not None and self._heldout.heldout_loss is not None:
-            losses = _losses(self._heldout.heldout_loss, self._heldout.heldout_mtp_losses)
-            figures["held-out"] = f"{losses} (step {self._heldout.step})"
+        if self._heldout is not None:
+            step, losses = self._heldout
+            figures["held-out"] = f"{_losses(losses)} (step {step})"
         table = Table.grid(padding=(0, 2), expand=False)
         cells = [f"[dim]{name}[/dim] {value}" for name, value in figures.items()]
         for start in range(0, len(cells), 3):
@@ -128,8 +130,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
-def _losses(first: float, mtp: list[float] | None) -> str:
-    return f"{first:.4f}" + (f" mtp {_list(mtp)}" if mtp else "")
+def _losses(losses: list[float]) -> str:
+    return f"{losses[0]:.4f}" + (f" mtp {_list(losses[1:])}" if losses[1:] else "")
 
 
 def _list(values: list[float]) -> str:

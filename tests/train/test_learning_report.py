@@ -66,10 +66,11 @@ def make_run(
         data=DataOptions(path=str(tmp_path / "store"), sequence_length=LENGTH),
         train=TrainOptions(max_steps=30, eval_sequences=SEQUENCES, micro_batch_size=4),
     )
-    heldout = {1: [first] * len(last), 30: last}
+    heldout = {30: last}
     with MetricsWriter(run_dir, 0) as writer:
         for step in range(1, 31):
-            losses = heldout.get(step) if step == 1 or evaluations == 2 else None
+            losses = heldout.get(step) if evaluations == 2 else None
+            before = [first] * len(last) if step == 1 else None
             writer.write(
                 StepMetrics(
                     step=step,
@@ -90,6 +91,8 @@ def make_run(
                     dead_experts=dead if step == 29 else (5 if step == 2 else 0),
                     heldout_loss=losses[0] if losses else None,
                     heldout_mtp_losses=losses[1:] if losses else None,
+                    heldout_loss_before=before[0] if before else None,
+                    heldout_mtp_losses_before=before[1:] if before else None,
                 )
             )
     (run_dir / "config.yaml").write_text(dump_config(config))
@@ -144,6 +147,8 @@ def test_every_bar_met(script, tmp_path, capsys):
     assert out.count("PASS") == 5
     assert "FAIL" not in out
     assert "(25.6% of the first)" in out
+    assert "first evaluation (step 0)" in out
+    assert "last evaluation (step 30)" in out
     assert "75 s (1:15)" in out
     assert "1,920 in 30 steps" in out
     assert len({len(line) for line in out.splitlines()}) == 1

@@ -12,6 +12,7 @@ from nemo_hybrid.train.metrics import (
     MetricsWriter,
     StepMetrics,
     cut_back,
+    evaluations,
     read_expert_load,
     read_metrics,
 )
@@ -52,7 +53,7 @@ def steps_of(path: Path) -> list[int]:
 
 def test_rows_read_back_exactly(tmp_path):
     rows = [
-        row(1, heldout_loss=8.5, heldout_mtp_losses=[8.25, 8.125]),
+        row(1, heldout_loss=8.5, heldout_mtp_losses=[8.25, 8.125], heldout_loss_before=9.5),
         row(2, loss=math.inf, grad_norm=-math.inf, mfu=0.1 + 0.2),
     ]
     with MetricsWriter(tmp_path, 0) as writer:
@@ -187,3 +188,23 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     single = struct.unpack("f", struct.pack("f", 1 / 3 + 9))[0]
     assert points[-1][1] == single
     assert len(tensorboard_points(tmp_path, "loss/mtp_2")) == 9
+
+
+def evaluated_rows() -> list[StepMetrics]:
+    before = dict(heldout_loss_before=9.0, heldout_mtp_losses_before=[9.5, 9.75])
+    after = dict(heldout_loss=8.0, heldout_mtp_losses=[8.5, 8.75])
+    return [row(1, **before, **after), row(2), row(3, heldout_loss=7.0, heldout_mtp_losses=[])]
+
+
+def test_evaluation_of_the_initial_weights_is_at_step_0():
+    expected = [(0, [9.0, 9.5, 9.75]), (1, [8.0, 8.5, 8.75]), (3, [7.0])]
+    assert evaluations(evaluated_rows()) == expected
+
+
+def test_tensorboard_shows_step_0_once_after_a_fresh_start_again(tmp_path):
+    for _ in range(2):
+        with MetricsWriter(tmp_path, 0) as writer:
+            for r in evaluated_rows():
+                writer.write(r)
+    assert tensorboard_points(tmp_path, "heldout/loss") == [(0, 9.0), (1, 8.0), (3, 7.0)]
+    assert tensorboard_points(tmp_path, "heldout/mtp_2") == [(0, 9.75), (1, 8.75)]

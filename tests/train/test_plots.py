@@ -72,6 +72,7 @@ def test_no_metrics_is_a_clear_error(tmp_path):
 
 def test_losses_figure_draws_every_series():
     rows = [metrics(s, heldout=20.0 + s if s in (1, 5) else None) for s in range(1, 6)]
+    rows[0].heldout_loss_before, rows[0].heldout_mtp_losses_before = 30.0, [31.0, 32.0]
     axes = plots._losses(rows).axes[0]
     drawn = {line.get_label(): line for line in axes.get_lines()}
     np.testing.assert_allclose(drawn["train, next token"].get_ydata(), [9, 8, 7, 6, 5])
@@ -79,7 +80,7 @@ def test_losses_figure_draws_every_series():
     np.testing.assert_allclose(depth_2.get_ydata(), [11, 10, 9, 8, 7])
     points = [line.get_xydata() for line in axes.get_lines() if line.get_marker() == "o"]
     for k in range(3):
-        np.testing.assert_allclose(points[k], [[1, 21 + k], [5, 25 + k]])
+        np.testing.assert_allclose(points[k], [[0, 30 + k], [1, 21 + k], [5, 25 + k]])
 
 
 def test_heat_map_shows_load_over_the_mean_and_picks_the_worst_layer():

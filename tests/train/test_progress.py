@@ -69,6 +69,9 @@ def test_held_out_losses_show_in_both():
         text = run(range(3, 4), terminal, **held_out)
         assert "3.2500" in text
         assert "3.5000/3.7500" in text
+    before = dict(heldout_loss_before=4.25, heldout_mtp_losses_before=[4.5, 4.75])
+    for terminal in (False, True):
+        assert "4.2500 mtp 4.5000/4.7500 (step 0)" in run(range(1, 2), terminal, **before)
 
 
 def test_resumed_run_shows_its_first_step():

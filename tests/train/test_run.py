@@ -7,12 +7,15 @@ import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import files
+from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.train.metrics import read_metrics
+from nemo_hybrid.train.metrics import evaluations, read_metrics
 from train.conftest import Unbroken
 
 
@@ -36,9 +39,9 @@ def test_losses_fall(unbroken: Unbroken) -> None:
     rows = read_metrics(unbroken.run_dir / "metrics.jsonl")
     assert rows[-1].loss < rows[0].loss - 0.5
     assert all(b < a - 0.2 for a, b in zip(rows[0].mtp_losses, rows[-1].mtp_losses, strict=True))
-    heldout = {row.step: row.heldout_loss for row in rows if row.heldout_loss is not None}
-    assert sorted(heldout) == [1, 6, 12]
-    assert all(b < a for a, b in pairwise(heldout.values()))
+    heldout = evaluations(rows)
+    assert [step for step, _ in heldout] == [0, 6, 12]
+    assert all(b[0] < a[0] for (_, a), (_, b) in pairwise(heldout))
 
 
 def test_learning_rate_warms_up_and_decays(unbroken: Unbroken) -> None:
@@ -105,6 +108,19 @@ def test_output_says_what_runs_and_where_it_is(unbroken: Unbroken) -> None:
     assert "2 processes on cpu, expert parallel 2, ZeRO-2, accumulation 2, bf16" in unbroken.stdout
     assert "fresh start" in unbroken.stdout
     assert str(unbroken.run_dir / "checkpoints") in unbroken.stdout
+
+
+def test_run_of_one_step_measures_what_it_changed(
+    store: Path, tmp_path: Path, pretrain: Callable[..., int]
+) -> None:
+    config = tiny_run(store, train={"max_steps": 1})
+    config.run_dir = str(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    assert pretrain("--config", tmp_path / "run.yaml") == 0
+    (first, before), (last, after) = evaluations(read_metrics(tmp_path / "run/metrics.jsonl"))
+    assert (first, last) == (0, 1)
+    assert after[0] < before[0] - 0.05
+    assert len(before) == len(after) == 3
 
 
 def test_finished_run_prints_its_summary_and_makes_no_step(
