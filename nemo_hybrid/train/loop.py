@@ -37,7 +37,7 @@ from nemo_hybrid.train.flops import peak_flops, peak_source, train_flops_per_tok
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
 from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
 from nemo_hybrid.train.optim import parameter_groups
-from nemo_hybrid.train.plots import write_plots
+from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
 from nemo_hybrid.train.run_dir import CHECKPOINTS, claim_run, open_run
 from nemo_hybrid.train.schedule import learning_rate
@@ -63,6 +63,7 @@ def pretrain(config: RunConfig) -> None:
     together(world, lambda: _choose_kernels(config, world))
     checkpoint = on_rank_0(world, lambda: open_run(config))
     if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
+        on_rank_0(world, lambda: write_missing_plots(config.run_dir))
         if first:
             print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
         World.stop()

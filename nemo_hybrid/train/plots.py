@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+PLOTS = "plots"
+LAST_PLOT = "learning_rate.png"
+"""The one that is written last."""
+
 _TRAIN, _INK, _GRID = "#2f6fab", "#333333", "#e4e4e4"
 _MTP = ("#d9822b", "#7a9a3b", "#9b5aa5", "#4fa3a5", "#b0604f")
 
@@ -39,19 +43,27 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
         raise UserError(f"{run_dir / METRICS_FILE} holds no step yet: nothing to plot")
-    figures = {"losses.png": _losses(rows), "learning_rate.png": _learning_rate(rows)}
+    figures = {"losses.png": _losses(rows)}
     load_file = run_dir / EXPERT_LOAD_FILE
     steps, loads = read_expert_load(load_file) if load_file.exists() else ([], {})
     if loads:
         figures["expert_load.png"] = _expert_load(
             steps, {layer: np.asarray(counts) for layer, counts in loads.items()}
         )
-    plots = run_dir / "plots"
+    figures[LAST_PLOT] = _learning_rate(rows)
+    plots = run_dir / PLOTS
     try:
         plots.mkdir(exist_ok=True)
         return [_save(figure, plots / name) for name, figure in figures.items()]
     except OSError as error:
         raise UserError(f"cannot write plots in {plots}: {error.strerror}") from error
+
+
+def write_missing_plots(run_dir: Path | str) -> None:
+    """Write the plots of a run that was killed before it had written all of them."""
+    run_dir = Path(run_dir)
+    if (run_dir / METRICS_FILE).exists() and not (run_dir / PLOTS / LAST_PLOT).exists():
+        write_plots(run_dir)
 
 
 def smooth(values: Sequence[float], span: int) -> np.ndarray:

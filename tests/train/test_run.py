@@ -110,6 +110,20 @@ def test_output_says_what_runs_and_where_it_is(unbroken: Unbroken) -> None:
     assert str(unbroken.run_dir / "checkpoints") in unbroken.stdout
 
 
+def test_finished_run_gets_the_plots_it_lacks(
+    unbroken: Unbroken, pretrain: Callable[..., int], tmp_path: Path
+) -> None:
+    """Killed after its last checkpoint, before or while it drew."""
+    run_dir = unbroken.copy(tmp_path / "run")
+    plots = sorted((run_dir / "plots").iterdir())
+    for lost in (plots, [run_dir / "plots/learning_rate.png"]):
+        for plot in lost:
+            plot.unlink()
+        assert pretrain("--config", unbroken.config, "--run_dir", run_dir) == 0
+        assert sorted((run_dir / "plots").iterdir()) == plots
+        assert len(plots) == 3
+
+
 def test_run_of_one_step_measures_what_it_changed(
     store: Path, tmp_path: Path, pretrain: Callable[..., int]
 ) -> None:
