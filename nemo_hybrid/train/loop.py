@@ -193,7 +193,7 @@ def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progres
     before = _heldout(run) if start == 0 and train.eval_sequences else None
     for step in range(start, train.max_steps):
         began = time.monotonic()
-        batches = [batch.to(world.device) for batch in next(data)]
+        batches = next(data)
         waited = time.monotonic() - began
         lr = learning_rate(step, train)
         outcome = _step(run, batches, lr)
@@ -232,13 +232,15 @@ class Outcome:
 
 
 def _step(run: Run, batches: list[Batch], lr: float) -> Outcome:
+    """One optimizer step on this rank's micro-batches, which are on the CPU as they were read."""
     world, engine, train = run.world, run.engine, run.config.train
     depths = run.objective.depths
+    samples = torch.tensor([_hash(batches)])
+    batches = [batch.to(world.device) for batch in batches]
     # Targets are counted over the whole global batch before the first backward pass, so that
     # every share of the loss has the right denominator.
     known = torch.stack([count_targets(batch, depths) for batch in batches]).sum(0)
-    samples = torch.tensor([_hash(batches)], device=world.device)
-    totals = world.sum(torch.cat([known, samples]))
+    totals = world.sum(torch.cat([known, samples.to(world.device)]))
     normalizer = Normalizer(totals[:-1], train.global_batch_size)
 
     sums = torch.zeros(2 + depths, device=world.device)
@@ -323,10 +325,13 @@ class _Meter:
 
 
 def _hash(batches: list[Batch]) -> int:
-    """Hash of this rank's sequences; summed over ranks it does not depend on the layout."""
+    """Hash of this rank's sequences; summed over ranks it does not depend on the layout.
+
+    ``batches`` are on the CPU still: reading them from a device would wait for it row by row.
+    """
     total = 0
     for batch in batches:
-        for row in batch.ids_BS.cpu().numpy():
+        for row in batch.ids_BS.numpy():
             digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
             total += int.from_bytes(digest, "little")
     total %= 2**64

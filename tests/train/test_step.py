@@ -1,0 +1,38 @@
+"""What one step does before it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.runs import read_steps, tiny_run
+from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.train import loop
+
+
+class Reached(Exception):
+    """The first collective, with what is given to it."""
+
+
+def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
+    """A tensor on the meta device cannot be read, as one on a GPU cannot without waiting."""
+
+    def reached(tensor: Tensor) -> Tensor:
+        raise Reached(tensor)
+
+    config = tiny_run(store)
+    batches = next(read_steps(config, open_blend(config.data, config.model.hybrid())))
+    world = SimpleNamespace(device=torch.device("meta"), sum=reached)
+    run = SimpleNamespace(
+        world=world, engine=None, config=config, objective=SimpleNamespace(depths=2)
+    )
+    with pytest.raises(Reached) as caught:
+        loop._step(run, batches, 1e-3)  # type: ignore[arg-type]
+    (totals,) = caught.value.args
+    assert (totals.device.type, totals.shape) == ("meta", (4,))  # three kinds of targets, the hash
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loop._hash([batch.to("meta") for batch in batches])
