@@ -249,7 +249,8 @@ class TrainOptions:
     recompute: str = ""
     """Pattern letters whose layers recompute activations in the backward pass, such as "ME"."""
     deterministic: bool = False
-    """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical."""
+    """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical there
+    too. Not run on a GPU yet."""
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0: at the start and the end only."""
     eval_sequences: int = 256

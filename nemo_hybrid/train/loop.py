@@ -57,7 +57,7 @@ def pretrain(config: RunConfig) -> None:
     hybrid = model_shape(config.model)
     config.validate(hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    _set_determinism(config.train.deterministic)
     world = World.start()
     first = world.rank == 0
     together(world, lambda: _choose_kernels(config, world))
@@ -99,6 +99,13 @@ class Run:
     engine: Engine
     identity: resume.Identity
     peak: float | None  # matmul FLOP/s of one process's device
+
+
+def _set_determinism(wanted: bool) -> None:
+    if wanted:
+        # cuBLAS reads it when CUDA starts; without it torch refuses its matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def _choose_kernels(config: RunConfig, world: World) -> None:

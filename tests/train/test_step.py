@@ -1,7 +1,8 @@
-"""What one step does before it computes."""
+"""What is done before a step computes."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,3 +37,15 @@ def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
     assert (totals.device.type, totals.shape) == ("meta", (4,))  # three kinds of targets, the hash
     with pytest.raises((RuntimeError, NotImplementedError)):
         loop._hash([batch.to("meta") for batch in batches])
+
+
+def test_determinism_reaches_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    monkeypatch.setattr(os, "environ", environment := {})
+    loop._set_determinism(False)
+    assert environment == {}
+    loop._set_determinism(True)
+    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # also deterministic
+    loop._set_determinism(True)
+    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
