@@ -218,8 +218,6 @@ class TrainOptions:
     """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = 8
     """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer (torch AdamW; no decay on norms, biases, A_log, D and dt_bias)."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.01
@@ -231,7 +229,7 @@ class TrainOptions:
     decay_steps: int = 200
     """Last steps over which the wsd schedule decays."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
     beta1: float = 0.9
     """AdamW beta 1."""
     beta2: float = 0.95

@@ -86,14 +86,7 @@ class Progress:
             or metrics.step in (self._start_step + 1, self._max_steps)
             or held_out
         ):
-            self._print(self._line(metrics))
-
-    def note(self, text: str) -> None:
-        """Print one remark, such as that a checkpoint was written; it stays above a live bar."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(self._line(metrics), markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, metrics: StepMetrics) -> str:
         parts = [f"step {metrics.step}/{self._max_steps}"]
