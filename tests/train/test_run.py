@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config_load import dump_config
@@ -124,13 +125,11 @@ def test_finished_run_gets_the_plots_it_lacks(
         assert len(plots) == 3
 
 
-def test_run_of_one_step_measures_what_it_changed(
-    store: Path, tmp_path: Path, pretrain: Callable[..., int]
-) -> None:
+def test_run_of_one_step_measures_what_it_changed(store: Path, tmp_path: Path) -> None:
     config = tiny_run(store, train={"max_steps": 1})
     config.run_dir = str(tmp_path / "run")
     (tmp_path / "run.yaml").write_text(dump_config(config))
-    assert pretrain("--config", tmp_path / "run.yaml") == 0
+    run_command("pretrain", "--config", tmp_path / "run.yaml")
     (first, before), (last, after) = evaluations(read_metrics(tmp_path / "run/metrics.jsonl"))
     assert (first, last) == (0, 1)
     assert after[0] < before[0] - 0.05
