@@ -154,7 +154,8 @@ def heldout_batches(
     if not total:
         raise UserError(
             f"the held-out data is too small for one sequence of {sequence_length} tokens: prepare "
-            "with a larger --heldout, or set train.eval_sequences to 0"
+            "with a larger --heldout, choose a smaller sequence_length, or train without "
+            "evaluation (train.eval_sequences 0)"
         )
     used = min(limit, total)
     per_pass = micro_batch_size * world_size
