@@ -406,6 +406,10 @@ class RunConfig:
         return t.global_batch_size // per_pass
 
 
+TRAINED_VOCAB_SIZE = 4096
+"""Entries of a tokenizer that `prepare` trains, unless it is told otherwise."""
+
+
 @dataclass
 class PrepareOptions:
     """Turn text into a token store: `prepare`."""
@@ -419,8 +423,8 @@ class PrepareOptions:
     the place that configs/run/pretrain_tiny_cpu.yaml names."""
     tokenizer: str | None = None
     """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
-    vocab_size: int = 4096
-    """Entries of the tokenizer that is trained."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
     text_field: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and datasets."""
     heldout: float = 0.03

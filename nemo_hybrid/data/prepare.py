@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -21,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from nemo_hybrid.config import PrepareOptions
+from nemo_hybrid.config import TRAINED_VOCAB_SIZE, PrepareOptions
 from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.sources import (
     Document,
     Source,
     Unusable,
+    count_links,
     default_sources,
     find_sources,
     read_documents,
@@ -49,6 +51,7 @@ TRAIN, HELDOUT = "train", "heldout"
 RECORD = "prepare.json"
 _BATCH_CHARACTERS = 1 << 20
 _NAMED_UNUSABLE = 5
+_LEFTOVER_AGE_S = 3600
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class PrepareSummary:
     vocab_size: int
     eos_id: int
     sources: dict[str, Any]
-    """paths, files, bytes, empty (documents without content), unusable (records skipped) and
-    unusable_examples."""
+    """paths, files, bytes, empty (documents without content), unusable (records skipped),
+    unusable_examples and links (symbolic links to files, skipped)."""
     seconds: float
     reused: bool = False
     """True where an existing store of the same arguments was returned as it is."""
@@ -78,6 +81,8 @@ class PrepareSummary:
         for name in ("empty", "unusable"):
             if self.sources[name]:
                 lines.append(f"  skipped  {self.sources[name]:>14,} {name} documents")
+        if self.sources["links"]:
+            lines.append(f"  skipped  {self.sources['links']:>14,} symbolic links to files")
         return "\n".join(lines)
 
 
@@ -86,7 +91,7 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    vocab_size: int = _DEFAULTS.vocab_size,
+    vocab_size: int | None = None,
     text_field: str = _DEFAULTS.text_field,
     heldout: float = _DEFAULTS.heldout,
     skip_bad: bool = False,
@@ -99,7 +104,8 @@ def prepare(
     paths: files and directories (text, .jsonl, .parquet), datasets saved by Hugging Face
         `datasets`, Megatron .bin/.idx pairs; none: the default corpus, the standard library of
         the running Python (whose unusable files are skipped and counted).
-    tokenizer: Hugging Face directory to take the tokenizer from; vocab_size is then unused.
+    tokenizer: Hugging Face directory to take the tokenizer from.
+    vocab_size: of the tokenizer that is trained (None: TRAINED_VOCAB_SIZE); not with tokenizer.
     text_field: field of .jsonl, column of .parquet and of datasets.
     heldout: fraction of documents held out, by a hash of seed and path (and line or row number).
     skip_bad: skip records that are not usable text, and count them, instead of failing.
@@ -111,6 +117,11 @@ def prepare(
     out = Path(out)
     if not 0 <= heldout < 1:
         raise UserError(f"heldout must lie in [0, 1), got {heldout}")
+    if tokenizer is not None and vocab_size is not None:
+        raise UserError(
+            "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary"
+        )
+    vocab_size = TRAINED_VOCAB_SIZE if vocab_size is None else vocab_size
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     if given is None:
         check_vocab_size(vocab_size)
@@ -285,6 +296,7 @@ def _summary(
             "bytes": sum(s.size for s in corpus.sources),
             "empty": corpus.empty,
             "unusable": corpus.unusable_count,
+            "links": count_links(paths),
             "unusable_examples": [f"{u.where}: {u.why}" for u in corpus.unusable],
         },
         seconds=time.monotonic() - started,
@@ -297,6 +309,7 @@ def _replacing(out: Path) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
         partial.mkdir()
         try:
             yield partial
@@ -307,6 +320,17 @@ def _replacing(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}") from e
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a killed prepare of the same out left; younger ones may still be written."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.partial")
+    for path in out.parent.iterdir():
+        if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        newest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+        if time.time() - newest > _LEFTOVER_AGE_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_free(out: Path) -> bool:

@@ -64,6 +64,17 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
     return found
 
 
+def count_links(paths: Sequence[str | Path]) -> int:
+    """Symbolic links to files below the directories that the paths name, which are not read."""
+    count = 0
+    for root in map(Path, paths):
+        for folder, folders, names in os.walk(root):
+            folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED_FOLDERS]
+            files = [Path(folder, n) for n in names if not n.startswith(".")]
+            count += sum(p.is_symlink() and p.is_file() for p in files)
+    return count
+
+
 def default_sources() -> list[Source]:
     """The running interpreter's standard library without installed packages and tests."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -134,7 +145,7 @@ def _walk(root: Path, left_out: set[str]) -> Iterator[Source]:
 
 def _file_source(path: Path, key: str) -> Source:
     kinds: dict[str, Kind] = {".jsonl": "jsonl", ".parquet": "parquet"}
-    return Source(path, key, kinds.get(path.suffix, "text"), path.stat().st_size)
+    return Source(path, key, kinds.get(path.suffix.lower(), "text"), path.stat().st_size)
 
 
 def _read_text(source: Source) -> Iterator[Document | Unusable]:

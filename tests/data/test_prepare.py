@@ -36,9 +36,9 @@ def texts(count: int, salt: str = "") -> list[str]:
 
 
 def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
-    return prepare(
-        paths, out, **{"vocab_size": 300, "progress": False, "heldout": 0.3, "seed": 0, **options}
-    )
+    if "tokenizer" not in options:
+        options = {"vocab_size": 300, **options}
+    return prepare(paths, out, **{"progress": False, "heldout": 0.3, "seed": 0, **options})
 
 
 def decoded(out: Path, split: str) -> list[str]:
@@ -183,7 +183,7 @@ def test_a_given_tokenizer_is_kept(folder: Path, tmp_path: Path) -> None:
     other.write_text("another text")
     for given in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):
         out = tmp_path / f"b{given.suffix}"
-        make([other], out, tokenizer=given, heldout=0.0, vocab_size=5)
+        make([other], out, tokenizer=given, heldout=0.0)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (out / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
         assert decoded(out, "train") == ["another text"]
@@ -496,3 +496,41 @@ def test_encoding_in_batches_changes_nothing(
     for split in ("train", "heldout"):
         one, many = (tmp_path / n / split / "store.json" for n in ("one", "many"))
         assert one.read_bytes() == many.read_bytes()
+
+
+def test_links_are_counted_and_endings_are_taken_in_any_case(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (root / "link.txt").symlink_to(root / "a.JSONL")
+    (root / "folder").symlink_to(tmp_path)
+    summary = make([root], tmp_path / "out", heldout=0.0)
+    assert sorted(decoded(tmp_path / "out", "train")) == ["one", "two"]
+    assert summary.sources["links"] == 1
+    assert "1 symbolic links to files" in str(summary)
+
+
+def test_a_tokenizer_and_a_vocabulary_size_contradict(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "a")
+    with pytest.raises(UserError, match="not both"):
+        make([folder], tmp_path / "b", tokenizer=tmp_path / "a", vocab_size=300)
+
+
+def test_what_a_killed_prepare_left_is_removed_when_old(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    old, young, other, link = (
+        target / name
+        for name in (".out.0123abcd.partial", ".out.89efabcd.partial", ".other.0123abcd.partial",
+                     ".out.aaaaaaaa.partial")
+    )  # fmt: skip
+    past = time.time() - 2 * 3600
+    for left in (old, young, other, tmp_path / "elsewhere"):
+        left.mkdir(parents=True)
+        (left / "tokens").write_text("")
+        if left != young:  # whose directory is old, too, but which still grows
+            os.utime(left / "tokens", (past, past))
+        os.utime(left, (past, past))
+    link.symlink_to(tmp_path / "elsewhere")
+    make([folder], target / "out")
+    assert not old.exists()
+    assert all(p.exists() for p in (young, other, link, tmp_path / "elsewhere" / "tokens"))
