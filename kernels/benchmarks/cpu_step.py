@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # The parent process stays small: children inherit its peak m
     from nemo_hybrid import HybridConfig, HybridLM
 
 LOSS_TOLERANCE = 1e-3
+BF16_LOSS_TOLERANCE = 0.05  # nats per token; bf16 keeps 8 bits, and may choose other experts
 MIN_EXPERT_EFFECT = 0.1  # nats by which a token's loss must move without the routed experts
 MAX_LOAD = 4.0  # busiest expert's slots over the mean
 NO_CLAMP = 1e-30
@@ -199,6 +200,16 @@ def check_comparison(work: Workload) -> dict[str, float]:
     return found
 
 
+def check_pair(pair: tuple[Candidate, Candidate], losses: list[float]) -> list[float]:
+    """The losses of the two that are timed. Raises AssertionError when they differ by more than
+    LOSS_TOLERANCE, or BF16_LOSS_TOLERANCE where one of them computes in bf16."""
+    in_bf16 = any(candidate.dtype == "bfloat16" for candidate in pair)
+    limit = BF16_LOSS_TOLERANCE if in_bf16 else LOSS_TOLERANCE
+    difference = abs(losses[0] - losses[1])
+    assert difference <= limit, f"the timed models' losses differ by {difference:.2g} ({limit})"
+    return losses
+
+
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -231,7 +242,9 @@ def run_pair(ours: Candidate, peer: Candidate, work: Workload) -> dict[str, Any]
 
     torch.set_num_threads(work.threads)
     result: dict[str, Any] = {"check": check_comparison(work)}
-    steps = [stepper(*build(candidate, work)) for candidate in (ours, peer)]
+    built = [build(candidate, work) for candidate in (ours, peer)]
+    result["losses"] = check_pair((ours, peer), [loss().item() for _, loss in built])
+    steps = [stepper(*pair) for pair in built]
     for step in steps * 2:
         step()
     times = [[step() for step in steps] for _ in range(work.steps)]

@@ -110,3 +110,23 @@ def test_too_few_steps_are_refused(
         cpu_step.main()
     assert raised.value.code == 2
     assert "--steps must be at least 10" in capsys.readouterr().err
+
+
+def test_the_timed_pair_must_agree(cpu_step: ModuleType) -> None:
+    fp32 = cpu_step.Candidate("", "float32"), cpu_step.Candidate("eager", "float32")
+    mixed = fp32[0], cpu_step.Candidate("eager", "bfloat16")
+    assert cpu_step.check_pair(fp32, [9.0, 9.0005]) == [9.0, 9.0005]
+    assert cpu_step.check_pair(mixed, [9.0, 9.04]) == [9.0, 9.04]
+    for pair, other in ((fp32, 9.01), (mixed, 9.2), (mixed, float("nan"))):
+        with pytest.raises(AssertionError, match="losses differ"):
+            cpu_step.check_pair(pair, [9.0, other])
+
+
+def test_a_pair_is_checked_before_it_is_timed(
+    cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_step, "check_comparison", lambda work: {})
+    monkeypatch.setattr(cpu_step, "BF16_LOSS_TOLERANCE", -1.0)
+    pair = cpu_step.Candidate("", "float32"), cpu_step.Candidate("", "bfloat16")
+    with pytest.raises(AssertionError, match="losses differ"):
+        cpu_step.run_pair(*pair, cpu_step.Workload(batch=1, length=32, steps=1, threads=1))
