@@ -69,7 +69,8 @@ def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
     more = [batch for _ in range(4) for batch in next(data)]
 
     def notices(dtype: torch.dtype) -> dict[str, bool]:
-        return {name: any(_shows(run, batch, name, dtype) for batch in more) for name in kept}
+        # A list: every rank runs every forward pass, however early one sees the update.
+        return {name: any([_shows(run, batch, name, dtype) for batch in more]) for name in kept}
 
     return {
         "dtypes": seen,
