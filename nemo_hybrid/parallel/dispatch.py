@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from nemo_hybrid.model.latent_moe import Experts
+from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
 from nemo_kernels.moe import grouped_mlp, sort_slots
 
 
@@ -62,12 +62,9 @@ class AllToAllDispatcher(MoE):
         self, use_data_before_expert_parallel_: bool = False, **_: Any
     ) -> None:
         """Called by ``deepspeed.initialize``: make or find the expert-parallel group."""
-        name = self.expert_group_name
-        if name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
-        self.group = groups._get_expert_parallel_group(name)
+        self.group = expert_parallel_group(
+            self.expert_group_name, self.ep_size, use_data_before_expert_parallel_
+        )
         if dist.get_rank(self.group) * self.num_local_experts != self.owned.start:
             raise RuntimeError("DeepSpeed ordered the expert-parallel ranks in an unexpected way")
 

@@ -1,7 +1,5 @@
 """The DeepSpeed engine: ZeRO-1 or ZeRO-2 with fp32 accumulation, on CPU and on GPUs alike.
 
-This is the only file that reads DeepSpeed's private fields; they are checked at start.
-
 Mixed dtypes. DeepSpeed's own bf16 mode would cast every parameter, also the few that must stay
 fp32. So that mode is off, the model arrives in its final dtypes, and parameters are grouped by
 dtype. Gradients are accumulated and communicated in fp32 if the *first* group has the right dtype:
@@ -22,34 +20,26 @@ from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.state import Fragment
 from nemo_hybrid.config import RunConfig
+from nemo_hybrid.parallel import deepspeed_private
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
 from nemo_hybrid.parallel.world import World
 
-TESTED = "0.19.8"
-_NEEDED = (
-    "bit16_groups",
-    "single_partition_of_fp32_groups",
-    "averaged_gradients",
-    "update_lp_params",
-)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prepare_deepspeed(world: World) -> None:
-    """Settings that must stand before DeepSpeed starts.
-
-    Its shared-memory collectives for CPU are compiled on first use; gloo does the same work
-    without needing a compiler.
-    """
+    """Settings that must stand before DeepSpeed starts. Raises RuntimeError if it is not one that
+    we know how to drive."""
     os.environ.setdefault("LOCAL_RANK", "0")  # absent in a world of one without torchrun
     import deepspeed
-    import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that newer torch versions call deprecated.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    deepspeed_private.check_library()
     if world.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_private.without_shm_comm()
     deepspeed.init_distributed(verbose=False)
 
 
@@ -86,13 +76,7 @@ class Engine:
             config=_deepspeed_config(config, accumulation),
             dist_init_required=False,
         )
-        self.zero = self.engine.optimizer
-        missing = [name for name in _NEEDED if not hasattr(self.zero, name)]
-        if missing:
-            raise RuntimeError(
-                f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}; this version of "
-                f"nemo_hybrid was tested with {TESTED}"
-            )
+        self.zero = deepspeed_private.ZeroOptimizer(self.engine.optimizer)
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -111,36 +95,29 @@ class Engine:
         Returns the global gradient norm before clipping at an update, else None.
         """
         boundary = self.engine.is_gradient_accumulation_boundary()
-        for group in self.zero.param_groups:
-            group["lr"] = lr
+        self.zero.set_lr(lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if boundary else None
 
     @property
     def optimizer_steps(self) -> int:
         """Updates made so far, as the optimizer counts them for its bias correction."""
-        state = self.zero.optimizer.state.get(self.zero.single_partition_of_fp32_groups[0], {})
+        state = self.zero.state.get(self.zero.masters[0], {})
         return int(state.get("step", 0))
 
     def fragments(self) -> Iterator[Fragment]:
         """The parts of masters and moments that this rank owns: views, not copies."""
-        for i, parameters in enumerate(self.zero.bit16_groups):
-            master = self.zero.single_partition_of_fp32_groups[i]
-            state = self.zero.optimizer.state[master]
-            flat = {"master": master.detach(), **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
-            for parameter in parameters:
-                mapping = getattr(parameter, "_hp_mapping", None)
-                if mapping is None:
-                    continue  # this rank owns no part of it
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                start, shape = self._global(parameter)
-                yield Fragment(
-                    name=self.names[parameter],
-                    start=start + here.start,
-                    numel=here.numel,
-                    shape=shape,
-                    tensors={k: v.narrow(0, there.start, there.numel) for k, v in flat.items()},
-                )
+        for part in self.zero.parts():
+            state = self.zero.state[part.master]
+            flat = {"master": part.master.detach(), **{k: state[k] for k in MOMENTS}}
+            start, shape = self._global(part.parameter)
+            yield Fragment(
+                name=self.names[part.parameter],
+                start=start + part.start,
+                numel=part.numel,
+                shape=shape,
+                tensors={k: v.narrow(0, part.master_start, part.numel) for k, v in flat.items()},
+            )
 
     def _global(self, parameter: nn.Parameter) -> tuple[int, tuple[int, ...]]:
         """Offset of this rank's parameter in the flattened global one, and the global shape."""
@@ -154,16 +131,15 @@ class Engine:
 
     def allocate_state(self, steps: int) -> None:
         """Create zero moments and set the step count, so that ``fragments`` can be filled."""
-        for master in self.zero.single_partition_of_fp32_groups:
-            self.zero.optimizer.state[master] = {
+        for master in self.zero.masters:
+            self.zero.state[master] = {
                 "step": torch.tensor(float(steps)),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
+                **{name: torch.zeros_like(master) for name in MOMENTS},
             }
 
     def publish_masters(self) -> None:
         """Round the (restored) masters into the model's weights, on every rank."""
-        self.zero.update_lp_params()
+        self.zero.publish_masters()
 
 
 def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:

@@ -1,0 +1,114 @@
+"""What we need of DeepSpeed that it does not promise to keep: checked at start, used only here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import deepspeed.ops
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+TESTED = "0.19.8"
+_GROUP_FUNCTIONS = (
+    "_create_expert_and_data_parallel",
+    "_get_expert_parallel_group",
+    "_get_expert_parallel_group_dict",
+)
+_ZERO_FIELDS = (
+    "bit16_groups",
+    "optimizer",
+    "param_groups",
+    "single_partition_of_fp32_groups",
+    "update_lp_params",
+)
+_MAPPING = "_hp_mapping"
+_ADDRESSES = ("lp_fragment_address", "hp_fragment_address")
+
+
+def check_library() -> None:
+    """Raise RuntimeError, naming the tested version, unless the library has what we call."""
+    _require("its groups", groups, _GROUP_FUNCTIONS)
+    _require("its operations", deepspeed.ops, ("__compatible_ops__",))
+
+
+def without_shm_comm() -> None:
+    """Leave CPU collectives to gloo: DeepSpeed's own are compiled on first use."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def expert_parallel_group(name: str, ep_size: int, data_first: bool) -> dist.ProcessGroup:
+    """Make or find this rank's expert-parallel group."""
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(
+            ep_size, use_data_before_expert_parallel_=data_first
+        )
+    return groups._get_expert_parallel_group(name)
+
+
+class Part(NamedTuple):
+    """The part of a parameter that this rank owns: ``numel`` elements from ``start`` of the
+    flattened parameter on, and from ``master_start`` of ``master`` on."""
+
+    parameter: nn.Parameter
+    start: int
+    numel: int
+    master: Tensor
+    master_start: int
+
+
+class ZeroOptimizer:
+    """DeepSpeed's ZeRO-1 or ZeRO-2 optimizer. Raises RuntimeError if it is not as we know it."""
+
+    def __init__(self, zero: Any) -> None:
+        _require("its ZeRO optimizer", zero, _ZERO_FIELDS)
+        self._zero = zero
+        for parameter in self._parameters():
+            _require("a parameter of its ZeRO optimizer", parameter, (_MAPPING,))
+            mapping = getattr(parameter, _MAPPING)
+            if mapping is not None:
+                _require(_MAPPING, mapping, _ADDRESSES)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's flat fp32 partition of every parameter group."""
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """State of the inner optimizer, by master."""
+        state: dict[Tensor, dict[str, Any]] = self._zero.optimizer.state
+        return state
+
+    def parts(self) -> Iterator[Part]:
+        """Everything that this rank owns a part of."""
+        for parameters, master in zip(self._zero.bit16_groups, self.masters, strict=True):
+            for parameter in parameters:
+                mapping = getattr(parameter, _MAPPING)
+                if mapping is None:
+                    continue  # this rank owns no part of it
+                here, there = (getattr(mapping, name) for name in _ADDRESSES)
+                yield Part(parameter, here.start, here.numel, master, there.start)
+
+    def publish_masters(self) -> None:
+        """Round the masters into the model's weights, on every rank."""
+        self._zero.update_lp_params()
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for parameters in self._zero.bit16_groups:
+            yield from parameters
+
+
+def _require(what: str, owner: object, names: Iterable[str]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)} in {what}; this version "
+            f"of nemo_hybrid was tested with DeepSpeed {TESTED}"
+        )

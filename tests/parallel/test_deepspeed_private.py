@@ -1,0 +1,66 @@
+"""DeepSpeed's private parts: used in one file, and a version without them is named at start."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nemo_hybrid.parallel
+from nemo_hybrid.parallel import deepspeed_private as private
+
+ROOM = Path(nemo_hybrid.parallel.__file__).parent
+PRIVATE = re.compile(
+    r"groups\._|_hp_mapping|bit16_groups|_fp32_groups|update_lp_params|__compatible_ops__"
+)
+
+
+def zero_like_deepspeed() -> SimpleNamespace:
+    master = torch.zeros(6)
+    owned, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(2))
+    owned._hp_mapping = SimpleNamespace(  # type: ignore[attr-defined]
+        lp_fragment_address=SimpleNamespace(start=1, numel=3),
+        hp_fragment_address=SimpleNamespace(start=2, numel=3),
+    )
+    other._hp_mapping = None  # type: ignore[attr-defined]
+    return SimpleNamespace(
+        bit16_groups=[[owned, other]],
+        optimizer=SimpleNamespace(state={}),
+        param_groups=[{"lr": 0.0}],
+        single_partition_of_fp32_groups=[master],
+        update_lp_params=lambda: None,
+    )
+
+
+def test_one_file_uses_them() -> None:
+    users = [p.name for p in sorted(ROOM.glob("*.py")) if PRIVATE.search(p.read_text())]
+    assert users == ["deepspeed_private.py"]
+
+
+def test_parts_that_this_rank_owns() -> None:
+    raw = zero_like_deepspeed()
+    (part,) = private.ZeroOptimizer(raw).parts()
+    assert part.parameter is raw.bit16_groups[0][0]
+    assert (part.start, part.numel, part.master_start) == (1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "name", [*vars(zero_like_deepspeed()), "_hp_mapping", "lp_fragment_address"]
+)
+def test_a_changed_optimizer_is_named(name: str) -> None:
+    raw = zero_like_deepspeed()
+    owner = raw
+    if name not in vars(raw):
+        parameter = raw.bit16_groups[0][0]
+        owner = parameter if name == "_hp_mapping" else parameter._hp_mapping
+    delattr(owner, name)
+    with pytest.raises(RuntimeError, match=f"lacks {name} .* tested with DeepSpeed 0.19"):
+        private.ZeroOptimizer(raw)
+
+
+def test_changed_group_functions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    private.check_library()
+    monkeypatch.delattr(private.groups, "_get_expert_parallel_group")
+    with pytest.raises(RuntimeError, match="lacks _get_expert_parallel_group in its groups"):
+        private.check_library()
