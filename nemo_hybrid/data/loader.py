@@ -75,7 +75,7 @@ def open_blend(data: DataOptions, model: Architecture) -> Blend:
         if not store.windows(data.sequence_length):
             raise UserError(
                 f"{store.path} holds {len(store)} tokens, too few for one sequence of "
-                f"data.sequence_length ({data.sequence_length}) + 1"
+                f"sequence_length ({data.sequence_length}) + 1"
             )
     quotas(tuple(weights.values()))
     return Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
