@@ -75,7 +75,7 @@ def own_store(store: Path, tmp_path: Path) -> Path:
         (("--train.global_batch_size", "6"), ["train.global_batch_size (6)", "micro_batch_size"]),
         (("--data.sequence_length", "0"), ["data.sequence_length", "positive"]),
         (("--data.sequence_length", "2"), ["data.sequence_length (2)", "mtp_num_depths (2)"]),
-        (("--data.sequence_length", "100000"), ["too few", "data.sequence_length (100000)"]),
+        (("--data.sequence_length", "100000"), ["too few", "sequence_length (100000)"]),
         (("--train.max_stepz", "3"), ["train.max_stepz", "train.max_steps"]),
         (("--lr", "3"), ["--lr", "train.lr"]),
         (("--train.lr", "fast"), ["train.lr", "a number", "fast"]),
