@@ -189,7 +189,7 @@ def test_heldout_data_shorter_than_a_window(make_store: MakeStore) -> None:
     store = TokenStore.open(make_store("x/heldout", [[5, 2]]))
     options = {"micro_batch_size": 1, "rank": 0, "world_size": 1, "limit": 4}
     for stores in ([store], []):
-        with pytest.raises(UserError, match="too small .* smaller sequence_length"):
+        with pytest.raises(UserError, match=r"too small .* smaller sequence_length"):
             next(heldout_batches(stores, sequence_length=S, **options))
     batches = heldout_batches([store], sequence_length=1, **{**options, "limit": 0})
     assert list(batches) == []
