@@ -2,9 +2,9 @@
 
 Mixed dtypes. DeepSpeed's own bf16 mode would cast every parameter, also the few that must stay
 fp32. So that mode is off, the model arrives in its final dtypes, and parameters are grouped by
-dtype. Gradients are accumulated and communicated in fp32 if the *first* group has the right dtype:
-ZeRO-2 takes its buffers' dtype from there (so fp32 comes first); ZeRO-1 accumulates in fp32 beside
-the parameters only when that dtype is not already fp32 (so bf16 comes first).
+dtype. The *first* group's dtype matters: ZeRO-1 accumulates in fp32 beside the parameters only when
+that dtype is not already fp32, so bf16 comes first there (a test sees the difference); ZeRO-2 sizes
+buffers by it, so fp32 comes first, on the safe side (no test sees a difference).
 """
 
 from __future__ import annotations

@@ -131,3 +131,14 @@ def test_dockerfile_passes_hadolint() -> None:
         capture_output=True, check=False,
     )  # fmt: skip
     assert careless.returncode != 0
+
+
+def test_launch_commands_of_the_readme_fit_their_layout() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"--nproc_per_node=(\d+) -m nemo_hybrid pretrain (.*)", text)
+    assert commands
+    for processes, words in commands:
+        _, config, *overrides = words.split()
+        loaded = load_config([ROOT / config], overrides)
+        loaded.validate()
+        assert loaded.validate_world(int(processes)) >= 1
