@@ -227,7 +227,7 @@ class TrainOptions:
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_steps: int = 200
-    """Last steps over which the wsd schedule decays."""
+    """Last steps over which the wsd schedule decays; fewer if the warm-up leaves fewer."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
     beta1: float = 0.9
@@ -356,11 +356,6 @@ class RunConfig:
         for name, beta in {"train.beta1": t.beta1, "train.beta2": t.beta2}.items():
             if not 0 <= beta < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {beta}")
-        if t.schedule == "wsd" and t.warmup_steps + t.decay_steps > t.max_steps:
-            raise UserError(
-                f"train.warmup_steps ({t.warmup_steps}) + train.decay_steps ({t.decay_steps}) "
-                f"exceed train.max_steps ({t.max_steps})"
-            )
         if d.sequence_length <= m.mtp_num_depths:
             raise UserError(
                 f"data.sequence_length ({d.sequence_length}) must exceed "

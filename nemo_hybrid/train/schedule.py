@@ -24,6 +24,7 @@ def learning_rate(step: int, train: TrainOptions) -> float:
       the last step.
     - ``constant``: the peak.
 
+    A run too short for its warm-up and decay decays over the steps that the warm-up leaves.
     Steps beyond the last one have the last one's rate.
     """
     last = train.max_steps - 1
@@ -33,10 +34,11 @@ def learning_rate(step: int, train: TrainOptions) -> float:
     if train.schedule == "constant":
         return train.lr
     if train.schedule == "wsd":
-        into_decay = step + 1 - (train.max_steps - train.decay_steps)
+        decay_steps = min(train.decay_steps, train.max_steps - train.warmup_steps)
+        into_decay = step + 1 - (train.max_steps - decay_steps)
         if into_decay <= 0:
             return train.lr
-        coefficient = 1 - math.sqrt(into_decay / train.decay_steps)
+        coefficient = 1 - math.sqrt(into_decay / decay_steps)
     else:
         span = last - train.warmup_steps
         fraction = (step - train.warmup_steps) / span if span else 1.0

@@ -123,7 +123,7 @@ def test_prepare(called: list[Any], tmp_path: Path) -> None:
     assert cli.main(["prepare"]) == 0
     (first,), (second,) = called
     assert first == {
-        "paths": ["a.txt", "b"], "out": "o", "tokenizer": None, "vocab_size": 4096,
+        "paths": ["a.txt", "b"], "out": "o", "tokenizer": None, "vocab_size": None,
         "text_field": "text", "heldout": 0.0, "skip_bad": True, "seed": 0, "reuse": False,
     }  # fmt: skip
     assert second["paths"] == []
@@ -174,7 +174,7 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("pretrain --data.path d --model.pattern MXE", "unknown layer letter 'X'"),
         ("pretrain --data.path d --data.sequence_length 0", "data.sequence_length must be posit"),
         ("prepare a.txt", "--out is missing"),
-        ("prepare --vocab_size many", "vocab_size: expected an integer, got many"),
+        ("prepare --vocab_size many", "vocab_size: expected an integer or null, got many"),
         ("generate", "missing: --from, --prompt"),
         ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
         ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),
@@ -264,6 +264,8 @@ def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
         "stub.generate_command = wait\nsys.modules['nemo_hybrid.generate'] = stub\n"
         "sys.exit(cli.main(['generate', '--from', 'a', '--prompt', 'b']))"
     )
+    # A shell's background job ignores Ctrl-C, and so would its children.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + program
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

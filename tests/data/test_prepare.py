@@ -129,8 +129,9 @@ def test_transformers_loads_the_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 
 def test_same_input_same_bytes_in_other_processes(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from nemo_hybrid.data.prepare import prepare;"
+    code = (  # a shell's background job ignores Ctrl-C, and so would its children
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from nemo_hybrid.data.prepare import prepare;"
         "prepare([sys.argv[1]], sys.argv[2], vocab_size=330, heldout=0.3, progress=False)"
     )
     for name, threads in (("a", "1"), ("b", "3")):
@@ -411,8 +412,9 @@ def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     line = json.dumps({"text": " ".join(texts(30))}) + "\n"
     big.write_text(line * 5000)
     (tmp_path / "made").mkdir()
-    code = (
-        "import sys; from nemo_hybrid.data.prepare import prepare;"
+    code = (  # a shell's background job ignores Ctrl-C, and so would its children
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from nemo_hybrid.data.prepare import prepare;"
         "prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], progress=False)"
     )
     arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]

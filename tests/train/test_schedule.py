@@ -65,3 +65,10 @@ def test_the_last_step_has_the_smallest_rate(schedule):
 def test_the_first_step_moves():
     for warmup in (0, 1, 1000):
         assert learning_rate(0, options(warmup_steps=warmup, max_steps=2000)) > 0
+
+
+def test_a_run_too_short_for_its_schedule_decays_after_the_warm_up():
+    short = rates(options(schedule="wsd", max_steps=12))  # 9 warm-up steps, 16 of decay asked for
+    assert short[:9] == rates(options(schedule="wsd"))[:9]
+    assert 1.0 > short[9] > short[10] > short[11] == pytest.approx(0.1)
+    assert len(rates(options(schedule="wsd", max_steps=5))) == 5  # all of it is warm-up
