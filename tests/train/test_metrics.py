@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,7 @@ def tensorboard_points(run_dir: Path, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     write(tmp_path, 0, range(1, 8))
+    time.sleep(1.1)  # event files are read in the order of their names: by second, then by text
     write(tmp_path, 5, range(6, 10))
     points = tensorboard_points(tmp_path, "loss/train")
     assert [step for step, _ in points] == list(range(1, 10))
