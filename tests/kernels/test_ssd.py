@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_kernels.ssd import reference, ssd_scan, ssd_step
 
@@ -82,6 +83,46 @@ def test_values_and_gradients_equal_the_recurrence(documents, initial, length_of
     truth = with_gradients(lambda v, s: recurrence(v, seq, s), t, s0)
     for name, value in truth.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-10, msg=name)
+
+
+class CountDenormals(TorchDispatchMode):
+    """Denormal numbers in the results of all arithmetic (not in views of memory yet unwritten)."""
+
+    ARITHMETIC = ("add", "mul", "mm", "exp", "sub", "div", "sum")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if any(name in str(function) for name in self.ARITHMETIC):
+            self.count += int(((out != 0) & (out.abs() < torch.finfo(out.dtype).tiny)).sum())
+        return out
+
+
+def strong_decay(dtype):
+    return inputs(dtype=dtype) | {"A": torch.linspace(-300, -20, 4, dtype=dtype)}
+
+
+def test_strong_decay_equals_the_recurrence():
+    """Decays down to exp(-300), where the scan cuts them off."""
+    t = strong_decay(torch.float64)
+    ours = with_gradients(lambda v, s: scan(v), t, None)
+    truth = with_gradients(lambda v, s: recurrence(v), t, None)
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_strong_decay_makes_hardly_any_denormals(monkeypatch):
+    def denormals():
+        with CountDenormals() as mode:
+            with_gradients(lambda v, s: scan(v), strong_decay(torch.float32), None)
+        return mode.count
+
+    with_cut = denormals()
+    monkeypatch.setattr(reference, "_MIN_LOG", -torch.inf)
+    assert denormals() > 100 * with_cut
 
 
 def test_gradcheck():

@@ -30,6 +30,9 @@ from torch.autograd.function import once_differentiable
 # Elements of M per block: a few such tensors stay in a CPU's L2 cache.
 _BLOCK = {"cpu": 1 << 19}
 _BLOCK_ELSEWHERE = 1 << 28
+# Decays end at exp(-40), 4e-18: too small to be seen beside a token's own share, and products of
+# two stay clear of the denormal numbers that a CPU multiplies many times slower.
+_MIN_LOG = -40.0
 
 
 def ssd_scan(
@@ -273,9 +276,9 @@ def _chunks(
     scores_bcGLL = (C_bcGLN @ B_bcGLN.mT).mul_(mask_bcLL[:, :, None])
     # A sum as a product with the mask: exact zeros keep other documents out of it.
     cs_bcHL = (dt_bcHL * A_H.to(dtype)[:, None]) @ mask_bcLL.mT
-    decay_bcHLL = (cs_bcHL[..., :, None] - cs_bcHL[..., None, :]).clamp_(max=0).exp_()
+    decay_bcHLL = (cs_bcHL[..., :, None] - cs_bcHL[..., None, :]).clamp_(_MIN_LOG, 0).exp_()
     decay_bcHLL.mul_(dt_bcHL[..., None, :])
-    from_start_bcHL = cs_bcHL.exp() * carried_bcL[:, :, None]
+    from_start_bcHL = cs_bcHL.clamp(min=_MIN_LOG).exp() * carried_bcL[:, :, None]
     to_end_bcHL = decay_bcHLL[..., -1, :] * mask_bcLL[:, :, None, -1]
     return _Chunks(
         x_bcHLP,
