@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_kernels.documents import Documents
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -26,22 +28,32 @@ class Batch:
     loss_mask_BS: Tensor
     """bool; False where the next token belongs to another document, and in padding rows. Targets
     further ahead (multi-token prediction) must honour the mask of their own position too."""
-    seq_idx_BS: Tensor
-    """int32 index of the document within its row, from 0."""
-    cu_seqlens: Tensor
-    """int32 [documents + 1]: starts of the documents in the T flattened tokens, then T. Every
-    start of a row is one."""
+    documents: Documents
+    """Where documents begin; every start of a row is one."""
     positions_BS: Tensor
     """int32 position within the document, from 0."""
-    max_seqlen: int
-    """Tokens of the longest document."""
     sample_ids: tuple[int, ...] = ()
     """Global sample number of each row; -1 for a padding row."""
 
     @property
     def packed(self) -> bool:
-        """Whether any row holds more than one document. Reads shapes only: no device sync."""
-        return self.cu_seqlens.shape[0] - 1 > self.ids_BS.shape[0]
+        """Whether any row holds more than one document."""
+        return len(self.documents.spans) > self.ids_BS.shape[0]
+
+    @property
+    def packing(self) -> Documents | None:
+        """What layers are given: None where every row is one document."""
+        return self.documents if self.packed else None
+
+    @property
+    def seq_idx_BS(self) -> Tensor:
+        """int32 index of the document within its row, from 0."""
+        return self.documents.seq_idx_BS
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [documents + 1]: starts of the documents in the T flattened tokens, then T."""
+        return self.documents.cu_seqlens
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on device."""
@@ -50,7 +62,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, documents=self.documents.to(device), **moved)
 
     @staticmethod
     def from_windows(
@@ -74,18 +86,14 @@ class Batch:
         mask_BS = ~document_starts_BW[:, 1:]
         if keep_B is not None:
             mask_BS = mask_BS & keep_B[:, None]
-        starts_BS = document_starts_BW[:, :-1].clone()
-        starts_BS[:, 0] = True
-        end = torch.tensor([B * S])
-        bounds = torch.cat([starts_BS.flatten().nonzero().flatten(), end])
-        document_T = starts_BS.flatten().cumsum(0) - 1
+        documents = Documents.from_starts(document_starts_BW[:, :-1])
+        bounds = documents.cu_seqlens
+        first_T = bounds[:-1].repeat_interleave(bounds.diff())
         return Batch(
             ids_BS=tokens_BW[:, :-1].long(),
             labels_BS=tokens_BW[:, 1:].long().masked_fill(~mask_BS, 0),
             loss_mask_BS=mask_BS,
-            seq_idx_BS=(starts_BS.cumsum(1) - 1).int(),
-            cu_seqlens=bounds.int(),
-            positions_BS=(torch.arange(B * S) - bounds[document_T]).int().view(B, S),
-            max_seqlen=int(bounds.diff().max()),
+            documents=documents,
+            positions_BS=(torch.arange(B * S) - first_T).int().view(B, S),
             sample_ids=sample_ids,
         )

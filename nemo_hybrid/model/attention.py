@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.cache import AttentionCache
 from nemo_kernels.attention import attention, attention_step
+from nemo_kernels.documents import Documents
 
 
 class Attention(nn.Module):
@@ -28,9 +29,9 @@ class Attention(nn.Module):
         split = (*x.shape[:-1], -1, self.head_dim)
         return self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
 
-    def forward(self, x_BSD: Tensor, seq_idx_BS: Tensor | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         q_BSHP, k_BSGP, v_BSGP = self._heads(x_BSD)
-        o_BSHP = attention(q_BSHP, k_BSGP, v_BSGP, seq_idx_BS)
+        o_BSHP = attention(q_BSHP, k_BSGP, v_BSGP, documents)
         return self.o_proj(o_BSHP.flatten(-2))
 
     def prefill(self, x_BSD: Tensor, cache: AttentionCache) -> Tensor:

@@ -15,6 +15,7 @@ from nemo_hybrid.model.layer import Layer, LayerCache, Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
+from nemo_kernels.documents import Documents
 
 Stats = dict[str, RoutingStats]
 """Routing statistics by layer name, such as ``backbone.layers.1``."""
@@ -101,33 +102,34 @@ class HybridLM(nn.Module):
         return output
 
     def forward_hidden(
-        self, ids_BS: Tensor, seq_idx_BS: Tensor | None = None
+        self, ids_BS: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, Stats]:
         """Hidden states [B, S, D] after the final norm, and routing statistics.
 
-        ``seq_idx_BS`` numbers the documents of a packed row; None: one document per row.
+        ``documents``: those of packed rows; None: one document per row.
         """
         stats: Stats = {}
         x_BSD = self.backbone.embeddings(ids_BS)
         for i, layer in enumerate(self.backbone.layers):
-            x_BSD, routed = layer(x_BSD, seq_idx_BS)
+            x_BSD, routed = layer(x_BSD, documents)
             if routed is not None:
                 stats[f"backbone.layers.{i}"] = routed
         return self.backbone.norm_f(x_BSD), stats
 
     def forward_mtp(
-        self, h_BSD: Tensor, ids_BS: Tensor, seq_idx_BS: Tensor | None = None
+        self, h_BSD: Tensor, ids_BS: Tensor, documents: Documents | None = None
     ) -> tuple[list[Tensor], Stats]:
         """Hidden states of every depth, from the backbone's final hidden states.
 
         Statistics are summed over depths, because the depths share one router.
         """
         assert self.mtp is not None, "the model has no multi-token-prediction block"
+        seq_idx_BS = None if documents is None else documents.seq_idx_BS
         hidden: list[Tensor] = []
         stats: Stats = {}
         for depth in range(1, self.config.mtp_num_depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
-            h_BSD, collected = self.mtp(h_BSD, e_BSD, seq_idx_BS)
+            h_BSD, collected = self.mtp(h_BSD, e_BSD, documents)
             hidden.append(h_BSD)
             for i, new in collected.items():
                 name = f"mtp.layers.{i}"

@@ -15,6 +15,7 @@ from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
+from nemo_kernels.documents import Documents
 
 LayerCache = AttentionCache | MambaCache | None
 
@@ -42,17 +43,17 @@ class Layer(nn.Module):
         self.mixer = build_mixer(letter, cfg, dispatcher)
 
     def forward(
-        self, x_BSD: Tensor, seq_idx_BS: Tensor | None
+        self, x_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Training: the new residual stream, and routing statistics of a MoE layer."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(
-                self._compute, x_BSD, seq_idx_BS, use_reentrant=False, preserve_rng_state=False
+                self._compute, x_BSD, documents, use_reentrant=False, preserve_rng_state=False
             )
-        return self._compute(x_BSD, seq_idx_BS)
+        return self._compute(x_BSD, documents)
 
     def _compute(
-        self, x_BSD: Tensor, seq_idx_BS: Tensor | None
+        self, x_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, RoutingStats | None]:
         h_BSD = self.norm(x_BSD)
         if self.letter == "E":
@@ -60,7 +61,7 @@ class Layer(nn.Module):
             return x_BSD + y_BSD, stats
         if self.letter == "-":
             return x_BSD + self.mixer(h_BSD), None
-        return x_BSD + self.mixer(h_BSD, seq_idx_BS), None
+        return x_BSD + self.mixer(h_BSD, documents), None
 
     def new_cache(self) -> LayerCache:
         return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()

@@ -13,6 +13,7 @@ from nemo_hybrid.model.cache import MambaCache
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.norm import GatedRMSNorm
 from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import ssd_scan, ssd_step
 
 
@@ -66,17 +67,17 @@ class Mamba2(KeepsFp32):
         )
 
     def _scan(
-        self, xBC_BSC: Tensor, dt_BSH: Tensor, seq_idx_BS: Tensor | None
+        self, xBC_BSC: Tensor, dt_BSH: Tensor, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         conv = self.conv1d
-        xBC_BSC = causal_conv1d(xBC_BSC, conv.weight_CK, conv.bias, seq_idx_BS)
+        xBC_BSC = causal_conv1d(xBC_BSC, conv.weight_CK, conv.bias, documents)
         x_BSHP, B_BSGN, C_BSGN = self._split(xBC_BSC)
         A_H = -self.A_log.exp()
-        return ssd_scan(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, seq_idx_BS)
+        return ssd_scan(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, documents)
 
-    def forward(self, x_BSD: Tensor, seq_idx_BS: Tensor | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
-        y_BSHP, _ = self._scan(xBC_BSC, dt_BSH, seq_idx_BS)
+        y_BSHP, _ = self._scan(xBC_BSC, dt_BSH, documents)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
     def prefill(self, x_BSD: Tensor, cache: MambaCache) -> Tensor:

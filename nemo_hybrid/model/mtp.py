@@ -17,6 +17,7 @@ from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
+from nemo_kernels.documents import Documents
 
 
 class MTPBlock(nn.Module):
@@ -37,7 +38,7 @@ class MTPBlock(nn.Module):
         return self.layers[0], self.layers[-1]
 
     def forward(
-        self, h_BSD: Tensor, e_BSD: Tensor, seq_idx_BS: Tensor | None
+        self, h_BSD: Tensor, e_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
         """One depth: previous hidden state (after its final norm) and embeddings of tokens t + k.
 
@@ -47,7 +48,7 @@ class MTPBlock(nn.Module):
         x_BSD = first.eh_proj(torch.cat([first.enorm(e_BSD), first.hnorm(h_BSD)], dim=-1))
         collected = {}
         for i, layer in enumerate(self.layers):
-            x_BSD, stats = layer(x_BSD, seq_idx_BS)
+            x_BSD, stats = layer(x_BSD, documents)
             if stats is not None:
                 collected[i] = stats
         return last.final_layernorm(x_BSD), collected

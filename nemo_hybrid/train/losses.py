@@ -66,11 +66,10 @@ class PretrainObjective(nn.Module):
 
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
         model = self.model
-        seq_idx_BS = batch.seq_idx_BS if batch.packed else None
-        h_BSD, stats = model.forward_hidden(batch.ids_BS, seq_idx_BS)
+        h_BSD, stats = model.forward_hidden(batch.ids_BS, batch.packing)
         hidden = [h_BSD]
         if self.depths:
-            mtp_hidden, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, seq_idx_BS)
+            mtp_hidden, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, batch.packing)
             hidden += mtp_hidden
             stats = stats | mtp_stats
 

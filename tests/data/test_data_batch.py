@@ -55,8 +55,8 @@ def test_equals_a_token_by_token_construction(
     assert batch.loss_mask_BS.tolist() == expected["mask"]
     assert batch.seq_idx_BS.tolist() == expected["seq"]
     assert batch.positions_BS.tolist() == expected["pos"]
-    assert batch.cu_seqlens.tolist() == expected["bounds"]
-    assert batch.max_seqlen == expected["longest"]
+    assert batch.documents.cu_seqlens.tolist() == expected["bounds"]
+    assert batch.documents.max_seqlen == expected["longest"]
     assert batch.packed == any(s > 0 for row in expected["seq"] for s in row)  # type: ignore[attr-defined]
 
 
@@ -67,7 +67,8 @@ def test_types_padding_rows_and_to() -> None:
     assert batch.loss_mask_BS.tolist() == [[True] * 3, [False] * 3]
     assert batch.labels_BS.tolist() == [[6, 7, 8], [0, 0, 0]]
     assert not batch.packed
-    types = {k: v.dtype for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    fields = vars(batch) | vars(batch.documents)
+    types = {k: v.dtype for k, v in fields.items() if isinstance(v, torch.Tensor)}
     assert types == {
         "ids_BS": torch.int64,
         "labels_BS": torch.int64,
@@ -77,5 +78,6 @@ def test_types_padding_rows_and_to() -> None:
         "positions_BS": torch.int32,
     }
     moved = batch.to("meta")
-    assert all(v.is_meta for v in vars(moved).values() if isinstance(v, torch.Tensor))
-    assert (moved.max_seqlen, moved.sample_ids, moved.packed) == (3, (3, -1), False)
+    fields = vars(moved) | vars(moved.documents)
+    assert all(v.is_meta for v in fields.values() if isinstance(v, torch.Tensor))
+    assert (moved.documents.max_seqlen, moved.sample_ids, moved.packed) == (3, (3, -1), False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_kernels.attention import attention, attention_step
+from nemo_kernels.documents import Documents
 
 
 def inputs(length=21, dtype=torch.float32, seed=0):
@@ -32,8 +33,9 @@ def definition(q, k, v, seq=None):
 @pytest.mark.parametrize("lengths", [None, [21], [1, 8, 12]])
 def test_equals_the_definition(lengths):
     seq = None if lengths is None else packed(lengths)
+    documents = None if seq is None else Documents.from_numbers(seq)
     t = inputs()
-    torch.testing.assert_close(attention(*t, seq), definition(*t, seq), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(*t, documents), definition(*t, seq), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,8 +57,9 @@ def test_documents_are_isolated_bit_for_bit(first, second, dtype):
     where = slice(first, first + second)
 
     def run(tensors, seq, where):
+        documents = None if seq is None else Documents.from_numbers(seq)
         leaves = [t.clone().requires_grad_() for t in tensors]
-        o = attention(*leaves, seq)[:, where]
+        o = attention(*leaves, documents)[:, where]
         (o * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum().backward()
         return [o, *(t.grad[:, where] for t in leaves)]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nemo_kernels import backend, norm
+from nemo_kernels.documents import Documents
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,9 @@ def stand_in_causal_conv1d_fn(
     assert seq_idx.dtype == torch.int32
     assert seq_idx.is_contiguous()
     assert activation == "silu"
-    return causal_conv1d(x.transpose(1, 2), weight, bias, seq_idx).transpose(1, 2)
+    return causal_conv1d(
+        x.transpose(1, 2), weight, bias, Documents.from_numbers(seq_idx)
+    ).transpose(1, 2)
 
 
 def stand_in_mamba_chunk_scan_combined(
@@ -162,7 +165,7 @@ def stand_in_mamba_chunk_scan_combined(
     assert seq_idx.dtype == torch.int32
     assert return_final_states
     assert state_dtype == torch.float32
-    return ssd_scan(x, dt, A, B, C, D, chunk_size, seq_idx, initial_states)
+    return ssd_scan(x, dt, A, B, C, D, chunk_size, Documents.from_numbers(seq_idx), initial_states)
 
 
 def stand_in_flash_attn_varlen_func(

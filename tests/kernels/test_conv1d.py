@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from nemo_kernels.documents import Documents
 
 K = 4
 
@@ -58,7 +59,7 @@ def test_equals_torch(length):
 @pytest.mark.parametrize("lengths", [[11], [1, 2, 3, 5], [4, 5, 2], [1] * 11])
 def test_documents_equal_the_loop(lengths):
     t, seq = inputs(), packed(lengths)
-    ours = with_gradients(lambda *a: causal_conv1d(*a, seq), t)
+    ours = with_gradients(lambda *a: causal_conv1d(*a, Documents.from_numbers(seq)), t)
     truth = with_gradients(lambda *a: by_loop(*a, seq), t)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -66,12 +67,14 @@ def test_documents_equal_the_loop(lengths):
 
 def test_documents_may_differ_from_row_to_row():
     t, seq = inputs(), torch.cat((packed([4, 7], 1), packed([1, 2, 8], 1)))
-    torch.testing.assert_close(causal_conv1d(*t, seq), by_loop(*t, seq))
+    torch.testing.assert_close(causal_conv1d(*t, Documents.from_numbers(seq)), by_loop(*t, seq))
 
 
 def test_gradcheck():
     t = [v.requires_grad_() for v in inputs(channels=2, length=6)]
-    assert torch.autograd.gradcheck(lambda *a: causal_conv1d(*a, packed([2, 4])), t)
+    assert torch.autograd.gradcheck(
+        lambda *a: causal_conv1d(*a, Documents.from_numbers(packed([2, 4]))), t
+    )
 
 
 def test_slices_of_a_wider_tensor():
@@ -115,8 +118,9 @@ def test_documents_are_isolated_bit_for_bit(first, second, dtype):
     where = slice(first, first + second)
 
     def run(x, seq, where):
+        documents = None if seq is None else Documents.from_numbers(seq)
         x = x.clone().requires_grad_()
-        y = causal_conv1d(x, weight, bias, seq)[:, where]
+        y = causal_conv1d(x, weight, bias, documents)[:, where]
         (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
         return y, x.grad[:, where]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import reference, ssd_scan, ssd_step
 
 CHUNK = 8
@@ -35,8 +36,9 @@ def packed(lengths, batch=2):
     )
 
 
-def scan(t, chunk=CHUNK, **kwargs):
-    return ssd_scan(*(t[n] for n in NAMES), chunk, **kwargs)
+def scan(t, chunk=CHUNK, seq=None, initial=None):
+    documents = None if seq is None else Documents.from_numbers(seq)
+    return ssd_scan(*(t[n] for n in NAMES), chunk, documents, initial)
 
 
 def recurrence(t, seq_idx=None, initial=None):
@@ -77,9 +79,7 @@ def test_values_and_gradients_equal_the_recurrence(documents, initial, length_of
     t = inputs()
     seq = None if documents is None else packed(documents)
     s0 = torch.randn(2, 4, 3, 5, dtype=torch.float64) if initial else None
-    ours = with_gradients(
-        lambda v, s: scan(v, length_of_chunk, seq_idx_BS=seq, initial_state_BHPN=s), t, s0
-    )
+    ours = with_gradients(lambda v, s: scan(v, length_of_chunk, seq, s), t, s0)
     truth = with_gradients(lambda v, s: recurrence(v, seq, s), t, s0)
     for name, value in truth.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-10, msg=name)
@@ -130,14 +130,15 @@ def test_gradcheck():
     s0 = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     seq = packed([2, 5], batch=1)
     assert torch.autograd.gradcheck(
-        lambda *a: ssd_scan(*a[:6], 3, seq, a[6]), (*(t[n] for n in NAMES), s0)
+        lambda *a: ssd_scan(*a[:6], 3, Documents.from_numbers(seq), a[6]),
+        (*(t[n] for n in NAMES), s0),
     )
 
 
 def test_blocks_of_rows_give_the_same_result(monkeypatch):
     t = inputs(batch=5)
     seq = packed([10, 27], batch=5)
-    run = lambda v, s: scan(v, seq_idx_BS=seq, initial_state_BHPN=s)  # noqa: E731
+    run = lambda v, s: scan(v, seq=seq, initial=s)  # noqa: E731
     whole = with_gradients(run, t, None)
     monkeypatch.setitem(reference._BLOCK, "cpu", 2 * 40 * 4 * CHUNK)
     assert len(reference._row_blocks(torch.empty(5, 40, 4, 1), CHUNK)) == 3
@@ -185,7 +186,7 @@ def test_zero_time_step_has_finite_gradients():
 def run_document(t, seq, where, chunk=CHUNK):
     """Output and gradients at `where` of a loss that reads only the tokens there."""
     leaves = {n: v.clone().requires_grad_() for n, v in t.items()}
-    y = scan(leaves, chunk, seq_idx_BS=seq)[0][:, where]
+    y = scan(leaves, chunk, seq=seq)[0][:, where]
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     return [y, *(leaves[n].grad[:, where] for n in ("x", "dt", "B", "C")), leaves["A"].grad]
 

@@ -37,8 +37,8 @@ def test_objective_equals_a_computation_from_logits() -> None:
     ours = PretrainObjective(model, TRAIN)(batch, normalizer(batch, 2))
     our_gradients = gradients(model, ours.loss)
 
-    h_BSD, stats = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
-    depths, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+    h_BSD, stats = model.forward_hidden(batch.ids_BS, batch.documents)
+    depths, mtp_stats = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     ce = []
     for k, hidden_BSD in enumerate([h_BSD, *depths]):
         logits, labels = [], []

@@ -24,6 +24,7 @@ from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import shift_left
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets, targets
+from nemo_kernels.documents import Documents
 
 # Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
 # target belongs to a document that has no input.
@@ -59,7 +60,7 @@ def naive_predictions(
 ) -> dict[Place, Prediction]:
     """Every prediction there is. Only the backbone's hidden states are taken from the model."""
     with torch.no_grad():
-        backbone = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)[0].double()
+        backbone = model.forward_hidden(batch.ids_BS, batch.documents)[0].double()
     out: dict[Place, Prediction] = {}
     for row, lengths in enumerate(rows):
         # The window has one token more than the row; it stands in the labels.
@@ -161,8 +162,8 @@ class Comparison:
 @torch.no_grad()
 def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Comparison:
     depths = model.config.mtp_num_depths
-    h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
-    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+    h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     logits_NBSV = torch.stack([model.lm_head(h) for h in (h_BSD, *hidden)])
     counts_N = count_targets(batch, depths)
     parts = PretrainObjective(model, TrainOptions())(batch, Normalizer(counts_N, 1))
@@ -208,8 +209,8 @@ def test_gradients(pattern: str) -> None:
     sum(p.loss for place, p in naive.items() if place[0]).backward()
 
     with torch.no_grad():
-        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
-    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+    hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     labels_NBS, valid_NBS = targets(batch, 2)
     logits_NBSV = model.lm_head(torch.stack(hidden))
     F.cross_entropy(
@@ -262,11 +263,11 @@ def test_crossing_a_document_boundary_is_noticed() -> None:
     assert found.losses > 1
     # Attention of the MTP block over all of a row. (Its embeddings matter beyond the boundary only
     # where there is no prediction; test_packing looks at those positions.)
-    one_document_BS = torch.zeros_like(batch.seq_idx_BS)
+    one_document = Documents.from_numbers(torch.zeros_like(batch.seq_idx_BS))
     with torch.no_grad():
-        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
-        right, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)
-        wrong, _ = model.forward_mtp(h_BSD, batch.ids_BS, one_document_BS)
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+        right, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
+        wrong, _ = model.forward_mtp(h_BSD, batch.ids_BS, one_document)
     later = batch.seq_idx_BS > 0
     assert (right[0] - wrong[0])[later].abs().max() > 0.1
 
@@ -275,11 +276,11 @@ def test_the_block_is_applied_to_its_own_normalised_output() -> None:
     """Depth 2 continues depth 1; two depths from the same backbone state would be noticed."""
     model, batch = build(ROWS["packed"], "*E", 2)
     with torch.no_grad():
-        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.seq_idx_BS)
-        first, second = model.forward_mtp(h_BSD, batch.ids_BS, batch.seq_idx_BS)[0]
+        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+        first, second = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)[0]
         e_BSD = model.backbone.embeddings(shift_left(batch.ids_BS, 2, batch.seq_idx_BS))
-        restarted, _ = model.mtp(h_BSD, e_BSD, batch.seq_idx_BS)
-        continued, _ = model.mtp(first, e_BSD, batch.seq_idx_BS)
+        restarted, _ = model.mtp(h_BSD, e_BSD, batch.documents)
+        continued, _ = model.mtp(first, e_BSD, batch.documents)
     assert torch.equal(continued, second)
     assert (restarted - second).abs().max() > 0.1
 

@@ -21,6 +21,7 @@ from helpers.tiny_models import CHUNK, CONV, document_numbers, loud_model, rando
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import shift_left
+from nemo_kernels.documents import Documents
 
 LENGTHS = [1, CONV - 1, CONV, CONV + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK]
 NO_MOE = tiny_config("M*-M", mtp_pattern="**", mtp_num_depths=2)
@@ -29,8 +30,9 @@ MOE = tiny_config("ME*E", mtp_pattern="*E", mtp_num_depths=2)
 
 def outputs(model: HybridLM, ids_BS: Tensor, seq_idx_BS: Tensor) -> list[Tensor]:
     """Hidden states [B, S, D] of the backbone and of each depth."""
-    h_BSD, _ = model.forward_hidden(ids_BS, seq_idx_BS)
-    return [h_BSD, *model.forward_mtp(h_BSD, ids_BS, seq_idx_BS)[0]]
+    documents = Documents.from_numbers(seq_idx_BS)
+    h_BSD, _ = model.forward_hidden(ids_BS, documents)
+    return [h_BSD, *model.forward_mtp(h_BSD, ids_BS, documents)[0]]
 
 
 def with_embedding_gradients(
@@ -134,7 +136,7 @@ def outputs_alone(model: HybridLM, ids_BS: Tensor) -> list[Tensor]:
 
 
 def without_documents(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same operation, but the last argument, which numbers the documents, is dropped."""
+    """The same operation, but the last argument, the documents, is dropped."""
     return lambda *args: function(*args[:-1], None)
 
 
@@ -171,11 +173,12 @@ def test_one_differenced_cumulative_sum_is_noticed() -> None:
     exact arithmetic, but the rounding of the sum carries bits over. This test must see them."""
     model = loud_model(tiny_config("M", mtp_pattern="*", mtp_num_depths=1))
 
-    def usual(x, dt, A, B, C, D, chunk, seq_idx):  # type: ignore[no-untyped-def]
+    def usual(x, dt, A, B, C, D, chunk, documents):  # type: ignore[no-untyped-def]
         heads = x.shape[2] // B.shape[2]
         B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)
         cs = (dt * A).cumsum(1)
         decay = (cs[:, :, None] - cs[:, None]).exp() * dt[:, None]
+        seq_idx = documents.seq_idx_BS
         mask = (seq_idx[:, :, None] == seq_idx[:, None]).tril()[..., None]
         M = (torch.einsum("blhn,bshn->blsh", C, B) * decay).masked_fill(~mask, 0.0)
         return torch.einsum("blsh,bshp->blhp", M, x) + D[:, None] * x, None

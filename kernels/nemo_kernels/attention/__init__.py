@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.documents import Documents
 
 PATHS = {"flash_attn": "nemo_kernels.attention.external"}
 
@@ -16,19 +17,14 @@ def attention(
     q_BSHP: Tensor,
     k_BSGP: Tensor,
     v_BSGP: Tensor,
-    seq_idx_BS: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v over earlier tokens of the same document: [B,S,H,P].
 
-    Query head h reads key/value head h // (H/G). With seq_idx (a document number per token) tokens
-    of different documents do not see each other. cu_seqlens (int32, where each document begins
-    among all B*S tokens, and B*S) and max_seqlen (the longest document) say the same; they only
-    spare the flash_attn path from finding them.
+    Query head h reads key/value head h // (H/G).
     """
     impl = backend.implementation("attention", q_BSHP.device.type)
-    return impl.attention(q_BSHP, k_BSGP, v_BSGP, seq_idx_BS, cu_seqlens, max_seqlen)
+    return impl.attention(q_BSHP, k_BSGP, v_BSGP, documents)
 
 
 def attention_step(q_BHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor) -> Tensor:

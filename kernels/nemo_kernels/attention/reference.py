@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_kernels.documents import Documents
+
 
 def attention(
     q_BSHP: Tensor,
     k_BSGP: Tensor,
     v_BSGP: Tensor,
-    seq_idx_BS: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     # CPUs without bf16 matrix units run this twice as fast in fp32.
     dtype = torch.float32 if q_BSHP.is_cpu and q_BSHP.dtype == torch.bfloat16 else q_BSHP.dtype
     mask_B1SS = None
-    if seq_idx_BS is not None:
+    if documents is not None:
+        seq_idx_BS = documents.seq_idx_BS
         same_BSS = seq_idx_BS[:, :, None] == seq_idx_BS[:, None, :]
         mask_B1SS = same_BSS.tril()[:, None]
     o_BHSP = F.scaled_dot_product_attention(

@@ -8,20 +8,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.documents import Documents
 
 PATHS = {"causal_conv1d": "nemo_kernels.conv1d.external"}
 
 
 def causal_conv1d(
-    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, seq_idx_BS: Tensor | None = None
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Documents | None = None
 ) -> Tensor:
     """y[b,s,c] = SiLU(bias[c] + sum_k weight[c,k] x[b,s-K+1+k,c]) in x's dtype, [B,S,C].
 
-    Inputs before the sequence count as zero. With seq_idx (a document number per token, equal
-    along each document) no tap reaches into another document.
+    Inputs before the sequence count as zero. With documents no tap reaches into another one.
     """
     impl = backend.implementation("conv1d", x_BSC.device.type)
-    return impl.causal_conv1d(x_BSC, weight_CK, bias_C, seq_idx_BS)
+    return impl.causal_conv1d(x_BSC, weight_CK, bias_C, documents)
 
 
 def causal_conv1d_step(

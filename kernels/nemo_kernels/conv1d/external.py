@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_kernels.backend import relative_deviation
 from nemo_kernels.conv1d import reference
+from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
 causal_conv1d_step = reference.causal_conv1d_step
@@ -21,10 +22,10 @@ conv_state = reference.conv_state
 
 
 def causal_conv1d(
-    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, seq_idx_BS: Tensor | None = None
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Documents | None = None
 ) -> Tensor:
     # With seq_idx the library wants channels last in memory: exactly the transpose of [B,S,C].
-    seq_idx_BS = None if seq_idx_BS is None else seq_idx_BS.to(torch.int32).contiguous()
+    seq_idx_BS = None if documents is None else documents.seq_idx_BS.contiguous()
     y_BCS = causal_conv1d_fn(
         x_BSC.contiguous().transpose(1, 2), weight_CK, bias_C, seq_idx_BS, activation="silu"
     )
@@ -37,9 +38,9 @@ def self_check(device_type: str) -> float:
         torch.randn(shape, generator=generator, device=device_type, dtype=torch.bfloat16)
         for shape in ((2, 96, 64), (64, 4), (64,))
     )
-    seq_idx_BS = (torch.arange(96, device=device_type) // 37).to(torch.int32).expand(2, -1)
+    documents = Documents.from_numbers((torch.arange(96) // 37).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, seq_idx_BS),
+        lambda impl, *t: impl(*t, documents),
         (causal_conv1d, reference.causal_conv1d),
         (x_BSC, weight_CK, bias_C),
     )

@@ -18,17 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Document = tuple[int, int, int]
+from nemo_kernels.documents import Documents
 
 
 def causal_conv1d(
-    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, seq_idx_BS: Tensor | None = None
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Documents | None = None
 ) -> Tensor:
-    if seq_idx_BS is None:
-        documents = [(row, 0, x_BSC.shape[1]) for row in range(len(x_BSC))]
-    else:
-        documents = _documents(seq_idx_BS)
-    return _CausalConv1d.apply(x_BSC, weight_CK, bias_C, documents)
+    rows, length, _ = x_BSC.shape
+    spans = documents.spans if documents else tuple((row, 0, length) for row in range(rows))
+    return _CausalConv1d.apply(x_BSC, weight_CK, bias_C, spans)
 
 
 def causal_conv1d_step(
@@ -50,18 +48,22 @@ def conv_state(x_BSC: Tensor, kernel: int) -> Tensor:
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: list[Document]
+        ctx: Any,
+        x_BSC: Tensor,
+        weight_CK: Tensor,
+        bias_C: Tensor,
+        spans: tuple[tuple[int, int, int], ...],
     ) -> Tensor:
         dtype = torch.promote_types(x_BSC.dtype, torch.float32)
         weight_KC, bias = weight_CK.t().to(dtype).contiguous(), bias_C.to(dtype)
         z_BSC = torch.empty(x_BSC.shape, dtype=dtype, device=x_BSC.device)
-        for row, start, end in documents:
+        for row, start, end in spans:
             x_nC, z_nC = x_BSC[row, start:end].to(dtype), z_BSC[row, start:end]
             torch.addcmul(bias, x_nC, weight_KC[-1], out=z_nC)
             for j in range(1, min(len(weight_KC), end - start)):
                 z_nC[j:].addcmul_(x_nC[:-j], weight_KC[-1 - j])
         ctx.save_for_backward(x_BSC, weight_CK, bias_C, z_BSC.to(x_BSC.dtype))
-        ctx.documents = documents
+        ctx.spans = spans
         return F.silu(z_BSC).to(x_BSC.dtype)
 
     @staticmethod
@@ -70,12 +72,12 @@ class _CausalConv1d(torch.autograd.Function):
         x_BSC, weight_CK, bias_C, z_BSC = ctx.saved_tensors
         dtype = torch.promote_types(x_BSC.dtype, torch.float32)
         weight_KC = weight_CK.t().to(dtype).contiguous()
-        longest = max((end - start for _, start, end in ctx.documents), default=0)
+        longest = max((end - start for _, start, end in ctx.spans), default=0)
         dz_BSC = torch.ops.aten.silu_backward(dy_BSC, z_BSC)
         dx_BSC = torch.empty(x_BSC.shape, dtype=dtype, device=x_BSC.device)
         # Products are first added over documents, position by position, then over positions.
         dweight_KmC = x_BSC.new_zeros(len(weight_KC), longest, len(weight_CK), dtype=dtype)
-        for row, start, end in ctx.documents:
+        for row, start, end in ctx.spans:
             n = end - start
             x_nC, dz_nC = x_BSC[row, start:end].to(dtype), dz_BSC[row, start:end].to(dtype)
             dx_nC = torch.mul(dz_nC, weight_KC[-1], out=dx_BSC[row, start:end])
@@ -86,14 +88,3 @@ class _CausalConv1d(torch.autograd.Function):
         dweight_CK = dweight_KmC.sum(1).t().to(weight_CK.dtype)
         dbias_C = dz_BSC.sum((0, 1), dtype=dtype).to(bias_C.dtype)
         return dx_BSC.to(x_BSC.dtype), dweight_CK, dbias_C, None
-
-
-def _documents(seq_idx_BS: Tensor) -> list[Document]:
-    """Batch row, first token and end of every document, in order."""
-    ends_BS = torch.ones_like(seq_idx_BS, dtype=torch.bool)
-    ends_BS[:, :-1] = seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1]
-    documents: list[Document] = []
-    for row, last in ends_BS.nonzero().tolist():
-        start = documents[-1][2] if documents and documents[-1][0] == row else 0
-        documents.append((row, start, last + 1))
-    return documents

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.documents import Documents
 
 PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}
 
@@ -20,20 +21,20 @@ def ssd_scan(
     C_BSGN: Tensor,
     D_H: Tensor,
     chunk_size: int,
-    seq_idx_BS: Tensor | None = None,
+    documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [B,S,H,P] in x's dtype and the last token's state [B,H,P,N] in fp32 of the recurrence
 
         state = exp(dt A) state + dt x B^T        y = state C + D x
 
-    dt is positive (after softplus), A negative. With seq_idx (a document number per token, equal
-    along each document) the state starts from zero at each document; an initial state then
-    belongs to the first document of its row. chunk_size changes speed and memory, not results.
+    dt is positive (after softplus), A negative. With documents the state starts from zero at each
+    of them; an initial state then belongs to the first one of its row. chunk_size changes speed
+    and memory, not results.
     """
     impl = backend.implementation("ssd", x_BSHP.device.type)
     return impl.ssd_scan(
-        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size, seq_idx_BS, initial_state_BHPN
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size, documents, initial_state_BHPN
     )
 
 

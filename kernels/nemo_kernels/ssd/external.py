@@ -13,6 +13,7 @@ from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
 from nemo_kernels.backend import relative_deviation
+from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import reference
 
 DEVICE_TYPES = ("cuda",)
@@ -27,7 +28,7 @@ def ssd_scan(
     C_BSGN: Tensor,
     D_H: Tensor,
     chunk_size: int,
-    seq_idx_BS: Tensor | None = None,
+    documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y_BSHP, state_BHPN = mamba_chunk_scan_combined(
@@ -39,7 +40,7 @@ def ssd_scan(
         chunk_size,
         D=D_H,
         initial_states=initial_state_BHPN,
-        seq_idx=None if seq_idx_BS is None else seq_idx_BS.to(torch.int32).contiguous(),
+        seq_idx=None if documents is None else documents.seq_idx_BS.contiguous(),
         return_final_states=True,
         state_dtype=torch.float32,
     )
@@ -56,9 +57,9 @@ def self_check(device_type: str) -> float:
         torch.rand(shape, generator=generator, device=device_type) + 0.01
         for shape in ((2, 160, 4), (4,), (4,))
     )
-    seq_idx_BS = (torch.arange(160, device=device_type) // 90).to(torch.int32).expand(2, -1)
+    documents = Documents.from_numbers((torch.arange(160) // 90).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, 64, seq_idx_BS)[0],
+        lambda impl, *t: impl(*t, 64, documents)[0],
         (ssd_scan, reference.ssd_scan),
         (x_BSHP, dt_BSH, -A_H, B_BSGN, C_BSGN, D_H),
     )

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_kernels.documents import Documents
+
 # Elements of M per block: a few such tensors stay in a CPU's L2 cache.
 _BLOCK = {"cpu": 1 << 19}
 _BLOCK_ELSEWHERE = 1 << 28
@@ -43,12 +45,13 @@ def ssd_scan(
     C_BSGN: Tensor,
     D_H: Tensor,
     chunk_size: int,
-    seq_idx_BS: Tensor | None = None,
+    documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     length = x_BSHP.shape[1]
     chunk = min(chunk_size, length)
     pad = -length % chunk
+    seq_idx_BS = None if documents is None else documents.seq_idx_BS
     if pad:  # padded tokens have dt = 0: they pass the state on unchanged
         x_BSHP, B_BSGN, C_BSGN = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x_BSHP, B_BSGN, C_BSGN))
         dt_BSH = F.pad(dt_BSH, (0, 0, 0, pad))
