@@ -364,3 +364,15 @@ def _conversion(dtype: str, target: torch.dtype) -> str:
         return ""
     word = "widened" if target == torch.float32 else "rounded"
     return f"{word} from {dtype} to {DTYPES[target]}"
+
+
+def audit(
+    directory: Path, targets: Mapping[str, torch.Tensor], *, n_experts: int | None = None
+) -> Report:
+    """Account for every tensor of a directory from headers alone.
+
+    ``targets`` are those of ``load_weights``, which may be on the meta device. Tensors that do not
+    fit are in the report; raises UserError where a header or the index itself cannot be read.
+    """
+    report, _ = _audit(directory, targets, None, n_experts, {})
+    return report
