@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 from nemo_hybrid.config import LAYER_NAMES, Architecture, HybridConfig, check_pattern
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 
 DEFAULT_MTP_DEPTHS = 2  # what the released models were trained with
 
@@ -73,6 +76,7 @@ _ALIASES = {
     "mamba_dt_init_floor": "time_step_floor",
     "mamba_dt_limit": "time_step_limit",
     "mamba_conv_bias": "use_conv_bias",
+    "torch_dtype": "dtype",
 }
 # Fields with one supported value (absent means that value), written as they stand here.
 _FIXED: dict[str, Any] = {
@@ -91,6 +95,7 @@ _FIXED: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "sliding_window": None,
 }
+_LARGEST = 2**30  # of any whole number: widths, which are products of two, fit into 64 bits
 _INFINITY = {"__float__": "Infinity"}  # how transformers writes it
 
 
@@ -122,14 +127,17 @@ def config_to_hf(cfg: HybridConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     return out
 
 
-def config_from_hf(source: str | Path | Mapping[str, Any]) -> HybridConfig:
-    """Read a configuration from a config.json, the directory that holds one, or its contents.
+def config_from_hf(
+    source: str | Path | Mapping[str, Any], where: str = "config.json"
+) -> HybridConfig:
+    """Read a configuration from a config.json, the directory that holds one, or its contents
+    (``where`` says in messages where those stand).
 
     Raises UserError naming the field for values that this model family's code does not support
     and for fields that contradict each other.
     """
     if isinstance(source, Mapping):
-        where, raw = "config.json", dict(source)
+        raw = dict(source)
     else:
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path
@@ -164,8 +172,8 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> HybridConfig:
         value = raw.get(f.name)
         if value is None:
             value = _ABSENT.get(f.name)
-        if f.name == "eos_token_id" and isinstance(value, list) and value:
-            value = value[0]  # the others belong to generation_config.json
+        if f.name == "eos_token_id" and isinstance(value, list):
+            value = eos_token_ids(value, where)[0]  # checkpoint.companions carries the list
         values[f.name] = _typed(value, str(f.type), f.name, where)
     cfg = HybridConfig(pattern=pattern, mtp_num_depths=depths, **values)
     if depths:
@@ -179,19 +187,23 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> HybridConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
+    with naming("read", path):
+        content = path.read_bytes()
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in content, which came from path; UserError as in `read_json`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in out:
-                raise UserError(f"{path}: the key {key!r} appears twice")
-            out[key] = value
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{path}: the key {twice!r} appears twice")
         return out
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -256,9 +268,10 @@ def _check_shared(raw: Mapping[str, Any], where: str, used: bool) -> None:
 
 def _mtp(raw: Mapping[str, Any], where: str) -> tuple[int, str]:
     """Number of depths and pattern of the multi-token-prediction block."""
-    blocks = raw.get("num_nextn_predict_layers") or 0
+    blocks = raw.get("num_nextn_predict_layers")
+    blocks = 0 if blocks is None else blocks
     depths = raw.get("mtp_num_depths")
-    if blocks not in (0, 1) or isinstance(blocks, bool):
+    if type(blocks) is not int or blocks not in (0, 1):
         raise UserError(
             f"{where}: num_nextn_predict_layers is {blocks!r}; only 1 is supported: one physical "
             "block, applied mtp_num_depths times"
@@ -299,6 +312,13 @@ def _pattern(raw: Mapping[str, Any], text: str, names: str, where: str) -> str |
     return next(iter(found.values()), None)
 
 
+def eos_token_ids(value: list[Any], where: str) -> list[int]:
+    """A config.json's list of end-of-sequence ids. Raises UserError for one that is none."""
+    if not value or any(type(token) is not int or token < 0 for token in value):
+        raise UserError(f"{where}: eos_token_id must be a token id or a list of them, got {value}")
+    return value
+
+
 def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -310,10 +330,8 @@ def _typed(value: Any, annotation: str, name: str, where: str) -> Any:
         return None
     checks: dict[str, Callable[[Any], bool]] = {
         "bool": lambda v: isinstance(v, bool),
-        "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-        "float": lambda v: (
-            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-        ),
+        "int": lambda v: type(v) is int and abs(v) <= _LARGEST,
+        "float": lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max,
     }
     if not checks[kind](value):
         raise UserError(f"{where}: {name} must be {annotation}, got {value!r}")

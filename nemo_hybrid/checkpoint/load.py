@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.companions import Companions, read_companions
+from nemo_hybrid.checkpoint.directory import (
+    OneProcess,
+    Writer,
+    require_absent_or_empty,
+    write_directory,
+)
 from nemo_hybrid.checkpoint.files import resolve
-from nemo_hybrid.checkpoint.weights import load_weights, save_weights
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.checkpoint.names import from_hub, is_stacked
+from nemo_hybrid.checkpoint.tensors import TORCH_DTYPES, Header, tensor_bytes
+from nemo_hybrid.checkpoint.weights import (
+    INDEX,
+    Read,
+    Report,
+    Stored,
+    account,
+    copy_weights,
+    log_report,
+    read_headers,
+)
+from nemo_hybrid.checkpoint.writing import save_weights
+from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
+from nemo_hybrid.hf_config import config_from_hf, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
+
+log = logging.getLogger(__name__)
+
+Dtypes = Literal["default", "source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory accounted for, before any weight is read.
+
+    ``config_json`` is the file as it stands, ``config`` what it says.
+    """
+
+    config: HybridConfig
+    config_json: bytes
+    companions: Companions
+    stored: Stored
+    report: Report
+    reads: list[Read]
+
+
+# Beside the models instead of in them: the model's code knows nothing of files.
+_SOURCES: WeakKeyDictionary[HybridLM, Source] = WeakKeyDictionary()
 
 
 def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
@@ -20,30 +69,145 @@ def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def save_model(model: HybridLM, path: str | Path) -> None:
-    """Write a model of one process as a Hugging Face directory: whole, or not at all.
+def read_source(directory: Path, dtype: torch.dtype | None = None) -> tuple[Source, HybridLM]:
+    """Read config.json and all headers, and compare them; also gives the model, without storage,
+    in the dtype it is to have. ``dtype`` None: see `load_model`.
 
-    Raises UserError when path exists and is not empty, or cannot be written.
+    Raises UserError for files that cannot be read; what does not fit stands in the report.
     """
-    first = model.owned_experts.start
-    weights = ((name, tensor, first) for name, tensor in tensors_by_name(model).items())
-    save_weights(Path(path), model.config, weights)
+    path = directory / "config.json"
+    with naming("read", path):
+        config_json = path.read_bytes()
+    config = config_from_hf(parse_json(config_json, path), str(path))
+    stored = read_headers(directory)
+    _check_size(config, stored)
+    try:
+        with torch.device("meta"):
+            model = HybridLM(config).to(dtype or _lossless_dtype(stored))
+    except RuntimeError:  # more elements than 64 bits can count
+        raise UserError(f"{path} describes a model of impossible size") from None
+    report, reads = account(stored, tensors_by_name(model), None, config.n_routed_experts, {})
+    companions = read_companions(directory)
+    return Source(replace(config), config_json, companions, stored, report, reads), model
+
+
+def _check_size(config: HybridConfig, stored: Stored) -> None:
+    """Refuse a configuration of many more tensors than there are, before listing them all."""
+    pattern = config.pattern + (config.mtp_pattern if config.mtp_num_depths else "")
+    described = len(pattern) + pattern.count("E") * 2 * config.n_routed_experts
+    there = 0
+    for header in stored.headers.values():
+        for name, entry in header.entries.items():
+            stacked = is_stacked(from_hub(name)[0]) and entry.stop > entry.start
+            there += entry.shape[0] if stacked and entry.shape else 1
+    if described > 2 * there + 1000:
+        raise UserError(
+            f"{stored.directory}: config.json describes at least {described} tensors, but the "
+            f"weight files hold {there}"
+        )
+
+
+def _lossless_dtype(stored: Stored) -> torch.dtype:
+    dtypes = {
+        entry.dtype
+        for header in stored.headers.values()
+        for name, entry in header.entries.items()
+        if name.rpartition(".")[2] not in FP32_NAMES
+    }
+    return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
     """Build the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU.
 
-    ``dtype`` None: as config.json says. Parameters of the fp32 list stay fp32. Raises UserError
-    unless every tensor of the directory is accounted for.
+    ``dtype`` None: bf16 where all weights outside of the fp32 list are, else fp32, so that nothing
+    is rounded. Parameters of the fp32 list are fp32 always. Raises UserError, before memory is
+    taken, unless every tensor of the directory is accounted for.
     """
-    directory = resolve(path)
-    config = HybridConfig.from_hf(str(directory))
-    if dtype is None:
-        stored = read_json(directory / "config.json")
-        name = stored.get("dtype", stored.get("torch_dtype"))
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    with torch.device("meta"):
-        model = HybridLM(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    load_weights(directory, tensors_by_name(model), n_experts=config.n_routed_experts)
+    source, model = read_source(resolve(path), dtype)
+    source.report.raise_errors()
+    model = model.to_empty(device="cpu")
+    copy_weights(source.stored, source.reads, tensors_by_name(model))
+    log_report(source.report)
+    _SOURCES[model] = source
     return model
+
+
+def save_model(model: HybridLM, path: str | Path, dtypes: Dtypes = "default") -> None:
+    """Write a model of one process as a Hugging Face directory: whole, or not at all.
+
+    Tokenizer, generation config and list of end-of-sequence ids of the directory that the model
+    was loaded from are carried along. ``dtypes`` "default" writes our layout, the fp32 list in
+    fp32. "source" writes the files that the model was loaded from again, in their layout, names
+    and dtypes: byte for byte, as long as the weights are the same.
+
+    Raises UserError when path exists and is not empty, or cannot be written, and for "source"
+    where the model did not come from a directory, or lost precision on the way.
+    """
+    source = _SOURCES.get(model)
+    if dtypes == "source":
+        _save_as_source(model, Path(path), source)
+        return
+    if dtypes != "default":
+        raise UserError(f'dtypes must be "default" or "source", got {dtypes!r}')
+    first = model.owned_experts.start
+    weights = (
+        (name, tensor.float() if name.rpartition(".")[2] in FP32_NAMES else tensor, first)
+        for name, tensor in tensors_by_name(model).items()
+    )
+    save_weights(
+        Path(path), model.config, weights, companions=source.companions if source else None
+    )
+
+
+def _save_as_source(model: HybridLM, final: Path, source: Source | None) -> None:
+    if source is None:
+        raise UserError(
+            'dtypes="source" is for a model loaded from a directory (from_hf); this one was not: '
+            'leave it at "default"'
+        )
+    if source.report.rounded:
+        raise UserError(
+            f"the weights were rounded when they were loaded from {source.stored.directory}, so "
+            "its files cannot be written again: load without dtype"
+        )
+    if model.config != source.config:
+        raise UserError(
+            "the model's configuration was changed since it was loaded: save it with "
+            'dtypes="default"'
+        )
+    tensors = tensors_by_name(model)
+    rounded: list[str] = []
+
+    def write(writer: Writer) -> None:
+        for name, header in source.stored.headers.items():
+            writer.write(name, _parts_as_source(header, tensors, rounded))
+        if source.stored.index is not None:
+            writer.write(INDEX, [source.stored.index])
+        for name, content in {**source.companions.files, "config.json": source.config_json}.items():
+            writer.write(name, [content])
+
+    require_absent_or_empty(final)
+    write_directory(final, OneProcess(), write, lambda writer, parts: None)
+    if rounded:
+        log.warning(
+            "%s: %d tensors, which changed since they were loaded, were rounded to the dtypes of "
+            "the source; the first is %s", final, len(rounded), rounded[0],
+        )  # fmt: skip
+
+
+def _parts_as_source(
+    header: Header, tensors: dict[str, Tensor], rounded: list[str]
+) -> Iterator[bytes | memoryview]:
+    yield header.raw
+    for name, entry in header.entries.items():
+        own, expert = from_hub(name)
+        tensor = tensors[own].detach() if expert is None else tensors[own][expert].detach()
+        if tuple(tensor.shape) != entry.shape:
+            raise UserError(f"{name} has shape {list(tensor.shape)}, had {list(entry.shape)}")
+        cast = tensor.to(TORCH_DTYPES[entry.dtype])
+        if cast.dtype.itemsize < tensor.dtype.itemsize and not torch.equal(
+            cast.to(tensor.dtype), tensor
+        ):
+            rounded.append(name)
+        yield tensor_bytes(cast)

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.companions import Companions, read_tokenizer
 from nemo_hybrid.checkpoint.directory import World, Writer, on_rank_0, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError
 from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
-from nemo_hybrid.checkpoint.tensors import open_tensors, safetensors_parts
-from nemo_hybrid.checkpoint.weights import (
+from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
+from nemo_hybrid.checkpoint.writing import (
     MAX_SHARD_BYTES,
     Shards,
     Weights,
@@ -129,7 +130,8 @@ def save_checkpoint(
         shards = [part for part, _ in parts]
         index = _merge(listing for _, listing in parts)
         _check_complete(index, shards)
-        write_model_files(writer, config, shards, tokenizer_files)
+        companions = read_tokenizer(tokenizer_files) if tokenizer_files else Companions()
+        write_model_files(writer, config, shards, companions)
         writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
         state = {**run_state, "step": step, "format_version": FORMAT_VERSION}
         writer.write_text(RUN_STATE, files.to_json(state))
@@ -291,10 +293,9 @@ def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
     for fragment in wanted:
         _locate(directory, fragment, saved, reads)
     for file, pairs in reads.items():
-        with open_tensors(directory / file) as opened:
-            stored = set(opened.keys())
+        with TensorFile(directory / file) as opened:
             for piece, fragment in pairs:
-                _copy_overlap(opened, stored, directory / file, piece, fragment)
+                _copy_overlap(opened, piece, fragment)
     return state
 
 
@@ -342,21 +343,20 @@ def _locate(
             reads[piece.file].append((piece, fragment))
 
 
-def _copy_overlap(
-    opened: Any, stored: set[str], path: Path, piece: _Saved, fragment: Fragment
-) -> None:
+def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment) -> None:
     start, stop = max(piece.start, fragment.start), min(piece.stop, fragment.stop)
     for kind in KINDS:
         key = _key(fragment.name, piece.start, kind)
-        if key not in stored:
+        entry = opened.header.entries.get(key)
+        path = opened.path
+        if entry is None:
             raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {fragment.name}")
-        source = opened.get_slice(key)
-        if source.get_shape() != [piece.numel] or source.get_dtype() != "F32":
+        if entry.shape != (piece.numel,) or entry.dtype != "F32":
             raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
         target = fragment.tensors[kind].view(-1)
         with torch.no_grad():
             target[start - fragment.start : stop - fragment.start].copy_(
-                source[start - piece.start : stop - piece.start]
+                opened.read(key, range(start - piece.start, stop - piece.start))
             )
 
 
@@ -365,9 +365,9 @@ def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:
     path = directory / _rank_file(rank)
     if not path.is_file():
         return None
-    with open_tensors(path) as opened:
-        state: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return {**state, **json.loads((opened.metadata() or {}).get(_JSON, "{}"))}
+    with TensorFile(path) as opened:
+        state: dict[str, Any] = {name: opened.read(name) for name in opened.header.entries}
+        return {**state, **json.loads(opened.header.metadata.get(_JSON, "{}"))}
 
 
 def check_masters(weights: Weights, masters: Iterable[Fragment]) -> None:

@@ -1,20 +1,26 @@
-"""safetensors files: written as a stream, so that hashing needs no second pass and no copy.
+"""safetensors files, written and read as streams: no second pass to hash, no copy of a whole file.
 
 Format: https://github.com/huggingface/safetensors#format. Order of tensors and spacing of the
-header are those of the reference library, so that equal contents give equal bytes.
+header are those of the reference library, so that equal contents give equal bytes. What is read is
+checked more strictly than there: a key given twice is an error.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
+from nemo_hybrid.hf_config import parse_json
 
 # In the order in which the reference library places tensors (then by name).
 DTYPES: dict[torch.dtype, str] = {
@@ -31,12 +37,21 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _ORDER = list(DTYPES)
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the reference library's limit
+_MAX_DIMS = 8
 
 
 def safetensors_parts(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    fetch: Callable[[str], torch.Tensor] | None = None,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, one part per tensor; tensors may be on any device."""
+    """The bytes of a safetensors file, one part per tensor; tensors may be on any device.
+
+    With ``fetch`` the given tensors say shape and dtype only (they may be on the meta device), and
+    it is called for each tensor when its turn comes.
+    """
     names = sorted(tensors, key=lambda name: (_ORDER.index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -54,7 +69,7 @@ def safetensors_parts(
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         if tensors[name].numel():
-            yield tensor_bytes(tensors[name])
+            yield tensor_bytes(fetch(name) if fetch else tensors[name])
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -63,18 +78,126 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file lazily (``safetensors.safe_open``).
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor; offsets are bytes from the end of the header."""
 
-    Raises UserError naming path when it is absent, truncated, or its header is broken.
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """``raw``: the header as it stands in the file, its length included. ``entries`` are in the
+    order of the data, which they cover without gaps."""
+
+    raw: bytes
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class TensorFile:
+    """A safetensors file open for reading; a context manager.
+
+    Raises UserError naming the path when it is absent, truncated, or its header is broken; then
+    nothing larger than the header has been read.
     """
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a valid safetensors file: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming("read", path):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """A tensor, or consecutive rows of its first dimension; other bytes are not read."""
+        entry = self.header.entries[name]
+        shape, offset = entry.shape, entry.start
+        if rows is not None and shape[0]:
+            offset += rows.start * ((entry.stop - entry.start) // shape[0])
+            shape = (len(rows), *shape[1:])
+        tensor = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
+        self._fill(tensor_bytes(tensor), len(self.header.raw) + offset)
+        return tensor
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        with naming("read", self.path):
+            self._file.seek(offset)
+            while view:
+                count = self._file.readinto(view)
+                if not count:
+                    raise self._invalid("it ends early")
+                view = view[count:]
+
+    def _invalid(self, why: str) -> UserError:
+        return UserError(f"{self.path} is not a valid safetensors file: {why}")
+
+    def _read_header(self) -> Header:
+        with naming("read", self.path):
+            size = os.fstat(self._file.fileno()).st_size
+        if size < 8:
+            raise self._invalid("it is too short to have a header")
+        length = bytearray(8)
+        self._fill(memoryview(length), 0)
+        count = int.from_bytes(length, "little")
+        if count > min(size - 8, _MAX_HEADER):
+            raise self._invalid(f"its header claims {count} bytes, the file has {size}")
+        text = bytearray(count)
+        self._fill(memoryview(text), 8)
+        if text[:1] != b"{":
+            raise self._invalid("its header does not begin with {")
+        listing = parse_json(bytes(text), self.path)
+        try:
+            metadata = listing.pop("__metadata__", {})
+            valid = all(isinstance(text, str) for text in metadata.values())
+            entries = {name: _entry(**value) for name, value in listing.items()}
+            "".join([*entries, *metadata.keys(), *metadata.values()]).encode()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._invalid(f"its header does not describe tensors ({error})") from None
+        if not valid:
+            raise self._invalid("its metadata are not texts")
+        ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+        reached = 0
+        for name, entry in ordered:
+            if entry.start != reached:
+                raise self._invalid(f"the data before {name} have a gap or overlap")
+            reached = entry.stop
+        if reached != size - 8 - count:
+            raise self._invalid(f"it has {size - 8 - count} bytes of data, its header {reached}")
+        return Header(bytes(length + text), dict(ordered), metadata)
+
+
+def _entry(dtype: Any, shape: Any, data_offsets: Any) -> Entry:
+    """One entry of a header. Raises ValueError or TypeError unless it makes sense by itself."""
+    start, stop = data_offsets
+    for numbers in (shape, data_offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int for n in numbers):
+            raise ValueError(f"not whole numbers: {str(numbers)[:80]}")
+        if any(not 0 <= n < 1 << 63 for n in numbers):
+            raise ValueError(f"out of range: {str(numbers)[:80]}")
+    if not isinstance(dtype, str) or start > stop or len(shape) > _MAX_DIMS:
+        raise ValueError(f"impossible: {dtype!r:.80}, {str(shape)[:80]}, {start} to {stop}")
+    known = TORCH_DTYPES.get(dtype)
+    if known is not None and prod(shape) * known.itemsize != stop - start:
+        raise ValueError(f"{dtype} {shape} does not take {stop - start} bytes")
+    return Entry(dtype, tuple(shape), start, stop)

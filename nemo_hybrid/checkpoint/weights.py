@@ -1,176 +1,40 @@
-"""Weights in Hugging Face directories: shards and one index, written by all ranks, read by any.
+"""Weights from Hugging Face directories.
 
 Reading happens in two passes. The first opens headers only and accounts for every tensor: mapped,
 skipped with a reason, or an error. The second copies, and runs only when there was no error.
+
+A file may be a symbolic link, also to elsewhere: the Hugging Face cache consists of such links.
+What the index says may not leave the directory.
 
 Shapes: E experts.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
-    World,
-    Writer,
-    on_rank_0,
-    require_absent_or_empty,
-    write_directory,
-)
-from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked, to_hub
-from nemo_hybrid.checkpoint.tensors import DTYPES, open_tensors, safetensors_parts
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
+from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import config_to_hf, read_json
+from nemo_hybrid.hf_config import parse_json
 
-Weights = Iterable[tuple[str, torch.Tensor, int]]
-"""(our name, tensor, first expert). The last counts for stacked experts only: the global index
-of the tensor's first one."""
+log = logging.getLogger(__name__)
 
-MAX_SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 _READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 8  # problems that an error message lists
-
-
-# ---- writing ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Shards:
-    """What one rank wrote: file and size in bytes of every tensor, by name on disk."""
-
-    file_of: dict[str, str] = field(default_factory=dict)
-    bytes_of: dict[str, int] = field(default_factory=dict)
-    dtypes: set[str] = field(default_factory=set)
-
-
-def write_shards(
-    writer: Writer, weights: Weights, rank: int, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> Shards:
-    """Write this rank's tensors as ``model-rRRRRR-NNNNN.safetensors`` files.
-
-    Every tensor must come from exactly one rank. A shard holds at least one tensor.
-    """
-    shards = Shards()
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = 0
-    count = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes, count
-        if not pending:
-            return
-        count += 1
-        name = f"model-r{rank:05d}-{count:05d}.safetensors"
-        writer.write(name, safetensors_parts(pending, {"format": "pt"}))
-        for key, tensor in pending.items():
-            shards.file_of[key] = name
-            shards.bytes_of[key] = tensor.numel() * tensor.element_size()
-            shards.dtypes.add(DTYPES[tensor.dtype])
-        pending, pending_bytes = {}, 0
-
-    for own_name, tensor, first_expert in weights:
-        for name, part in to_hub(own_name, tensor, first_expert):
-            size = part.numel() * part.element_size()
-            if pending_bytes + size > max_shard_bytes:
-                flush()
-            if name in pending or name in shards.file_of:
-                raise ValueError(f"{name} was given twice")
-            pending[name] = part
-            pending_bytes += size
-    flush()
-    return shards
-
-
-def write_model_files(
-    writer: Writer, config: HybridConfig, parts: list[Shards], tokenizer_files: Path | None
-) -> None:
-    """Write, on rank 0, what describes all shards: index, config.json, generation config, and
-    copies of the tokenizer's files. Raises UserError when a tensor came from two ranks, or from
-    none as far as experts go."""
-    file_of: dict[str, str] = {}
-    for part in parts:
-        for name, file in part.file_of.items():
-            if name in file_of:
-                raise UserError(f"{name} was written by two ranks: {file_of[name]} and {file}")
-            file_of[name] = file
-    _check_experts(file_of, config.n_routed_experts)
-    total = sum(sum(part.bytes_of.values()) for part in parts)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
-    writer.write_text(INDEX, files.to_json(index))
-    dtype = "bfloat16" if any("BF16" in part.dtypes for part in parts) else "float32"
-    writer.write_text("config.json", files.to_json(config_to_hf(config, dtype)))
-    generation = {
-        "_from_model_config": True,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    writer.write_text("generation_config.json", files.to_json(generation))
-    if tokenizer_files is not None:
-        _copy_tokenizer(writer, tokenizer_files)
-
-
-def _check_experts(written: Iterable[str], n_experts: int) -> None:
-    counts = Counter(own for own, expert in map(from_hub, written) if expert is not None)
-    for name, count in counts.items():
-        if count != n_experts:
-            raise UserError(f"{name}: {count} of {n_experts} experts were written")
-
-
-def _copy_tokenizer(writer: Writer, directory: Path) -> None:
-    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-    if not found:
-        raise UserError(f"{directory} holds no tokenizer.json")
-    for path in found:
-        with naming("read", path):
-            content = path.read_bytes()
-        writer.write(path.name, [content])
-
-
-def save_weights(
-    final: Path,
-    config: HybridConfig,
-    weights: Weights,
-    *,
-    world: World | None = None,
-    tokenizer_files: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a Hugging Face directory (no training state): whole, or not at all.
-
-    Raises UserError when final exists and is not empty, or cannot be written.
-    """
-    world = world or OneProcess()
-    on_rank_0(world, lambda: require_absent_or_empty(final))
-    write_directory(
-        final,
-        world,
-        lambda writer: write_shards(writer, weights, world.rank, max_shard_bytes),
-        lambda writer, parts: write_model_files(writer, config, parts, tokenizer_files),
-    )
-
-
-# ---- reading ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -194,6 +58,11 @@ class Report:
     def having(self, status: str) -> list[Finding]:
         return [f for f in self.findings if f.status == status]
 
+    @property
+    def rounded(self) -> list[Finding]:
+        """The tensors that lost precision on their way into the model."""
+        return [f for f in self.having("mapped") if f.note.startswith(_ROUNDED)]
+
     def summary(self) -> str:
         """One line per kind of outcome, with counts."""
         kinds = Counter((f.status, f.note) for f in self.findings)
@@ -211,7 +80,42 @@ class Report:
         lines = [f"  {f.name}: {f.note}" for f in errors[:_SHOWN]]
         if len(errors) > _SHOWN:
             lines.append(f"  and {len(errors) - _SHOWN} more")
+        if all(f.note == _MISSING and f.name.startswith("mtp.") for f in errors):
+            lines.append(
+                "Some programs drop the MTP block when they save. To go on without it, set "
+                "num_nextn_predict_layers to 0 in config.json and remove mtp_num_depths"
+            )
         raise UserError(f"{self.directory} does not fit the model:\n" + "\n".join(lines))
+
+
+_MISSING = "missing"
+_ROUNDED = "rounded"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the weight files of a directory hold, from their headers alone.
+
+    ``headers`` by file name; ``index`` as it stands in its file, and what it says (None: there is
+    one file and no index).
+    """
+
+    directory: Path
+    headers: dict[str, Header]
+    index: bytes | None
+    weight_map: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Read:
+    """One read: ``rows`` (None: all) of the tensor ``name`` on disk into the tensor ``own`` of
+    ours, or where ``expert`` is given into that matrix of it."""
+
+    file: str
+    name: str
+    own: str
+    expert: int | None = None
+    rows: range | None = None
 
 
 def load_weights(
@@ -224,21 +128,50 @@ def load_weights(
 ) -> Report:
     """Copy a directory's weights into ``targets`` (our name -> tensor), shard by shard.
 
-    Stacked targets [len(owned_experts), ...] receive the owned experts only (None: all of them);
-    ``n_experts`` is the model's number of experts, so that missing ones are noticed on every rank
-    alike. ``skip`` maps prefixes of our names to the reason why such tensors stay in the file.
-    BF16 values are widened where the target is fp32, and fp32 ones rounded where it is BF16.
+    Stacked targets [len(owned_experts), ...] receive the owned experts only (None: all of them),
+    and only these are read; ``n_experts`` is the model's number of experts, so that missing ones
+    are noticed on every rank alike. ``skip`` maps prefixes of our names to the reason why such
+    tensors stay in the file. BF16 values are widened where the target is fp32, and fp32 ones
+    rounded where it is BF16.
 
     Raises UserError, before anything is copied, unless every tensor is mapped or skipped.
     """
-    report, plan = _audit(directory, targets, owned_experts, n_experts, skip or {})
+    stored = read_headers(directory)
+    report, reads = account(stored, targets, owned_experts, n_experts, skip or {})
     report.raise_errors()
-    with torch.no_grad():
-        for file, copies in plan.items():
-            with open_tensors(directory / file) as opened:
-                for name, target in copies:
-                    target.copy_(opened.get_tensor(name))
+    copy_weights(stored, reads, targets)
+    log_report(report)
     return report
+
+
+def audit(
+    directory: Path,
+    targets: Mapping[str, torch.Tensor],
+    owned_experts: range | None = None,
+    *,
+    n_experts: int | None = None,
+    skip: Mapping[str, str] | None = None,
+) -> Report:
+    """What `load_weights` would do, errors included; the targets may be on the meta device.
+
+    Raises UserError only for files that cannot be read at all.
+    """
+    return account(read_headers(directory), targets, owned_experts, n_experts, skip or {})[0]
+
+
+def log_report(report: Report) -> None:
+    """Log what was done with the tensors; a warning where values were rounded."""
+    log.log(logging.WARNING if report.rounded else logging.INFO, "%s", report.summary())
+
+
+def read_headers(directory: Path) -> Stored:
+    """Read index and headers. Raises UserError for the first file that is not what it should be."""
+    index, names, weight_map = _read_index(directory)
+    headers = {}
+    for name in names:
+        with TensorFile(directory / name) as file:
+            headers[name] = file.header
+    return Stored(directory, headers, index, weight_map)
 
 
 def shard_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -246,103 +179,131 @@ def shard_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
     Raises UserError for an index that names an absent file or one outside the directory.
     """
-    index = directory / INDEX
-    if not index.is_file():
+    return _read_index(directory)[1:]
+
+
+def _read_index(directory: Path) -> tuple[bytes | None, list[str], dict[str, str] | None]:
+    path = directory / INDEX
+    if not path.is_file():
         if not (directory / SINGLE).is_file():
             raise UserError(f"{directory} holds neither {INDEX} nor {SINGLE}")
-        return [SINGLE], None
-    weight_map = read_json(index).get("weight_map")
+        return None, [SINGLE], None
+    with naming("read", path):
+        content = path.read_bytes()
+    weight_map = parse_json(content, path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map is missing or empty")
+        raise UserError(f"{path}: weight_map is missing or empty")
     names = set()
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or re.fullmatch(r"[^/\\\0]+\.safetensors", name) is None:
             raise UserError(
-                f"{index}: {tensor} is in {name!r}, which is not a .safetensors file of this "
+                f"{path}: {tensor} is in {name!r}, which is not a .safetensors file of this "
                 "directory"
             )
         names.add(name)
     for name in sorted(names):
-        if not (directory / name).is_file():
-            raise UserError(f"{index} names {name}, which is not there")
-    return sorted(names), weight_map
+        # Unlike Path.is_file, this is False for names that cannot exist, too.
+        if not os.path.isfile(directory / name):
+            raise UserError(f"{path} names {name!r}, which is not there")
+    return content, sorted(names), weight_map
 
 
-def _audit(
-    directory: Path,
+def account(
+    stored: Stored,
     targets: Mapping[str, torch.Tensor],
     owned: range | None,
     n_experts: int | None,
     skip: Mapping[str, str],
-) -> tuple[Report, dict[str, list[tuple[str, torch.Tensor]]]]:
-    """Account for every tensor from headers alone; and the copies to make, by file."""
+) -> tuple[Report, list[Read]]:
+    """Account for every tensor from headers alone; and the reads to make, file by file."""
+    if owned is None:
+        owned = range(max((len(t) for name, t in targets.items() if is_stacked(name)), default=0))
+    n_experts = n_experts or owned.stop
     expected = _expected(targets, owned, n_experts)
-    names, weight_map = shard_files(directory)
-    report = Report(directory)
-    plan: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    report = Report(stored.directory)
+    reads: list[Read] = []
     seen: dict[tuple[str, int | None], str] = {}
 
-    def note(
-        name: str, status: Literal["mapped", "skipped", "error"], dtype: str, why: str
-    ) -> None:
-        report.findings.append(Finding(name, status, dtype, why))
+    def judge(file: str, name: str, entry: Entry) -> tuple[Literal["mapped", "skipped"], str]:
+        """Status and note of a tensor; raises ValueError saying what is wrong with it."""
+        own, expert = from_hub(name)
+        if stored.weight_map is not None and stored.weight_map.get(name) != file:
+            listed = stored.weight_map.get(name)
+            where = f"places it in {listed}" if listed else "does not list it"
+            raise ValueError(f"{file} holds it, but the index {where}")
+        # Some writers keep the experts stacked: one tensor in the place of E.
+        stacked = expert is None and is_stacked(own)
+        places = [(own, e) for e in range(n_experts)] if stacked else [(own, expert)]
+        twin = next((seen[place] for place in places if place in seen), None)
+        if twin is not None:
+            raise ValueError(f"is the same tensor as {twin}")
+        seen.update(dict.fromkeys(places, name))
+        reason = _skip_reason(own, skip)
+        if reason is not None:
+            return "skipped", reason
+        if not places or places[0] not in expected:
+            raise ValueError("unexpected: the model has no such tensor")
+        shape = expected[places[0]]
+        _check(entry, (n_experts, *shape) if stacked else shape)
+        if expert is not None and expert not in owned:
+            return "skipped", "expert of another rank"
+        local = None if expert is None else expert - owned.start
+        reads.append(Read(file, name, own, local, owned if stacked else None))
+        return "mapped", _conversion(entry.dtype, targets[own].dtype)
 
-    for file in names:
-        with open_tensors(directory / file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                header = opened.get_slice(name)
-                dtype, shape = header.get_dtype(), tuple(header.get_shape())
-                address = from_hub(name)
-                indexed = file if weight_map is None else weight_map.get(name)
-                if indexed != file:
-                    where = "does not list it" if indexed is None else f"places it in {indexed}"
-                    note(name, "error", dtype, f"{file} holds it, but the index {where}")
-                    continue
-                if address in seen:
-                    note(name, "error", dtype, f"is the same tensor as {seen[address]}")
-                    continue
-                seen[address] = name
-                reason = _skip_reason(address[0], skip)
-                if reason is not None:
-                    note(name, "skipped", dtype, reason)
-                elif address not in expected:
-                    note(name, "error", dtype, "unexpected: the model has no such tensor")
-                else:
-                    like, target = expected[address]
-                    wrong = _mismatch(dtype, shape, tuple(like.shape))
-                    if wrong:
-                        note(name, "error", dtype, wrong)
-                    elif target is None:
-                        note(name, "skipped", dtype, "expert of another rank")
-                    else:
-                        note(name, "mapped", dtype, _conversion(dtype, target.dtype))
-                        plan[file].append((name, target))
+    for file, header in stored.headers.items():
+        for name, entry in header.entries.items():
+            try:
+                status, why = judge(file, name, entry)
+            except ValueError as error:
+                report.findings.append(Finding(name, "error", entry.dtype, str(error)))
+            else:
+                report.findings.append(Finding(name, status, entry.dtype, why))
     found = {finding.name for finding in report.findings}
-    for name, file in (weight_map or {}).items():
+    for name, file in (stored.weight_map or {}).items():
         if name not in found:
-            note(name, "error", "", f"the index places it in {file}, which does not hold it")
+            why = f"the index places it in {file}, which does not hold it"
+            report.findings.append(Finding(name, "error", "", why))
     for own, expert in expected:
         if (own, expert) not in seen and _skip_reason(own, skip) is None:
             name = own if expert is None else expert_name(own, expert)
-            note(name, "error", "", "missing")
-    return report, plan
+            report.findings.append(Finding(name, "error", "", _MISSING))
+    return report, reads
+
+
+def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:
+    """Make the reads. Raises UserError when a file is not the one whose header was read."""
+    with torch.no_grad():
+        for name, group in groupby(reads, key=lambda read: read.file):
+            with reopen(stored, name) as file:
+                for read in group:
+                    target = targets[read.own]
+                    target = target if read.expert is None else target[read.expert]
+                    target.copy_(file.read(read.name, read.rows))
+
+
+def reopen(stored: Stored, name: str) -> TensorFile:
+    """Open one of the files again. Raises UserError when it changed."""
+    file = TensorFile(stored.directory / name)
+    if file.header.raw != stored.headers[name].raw:
+        file.close()
+        raise UserError(f"{file.path} changed while it was being read; try again")
+    return file
 
 
 def _expected(
-    targets: Mapping[str, torch.Tensor], owned: range | None, n_experts: int | None
-) -> dict[tuple[str, int | None], tuple[torch.Tensor, torch.Tensor | None]]:
-    """(our name, expert) -> a tensor of its shape, and where to copy it (None: another rank's)."""
-    expected: dict[tuple[str, int | None], tuple[torch.Tensor, torch.Tensor | None]] = {}
+    targets: Mapping[str, torch.Tensor], owned: range, n_experts: int
+) -> dict[tuple[str, int | None], tuple[int, ...]]:
+    """(our name, expert) -> the shape it has where every expert stands by itself."""
+    expected: dict[tuple[str, int | None], tuple[int, ...]] = {}
     for name, target in targets.items():
         if not is_stacked(name):
-            expected[name, None] = (target, target)
+            expected[name, None] = tuple(target.shape)
             continue
-        mine = range(len(target)) if owned is None else owned
-        if len(mine) != len(target):
-            raise ValueError(f"{name} holds {len(target)} experts, but {len(mine)} are owned")
-        for expert in range(n_experts or mine.stop):
-            here = target[expert - mine.start] if expert in mine else None
-            expected[name, expert] = (target[0], here)
+        if len(owned) != len(target):
+            raise ValueError(f"{name} holds {len(target)} experts, but {len(owned)} are owned")
+        for expert in range(n_experts):
+            expected[name, expert] = tuple(target.shape[1:])
     return expected
 
 
@@ -350,29 +311,18 @@ def _skip_reason(own_name: str, skip: Mapping[str, str]) -> str | None:
     return next((why for prefix, why in skip.items() if own_name.startswith(prefix)), None)
 
 
-def _mismatch(dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    if shape != expected:
-        return f"has shape {list(shape)}, the model expects {list(expected)}"
-    if dtype not in _READABLE:
-        return f"has dtype {dtype}; only {', '.join(_READABLE)} weights can be read"
-    return ""
+def _check(entry: Entry, expected: tuple[int, ...]) -> None:
+    if entry.shape != expected:
+        raise ValueError(f"has shape {list(entry.shape)}, the model expects {list(expected)}")
+    if entry.dtype not in _READABLE:
+        raise ValueError(
+            f"has dtype {entry.dtype}; only {', '.join(_READABLE)} weights can be read"
+        )
 
 
 def _conversion(dtype: str, target: torch.dtype) -> str:
     source = _READABLE[dtype]
     if source == target:
         return ""
-    word = "widened" if target == torch.float32 else "rounded"
+    word = "widened" if target == torch.float32 else _ROUNDED
     return f"{word} from {dtype} to {DTYPES[target]}"
-
-
-def audit(
-    directory: Path, targets: Mapping[str, torch.Tensor], *, n_experts: int | None = None
-) -> Report:
-    """Account for every tensor of a directory from headers alone.
-
-    ``targets`` are those of ``load_weights``, which may be on the meta device. Tensors that do not
-    fit are in the report; raises UserError where a header or the index itself cannot be read.
-    """
-    report, _ = _audit(directory, targets, None, n_experts, {})
-    return report

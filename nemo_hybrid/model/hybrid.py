@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +78,21 @@ class HybridLM(nn.Module):
     def from_hf(cls, path: str, dtype: torch.dtype | None = None) -> "HybridLM":
         """Load a local directory (run, checkpoint or Hugging Face), every tensor accounted for.
 
-        ``dtype`` None: as stored. Raises UserError.
+        ``dtype`` None: bf16 or fp32, whichever rounds nothing. Raises UserError.
         """
         from nemo_hybrid.checkpoint.load import load_model
 
         return load_model(path, dtype)
 
-    def save_hf(self, path: str) -> None:
+    def save_hf(self, path: str, dtypes: Literal["default", "source"] = "default") -> None:
         """Write a Hugging Face directory: config.json and safetensors, one key per expert.
 
-        Raises UserError when path exists and is not empty.
+        ``dtypes`` "source", after `from_hf`: the very files that were read, in their dtypes; else
+        the fp32 list is written in fp32. Raises UserError when path exists and is not empty.
         """
         from nemo_hybrid.checkpoint.load import save_model
 
-        save_model(self, path)
+        save_model(self, path, dtypes)
 
     def forward(self, input_ids: Tensor, mtp: bool = False) -> HybridOutput:
         """Logits of ``input_ids`` [B, S], one document per row."""

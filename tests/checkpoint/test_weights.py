@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from nemo_hybrid.checkpoint.directory import OneProcess
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked, to_hub
 from nemo_hybrid.checkpoint.tensors import safetensors_parts
-from nemo_hybrid.checkpoint.weights import load_weights, save_weights
+from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 
@@ -190,7 +191,7 @@ WRONG = {
     ),
     "not indexed": (lambda s, i: i.pop(A_LOG), "the index does not list it"),
     "indexed, not there": (lambda s, i: s[0].pop(A_LOG), "does not hold it"),
-    "absent file": (lambda s, i: i.update({A_LOG: "c.safetensors"}), "names c.safetensors"),
+    "absent file": (lambda s, i: i.update({A_LOG: "c.safetensors"}), "names 'c.safetensors'"),
     "parent": (lambda s, i: i.update({A_LOG: "../a.safetensors"}), "not a .safetensors file of"),
     "absolute": (lambda s, i: i.update({A_LOG: "/a.safetensors"}), "not a .safetensors file of"),
     "pickle": (lambda s, i: i.update({A_LOG: "a.bin"}), "not a .safetensors file of"),

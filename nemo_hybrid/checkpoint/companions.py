@@ -1,0 +1,56 @@
+"""Files that travel with weights unchanged: tokenizer, generation settings, end-of-sequence ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
+from nemo_hybrid.hf_config import eos_token_ids, parse_json, read_json
+
+GENERATION = "generation_config.json"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION,
+)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """``files``: contents by name. ``eos_token_ids``: config.json's, where it holds a list; a
+    model's configuration keeps the first alone."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    eos_token_ids: list[int] | None = None
+
+
+def read_companions(directory: Path) -> Companions:
+    """Read what a Hugging Face directory, or a token store, holds of them.
+
+    Raises UserError for a generation_config.json or a list of ids that is none.
+    """
+    files = {}
+    for path in (directory / name for name in _FILES):
+        if path.is_file():
+            with naming("read", path):
+                files[path.name] = path.read_bytes()
+    if GENERATION in files:
+        parse_json(files[GENERATION], directory / GENERATION)
+    config = directory / "config.json"
+    ids = read_json(config).get("eos_token_id") if config.is_file() else None
+    return Companions(files, eos_token_ids(ids, str(config)) if isinstance(ids, list) else None)
+
+
+def read_tokenizer(directory: Path) -> Companions:
+    """The same from a directory that must hold a tokenizer. Raises UserError."""
+    companions = read_companions(directory)
+    if "tokenizer.json" not in companions.files:
+        raise UserError(f"{directory} holds no tokenizer.json")
+    return companions

@@ -1,0 +1,110 @@
+"""`import`: a Hugging Face directory into a new one of our layout, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.directory import (
+    OneProcess,
+    Writer,
+    require_absent_or_empty,
+    write_directory,
+)
+from nemo_hybrid.checkpoint.files import resolve
+from nemo_hybrid.checkpoint.load import Source, read_source, tensors_by_name
+from nemo_hybrid.checkpoint.names import expert_name
+from nemo_hybrid.checkpoint.tensors import TensorFile
+from nemo_hybrid.checkpoint.weights import Read, Report, log_report, reopen
+from nemo_hybrid.checkpoint.writing import Shards, write_model_files
+from nemo_hybrid.data.progress import progress_bar
+
+REPORT = "import_report.json"
+
+
+def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> Report:
+    """Copy a Hugging Face directory into our layout: the names of `checkpoint.names`, the fp32
+    list in fp32, the other weights in bf16 if all of them are and in fp32 otherwise.
+
+    Every tensor is accounted for before anything is written; the account is returned, and stands
+    in import_report.json. Each file becomes one file, and no more than one tensor is in memory.
+    ``out`` is whole or absent.
+
+    Raises UserError when a tensor is neither mapped nor skipped, when source cannot be read, and
+    when out exists and is not empty, or cannot be written.
+    """
+    require_absent_or_empty(out)
+    read, model = read_source(resolve(source))
+    read.report.raise_errors()
+
+    def write(writer: Writer) -> Shards:
+        total = sum(
+            entry.stop - entry.start
+            for header in read.stored.headers.values()
+            for entry in header.entries.values()
+        )
+        with progress_bar(f"importing {read.stored.directory}", total, show_progress) as done:
+            return _write(writer, read, tensors_by_name(model), done)
+
+    def finish(writer: Writer, parts: list[Shards]) -> None:
+        write_model_files(writer, read.config, parts, read.companions)
+        report = {
+            "source": str(read.stored.directory),
+            "summary": read.report.summary(),
+            "tensors": [asdict(finding) for finding in read.report.findings],
+        }
+        writer.write_text(REPORT, files.to_json(report))
+
+    write_directory(out, OneProcess(), write, finish)
+    log_report(read.report)
+    return read.report
+
+
+def _write(
+    writer: Writer,
+    source: Source,
+    targets: dict[str, torch.Tensor],
+    done: Callable[[float], None],
+) -> Shards:
+    shards = Shards()
+    bytes_read = 0
+    for file_name, group in groupby(source.reads, key=lambda read: read.file):
+        like: dict[str, torch.Tensor] = {}
+        reads: dict[str, Read] = {}
+        for read in group:
+            for name, part in _split(read):
+                own = targets[read.own]
+                like[name] = own if part.expert is None else own[part.expert]
+                reads[name] = part
+        with reopen(source.stored, file_name) as file:
+
+            def fetch(
+                name: str,
+                file: TensorFile = file,
+                reads: dict[str, Read] = reads,
+                like: dict[str, torch.Tensor] = like,
+            ) -> torch.Tensor:
+                nonlocal bytes_read
+                tensor = file.read(reads[name].name, reads[name].rows)
+                bytes_read += tensor.nbytes
+                done(bytes_read)
+                return tensor.to(like[name].dtype)
+
+            shards.write(writer, like, fetch)
+    return shards
+
+
+def _split(read: Read) -> list[tuple[str, Read]]:
+    """Names on disk that a read is written under: one for each expert."""
+    if read.rows is None:
+        name = read.own if read.expert is None else expert_name(read.own, read.expert)
+        return [(name, read)]
+    return [
+        (expert_name(read.own, e), Read(read.file, read.name, read.own, e, range(e, e + 1)))
+        for e in read.rows
+    ]

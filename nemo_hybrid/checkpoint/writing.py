@@ -1,0 +1,148 @@
+"""Weights into Hugging Face directories: shards and one index, written by all ranks.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.companions import GENERATION, Companions
+from nemo_hybrid.checkpoint.directory import (
+    OneProcess,
+    World,
+    Writer,
+    on_rank_0,
+    require_absent_or_empty,
+    write_directory,
+)
+from nemo_hybrid.checkpoint.names import from_hub, to_hub
+from nemo_hybrid.checkpoint.tensors import DTYPES, safetensors_parts
+from nemo_hybrid.checkpoint.weights import INDEX
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.hf_config import config_to_hf
+
+Weights = Iterable[tuple[str, torch.Tensor, int]]
+"""(our name, tensor, first expert). The last counts for stacked experts only: the global index
+of the tensor's first one."""
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+@dataclass
+class Shards:
+    """What one rank wrote: file and size in bytes of every tensor, by name on disk."""
+
+    rank: int = 0
+    count: int = 0
+    file_of: dict[str, str] = field(default_factory=dict)
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    dtypes: set[str] = field(default_factory=set)
+
+    def write(
+        self,
+        writer: Writer,
+        tensors: Mapping[str, torch.Tensor],
+        fetch: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
+        """Write one more file, ``model-rRRRRR-NNNNN.safetensors``; see `safetensors_parts`."""
+        for name in tensors:
+            if name in self.file_of:
+                raise ValueError(f"{name} was given twice")
+        self.count += 1
+        file = f"model-r{self.rank:05d}-{self.count:05d}.safetensors"
+        writer.write(file, safetensors_parts(tensors, {"format": "pt"}, fetch))
+        for name, tensor in tensors.items():
+            self.file_of[name] = file
+            self.bytes_of[name] = tensor.numel() * tensor.element_size()
+            self.dtypes.add(DTYPES[tensor.dtype])
+
+
+def write_shards(
+    writer: Writer, weights: Weights, rank: int, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Shards:
+    """Write this rank's tensors. Every tensor must come from exactly one rank; a shard holds at
+    least one."""
+    shards = Shards(rank)
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
+    for own_name, tensor, first_expert in weights:
+        for name, part in to_hub(own_name, tensor, first_expert):
+            size = part.numel() * part.element_size()
+            if pending and pending_bytes + size > max_shard_bytes:
+                shards.write(writer, pending)
+                pending, pending_bytes = {}, 0
+            if name in pending:
+                raise ValueError(f"{name} was given twice")
+            pending[name] = part
+            pending_bytes += size
+    if pending:
+        shards.write(writer, pending)
+    return shards
+
+
+def write_model_files(
+    writer: Writer, config: HybridConfig, parts: list[Shards], companions: Companions
+) -> None:
+    """Write, on rank 0, what describes all shards: index, config.json, and the companions; a
+    generation config is made where they hold none. Raises UserError when a tensor came from two
+    ranks, or from none as far as experts go."""
+    file_of: dict[str, str] = {}
+    for part in parts:
+        for name, file in part.file_of.items():
+            if name in file_of:
+                raise UserError(f"{name} was written by two ranks: {file_of[name]} and {file}")
+            file_of[name] = file
+    _check_experts(file_of, config.n_routed_experts)
+    total = sum(sum(part.bytes_of.values()) for part in parts)
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    writer.write_text(INDEX, files.to_json(index))
+    dtype = "bfloat16" if any("BF16" in part.dtypes for part in parts) else "float32"
+    described = config_to_hf(config, dtype)
+    ids = companions.eos_token_ids
+    if ids and ids[0] == config.eos_token_id:
+        described["eos_token_id"] = ids
+    writer.write_text("config.json", files.to_json(described))
+    if GENERATION not in companions.files:
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {"_from_model_config": True, **{name: described[name] for name in tokens}}
+        writer.write_text(GENERATION, files.to_json(generation))
+    for name, content in companions.files.items():
+        writer.write(name, [content])
+
+
+def _check_experts(written: Iterable[str], n_experts: int) -> None:
+    counts = Counter(own for own, expert in map(from_hub, written) if expert is not None)
+    for name, count in counts.items():
+        if count != n_experts:
+            raise UserError(f"{name}: {count} of {n_experts} experts were written")
+
+
+def save_weights(
+    final: Path,
+    config: HybridConfig,
+    weights: Weights,
+    *,
+    world: World | None = None,
+    companions: Companions | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face directory (no training state): whole, or not at all.
+
+    Raises UserError when final exists and is not empty, or cannot be written.
+    """
+    world = world or OneProcess()
+    on_rank_0(world, lambda: require_absent_or_empty(final))
+    write_directory(
+        final,
+        world,
+        lambda writer: write_shards(writer, weights, world.rank, max_shard_bytes),
+        lambda writer, parts: write_model_files(writer, config, parts, companions or Companions()),
+    )
