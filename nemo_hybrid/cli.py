@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_hybrid import __version__
-from nemo_hybrid.config import EvalOptions, GenerateOptions, PrepareOptions, RunConfig
+from nemo_hybrid.config import (
+    CompareOptions,
+    EvalOptions,
+    GenerateOptions,
+    ImportOptions,
+    InspectOptions,
+    PrepareOptions,
+    RunConfig,
+)
 from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
 from nemo_hybrid.errors import TrainingError, UserError
 from nemo_hybrid.options import new_parser, options_parser, read_options, suggest, take_words
@@ -26,7 +34,9 @@ if TYPE_CHECKING:
 PROG = "nemo-hybrid"
 STATUSES = (
     "Exit status: 0 done, 1 internal failure (or, from doctor, a required package that does not "
-    "work), 2 mistake in options, files or layout, 3 the training itself failed, 130 interrupted. "
+    "work), 2 mistake in options, files or layout (from inspect: tensors that do not fit), 3 the "
+    "training itself failed (from compare-logprobs: the difference exceeds --tolerance, or is no "
+    "number), 130 interrupted. "
     "torchrun ends with 1 whatever its processes end with."
 )
 DEFAULT_CORPUS_RUN = Path(__file__).parent.parent / "configs" / "run" / "pretrain_tiny_cpu.yaml"
@@ -181,6 +191,37 @@ def _eval(words: list[str]) -> int:
     return 0
 
 
+def _import(words: list[str]) -> int:
+    options = read_options(ImportOptions, _command_parser("import"), words)
+    options.validate()
+    from nemo_hybrid.checkpoint.convert import import_directory
+
+    print(import_directory(Path(options.paths[0]), Path(options.out)).summary())
+    print(
+        f"written to {options.out}; go on with\n"
+        f"  {PROG} inspect {options.out}\n"
+        f"  {PROG} generate --from {options.out} --prompt TEXT\n"
+        f"  {PROG} pretrain --model.from_hf {options.out} --config FILE"
+    )
+    return 0
+
+
+def _inspect(words: list[str]) -> int:
+    options = read_options(InspectOptions, _command_parser("inspect"), words)
+    options.validate()
+    from nemo_hybrid.inspection import inspect_command
+
+    return inspect_command(options)
+
+
+def _compare_logprobs(words: list[str]) -> int:
+    options = read_options(CompareOptions, _command_parser("compare-logprobs"), words)
+    options.validate()
+    from nemo_hybrid.logprobs import compare_command
+
+    return compare_command(options)
+
+
 def _doctor(words: list[str]) -> int:
     if words:
         raise UserError(f"doctor takes no options, got {' '.join(words)}")
@@ -194,6 +235,11 @@ COMMANDS = {
     "pretrain": Command("Train a model from its first step, or resume.", RunConfig, _pretrain),
     "eval": Command("Measure a trained model's losses on held-out data.", EvalOptions, _eval),
     "generate": Command("Continue a prompt with a trained model.", GenerateOptions, _generate),
+    "import": Command("Copy a Hugging Face checkpoint into our layout.", ImportOptions, _import),
+    "inspect": Command("Show shape, size and tensors of a model.", InspectOptions, _inspect),
+    "compare-logprobs": Command(
+        "Compare two checkpoints' probabilities of a text.", CompareOptions, _compare_logprobs
+    ),
     "doctor": Command("Show what is installed and which path each op takes.", None, _doctor),
 }
 

@@ -1,0 +1,262 @@
+"""`inspect`: what a configuration describes, and whether a directory's tensors are it.
+
+Nothing is loaded: the model is built without storage, and files are opened for their headers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from nemo_hybrid.checkpoint.files import LATEST, resolve
+from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
+from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.weights import Report
+from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, InspectOptions, RunConfig
+from nemo_hybrid.config_load import load_config
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.train.flops import parameter_counts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN_ERRORS = 20
+_PARTS_OF_MOE = {
+    "gate": "routers",
+    "fc1_latent_proj": "latent projections",
+    "fc2_latent_proj": "latent projections",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found out about one path."""
+
+    path: Path
+    """The file or directory that was read: of a run, its newest checkpoint."""
+    config: HybridConfig
+    parameters: dict[str, int]
+    """Numbers of parameters by component of the model; their sum is the total."""
+    active: int
+    """Parameters that one token meets; embedding and head in, MTP block out."""
+    router_biases: int
+    """Entries of the routers' biases, which are stored but are no parameters."""
+    bf16_bytes: int
+    """Memory of all weights in bf16, those of the fp32 list in fp32."""
+    files: dict[str, int] | None = None
+    """Size in bytes of each weight file; None: there are none."""
+    report: Report | None = None
+    """What became of every tensor of those files."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def without_mtp(self) -> int:
+        return self.total - self.parameters.get("MTP block", 0)
+
+
+def inspect_command(options: InspectOptions) -> int:
+    """``nemo-hybrid inspect``: print the tables; 2 where a tensor is missing or does not fit."""
+    found = inspect(Path(options.paths[0]))
+    if options.json:
+        print(json.dumps(as_json(found), indent=1))
+    else:
+        _print(found)
+    return 2 if found.report is not None and found.report.having("error") else 0
+
+
+def inspect(path: Path) -> Inspection:
+    """Read a model YAML, a run YAML, a config.json, or a Hugging Face, checkpoint or run directory.
+
+    Raises UserError for what is none of these, and for files whose headers are broken.
+    """
+    path = path.expanduser()
+    source = None
+    if not path.exists() or path.is_dir() or path.name == LATEST:
+        path = resolve(path)
+        if any(path.glob("*.safetensors*")):
+            source, model = read_source(path)
+        else:
+            model = _without_storage(HybridConfig.from_hf(str(path)), path)
+    elif path.suffix == ".json":
+        model = _without_storage(HybridConfig.from_hf(str(path)), path)
+    elif path.suffix in (".yaml", ".yml"):
+        model = _without_storage(_shape_in_yaml(path), path)
+    else:
+        raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
+    config = model.config
+    return Inspection(
+        path,
+        config,
+        parameters=_by_component(config, dict(model.named_parameters())),
+        active=parameter_counts(config).active,
+        router_biases=sum(buffer.numel() for buffer in model.buffers()),
+        bf16_bytes=sum(
+            tensor.numel() * (4 if name.rpartition(".")[2] in FP32_NAMES else 2)
+            for name, tensor in tensors_by_name(model).items()
+        ),
+        files=_sizes(path, source.stored.headers) if source else None,
+        report=source.report if source else None,
+    )
+
+
+def as_json(found: Inspection) -> dict[str, Any]:
+    """The same as JSON values."""
+    report = found.report
+    return {
+        "path": str(found.path),
+        "config": asdict(found.config),
+        "layers": _layers(found.config.pattern),
+        "parameters": {
+            **found.parameters,
+            "total": found.total,
+            "total without MTP": found.without_mtp,
+            "active": found.active,
+        },
+        "router_biases": found.router_biases,
+        "bf16_bytes": found.bf16_bytes,
+        "files": found.files,
+        "tensors": report and [asdict(finding) for finding in report.findings],
+    }
+
+
+def _shape_in_yaml(path: Path) -> HybridConfig:
+    """The shape in a run's configuration, or in a file of the section ``model`` alone."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        content = None  # load_config says what is wrong, and where
+    run_keys = {f.name for f in fields(RunConfig)}
+    if isinstance(content, dict) and run_keys & content.keys():
+        return model_shape(load_config([path]).model)
+    return model_shape(load_config([], ["--model", str(path)]).model)
+
+
+def _without_storage(config: HybridConfig, path: Path) -> HybridLM:
+    try:
+        with torch.device("meta"):
+            return HybridLM(config)
+    except (RuntimeError, TypeError):  # a product, or a number, beyond 64 bits
+        raise UserError(f"{path} describes a model of impossible size") from None
+
+
+def _sizes(directory: Path, names: Iterable[str]) -> dict[str, int]:
+    return {name: (directory / name).stat().st_size for name in names}
+
+
+def _by_component(config: HybridConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, tensor in parameters.items():
+        counts[_component(config.pattern, name)] += tensor.numel()
+    order = ["embedding", *LAYER_LETTERS.values(), "norms", "head", "MTP block"]
+    # Parts of LatentMoE stay together: its name is their first word.
+    return dict(sorted(counts.items(), key=lambda item: order.index(item[0].split(":")[0])))
+
+
+def _component(pattern: str, name: str) -> str:
+    """Which row of the table a parameter belongs to."""
+    if name.startswith("mtp."):
+        return "MTP block"
+    if name.startswith("lm_head."):
+        return "head"
+    if name.startswith("backbone.embeddings."):
+        return "embedding"
+    if ".mixer." not in name:
+        return "norms"
+    layer, _, rest = name.removeprefix("backbone.layers.").partition(".mixer.")
+    letter = pattern[int(layer)]
+    if letter != "E":
+        return LAYER_LETTERS[letter]
+    return f"{LAYER_LETTERS[letter]}: {_PARTS_OF_MOE[rest.split('.')[0]]}"
+
+
+def _layers(pattern: str) -> dict[str, int]:
+    counts = {about: pattern.count(letter) for letter, about in LAYER_LETTERS.items()}
+    return {about: count for about, count in counts.items() if count}
+
+
+def _print(found: Inspection) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(f"{found.path}", markup=False, soft_wrap=True)
+    _print_shape(console, found.config)
+    _print_parameters(console, found)
+    if found.report is not None and found.files is not None:
+        _print_audit(console, found.report, found.files)
+    elif found.path.is_dir():
+        console.print("no weights here (no .safetensors file)")
+
+
+def _print_shape(console: Console, config: HybridConfig) -> None:
+    from rich.table import Table
+
+    layers = ", ".join(f"{count} {about}" for about, count in _layers(config.pattern).items())
+    rows = [(name, str(value)) for name, value in asdict(config).items() if name != "pattern"]
+    half = -(-len(rows) // 2)
+    table = Table("field", "value", "field", "value", title="Shape", title_justify="left")
+    for left, right in zip(rows[:half], [*rows[half:], ("", "")], strict=False):
+        table.add_row(*left, *right)
+    console.print(f"pattern {config.pattern}", markup=False)
+    console.print(f"{config.num_hidden_layers} layers: {layers}")
+    console.print(table)
+
+
+def _print_parameters(console: Console, found: Inspection) -> None:
+    from rich.table import Table
+
+    table = Table("component", title="Parameters", title_justify="left")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    rows = dict(found.parameters)
+    for name, count in rows.items():
+        table.add_row(name, f"{count:,}", f"{count / found.total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{found.total:,}", "100.0%")
+    for name, count in [("without MTP", found.without_mtp), ("active per token", found.active)]:
+        table.add_row(name, f"{count:,}", f"{count / found.total:.1%}")
+    console.print(table)
+    console.print(
+        f"Active: k of E routed experts, embedding and head, no MTP. Beside the parameters, "
+        f"{found.router_biases:,} router bias entries.\nWeights in bf16 (the fp32 list in fp32): "
+        f"{_size(found.bf16_bytes)}."
+    )
+
+
+def _print_audit(console: Console, report: Report, files: Mapping[str, int]) -> None:
+    from rich.table import Table
+
+    outcomes = Counter((f.status, f.dtype or "-", f.note) for f in report.findings)
+    table = Table("tensors", "outcome", "dtype", "note", title_justify="left")
+    table.title = f"Tensors of {len(files)} files, {_size(sum(files.values()))}"
+    for (status, dtype, note), count in sorted(outcomes.items()):
+        if status != "error":
+            table.add_row(str(count), status, dtype, note)
+    errors = report.having("error")
+    table.add_row(str(len(errors)), "error", "", "")
+    console.print(table)
+    for finding in errors[:SHOWN_ERRORS]:
+        console.print(f"error: {finding.name}: {finding.note}", markup=False, soft_wrap=True)
+    if len(errors) > SHOWN_ERRORS:
+        console.print(f"and {len(errors) - SHOWN_ERRORS} more errors")
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.2f} {unit}" if unit != "bytes" else f"{count} bytes"

@@ -1,0 +1,279 @@
+"""`compare-logprobs`: do two checkpoints give a text the same probabilities?
+
+Only one model is in memory at a time: of each, the final hidden states of all tokens and the head
+stay, and logits are made for a few tokens at once.
+
+Shapes: T compared tokens, S tokens of one piece, C tokens of one chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_hybrid.checkpoint.files import resolve
+from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.config import CompareOptions, HybridConfig
+from nemo_hybrid.data.progress import progress_bar
+from nemo_hybrid.data.store import TOKENIZER
+from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.inspection import inspect
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
+
+
+class States(NamedTuple):
+    """What one model's log-probabilities of T tokens are made of."""
+
+    h_TD: Tensor
+    head_VD: Tensor
+
+
+class PerToken(NamedTuple):
+    """The comparison, token by token: float64, in nats, on the CPU."""
+
+    a_T: Tensor  # log-probability of the token in A
+    b_T: Tensor
+    kl_T: Tensor  # KL(A || B) of the distributions that the token was drawn from
+    same_top_T: Tensor  # bool: the most probable token is the same one
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens to compare on."""
+
+    ids: Tensor
+    """[T + 1]: every token but the first is predicted."""
+    about: str
+    """Where they come from, in words."""
+    tokenizer: TextTokenizer | None
+
+    def place(self, index: int) -> str:
+        """Which of the T predicted tokens this is, in words."""
+        token = int(self.ids[index + 1])
+        shown = f" {self.tokenizer.decode([token])!r}" if self.tokenizer else ""
+        return f"token {index + 1} (id {token}{shown})"
+
+
+def compare_command(options: CompareOptions) -> int:
+    """``nemo-hybrid compare-logprobs``: print the differences; 3 where they exceed the tolerance.
+
+    Raises UserError for checkpoints that do not read the same tokens.
+    """
+    a = resolve(options.paths[0])
+    b = resolve(options.paths[-1])
+    text = _text(options, a, b)
+    dtype = DTYPES[options.dtype]
+    compute_b = our_states
+    if options.backend != "nemo_hybrid":
+        compute_b = their_states if options.backend == "transformers" else their_states_unclamped
+    states_a = our_states(a, text.ids, options.sequence_length, dtype)
+    states_b = compute_b(b, text.ids, options.sequence_length, dtype)
+    found = compare(states_a, states_b, text.ids[1:])
+    _print(options, a, b, text, found)
+    mean = float((found.b_T - found.a_T).abs().mean())
+    limit = math.inf if options.tolerance is None else options.tolerance
+    # Not a number compares as false.
+    return 0 if math.isfinite(mean) and mean <= limit else 3
+
+
+@torch.no_grad()
+def compare(a: States, b: States, labels_T: Tensor) -> PerToken:
+    """Compare two models' distributions of the same tokens, in chunks of tokens."""
+    chunk = max(1, _CHUNK_BYTES // (8 * len(a.head_VD)))
+    parts = []
+    with progress_bar("comparing", len(labels_T), show=True) as progress:
+        for start in range(0, len(labels_T), chunk):
+            rows = slice(start, start + chunk)
+            label_C1 = labels_T[rows, None]
+            p_CV, q_CV = _log_probs(a, rows), _log_probs(b, rows)
+            parts.append(
+                PerToken(
+                    p_CV.gather(1, label_C1)[:, 0],
+                    q_CV.gather(1, label_C1)[:, 0],
+                    (p_CV.exp() * (p_CV - q_CV)).sum(1),
+                    p_CV.argmax(1) == q_CV.argmax(1),
+                )
+            )
+            progress(min(start + chunk, len(labels_T)))
+    return PerToken(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _log_probs(states: States, rows: slice) -> Tensor:
+    h_CD = states.h_TD[rows].to(states.head_VD.device)
+    return F.linear(h_CD, states.head_VD).cpu().double().log_softmax(-1)
+
+
+def our_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
+    """Final hidden states by this program. ids [T + 1]; pieces of ``length`` tokens are one
+    document each. Raises UserError as load_model does."""
+    _announce(directory, "nemo_hybrid")
+    model = load_model(directory, dtype).to(_device()).eval()
+    h_TD = _by_pieces(lambda ids_BS: model.forward_hidden(ids_BS)[0], ids, length)
+    return States(h_TD, model.lm_head.weight.detach())
+
+
+def their_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
+    """Final hidden states by transformers' NemotronH as it is; like our_states."""
+    return _run_theirs(_load_theirs(directory, dtype), ids, length)
+
+
+def their_states_unclamped(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
+    """As their_states, with time steps that may be as small as the checkpoint makes them.
+
+    transformers' mixer limits them to (time_step_min, infinity) in the forward pass, where
+    Megatron-LM means that field for initialization only.
+    """
+    model = _load_theirs(directory, dtype)
+    limited = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+    if len(limited) != HybridConfig.from_hf(str(directory)).pattern.count("M"):
+        raise UserError(
+            "the limit on time steps was not found in this version of transformers; use --backend "
+            "transformers"
+        )
+    for module in limited:
+        module.time_step_limit = (0.0, math.inf)
+    return _run_theirs(model, ids, length)
+
+
+def _run_theirs(model: Any, ids: Tensor, length: int) -> States:
+    def hidden(ids_BS: Tensor) -> Tensor:
+        return model.model(ids_BS, use_cache=False).last_hidden_state
+
+    return States(_by_pieces(hidden, ids, length), model.lm_head.weight.detach())
+
+
+def _load_theirs(directory: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a directory. Raises UserError where the directory does not hold the
+    model, or transformers finds no place for a tensor; it has none for those of the MTP block."""
+    from transformers import NemotronHForCausalLM
+
+    report = inspect(directory).report
+    if report is None:
+        raise UserError(f"{directory} holds no weights (no .safetensors file)")
+    report.raise_errors()
+    _announce(directory, "transformers")
+    try:
+        model, info = NemotronHForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"transformers cannot load {directory}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[kind] if not str(name).startswith("mtp."))
+        if names:
+            what = kind.replace("_", " ")
+            raise UserError(
+                f"transformers loads {directory} with {len(names)} {what}, such as {names[0]}"
+            )
+    return model.to(_device()).eval()
+
+
+@torch.no_grad()
+def _by_pieces(forward: Callable[[Tensor], Tensor], ids: Tensor, length: int) -> Tensor:
+    """Hidden states [T, D] on the CPU of ids[:-1], one piece after the other."""
+    parts = []
+    with progress_bar("computing", len(ids) - 1, show=True) as progress:
+        for piece_S in ids[:-1].split(length):
+            parts.append(forward(piece_S[None].to(_device()))[0].cpu())
+            progress(sum(map(len, parts)))
+    return torch.cat(parts)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _announce(directory: Path, backend: str) -> None:
+    print(f"{directory} by {backend} ...", file=sys.stderr, flush=True)
+
+
+def _text(options: CompareOptions, a: Path, b: Path) -> Text:
+    """The tokens to compare on. Raises UserError where A and B do not read the same ones."""
+    vocab_size, other = (HybridConfig.from_hf(str(place)).vocab_size for place in (a, b))
+    if vocab_size != other:
+        raise UserError(
+            f"vocab_size differs: {vocab_size} in {a}, {other} in {b}; only models with the same "
+            "tokens can be compared"
+        )
+    words = _words(options)
+    tokenizers = {place: load_tokenizer(place) for place in (a, b) if (place / TOKENIZER).is_file()}
+    encoded = {place: _encode(tokenizer, words) for place, tokenizer in tokenizers.items()}
+    if len(tokenizers) == 2 and (
+        _vocabulary(tokenizers[a]) != _vocabulary(tokenizers[b])
+        or not torch.equal(encoded[a], encoded[b])
+    ):
+        raise UserError(
+            f"the tokenizers of {a} and {b} differ; only models with the same tokens can be "
+            "compared"
+        )
+    tokenizer = next(iter(tokenizers.values()), None)
+    if words is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        ids = torch.randint(0, vocab_size, (options.tokens + 1,), generator=generator)
+        return Text(ids, f"random token ids (seed {options.seed})", tokenizer)
+    source = "the prompt" if options.data is None else str(options.data)
+    if tokenizer is None:
+        raise UserError(f"neither {a} nor {b} has a {TOKENIZER}, so {source} cannot be read")
+    ids = next(iter(encoded.values()))[: options.tokens + 1]
+    if len(ids) < 2:
+        raise UserError(f"{source} has fewer than two tokens: there is nothing to predict")
+    if int(ids.max()) >= vocab_size:
+        raise UserError(
+            f"{source} holds token id {int(ids.max())}, beyond the model's vocab_size {vocab_size}"
+        )
+    return Text(ids, source, tokenizer)
+
+
+def _words(options: CompareOptions) -> str | None:
+    """The text to compare on: of a file, no more than the compared tokens can need. None: none was
+    given."""
+    if options.data is None:
+        return options.prompt or None
+    longest_token = 64  # characters; a text of longer ones gives fewer tokens
+    try:
+        with open(options.data, encoding="utf-8", newline="") as file:
+            return file.read(options.tokens * longest_token)
+    except UnicodeDecodeError:
+        raise UserError(f"{options.data} is not a UTF-8 text file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {options.data}: {error.strerror}") from None
+
+
+def _encode(tokenizer: TextTokenizer, words: str | None) -> Tensor:
+    return torch.from_numpy(tokenizer.encode([words or ""])[0])
+
+
+def _vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:
+    return tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+
+
+def _print(options: CompareOptions, a: Path, b: Path, text: Text, found: PerToken) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"A: {a}\nB: {b}, computed by {options.backend}")
+    print(f"{len(found.a_T)} tokens of {text.about}, in pieces of {options.sequence_length}")
+    difference_T = (found.b_T - found.a_T).abs()
+    table = Table("nats per token", "mean", "max", "where")
+    for name, values_T in [("|logprob B - logprob A|", difference_T), ("KL(A||B)", found.kl_T)]:
+        where = text.place(int(values_T.argmax()))
+        table.add_row(name, f"{values_T.mean():.3e}", f"{values_T.max():.3e}", where)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(f"loss: A {-found.a_T.mean():.4f}, B {-found.b_T.mean():.4f} nats per token")
+    print(f"same most probable token: {found.same_top_T.double().mean():.2%}")
+    if options.backend == "transformers":
+        print(
+            "transformers keeps Mamba-2 time steps above time_step_min, which may explain a "
+            "difference: try --backend transformers_unclamped"
+        )

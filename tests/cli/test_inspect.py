@@ -1,0 +1,273 @@
+"""inspect: what it says about configurations, and about directories whose tensors do not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.tiny_models import loud_model, tiny_config
+from nemo_hybrid import cli
+from nemo_hybrid.model.attention import Attention
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.mamba2 import Mamba2
+from nemo_hybrid.model.mlp import MLP
+
+ROOT = Path(__file__).parents[2]
+SUPER = ROOT / "configs" / "model" / "super.yaml"
+CONFIG = tiny_config("MEM*E-", mtp_num_depths=1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with one file of weights."""
+    directory = tmp_path_factory.mktemp("inspect") / "model"
+    loud_model(CONFIG).save_hf(str(directory))
+    return directory
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture
+def inspected(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The JSON that inspect prints about a path."""
+
+    def run(path: Path, status: int = 0) -> dict[str, Any]:
+        assert cli.main(["inspect", str(path), "--json"]) == status
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return run
+
+
+def test_table_of_a_released_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(SUPER)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("123,611,012,096", "120,668,687,360", "12,770,216,960", "2,942,324,736",
+                  "88 layers: 40 Mamba-2, 40 LatentMoE, 8 attention", "20,992 router bias",
+                  "moe_latent_size", "230.24 GiB"):  # fmt: skip
+        assert words in shown
+
+
+def test_memory_of_a_released_model(inspected: Callable[..., dict[str, Any]]) -> None:
+    """Two bytes per parameter; A_log, D and dt_bias have four, and so have the router biases."""
+    heads, biases = 40 * 128, 41 * 512
+    found = inspected(SUPER)
+    assert found["bf16_bytes"] == 2 * 123_611_012_096 + 2 * 3 * heads + 4 * biases
+    assert found["router_biases"] == biases
+
+
+def test_components_are_those_of_the_modules(
+    saved: Path, inspected: Callable[..., dict[str, Any]]
+) -> None:
+    """Counting by name agrees with counting by class."""
+    model = HybridLM(CONFIG)
+    layers = model.backbone.layers
+
+    def size(*modules: Any) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def of_class(kind: type) -> int:
+        return size(*(layer.mixer for layer in layers if isinstance(layer.mixer, kind)))
+
+    moe = [layer.mixer for layer in layers if layer.letter == "E"]
+    expected = {
+        "embedding": size(model.backbone.embeddings),
+        "Mamba-2": of_class(Mamba2),
+        "LatentMoE: routers": size(*(m.gate for m in moe)),
+        "LatentMoE: latent projections": size(
+            *(m.fc1_latent_proj for m in moe), *(m.fc2_latent_proj for m in moe)
+        ),
+        "LatentMoE: routed experts": size(*(m.experts for m in moe)),
+        "LatentMoE: shared experts": size(*(m.shared_experts for m in moe)),
+        "attention": of_class(Attention),
+        "dense MLP": of_class(MLP),
+        "norms": size(model.backbone.norm_f, *(layer.norm for layer in layers)),
+        "head": size(model.lm_head),
+        "MTP block": size(model.mtp),
+    }
+    found = inspected(saved)
+    counts = found["parameters"]
+    assert {name: counts[name] for name in expected} == expected
+    assert counts["total"] == size(model) == sum(expected.values())
+    assert counts["total without MTP"] == size(model) - size(model.mtp)
+    assert found["layers"] == {"Mamba-2": 2, "LatentMoE": 2, "attention": 1, "dense MLP": 1}
+    assert found["bf16_bytes"] == _bytes(model.bfloat16())
+
+
+def _bytes(model: HybridLM) -> int:
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def test_every_kind_of_path_shows_the_same_shape(
+    saved: Path, tmp_path: Path, inspected: Callable[..., dict[str, Any]]
+) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000007"
+    shutil.copytree(saved, step)
+    (tmp_path / "run.yaml").write_text(f"train: {{lr: 1e-3}}\nmodel: {{from_hf: {saved}}}\n")
+    shape = inspected(saved)["config"]
+    for path in (saved / "config.json", step, tmp_path / "run", tmp_path / "run.yaml"):
+        assert inspected(path)["config"] == shape
+    assert inspected(tmp_path / "run")["path"] == str(step)
+
+    (tmp_path / "model.yaml").write_text("pattern: ME*\nhidden_size: 128\n")
+    (tmp_path / "run.yaml").write_text("model: model.yaml\n")
+    one, other = (inspected(tmp_path / f"{name}.yaml")["config"] for name in ("model", "run"))
+    assert one == other
+    assert (one["pattern"], one["hidden_size"]) == ("ME*", 128)
+
+
+def test_every_tensor_is_accounted_for(
+    saved: Path, inspected: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = saved.glob("*.safetensors")
+    held = load_file(file)
+    found = inspected(saved)
+    assert {t["name"]: t["status"] for t in found["tensors"]} == dict.fromkeys(held, "mapped")
+    assert found["files"] == {file.name: file.stat().st_size}
+    assert cli.main(["inspect", str(saved)]) == 0
+    assert f"Tensors of 1 files, {file.stat().st_size / 1024:.2f} KiB" in capsys.readouterr().out
+
+
+def test_directory_without_weights(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in copied.glob("*.safetensors*"):
+        file.unlink()
+    assert cli.main(["inspect", str(copied)]) == 0
+    assert "no weights here" in capsys.readouterr().out
+
+
+def test_tensors_that_do_not_fit_are_named(
+    copied: Path, inspected: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = copied.glob("*.safetensors")
+    tensors = load_file(file)
+    gone = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+    del tensors[gone]
+    tensors["backbone.layers.9.norm.weight"] = torch.ones(32)
+    tensors["lm_head.weight"] = torch.ones(7, 32)
+    tensors["backbone.norm_f.weight"] = torch.ones(32, dtype=torch.int64)
+    (copied / "model.safetensors.index.json").unlink()
+    file.unlink()
+    save_file(tensors, copied / "model.safetensors")
+
+    found = inspected(copied, status=2)
+    errors = {t["name"]: t["note"] for t in found["tensors"] if t["status"] == "error"}
+    assert set(errors) == {
+        gone, "backbone.layers.9.norm.weight", "lm_head.weight", "backbone.norm_f.weight"
+    }  # fmt: skip
+    assert cli.main(["inspect", str(copied)]) == 2
+    shown = capsys.readouterr().out
+    for name, note in errors.items():
+        assert f"error: {name}: {note}" in shown
+    assert "[7, 32]" in shown
+
+
+def test_many_errors_are_counted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = copied.glob("*.safetensors")
+    count = len(load_file(file))
+    for old in copied.glob("*.safetensors*"):
+        old.unlink()
+    save_file({"other": torch.ones(1)}, copied / "model.safetensors")
+    assert cli.main(["inspect", str(copied)]) == 2
+    assert f"and {count + 1 - 20} more errors" in capsys.readouterr().out
+
+
+def broken_header(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def absent_shard(directory: Path) -> None:
+    (file,) = directory.glob("*.safetensors")
+    file.rename(directory / "else.safetensors")
+
+
+def no_index(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").unlink()
+
+
+def broken_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def other_model(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+
+
+def no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (broken_header, "safetensors"),
+        (absent_shard, "which is not there"),
+        (no_index, "model.safetensors.index.json"),
+        (broken_config, "not valid JSON"),
+        (other_model, "model_type is 'llama'"),
+        (no_config, "holds no checkpoint"),
+    ],
+)
+def test_broken_directories_are_mistakes(
+    damage: Callable[[Path], None],
+    expected: str,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(copied)
+    assert cli.main(["inspect", str(copied)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert expected in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("gone", None, "does not exist"),
+        ("gone.yaml", None, "does not exist"),
+        ("model.bin", "x", "is neither a .yaml file, nor a config.json, nor a directory"),
+        ("a.yaml", "patern: ME", "unknown key model.patern; did you mean model.pattern?"),
+        ("a.yaml", "pattern: MXE", "unknown layer letter 'X'"),
+        ("a.yaml", f"hidden_size: {10**15}", "a model of impossible size"),
+        ("a.yaml", f"hidden_size: {10**20}", "a model of impossible size"),
+        ("a.yaml", "pattern: *E", "put text that starts with * in quotes"),
+        ("a.yaml", "train: {learning: 1}", "unknown key train.learning"),
+        ("a.yaml", "- 1", "expected `key: value` lines"),
+        ("a.json", "[]", "does not hold a JSON object"),
+        ("a.json", "{}", "model_type is missing"),
+    ],
+)
+def test_mistakes(
+    name: str, content: str | None, expected: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert cli.main(["inspect", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert expected in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "inspect takes 1 path, got none"),
+        ("a b", "inspect takes 1 path, got a b"),
+        ("a --jsn", "did you mean --json?"),
+    ],
+)
+def test_wrong_options(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", *words.split()]) == 2
+    assert expected in capsys.readouterr().err
