@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_hybrid import __version__
-from nemo_hybrid.config import (
-    CompareOptions,
-    EvalOptions,
-    GenerateOptions,
-    ImportOptions,
-    InspectOptions,
-    PrepareOptions,
-    RunConfig,
-)
+from nemo_hybrid.checkpoint_options import CompareOptions, ImportOptions, InspectOptions
+from nemo_hybrid.config import EvalOptions, GenerateOptions, PrepareOptions, RunConfig
 from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
 from nemo_hybrid.errors import TrainingError, UserError
 from nemo_hybrid.options import new_parser, options_parser, read_options, suggest, take_words

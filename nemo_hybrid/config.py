@@ -352,7 +352,7 @@ class RunConfig:
         for name, value in not_negative.items():
             if value < 0:
                 raise UserError(f"{name} must be 0 or more, got {value}")
-        _check_seed("train.seed", t.seed)
+        check_seed("train.seed", t.seed)
         for name, beta in {"train.beta1": t.beta1, "train.beta2": t.beta2}.items():
             if not 0 <= beta < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {beta}")
@@ -455,8 +455,8 @@ class GenerateOptions:
             raise UserError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        _check_seed("seed", self.seed)
-        _check_text(self.prompt)
+        check_seed("seed", self.seed)
+        check_text(self.prompt)
 
 
 @dataclass
@@ -479,77 +479,6 @@ class EvalOptions:
         for name in ("sequences", "micro_batch_size", "sequence_length"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-
-
-@dataclass
-class ImportOptions:
-    """Copy a checkpoint into the layout that this program writes: `import`."""
-
-    out: str
-    """Directory to write; it must be absent or empty."""
-    paths: list[str] = field(default_factory=list)
-    """Hugging Face directory of a nemotron_h checkpoint."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        _check_paths("import", self.paths, 1, 1)
-
-
-@dataclass
-class InspectOptions:
-    """Show what a configuration or checkpoint holds, without loading weights: `inspect`."""
-
-    paths: list[str] = field(default_factory=list)
-    """Model or run YAML, config.json, or the directory of a run, a checkpoint or a Hugging Face
-    model. In a directory with weights every tensor is compared with the model; exit status 2 means
-    that one is missing, unexpected or does not fit."""
-    json: bool = False
-    """Print JSON instead of tables."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        _check_paths("inspect", self.paths, 1, 1)
-
-
-@dataclass
-class CompareOptions:
-    """Compare two checkpoints' probabilities of a text, token by token: `compare-logprobs`."""
-
-    paths: list[str] = field(default_factory=list)
-    """A and B: run, checkpoint or Hugging Face directories. B may be left out when backend is not
-    this program: then it is A again."""
-    backend: Literal["nemo_hybrid", "transformers", "transformers_unclamped"] = "nemo_hybrid"
-    """What computes B. transformers keeps Mamba-2 time steps above time_step_min, which neither
-    this program nor Megatron-LM does, so that small differences are to be expected;
-    transformers_unclamped takes that limit away, so that only rounding should remain."""
-    data: str | None = None
-    """UTF-8 text file to read with the checkpoints' tokenizer. Without data and prompt, random
-    token ids are taken."""
-    prompt: str = ""
-    """Text to compare on, instead of a file."""
-    tokens: int = 2048
-    """Most tokens whose probabilities are compared."""
-    sequence_length: int = 512
-    """Tokens that the models see at once; the text is cut into pieces of this length."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Format of weights and computation, whatever the files hold."""
-    tolerance: float | None = None
-    """End with status 3 when the mean absolute difference exceeds this (in nats)."""
-    seed: int = 1234
-    """Seed of the random token ids."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        _check_paths("compare-logprobs", self.paths, 1 if self.backend != "nemo_hybrid" else 2, 2)
-        for name in ("tokens", "sequence_length"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.data is not None and self.prompt:
-            raise UserError("give --data or --prompt, not both")
-        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
-            raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")
-        _check_text(self.prompt)
-        _check_seed("seed", self.seed)
 
 
 def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:
@@ -579,20 +508,15 @@ def _letters(pattern: object, name: str) -> str:
     return "".join(known[layer] for layer in pattern)
 
 
-def _check_paths(command: str, paths: list[str], fewest: int, most: int) -> None:
-    if not fewest <= len(paths) <= most:
-        wanted = str(most) if fewest == most else f"{fewest} or {most}"
-        given = " ".join(paths) or "none"
-        raise UserError(f"{command} takes {wanted} path{'s' * (most > 1)}, got {given}")
-
-
-def _check_text(prompt: str) -> None:
+def check_text(prompt: str) -> None:
+    """Raise UserError for a command-line word that held bytes which are not UTF-8."""
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UserError("the prompt is not text: it holds bytes that are not UTF-8")
 
 
-def _check_seed(name: str, seed: int) -> None:
-    if not 0 <= seed < 2**63:  # what every generator takes
+def check_seed(name: str, seed: int) -> None:
+    """Raise UserError for a seed that some generator would refuse."""
+    if not 0 <= seed < 2**63:
         raise UserError(f"{name} must lie in [0, 2**63), got {seed}")
 
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.config import CompareOptions, HybridConfig
+from nemo_hybrid.checkpoint_options import CompareOptions
+from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
