@@ -18,7 +18,7 @@ from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint_options import CompareOptions, ImportOptions, InspectOptions
 from nemo_hybrid.config import EvalOptions, GenerateOptions, PrepareOptions, RunConfig
 from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
-from nemo_hybrid.errors import TrainingError, UserError
+from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.options import new_parser, options_parser, read_options, suggest, take_words
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ STATUSES = (
     "Exit status: 0 done, 1 internal failure (or, from doctor, a required package that does not "
     "work), 2 mistake in options, files or layout (from inspect: tensors that do not fit), 3 the "
     "training itself failed (from compare-logprobs: the difference exceeds --tolerance, or is no "
-    "number), 130 interrupted. "
+    "number), 4 stopped by a signal after writing a checkpoint, 5 the launcher died, 130 "
+    "interrupted. "
     "torchrun ends with 1 whatever its processes end with."
 )
 DEFAULT_CORPUS_RUN = Path(__file__).parent.parent / "configs" / "run" / "pretrain_tiny_cpu.yaml"
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         _report(error)
         return 3
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        return 4
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

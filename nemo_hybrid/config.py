@@ -255,6 +255,25 @@ class TrainOptions:
     """Held-out sequences per evaluation (fewer if the store holds fewer); 0: no evaluation."""
     log_every: int = 10
     """Steps between plain log lines when the output is not a terminal."""
+    hang_timeout_s: float = 1800
+    """Seconds without a finished step after which a process prints its stacks and ends; 0: never.
+    Evaluations and checkpoints count as part of their step."""
+
+
+@dataclass
+class GuardOptions:
+    """Which steps are not made, and what follows."""
+
+    spike_band: float = 10.0
+    """A loss or gradient norm this many robust standard deviations above the median of the last
+    accepted ones is a spike; 0: only NaN and infinity are passed over."""
+    window: int = 128
+    """Accepted steps that the median is taken of; none is judged a spike before 16."""
+    rollback_after: int = 4
+    """Batches passed over in a row that send the run back to its last checkpoint; the data goes
+    on behind them."""
+    stop_after: int = 3
+    """Returns without a new checkpoint in between after which the run stops."""
 
 
 @dataclass
@@ -283,6 +302,8 @@ class CheckpointOptions:
     """Steps between checkpoints; one is always written at the end. 0: at the end only."""
     keep: int = 3
     """Newest checkpoints that stay; 0: all of them."""
+    asynchronous: bool = True
+    """Copy the state to CPU memory and write it while training goes on."""
 
 
 @dataclass
@@ -312,6 +333,7 @@ class RunConfig:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
 
     def validate(self, shape: Architecture | None = None) -> None:
@@ -329,6 +351,9 @@ class RunConfig:
             "train.lr": t.lr,
             "train.eps": t.eps,
             "train.log_every": t.log_every,
+            "guard.window": self.guard.window,
+            "guard.rollback_after": self.guard.rollback_after,
+            "guard.stop_after": self.guard.stop_after,
             "parallel.ep": self.parallel.ep,
         }
         for name, value in positive.items():
@@ -346,6 +371,8 @@ class RunConfig:
             "train.min_lr_ratio": t.min_lr_ratio,
             "train.eval_every": t.eval_every,
             "train.eval_sequences": t.eval_sequences,
+            "train.hang_timeout_s": t.hang_timeout_s,
+            "guard.spike_band": self.guard.spike_band,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
         }

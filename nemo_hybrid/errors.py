@@ -9,7 +9,14 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """The run itself failed: the loss or a gradient is not finite.
+    """The run itself failed: its loss diverges again and again.
 
     The command line prints its message without a traceback and exits with status 3.
+    """
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and it did so at a step boundary, with a checkpoint.
+
+    The command line prints its message without a traceback and exits with status 4.
     """

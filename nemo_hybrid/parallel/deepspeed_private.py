@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,11 +19,17 @@ _GROUP_FUNCTIONS = (
     "_get_expert_parallel_group_dict",
 )
 _ZERO_FIELDS = (
+    "_release_preflattened_grad_buffers",
+    "all_grad_tensors",
+    "averaged_gradients",
     "bit16_groups",
+    "micro_step_id",
     "optimizer",
     "param_groups",
+    "scaled_global_norm",
     "single_partition_of_fp32_groups",
     "update_lp_params",
+    "zero_grad",
 )
 _MAPPING = "_hp_mapping"
 _ADDRESSES = ("lp_fragment_address", "hp_fragment_address")
@@ -95,6 +102,21 @@ class ZeroOptimizer:
                     continue  # this rank owns no part of it
                 here, there = (getattr(mapping, name) for name in _ADDRESSES)
                 yield Part(parameter, here.start, here.numel, master, there.start)
+
+    def grad_norm(self) -> float:
+        """Global norm of the accumulated and reduced gradient; NaN where it is not finite."""
+        norm = float(self._zero.scaled_global_norm())
+        # The library reports an infinite or undefined norm as -1.
+        return norm if 0 <= norm < math.inf else math.nan
+
+    def discard_gradients(self) -> None:
+        """Drop what was accumulated, as the library does when it skips a step by itself."""
+        self._zero.micro_step_id = -1
+        self._zero.zero_grad(set_to_none=True)
+        self._zero._release_preflattened_grad_buffers()
+        for held in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            for group in held:
+                held[group] = None
 
     def publish_masters(self) -> None:
         """Round the masters into the model's weights, on every rank."""

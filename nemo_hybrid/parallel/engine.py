@@ -89,15 +89,27 @@ class Engine:
         scale = self.world.size * self.engine.gradient_accumulation_steps()
         self.engine.backward(loss * scale)
 
-    def step(self, lr: float) -> float | None:
-        """Finish a micro-batch; after the last of a global batch update the weights.
+    def end_micro_batch(self) -> None:
+        """Go on to the next micro-batch of the same global batch."""
+        assert not self.engine.is_gradient_accumulation_boundary(), "update or discard comes next"
+        self.engine.step()
 
-        Returns the global gradient norm before clipping at an update, else None.
+    def grad_norm(self) -> float:
+        """Norm of the global batch's gradient, before clipping; the same number on every rank.
+
+        To be asked after the last backward pass of a global batch; NaN where it is not finite.
         """
-        boundary = self.engine.is_gradient_accumulation_boundary()
+        return self.zero.grad_norm()
+
+    def update(self, lr: float) -> None:
+        """Update the weights with the gradient of the global batch."""
         self.zero.set_lr(lr)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()) if boundary else None
+
+    def discard(self) -> None:
+        """Forget the gradient of the global batch: weights, moments and counts stay."""
+        self.zero.discard_gradients()
+        self.engine.micro_steps += 1
 
     @property
     def optimizer_steps(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from nemo_hybrid.errors import UserError
 
+TIMEOUT = timedelta(minutes=30)
+"""Longest wait for another process."""
+
 
 @dataclass(frozen=True)
 class World:
-    """``rank`` of ``size`` processes, computing on ``device``."""
+    """``rank`` of ``size`` processes, computing on ``device``; ``group``: None for all of them."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @staticmethod
     def start() -> World:
@@ -45,12 +49,15 @@ class World:
             device, backend = torch.device("cpu"), "gloo"
             _keep_freed_memory()
         if not dist.is_initialized():
-            # A world of one needs no rendezvous, so no environment variables and no port.
-            store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30)
+                backend, store=_store(), rank=rank, world_size=size, timeout=TIMEOUT
             )
         return World(rank, size, device)
+
+    def side(self) -> World:
+        """The same processes with a channel of their own, for a thread beside the training; for
+        CPU tensors. All processes call this together."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @staticmethod
     def stop() -> None:
@@ -60,18 +67,34 @@ class World:
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.group)
 
     def gather(self, item: Any) -> list[Any]:
         """The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, self.group)
         return items
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; the tensor is returned."""
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return tensor
+
+
+def _store() -> dist.Store | None:
+    """Where processes find each other: torchrun's store, or none for a world of one.
+
+    A restarted group must not find the addresses of the one that died, so every attempt has names
+    of its own (gloo hangs or fails without this).
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()  # needs no environment variables and no port
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def _keep_freed_memory() -> None:

@@ -2,58 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import resource
-import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
-from nemo_hybrid.checkpoint.files import resolve
-from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.files import find_latest, step_name, step_of
 from nemo_hybrid.checkpoint.shape import model_shape
-from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config import HybridConfig, RunConfig
+from nemo_hybrid.config import RunConfig
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Blend, open_blend, steps
-from nemo_hybrid.data.prepare import prepare
-from nemo_hybrid.data.store import TokenStore
-from nemo_hybrid.errors import TrainingError, UserError
-from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
-from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
+from nemo_hybrid.data.loader import steps
+from nemo_hybrid.errors import Stopped, TrainingError, UserError
+from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train import resume
-from nemo_hybrid.train.balance import LoadCounter, max_violation, update_router_bias
+from nemo_hybrid.train.build import Run, build_run, open_data
 from nemo_hybrid.train.evaluate import evaluate
-from nemo_hybrid.train.flops import peak_flops, peak_source, train_flops_per_token, utilization
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
-from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
-from nemo_hybrid.train.optim import parameter_groups
+from nemo_hybrid.train.flops import peak_source
+from nemo_hybrid.train.meter import Meter, Timing
+from nemo_hybrid.train.metrics import MetricsWriter
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
-from nemo_hybrid.train.run_dir import CHECKPOINTS, claim_run, open_run
+from nemo_hybrid.train.resume import Position, Saver, restore
+from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, RunLock, claim_run, open_run
 from nemo_hybrid.train.schedule import learning_rate
+from nemo_hybrid.train.step import Outcome, train_step
 from nemo_kernels import backend
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pretrain(config: RunConfig) -> None:
     """Train as ``config`` says; every process of the run calls this.
 
-    Raises UserError for mistakes, also for those that only one rank meets, on every rank, and
-    TrainingError when the loss or the gradient stops being finite. What fails within the steps on
-    one rank alone, such as writing a row of metrics to a full disk, ends that rank; the others wait
-    in their next collective until torchrun, which watches all of them, ends them.
+    Raises UserError for mistakes, also for those that only one rank meets, on every rank;
+    TrainingError when the guard's returns to a checkpoint do not help; and Stopped after a signal.
+    What fails within the steps on one rank alone, such as writing a row of metrics to a full disk,
+    ends that rank; the others wait in their next collective until torchrun, which watches all of
+    them, ends them.
     """
+    with RunLock(config) as lock:
+        _pretrain(config, lock)
+
+
+def _pretrain(config: RunConfig, lock: RunLock) -> None:
     hybrid = model_shape(config.model)
     config.validate(hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
@@ -61,44 +54,28 @@ def pretrain(config: RunConfig) -> None:
     world = World.start()
     first = world.rank == 0
     together(world, lambda: _choose_kernels(config, world))
-    checkpoint = on_rank_0(world, lambda: open_run(config))
-    if checkpoint is not None and resume.step_of(checkpoint) >= config.train.max_steps:
+    checkpoint = on_rank_0(world, lambda: open_run(config, lock))
+    if checkpoint is not None and step_of(checkpoint) >= config.train.max_steps:
         on_rank_0(world, lambda: write_missing_plots(config.run_dir))
         if first:
-            print(_summary(config, f"already finished at step {resume.step_of(checkpoint)}"))
+            print(_summary(config, f"already finished at step {step_of(checkpoint)}"))
         World.stop()
         return
-    blend = _open_data(config, hybrid, world)
-    run = _build(config, hybrid, world, blend, accumulation)
-    start = resume.restore(checkpoint, run.engine, run.model, run.identity) if checkpoint else 0
-    on_rank_0(world, lambda: claim_run(config))
+    blend = open_data(config, hybrid, world)
+    run = build_run(config, hybrid, world, blend, accumulation)
+    position = restore(checkpoint, run) if checkpoint else Position()
+    on_rank_0(world, lambda: claim_run(config, lock))
     with ExitStack() as stack:
-        writer = each(world, lambda: MetricsWriter(config.run_dir, start) if first else None)
-        progress = None
-        if writer:
+        display = each(world, lambda: Display(run, position) if first else None)
+        if display:
             _announce(config, world, run, checkpoint)
-            stack.enter_context(writer)
-            progress = Progress(config.train.max_steps, start, config.train.log_every)
-            stack.enter_context(progress)
-        _train(run, start, writer, progress)
+            stack.enter_context(display)
+        watch = stack.enter_context(Watch(config.train.hang_timeout_s))
+        Loop(run, position, display, watch).run_to_end()
     on_rank_0(world, lambda: write_plots(config.run_dir))
     if first:
         print(_summary(config, "finished"))
     World.stop()
-
-
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    config: RunConfig
-    world: World
-    blend: Blend
-    model: HybridLM
-    objective: PretrainObjective
-    engine: Engine
-    identity: resume.Identity
-    peak: float | None  # matmul FLOP/s of one process's device
 
 
 def _set_determinism(wanted: bool) -> None:
@@ -117,248 +94,178 @@ def _choose_kernels(config: RunConfig, world: World) -> None:
         raise UserError(f"kernels: {error}") from error
 
 
-def _open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
-    """Open the token stores; make the default corpus first where that is what is missing."""
-    data = config.data
+class Display:
+    """Metrics and progress of a run; on rank 0 alone. A context manager."""
 
-    def make_default() -> None:
-        if data.path and data.path == data.default_corpus and not Path(data.path).exists():
-            prepare([], data.path, vocab_size=hybrid.vocab_size)
-
-    def open_stores() -> Blend:
-        blend = open_blend(data, hybrid)
-        if config.train.eval_sequences and not blend.heldout:
-            raise UserError(
-                "the data has no held-out part: prepare it with --heldout above 0, or set "
-                "train.eval_sequences to 0"
-            )
-        return blend
-
-    on_rank_0(world, make_default)
-    return each(world, open_stores)
-
-
-def _build(
-    config: RunConfig, hybrid: HybridConfig, world: World, blend: Blend, accumulation: int
-) -> Run:
-    prepare_deepspeed(world)
-    torch.manual_seed(config.train.seed)
-    ep = config.parallel.ep
-    dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
-    model = HybridLM(
-        hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
-    )
-    if config.model.from_hf:
-        together(world, lambda: _load_from_hf(config, model))
-    model.to(world.device, DTYPES[config.precision.recipe])
-    objective = PretrainObjective(model, config.train)
-    groups = parameter_groups(model, config.train)
-    engine = Engine(
-        objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
-    )
-    identity = _identity(config, blend)
-    # Measured by all ranks at once where it has to be measured: they share the cores in training.
-    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
-    return Run(config, world, blend, model, objective, engine, identity, peak)
-
-
-def _identity(config: RunConfig, blend: Blend) -> resume.Identity:
-    return resume.Identity(
-        data=[_digest(store) for store in blend.train],
-        weights=list(blend.weights),
-        tokenizer=blend.train[0].info.tokenizer_sha256,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
-    )
-
-
-def _load_from_hf(config: RunConfig, model: HybridLM) -> None:
-    load_weights(
-        resolve(str(config.model.from_hf)),
-        tensors_by_name(model),
-        model.owned_experts,
-        n_experts=model.config.n_routed_experts,
-    )
-
-
-def _train(run: Run, start: int, writer: MetricsWriter | None, progress: Progress | None) -> None:
-    """The loop. ``writer`` and ``progress`` exist on rank 0 alone."""
-    config, world, train = run.config, run.world, run.config.train
-    data = steps(
-        run.blend,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start,
-        workers=config.data.workers,
-        seed=train.seed,
-    )
-    meter = _Meter(run) if world.rank == 0 else None
-    before = _heldout(run) if start == 0 and train.eval_sequences else None
-    for step in range(start, train.max_steps):
-        began = time.monotonic()
-        batches = next(data)
-        waited = time.monotonic() - began
-        lr = learning_rate(step, train)
-        outcome = _step(run, batches, lr)
-        seconds = time.monotonic() - began
-        done = step + 1
-        last = done == train.max_steps
-        due = last or (train.eval_every > 0 and done % train.eval_every == 0)
-        heldout = _heldout(run) if train.eval_sequences and due else None
-        if meter and writer and progress:
-            metrics = meter.metrics(done, lr, outcome, seconds, waited, before, heldout)
-            logged = last or done % train.log_every == 0
-            writer.write(metrics, outcome.loads() if logged else None)
-            progress.update(metrics)
-        before = None
-        every = config.checkpoint.every
-        if last or (every and done % every == 0):
-            each(world, lambda: writer.sync() if writer else None)
-            resume.save(
-                Path(config.run_dir) / CHECKPOINTS, done, run.engine, run.model, run.identity,
-                config, run.blend.tokenizer_dir,
-            )  # fmt: skip
-
-
-@dataclass
-class Outcome:
-    """One optimizer step, over all ranks."""
-
-    losses: list[float]  # cross-entropies: main, then each depth
-    aux: float
-    grad_norm: float
-    counts: dict[str, Tensor]  # layer name -> routed slots per expert
-    sample_hash: int
-
-    def loads(self) -> dict[str, list[int]]:
-        return {name: counts_E.tolist() for name, counts_E in self.counts.items()}
-
-
-def _step(run: Run, batches: list[Batch], lr: float) -> Outcome:
-    """One optimizer step on this rank's micro-batches, which are on the CPU as they were read."""
-    world, engine, train = run.world, run.engine, run.config.train
-    depths = run.objective.depths
-    samples = torch.tensor([_hash(batches)])
-    batches = [batch.to(world.device) for batch in batches]
-    # Targets are counted over the whole global batch before the first backward pass, so that
-    # every share of the loss has the right denominator.
-    known = torch.stack([count_targets(batch, depths) for batch in batches]).sum(0)
-    totals = world.sum(torch.cat([known, samples.to(world.device)]))
-    normalizer = Normalizer(totals[:-1], train.global_batch_size)
-
-    sums = torch.zeros(2 + depths, device=world.device)
-    counter = LoadCounter()
-    norm = None
-    for batch in batches:
-        parts = engine(batch, normalizer)
-        engine.backward(parts.loss)
-        sums += torch.cat([parts.ce_sums_N, parts.aux_sum[None]])
-        counter.add(parts.counts)
-        norm = engine.step(lr)
-    assert norm is not None, "the last micro-batch ends the global batch"
-    counts = counter.total(world)
-    update_router_bias(run.model, counts, train.router_bias_rate)
-    world.sum(sums)
-    losses = (sums[:-1] / normalizer.targets_N.clamp(min=1)).tolist()
-    aux = float(sums[-1]) / (train.global_batch_size * max(1, len(counts)))
-    if not all(map(_finite, [*losses, norm])):
-        raise TrainingError(
-            f"the loss ({losses[0]}) or the gradient norm ({norm}) is not finite: start another "
-            "run_dir with a lower train.lr, or resume from an earlier checkpoint"
-        )
-    return Outcome(losses, aux, norm, counts, int(totals[-1]))
-
-
-def _heldout(run: Run) -> list[float]:
-    config = run.config
-    return evaluate(
-        run.objective,
-        run.blend,
-        run.world,
-        sequences=config.train.eval_sequences,
-        sequence_length=config.data.sequence_length,
-        micro_batch_size=config.train.micro_batch_size,
-    )
-
-
-class _Meter:
-    """Turns outcomes into rows of metrics; for rank 0 alone."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, position: Position) -> None:
         config = run.config
-        self.tokens = config.train.global_batch_size * config.data.sequence_length
-        self.flops = train_flops_per_token(run.model.config, config.data.sequence_length)
+        self._run_dir = config.run_dir
+        self._meter = Meter(run)
+        self._writer = MetricsWriter(config.run_dir, position.step)
+        self._progress = Progress(config.train.max_steps, position.step, config.train.log_every)
 
-    def metrics(
-        self,
-        done: int,
-        lr: float,
-        outcome: Outcome,
-        seconds: float,
-        waited: float,
-        before: list[float] | None,
-        heldout: list[float] | None,
-    ) -> StepMetrics:
-        violations = {name: max_violation(c) for name, c in outcome.counts.items()}
-        rate = self.tokens / seconds
-        return StepMetrics(
-            step=done,
-            loss=outcome.losses[0],
-            mtp_losses=outcome.losses[1:],
-            aux_loss=outcome.aux,
-            lr=lr,
-            grad_norm=outcome.grad_norm,
-            tokens=self.tokens,
-            tokens_total=self.tokens * done,
-            tokens_per_s=rate,
-            step_seconds=seconds,
-            data_seconds=waited,
-            mfu=utilization(rate, self.flops, self.run.peak, self.run.world.size),
-            memory_gb=_peak_memory(self.run.world.device) / 1e9,
-            max_vio=max(violations.values(), default=0.0),
-            max_vio_per_layer=violations,
-            dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
-            heldout_loss=heldout[0] if heldout else None,
-            heldout_mtp_losses=heldout[1:] if heldout else None,
-            heldout_loss_before=before[0] if before else None,
-            heldout_mtp_losses_before=before[1:] if before else None,
-            sample_hash=f"{outcome.sample_hash & (2**64 - 1):016x}",
+    def __enter__(self) -> Display:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.__exit__(*exception)
+        self._writer.close()
+
+    def step(self, done: int, lr: float, outcome: Outcome, timing: Timing, logged: bool) -> None:
+        """Record one finished step; its expert loads too where it is ``logged``."""
+        metrics = self._meter.metrics(done, lr, outcome, timing)
+        self._writer.write(metrics, outcome.loads() if logged else None)
+        self._progress.update(metrics)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def sync(self) -> None:
+        """Force the metrics to the disk."""
+        self._writer.sync()
+
+    def back_to(self, step: int) -> None:
+        """Forget the rows after ``step``."""
+        self._writer.close()
+        self._writer = MetricsWriter(self._run_dir, step)
+
+
+class Loop:
+    """The steps of a run. All ranks take the same way through it; ``display`` is rank 0's."""
+
+    def __init__(self, run: Run, position: Position, display: Display | None, watch: Watch) -> None:
+        self.run, self.position, self.display, self.watch = run, position, display, watch
+        self.saver = Saver(run)
+        self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
+
+    def run_to_end(self) -> None:
+        """Until train.max_steps. Raises TrainingError, Stopped, or UserError from writing."""
+        train, at = self.run.config.train, self.position
+        before = self._heldout() if at.step == 0 and train.eval_sequences else None
+        data = self._batches()
+        while at.step < train.max_steps:
+            self.watch.beat()
+            began = time.monotonic()
+            batches = next(data)
+            waited = time.monotonic() - began
+            lr = learning_rate(at.step, train)
+            outcome = train_step(
+                self.run, batches, lr, stop=self.watch.stop_requested or self.saver.failed
+            )
+            self.watch.check_parent()
+            at.batch += 1
+            if outcome.objection:
+                self._passed_over(outcome)
+            else:
+                at.step += 1
+                seconds = time.monotonic() - began
+                self._record(lr, outcome, Timing(seconds, waited, before, self._heldout_if_due()))
+                before = None
+                self._save_if_due()
+            if outcome.stop:
+                self._stop()
+        self.saver.wait()
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        config, world = self.run.config, self.run.world
+        return steps(
+            self.run.blend,
+            sequence_length=config.data.sequence_length,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=self.position.batch,
+            workers=config.data.workers,
+            seed=config.train.seed,
         )
 
+    def _record(self, lr: float, outcome: Outcome, timing: Timing) -> None:
+        train, done = self.run.config.train, self.position.step
+        if self.display:
+            logged = done == train.max_steps or done % train.log_every == 0
+            self.display.step(done, lr, outcome, timing, logged)
 
-def _hash(batches: list[Batch]) -> int:
-    """Hash of this rank's sequences; summed over ranks it does not depend on the layout.
+    def _heldout_if_due(self) -> list[float] | None:
+        train, done = self.run.config.train, self.position.step
+        due = done == train.max_steps or (train.eval_every > 0 and done % train.eval_every == 0)
+        return self._heldout() if train.eval_sequences and due else None
 
-    ``batches`` are on the CPU still: reading them from a device would wait for it row by row.
-    """
-    total = 0
-    for batch in batches:
-        for row in batch.ids_BS.numpy():
-            digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-            total += int.from_bytes(digest, "little")
-    total %= 2**64
-    return total - 2**64 if total >= 2**63 else total
+    def _heldout(self) -> list[float]:
+        run, train = self.run, self.run.config.train
+        return evaluate(
+            run.objective,
+            run.blend,
+            run.world,
+            sequences=train.eval_sequences,
+            sequence_length=run.config.data.sequence_length,
+            micro_batch_size=train.micro_batch_size,
+        )
 
+    def _save_if_due(self) -> None:
+        config, done = self.run.config, self.position.step
+        every = config.checkpoint.every
+        if done == config.train.max_steps or (every and done % every == 0):
+            self.run.guard.counters.rollbacks_in_a_row = 0
+            self._save()
 
-def _digest(store: TokenStore) -> str:
-    """One checksum for all files of a token store."""
-    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
+    def _save(self, wait: bool = False) -> None:
+        each(self.run.world, lambda: self.display.sync() if self.display else None)
+        keep = self.run.config.checkpoint.keep
+        self.saver.save(self.checkpoints, self.position, keep, wait)
 
+    def _stop(self) -> None:
+        self.saver.wait()  # raises if writing is why the run stops
+        if not (self.checkpoints / step_name(self.position.step)).is_dir():
+            self._save(wait=True)
+        raise Stopped(f"stopped by a signal after step {self.position.step}, checkpoint written")
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
+    def _passed_over(self, outcome: Outcome) -> None:
+        """Say so; after several in a row go back to the last checkpoint, or give up."""
+        counters, options = self.run.guard.counters, self.run.config.guard
+        self._note(
+            f"batch {self.position.batch} passed over: {outcome.objection} "
+            f"({counters.in_a_row} in a row, {counters.skipped} in all)"
+        )
+        if counters.in_a_row < options.rollback_after:
+            return
+        self.saver.wait()
+        checkpoint = on_rank_0(self.run.world, lambda: find_latest(self.checkpoints))
+        if checkpoint is None or counters.rollbacks_in_a_row >= options.stop_after:
+            self._give_up(outcome, checkpoint)
+        else:
+            self._roll_back(checkpoint)
 
+    def _roll_back(self, checkpoint: Path) -> None:
+        """Weights, moments and schedule of a checkpoint; the data goes on where it is."""
+        guard, at = self.run.guard, self.position
+        counters = guard.counters
+        at.step = restore(checkpoint, self.run).step
+        guard.counters = counters
+        counters.in_a_row = 0
+        counters.rollbacks += 1
+        counters.rollbacks_in_a_row += 1
+        each(self.run.world, lambda: self.display.back_to(at.step) if self.display else None)
+        self._note(f"back to {checkpoint.name}; the data goes on behind batch {at.batch}")
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+    def _give_up(self, outcome: Outcome, checkpoint: Path | None) -> None:
+        """Write what replays the last batch, and raise TrainingError."""
+        at, run_dir = self.position, Path(self.run.config.run_dir)
+        state = Position(at.step, at.batch - 1)
+        self.saver.save(run_dir / DIAGNOSIS, state, keep=1, wait=True)
+        why = "there is no checkpoint to go back to" if checkpoint is None else (
+            f"{self.run.guard.counters.rollbacks_in_a_row} returns to a checkpoint did not help"
+        )  # fmt: skip
+        raise TrainingError(
+            f"batch {at.batch} after step {at.step}: {outcome.objection}, and {why}. Lower "
+            f"train.lr or look at the data. The state before that batch is in "
+            f"{run_dir / DIAGNOSIS}; a new run_dir with --resume of it meets the batch first"
+        )
+
+    def _note(self, text: str) -> None:
+        if self.display:
+            self.display.note(text)
 
 
 def _announce(config: RunConfig, world: World, run: Run, checkpoint: Path | None) -> None:

@@ -67,6 +67,10 @@ class StepMetrics:
     """Per MoE layer: (load of the busiest expert - mean load) / mean load, 0 when balanced."""
     dead_experts: int
     """Experts, over all layers, that got no token in this step."""
+    skipped_batches: int = 0
+    """Batches that the guard passed over since the run began."""
+    rollbacks: int = 0
+    """Returns to a checkpoint since the run began."""
     heldout_loss: float | None = None
     """Held-out cross-entropy of the weights after this step, where they were evaluated."""
     heldout_mtp_losses: list[float] | None = None

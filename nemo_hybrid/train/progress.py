@@ -88,6 +88,10 @@ class Progress:
         ):
             self._console.print(self._line(metrics), markup=False, highlight=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Print a line, above the display where there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _line(self, metrics: StepMetrics) -> str:
         parts = [f"step {metrics.step}/{self._max_steps}"]
         parts += [f"{name} {value}" for name, value in _figures(metrics).items()]

@@ -1,18 +1,20 @@
-"""Between the engine and the checkpoint files: what a rank writes, and what it takes back."""
+"""Between the run and the checkpoint files: what a rank writes, and what it takes back."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.directory import together
-from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
+    Fragment,
     check_masters,
     check_resumable,
     load_rank_state,
@@ -20,70 +22,137 @@ from nemo_hybrid.checkpoint.state import (
     save_checkpoint,
 )
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.engine import Engine
-
-__all__ = ["Identity", "restore", "save", "step_of"]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be equal for a checkpoint to continue the same sequence of samples."""
-
-    data: list[str]  # digests of the token stores
-    weights: list[float]  # with which they are drawn
-    tokenizer: str  # digest
-    sequence_length: int
-    global_batch_size: int
-    seed: int
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.train.build import Run
 
 
-def save(
-    checkpoints: Path,
-    step: int,
-    engine: Engine,
-    model: HybridLM,
-    identity: Identity,
-    config: RunConfig,
-    tokenizer_dir: Path,
-) -> None:
-    """Write the checkpoint after ``step`` steps; all ranks call this together."""
-    world = engine.world
-    save_checkpoint(
-        checkpoints,
-        step,
-        world,
-        config=model.config,
-        weights=_owned(engine, model),
-        fragments=engine.fragments(),
-        run_state={
-            **asdict(identity),
-            "optimizer_steps": engine.optimizer_steps,
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    batch: int = 0
+    """Global batches read: steps done and batches passed over."""
+
+
+class Saver:
+    """Writes checkpoints, one after the other.
+
+    Asynchronously: the state is copied to memory and a thread writes the copy, with a channel of
+    its own between the processes, while training goes on. ``wait`` before anything that needs the
+    last one. All processes make the same calls.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._world = run.world.side()
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: UserError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint being written could not be; ``wait`` then raises why."""
+        return self._failure is not None
+
+    def save(self, checkpoints: Path, position: Position, keep: int, wait: bool = False) -> None:
+        """Write ``checkpoints/step_NNNNNNNN``; with ``wait`` it is there on return.
+
+        Raises UserError on every rank if this one (with ``wait``) or the last one could not be
+        written.
+        """
+        self.wait()
+        run = self._run
+        state = {
+            **asdict(run.identity),
+            "batches": position.batch,
+            "guard": run.guard.state(),
+            "optimizer_steps": run.engine.optimizer_steps,
             "layout": {
-                "world_size": world.size,
-                "ep": config.parallel.ep,
-                "zero": config.parallel.zero,
-                "precision": config.precision.recipe,
+                "world_size": run.world.size,
+                "ep": run.config.parallel.ep,
+                "zero": run.config.parallel.zero,
+                "precision": run.config.precision.recipe,
             },
-        },
-        rank_state={"torch_rng": torch.get_rng_state()},
-        tokenizer_files=tokenizer_dir,
-        resolved_config=dump_config(config),
-        keep=config.checkpoint.keep,
-    )
+        }
+        weights, fragments = _owned(run.engine, run.model), run.engine.fragments()
+        rank_state = {"torch_rng": torch.get_rng_state()}
+        asynchronous = run.config.checkpoint.asynchronous and not wait
+        if asynchronous:
+            weights, fragments = iter(self._copied(weights)), iter(self._copied_state(fragments))
+
+        def write(world: World) -> None:
+            save_checkpoint(
+                checkpoints,
+                position.step,
+                world,
+                config=run.model.config,
+                weights=weights,
+                fragments=fragments,
+                run_state=state,
+                rank_state=rank_state,
+                tokenizer_files=run.blend.tokenizer_dir,
+                resolved_config=dump_config(run.config),
+                keep=keep,
+            )
+
+        def write_beside() -> None:
+            try:
+                write(self._world)
+            except UserError as error:
+                self._failure = error
+
+        if asynchronous:
+            self._thread = threading.Thread(target=write_beside, name="checkpoint")
+            self._thread.start()
+        else:
+            write(run.world)
+
+    def wait(self) -> None:
+        """Until the last checkpoint stands. Raises UserError on every rank if it does not."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._failure:
+            raise self._failure
+
+    def _copied(self, weights: Iterator[tuple[str, Tensor, int]]) -> list[tuple[str, Tensor, int]]:
+        return [(name, self._copy(f"weight {name}", t), first) for name, t, first in weights]
+
+    def _copied_state(self, fragments: Iterator[Fragment]) -> list[Fragment]:
+        return [
+            replace(
+                f,
+                tensors={k: self._copy(f"{k} {f.name} {f.start}", t) for k, t in f.tensors.items()},
+            )
+            for f in fragments
+        ]
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy in memory that stays for the next checkpoint: fresh memory costs page faults."""
+        held = self._copies.get(key)
+        if held is None:
+            pin = tensor.is_cuda
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+            self._copies[key] = held
+        return held.copy_(tensor.detach())
 
 
-def restore(directory: Path, engine: Engine, model: HybridLM, identity: Identity) -> int:
-    """Load weights, masters, moments, router biases and RNG; return the steps already done.
+def restore(directory: Path, run: Run) -> Position:
+    """Load weights, masters, moments, router biases, RNG and the guard's memory.
 
     Raises UserError if the checkpoint belongs to another model, data store, tokenizer, sequence
     length, batch size or seed, or if its weights are not the rounding of their masters.
     """
+    engine, model = run.engine, run.model
 
-    def read() -> int:
-        state = check_resumable(directory, model.config, asdict(identity))
+    def read() -> dict[str, Any]:
+        state = check_resumable(directory, model.config, asdict(run.identity))
         targets, experts = tensors_by_name(model), model.owned_experts
         load_weights(directory, targets, experts, n_experts=model.config.n_routed_experts)
         engine.allocate_state(int(state["optimizer_steps"]))
@@ -91,14 +160,15 @@ def restore(directory: Path, engine: Engine, model: HybridLM, identity: Identity
         load_state(directory, fragments)
         weights = [(name, tensor, _first_expert(name, model)) for name, tensor in targets.items()]
         check_masters(weights, fragments)
-        return int(state["step"])
+        return state
 
-    steps = together(engine.world, read)
+    state = together(engine.world, read)[0]
     engine.publish_masters()
+    run.guard.restore(state["guard"])
     own = load_rank_state(directory, engine.world.rank)
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
-    return steps[0]
+    return Position(int(state["step"]), int(state["batches"]))
 
 
 def _owned(engine: Engine, model: HybridLM) -> Iterator[tuple[str, Tensor, int]]:

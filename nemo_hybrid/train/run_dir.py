@@ -7,7 +7,9 @@ files, plots, and checkpoints/step_NNNNNNNN.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from nemo_hybrid.files import TEMPORARY, naming, replace_file
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+DIAGNOSIS = "diagnosis"
+_LOCK = ".lock"
 
 MAY_CHANGE = (
     "run_dir",
     "resume",
     "checkpoint",
+    "guard",
     "kernels",
     "parallel",
     "data.path",
@@ -39,13 +44,52 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.eval_sequences",
     "train.log_every",
+    "train.hang_timeout_s",
 )
 """Options that may differ when a run goes on; all others make it a different run. Data may move:
 checkpoints know it by its checksums. So of data.blend only the weights are compared."""
 
 
-def open_run(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; nothing is written.
+class RunLock:
+    """Holds a run's directory for this process; a context manager.
+
+    The operating system drops the lock with the process, so no crash leaves one.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run_dir = Path(config.run_dir)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def take(self) -> None:
+        """Lock the directory, which exists. Raises UserError if another process holds it."""
+        if self._descriptor is not None:
+            return
+        path = self._run_dir / _LOCK
+        with naming("use run_dir", self._run_dir):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 200).decode(errors="replace")
+                os.close(descriptor)
+                raise UserError(
+                    f"run_dir {self._run_dir} is in use by another run ({holder}); wait for it, "
+                    "or choose another directory"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        self._descriptor = descriptor
+
+
+def open_run(config: RunConfig, lock: RunLock) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; nothing is written but the lock.
 
     For rank 0 alone. Raises UserError if the directory cannot be used, holds something that is
     not a run, or a different run, and if the checkpoint that was asked for is damaged.
@@ -59,6 +103,7 @@ def open_run(config: RunConfig) -> Path | None:
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
     if CONFIG_FILE in present:
         _same_run(config, run_dir / CONFIG_FILE)
+        lock.take()
     elif present:
         raise UserError(
             f"run_dir {run_dir} holds {present[0]} but no {CONFIG_FILE}, so it is not a run; "
@@ -72,7 +117,7 @@ def open_run(config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def claim_run(config: RunConfig) -> None:
+def claim_run(config: RunConfig, lock: RunLock) -> None:
     """Make ``config.run_dir`` the directory of this run: write its configuration.
 
     For rank 0 alone, when nothing else can go wrong any more: a directory that was claimed by a
@@ -81,6 +126,7 @@ def claim_run(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
     with naming("use run_dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+    lock.take()
     replace_file(run_dir / CONFIG_FILE, dump_config(config))
 
 
@@ -96,7 +142,8 @@ def _contents(run_dir: Path) -> list[str]:
         raise PermissionError(errno.EACCES, f"{existing} may not be written")
     if existing != run_dir:
         return []
-    return sorted(name for name in os.listdir(run_dir) if not name.startswith(TEMPORARY))
+    names = (n for n in os.listdir(run_dir) if n != _LOCK and not n.startswith(TEMPORARY))
+    return sorted(names)
 
 
 def _nothing_beyond(step: int, checkpoints: Path) -> None:

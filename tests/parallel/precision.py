@@ -17,9 +17,10 @@ from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train import loop
+from nemo_hybrid.train.build import Run, build_run
 from nemo_hybrid.train.losses import Normalizer, count_targets
 from nemo_hybrid.train.optim import parameter_groups
+from nemo_hybrid.train.step import train_step
 
 LR = 1e-5
 SHARES = (1.0, 2.0**-12, 2.0**-11, 2.0**-10)  # of (rank 0, rank 1) in micro-batch 0, then in 1
@@ -48,7 +49,7 @@ def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
     )
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
-    run = loop._build(config, hybrid, world, blend, config.validate_world(world.size))
+    run = build_run(config, hybrid, world, blend, config.validate_world(world.size))
     seen: list[dict[str, str]] = []
     named = dict(run.model.named_parameters())
     kept = {name: p for name, p in named.items() if name.rsplit(".", 1)[-1] in FP32_NAMES}
@@ -63,9 +64,9 @@ def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
     data = read_steps(config, blend, world.rank, world.size)
     batches = next(data)
     before = {name: p.detach().clone() for name, p in kept.items()}
-    loop._step(run, batches, LR)
+    train_step(run, batches, LR)
     moved = {n: float((p.detach() - before[n]).abs().max()) for n, p in kept.items()}
-    loop._step(run, batches, LR)
+    train_step(run, batches, LR)
     more = [batch for _ in range(4) for batch in next(data)]
 
     def notices(dtype: torch.dtype) -> dict[str, bool]:
@@ -82,7 +83,7 @@ def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _shows(run: loop.Run, batch: Batch, name: str, dtype: torch.dtype) -> bool:
+def _shows(run: Run, batch: Batch, name: str, dtype: torch.dtype) -> bool:
     """Whether the mixer's output inside the engine notices that a parameter, held in dtype, grows
     by LR."""
     mixer, _, own = name.rpartition(".")
@@ -129,7 +130,9 @@ def _accumulated(world: World, store: Path, zero: int) -> dict[str, list[float]]
     for micro in range(2):
         share = SHARES[micro * 2 + world.rank]
         engine.backward(engine(share))
-        engine.step(1e-3)
+        if micro == 0:
+            engine.end_micro_batch()
+    engine.update(1e-3)
     return {
         f.name: (f.tensors["exp_avg"].double() / (1 - config.train.beta1)).unique().tolist()
         for f in engine.fragments()

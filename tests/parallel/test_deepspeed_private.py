@@ -25,11 +25,17 @@ def zero_like_deepspeed() -> SimpleNamespace:
     )
     other._hp_mapping = None  # type: ignore[attr-defined]
     return SimpleNamespace(
+        _release_preflattened_grad_buffers=lambda: None,
+        all_grad_tensors={},
+        averaged_gradients={},
         bit16_groups=[[owned, other]],
+        micro_step_id=-1,
         optimizer=SimpleNamespace(state={}),
         param_groups=[{"lr": 0.0}],
+        scaled_global_norm=lambda: torch.tensor(1.0),
         single_partition_of_fp32_groups=[master],
         update_lp_params=lambda: None,
+        zero_grad=lambda set_to_none: None,
     )
 
 

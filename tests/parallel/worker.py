@@ -21,8 +21,9 @@ from torch import Tensor
 from helpers.runs import EQUAL_STEPS, EQUAL_TRAIN, UNCHOSEN, masked, read_steps, starve, tiny_run
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train import loop
+from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.losses import count_targets
+from nemo_hybrid.train.step import train_step
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     config.validate()
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
-    run = loop._build(config, hybrid, world, blend, config.validate_world(world.size))
+    run = build_run(config, hybrid, world, blend, config.validate_world(world.size))
     starve(run.model, scenario.starved)
     if scenario.fault == "local means":
         run.world = LocalMeans(world.rank, world.size, world.device)
@@ -74,7 +75,7 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     rows: list[dict[str, Any]] = []
     for _ in range(EQUAL_STEPS):
         batches = [masked(batch) for batch in next(data)]
-        outcome = loop._step(run, batches, config.train.lr)
+        outcome = train_step(run, batches, config.train.lr)
         rows.append(
             {
                 "losses": outcome.losses,

@@ -51,10 +51,11 @@ def refused(
 
 
 def contents(directory: Path) -> dict[Path, bytes | None] | None:
-    """Every file below a directory; None if there is no such directory."""
+    """Every file below a directory but the lock; None if there is no such directory."""
     if not directory.is_dir():
         return None
-    return {p: p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+    paths = (p for p in directory.rglob("*") if p.name != ".lock")
+    return {p: p.read_bytes() if p.is_file() else None for p in paths}
 
 
 @pytest.fixture
@@ -176,11 +177,11 @@ def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
 
 def test_store_that_one_node_lacks(store: Path, tmp_path: Path) -> None:
     """No process is left waiting for the one that cannot open it."""
-    from nemo_hybrid.train import loop
+    from nemo_hybrid.train import build
 
     def open_data(world: ThreadWorld) -> object:
         config = tiny_run(store if world.rank == 0 else tmp_path / "absent")
-        return loop._open_data(config, config.model.hybrid(), world)  # type: ignore[arg-type]
+        return build.open_data(config, config.model.hybrid(), world)  # type: ignore[arg-type]
 
     for result in in_ranks(2, open_data):
         assert isinstance(result, UserError)
@@ -190,10 +191,10 @@ def test_store_that_one_node_lacks(store: Path, tmp_path: Path) -> None:
 def test_mistyped_path_is_not_the_default_corpus(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_hybrid.train import loop
+    from nemo_hybrid.train import build
 
     made: list[str] = []
-    monkeypatch.setattr(loop, "prepare", lambda paths, out, **options: made.append(out))
+    monkeypatch.setattr(build, "prepare", lambda paths, out, **options: made.append(out))
     place, mistyped = tmp_path / "corpus", tmp_path / "corpsu"
     message = refused("--data.default_corpus", place, "--data.path", mistyped)
     assert str(mistyped) in message
@@ -326,7 +327,9 @@ def test_diverged_training_ends_with_status_3(store: Path, tmp_path: Path) -> No
     )[0]
     assert finished.status == 3, finished
     assert "Traceback" not in finished.stderr
-    assert "is not finite" in finished.stderr.splitlines()[-1]
+    message = finished.stderr.splitlines()[-1]
+    assert "is nan, and there is no checkpoint to go back to" in message
+    assert finished.stdout.count("passed over") == 4
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 

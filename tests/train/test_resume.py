@@ -16,9 +16,9 @@ from helpers.runs import tiny_run
 from nemo_hybrid.config import DataOptions, RunConfig
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.train import loop
+from nemo_hybrid.train import build
 from nemo_hybrid.train.metrics import read_metrics
-from nemo_hybrid.train.run_dir import claim_run, open_run
+from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
 from train.conftest import LAYOUT, Unbroken
 
 MEASURED = ("tokens_per_s", "step_seconds", "data_seconds", "mfu", "memory_gb")
@@ -144,31 +144,33 @@ def test_weights_of_a_blend_are_part_of_the_identity(store: Path) -> None:
     two = replace(blend, train=blend.train * 2, weights=(0.5, 0.5))
     config = tiny_run(store)
     same, other = replace(two), replace(two, weights=(0.7, 0.3))
-    assert loop._identity(config, two) == loop._identity(config, same)
-    assert loop._identity(config, two) != loop._identity(config, other)
-    assert asdict(loop._identity(config, other))["weights"] == [0.7, 0.3]
+    assert build.identity_of(config, two) == build.identity_of(config, same)
+    assert build.identity_of(config, two) != build.identity_of(config, other)
+    assert asdict(build.identity_of(config, other))["weights"] == [0.7, 0.3]
 
 
 def test_moved_data_and_older_configurations_are_the_same_run(store: Path, tmp_path: Path) -> None:
     config = tiny_run(store)
     config.run_dir = str(tmp_path / "run")
-    claim_run(config)
+    lock = RunLock(config)
+    claim_run(config, lock)
     saved = tmp_path / "run/config.yaml"
     assert "  weight_decay: 0.1\n" in saved.read_text()
     saved.write_text(saved.read_text().replace("  weight_decay: 0.1\n", ""))
     config.data.path = "/moved"
-    assert open_run(config) is None
+    assert open_run(config, lock) is None
     config.train.weight_decay = 0.2
     with pytest.raises(UserError, match=r"train.weight_decay: 0.1 there, 0.2 here"):
-        open_run(config)
+        open_run(config, lock)
 
 
 def test_stores_of_a_blend_may_move_but_not_change_their_weights(tmp_path: Path) -> None:
     config = RunConfig(run_dir=str(tmp_path / "run"))
     config.data.blend = {"/a": 0.7, "/b": 0.3}
-    claim_run(config)
+    lock = RunLock(config)
+    claim_run(config, lock)
     config.data.blend = {"/c": 0.7, "/d": 0.3}
-    assert open_run(config) is None
+    assert open_run(config, lock) is None
     config.data.blend = {"/a": 0.3, "/b": 0.7}
     with pytest.raises(UserError, match=r"data.blend: \[0.7, 0.3\] there, \[0.3, 0.7\] here"):
-        open_run(config)
+        open_run(config, lock)

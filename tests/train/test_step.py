@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.runs import read_steps, tiny_run
 from nemo_hybrid.data.loader import open_blend
-from nemo_hybrid.train import loop
+from nemo_hybrid.train import loop, step
 
 
 class Reached(Exception):
@@ -32,11 +32,11 @@ def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
         world=world, engine=None, config=config, objective=SimpleNamespace(depths=2)
     )
     with pytest.raises(Reached) as caught:
-        loop._step(run, batches, 1e-3)  # type: ignore[arg-type]
+        step.train_step(run, batches, 1e-3)  # type: ignore[arg-type]
     (totals,) = caught.value.args
-    assert (totals.device.type, totals.shape) == ("meta", (4,))  # three kinds of targets, the hash
+    assert (totals.device.type, totals.shape) == ("meta", (5,))  # 3 kinds of targets, hash, stop
     with pytest.raises(TypeError, match="meta"):
-        loop._hash([batch.to("meta") for batch in batches])
+        step._hash([batch.to("meta") for batch in batches])
 
 
 def test_determinism_reaches_cublas(monkeypatch: pytest.MonkeyPatch) -> None:

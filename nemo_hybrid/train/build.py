@@ -1,0 +1,131 @@
+"""The parts of a run, put together before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
+from nemo_hybrid.checkpoint.files import resolve
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.config import HybridConfig, RunConfig
+from nemo_hybrid.data.loader import Blend, open_blend
+from nemo_hybrid.data.prepare import prepare
+from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
+from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.train.flops import peak_flops
+from nemo_hybrid.train.guard import Guard
+from nemo_hybrid.train.losses import PretrainObjective
+from nemo_hybrid.train.optim import parameter_groups
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal for a checkpoint to continue the same sequence of samples."""
+
+    data: list[str]  # digests of the token stores
+    weights: list[float]  # with which they are drawn
+    tokenizer: str  # digest
+    sequence_length: int
+    global_batch_size: int
+    seed: int
+
+
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    config: RunConfig
+    world: World
+    blend: Blend
+    model: HybridLM
+    objective: PretrainObjective
+    engine: Engine
+    guard: Guard
+    identity: Identity
+    peak: float | None  # matmul FLOP/s of one process's device
+
+
+def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
+    """Open the token stores; make the default corpus first where that is what is missing.
+
+    Raises UserError on every rank.
+    """
+    data = config.data
+
+    def make_default() -> None:
+        if data.path and data.path == data.default_corpus and not Path(data.path).exists():
+            prepare([], data.path, vocab_size=hybrid.vocab_size)
+
+    def open_stores() -> Blend:
+        blend = open_blend(data, hybrid)
+        if config.train.eval_sequences and not blend.heldout:
+            raise UserError(
+                "the data has no held-out part: prepare it with --heldout above 0, or set "
+                "train.eval_sequences to 0"
+            )
+        return blend
+
+    on_rank_0(world, make_default)
+    return each(world, open_stores)
+
+
+def build_run(
+    config: RunConfig, hybrid: HybridConfig, world: World, blend: Blend, accumulation: int
+) -> Run:
+    """Model, engine and all else, on every rank. Raises UserError on every rank."""
+    prepare_deepspeed(world)
+    torch.manual_seed(config.train.seed)
+    ep = config.parallel.ep
+    dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
+    model = HybridLM(
+        hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
+    )
+    if config.model.from_hf:
+        together(world, lambda: _load_from_hf(config, model))
+    model.to(world.device, DTYPES[config.precision.recipe])
+    objective = PretrainObjective(model, config.train)
+    groups = parameter_groups(model, config.train)
+    engine = Engine(
+        objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
+    )
+    # Measured by all ranks at once where it has to be measured: they share the cores in training.
+    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
+    guard, identity = Guard(config.guard), identity_of(config, blend)
+    return Run(config, world, blend, model, objective, engine, guard, identity, peak)
+
+
+def identity_of(config: RunConfig, blend: Blend) -> Identity:
+    return Identity(
+        data=[_digest(store) for store in blend.train],
+        weights=list(blend.weights),
+        tokenizer=blend.train[0].info.tokenizer_sha256,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+    )
+
+
+def _load_from_hf(config: RunConfig, model: HybridLM) -> None:
+    load_weights(
+        resolve(str(config.model.from_hf)),
+        tensors_by_name(model),
+        model.owned_experts,
+        n_experts=model.config.n_routed_experts,
+    )
+
+
+def _digest(store: TokenStore) -> str:
+    """One checksum for all files of a token store."""
+    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
