@@ -103,14 +103,16 @@ def packed_batch(config: HybridConfig, rows: list[list[int]], seed: int = 0) -> 
 
 def smallest_routing_margin(model: HybridLM, ids_BS: Tensor) -> float:
     """How close any token of any MoE layer comes to another choice of experts: the smallest
-    difference between the last chosen and the first rejected expert's score with bias."""
-    margins: list[float] = []
+    difference between the last chosen and the first rejected expert's score with bias. Infinite
+    when there is no choice."""
+    margins = [math.inf]
 
     def observe(gate: torch.nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:
         choice_TE = output[2] + gate.e_score_correction_bias
         ordered_TE = choice_TE.sort(dim=-1, descending=True).values
         k = model.config.num_experts_per_tok
-        margins.append(float((ordered_TE[:, k - 1] - ordered_TE[:, k]).min()))
+        if k < model.config.n_routed_experts:
+            margins.append(float((ordered_TE[:, k - 1] - ordered_TE[:, k]).min()))
 
     gates = [m for name, m in model.named_modules() if name.endswith(".gate")]
     handles = [gate.register_forward_hook(observe) for gate in gates]
@@ -119,3 +121,15 @@ def smallest_routing_margin(model: HybridLM, ids_BS: Tensor) -> float:
     for handle in handles:
         handle.remove()
     return min(margins)
+
+
+def decided_model(
+    config: HybridConfig, ids_BS: Tensor, margin: float, first_seed: int = 0
+) -> HybridLM:
+    """The first loud model whose choices of experts on these tokens are not close: rounding must
+    not decide between experts where two implementations are compared."""
+    for seed in range(first_seed, first_seed + 100):
+        model = loud_model(config, seed)
+        if smallest_routing_margin(model, ids_BS) > margin:
+            return model
+    raise AssertionError(f"every model comes closer than {margin} to another choice of experts")
