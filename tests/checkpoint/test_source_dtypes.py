@@ -1,0 +1,231 @@
+"""A checkpoint read and written again: the same bytes; and what travels with the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.tiny_models import loud_model, tiny_config
+from nemo_hybrid import HybridLM, UserError
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.names import to_hub
+from nemo_hybrid.config import FP32_NAMES
+
+CONFIG = tiny_config("ME*-E", mtp_num_depths=2)
+INDEX = "model.safetensors.index.json"
+
+
+def from_transformers(out: Path, **options: object) -> None:
+    """A directory as transformers writes it: everything in BF16, and no MTP block."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    torch.manual_seed(0)
+    config = NemotronHConfig(**replace(CONFIG, mtp_num_depths=0).to_hf())
+    model = NemotronHForCausalLM(config).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    model.save_pretrained(out, **options)
+
+
+def by_hand(out: Path, dtype: torch.dtype, prefix: str = "backbone.") -> None:
+    """Two shards with MTP block, whose headers no library would write like this: against the order
+    of names, with blanks and metadata."""
+    out.mkdir()
+    hub = {
+        n.replace("backbone.", prefix): part.detach()
+        for name, tensor in tensors_by_name(loud_model(CONFIG)).items()
+        for n, part in to_hub(name, tensor)
+    }
+    weight_map = {}
+    for i in range(2):
+        entries, data, file = {}, b"", f"part{i}.safetensors"
+        for name in sorted(hub, reverse=True)[i::2]:
+            mixed = torch.float32 if name.endswith(("A_log", "norm.weight")) else dtype
+            part = hub[name].to(mixed).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[mixed]
+            entries[name] = {"data_offsets": [len(data), len(data) + len(part)],
+                             "shape": list(hub[name].shape), "dtype": kind}  # fmt: skip
+            data += part
+            weight_map[name] = file
+        entries["__metadata__"] = {"é": "last", "format": "pt"}
+        text = json.dumps(entries, indent=2, ensure_ascii=False).encode() + b"   "
+        (out / file).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    index = {"weight_map": weight_map, "metadata": {"total_size": 7, "by": "hand"}}
+    (out / INDEX).write_text(json.dumps(index, indent=3))
+    (out / "config.json").write_text(json.dumps(CONFIG.to_hf() | {"rope_theta": 1e4}, indent=5))
+
+
+SOURCES: dict[str, Callable[[Path], None]] = {
+    "transformers": from_transformers,
+    "transformers, shards": lambda out: from_transformers(out, max_shard_size="20KB"),
+    "transformers, its names in memory": lambda out: from_transformers(
+        out, save_original_format=False, max_shard_size="20KB"
+    ),
+    "mixed bf16": lambda out: by_hand(out, torch.bfloat16),
+    "mixed fp16": lambda out: by_hand(out, torch.float16),
+    "all fp32": lambda out: by_hand(out, torch.float32, prefix="model."),
+    "ours": lambda out: HybridLM(CONFIG).bfloat16().save_hf(str(out)),
+}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != "manifest.json"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_source_is_written_again_byte_for_byte(tmp_path, name, caplog) -> None:
+    SOURCES[name](tmp_path / "source")
+    model = HybridLM.from_hf(str(tmp_path / "source"))
+    files = contents(tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")  # nothing of it is needed any more
+    model.save_hf(str(tmp_path / "again"), dtypes="source")
+    assert contents(tmp_path / "again") == files
+    assert "rounded" not in caplog.text
+
+    # The comparison notices one bit of one weight, and our own layout.
+    model.lm_head.weight.data.view(-1)[3] = model.lm_head.weight.data.view(-1)[3].neg()
+    model.save_hf(str(tmp_path / "other"), dtypes="source")
+    other = contents(tmp_path / "other")
+    differing = {file for file in files if other[file] != files[file]}
+    assert len(differing) == 1
+    (file,) = differing
+    assert sum(a != b for a, b in zip(other[file], files[file], strict=True)) == 1
+
+    model.save_hf(str(tmp_path / "ours"))
+    ours = {}
+    for path in (tmp_path / "ours").glob("*.safetensors"):
+        ours |= load_file(path)
+    assert {t.dtype for n, t in ours.items() if n.endswith(FP32_NAMES)} == {torch.float32}
+    again = HybridLM.from_hf(str(tmp_path / "ours"))
+    for (key, a), b in zip(
+        tensors_by_name(again).items(), tensors_by_name(model).values(), strict=True
+    ):
+        assert torch.equal(a, b), key
+        assert a.dtype == b.dtype
+
+
+def test_widening_is_reported_and_rounding_is_a_warning(tmp_path, caplog) -> None:
+    from_transformers(tmp_path / "theirs")
+    with caplog.at_level(logging.INFO):
+        model = HybridLM.from_hf(str(tmp_path / "theirs"))
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    # A_log, D, dt_bias, and two router biases
+    assert "5 mapped (widened from BF16 to F32)" in record.message
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    name = "backbone.layers.0.mixer.A_log"
+    assert torch.equal(tensors_by_name(model)[name], stored[name].float())
+
+    by_hand(tmp_path / "hand", torch.float32)
+    caplog.clear()
+    rounded = HybridLM.from_hf(str(tmp_path / "hand"), dtype=torch.bfloat16)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "(rounded from F32 to BF16)" in record.message
+    with pytest.raises(UserError, match="were rounded when they were loaded"):
+        rounded.save_hf(str(tmp_path / "out"), dtypes="source")
+
+    caplog.clear()
+    wide = HybridLM.from_hf(str(tmp_path / "theirs"), dtype=torch.float32)
+    with torch.no_grad():
+        wide.lm_head.weight += 2.0**-20
+    wide.save_hf(str(tmp_path / "out"), dtypes="source")
+    assert "1 tensors, which changed since they were loaded, were rounded" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_impossible_dtypes(tmp_path, dtype) -> None:
+    from_transformers(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    content = load_file(path)
+    name = "backbone.layers.0.mixer.A_log"
+    save_file(content | {name: content[name].to(dtype)}, path)
+    with pytest.raises(UserError, match=rf"{name}: has dtype \w+; only F32, BF16, F16"):
+        HybridLM.from_hf(str(tmp_path / "theirs"))
+
+
+def test_source_needs_a_source(tmp_path) -> None:
+    model = HybridLM(CONFIG)
+    with pytest.raises(UserError, match="loaded from a directory"):
+        model.save_hf(str(tmp_path / "out"), dtypes="source")
+    with pytest.raises(UserError, match='"default" or "source", got \'bf16\''):
+        model.save_hf(str(tmp_path / "out"), dtypes="bf16")  # type: ignore[arg-type]
+    model.save_hf(str(tmp_path / "ours"))
+    loaded = HybridLM.from_hf(str(tmp_path / "ours"))
+    loaded.config.mtp_num_depths = 1
+    with pytest.raises(UserError, match="configuration was changed"):
+        loaded.save_hf(str(tmp_path / "out"), dtypes="source")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtypes", ["default", "source"])
+def test_companions_travel_unchanged(tmp_path, dtypes) -> None:
+    source = tmp_path / "source"
+    HybridLM(CONFIG).save_hf(str(source))
+    stored = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(stored | {"eos_token_id": [2, 11]}))
+    companions = {
+        "generation_config.json": b'{ "eos_token_id":[2, 11], "temperature" : 0.6}',
+        "tokenizer.json": b"{}\n",
+        "tokenizer_config.json": b" {}",
+        "chat_template.jinja": "{# é #}".encode(),
+    }
+    for name, content in companions.items():
+        (source / name).write_bytes(content)
+    model = HybridLM.from_hf(str(source))
+    assert model.config.eos_token_id == 2
+    model.save_hf(str(tmp_path / "out"), dtypes=dtypes)
+    assert contents(tmp_path / "out").items() >= companions.items()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 11]
+    again = HybridLM.from_hf(str(tmp_path / "out"))
+    assert again.config == model.config
+
+    again.config.eos_token_id = 5  # the user's own choice beats the list
+    again.save_hf(str(tmp_path / "changed"))
+    assert json.loads((tmp_path / "changed" / "config.json").read_text())["eos_token_id"] == 5
+    (source / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match="generation_config"):
+        HybridLM.from_hf(str(source))
+
+
+def test_a_dropped_mtp_block_says_what_to_do(tmp_path) -> None:
+    """As when transformers saves a model that had one."""
+    from_transformers(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"num_nextn_predict_layers": 1, "mtp_num_depths": 2}))
+    with pytest.raises(UserError, match="set num_nextn_predict_layers to 0") as caught:
+        HybridLM.from_hf(str(tmp_path / "theirs"))
+    assert "mtp.layers.0" in str(caught.value)
+    path.write_text(json.dumps(stored | {"num_nextn_predict_layers": 0}))
+    assert HybridLM.from_hf(str(tmp_path / "theirs")).mtp is None
+
+
+def test_an_absurd_configuration_takes_no_time_or_memory(tmp_path) -> None:
+    HybridLM(CONFIG).save_hf(str(tmp_path / "ours"))
+    path = tmp_path / "ours" / "config.json"
+    stored = json.loads(path.read_text())
+    for change, says in (
+        ({"n_routed_experts": 10**8}, "describes at least"),
+        ({"hybrid_override_pattern": "M" * 10**6, "num_hidden_layers": 10**6}, "at least 1000"),
+        ({"hidden_size": 2**30, "mamba_num_heads": 2**30, "mamba_head_dim": 2**30}, "impossible"),
+        ({"hidden_size": 2**28}, "does not fit the model"),
+        ({"hidden_size": 10**400}, "hidden_size must be int"),
+        ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon must be float"),
+        ({"eos_token_id": []}, "eos_token_id"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"num_nextn_predict_layers": 1.0}, "num_nextn_predict_layers"),
+        ({"dtype": "bfloat16"}, "torch_dtype is 'float32', but dtype"),
+    ):
+        path.write_text(json.dumps(stored | change))
+        with pytest.raises(UserError, match=says):
+            HybridLM.from_hf(str(tmp_path / "ours"))
