@@ -252,11 +252,15 @@ class Loop:
     def _give_up(self, outcome: Outcome, checkpoint: Path | None) -> None:
         """Write what replays the last batch, and raise TrainingError."""
         at, run_dir = self.position, Path(self.run.config.run_dir)
-        state = Position(at.step, at.batch - 1)
-        self.saver.save(run_dir / DIAGNOSIS, state, keep=1, wait=True)
-        why = "there is no checkpoint to go back to" if checkpoint is None else (
-            f"{self.run.guard.counters.rollbacks_in_a_row} returns to a checkpoint did not help"
-        )  # fmt: skip
+        counters = self.run.guard.counters
+        why = (
+            "there is no checkpoint to go back to"
+            if checkpoint is None
+            else f"{counters.rollbacks_in_a_row} returns to a checkpoint did not help"
+        )
+        counters.in_a_row = counters.rollbacks_in_a_row = 0  # whoever replays it starts afresh
+        before = Position(at.step, at.batch - 1)
+        self.saver.save(run_dir / DIAGNOSIS, before, keep=1, wait=True)
         raise TrainingError(
             f"batch {at.batch} after step {at.step}: {outcome.objection}, and {why}. Lower "
             f"train.lr or look at the data. The state before that batch is in "

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 # From bottom to top. A room may import the rooms below it and itself.
 LAYERS = (
-    {"errors", "files", "config", "config_load", "options", "hf_config"},
+    {"errors", "files", "config", "config_load", "checkpoint_options", "options", "hf_config"},
     {"data", "model", "precision"},
     {"checkpoint", "export"},
     {"parallel"},
     {"train"},
-    {"generate", "plan", "doctor", "cli", "__main__"},
+    {"generate", "plan", "doctor", "inspection", "logprobs", "cli", "__main__"},
 )
 SIDEWAYS = [LAYERS[0], LAYERS[-1]]  # single files, which may import each other
 MODEL_MAY_IMPORT = {"config", "errors", "model"}
