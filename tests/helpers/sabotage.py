@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -73,7 +74,7 @@ def changed(ending: str, change: Callable[[Tensor], Tensor]) -> Sabotage:
     return sabotage
 
 
-def scan_without_carry(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
+def scan_without_carry(*args: Any) -> tuple[Tensor, Tensor]:
     """``ssd_scan`` over one document per row, but every chunk starts from a zero state."""
     x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk, *nothing = args
     assert isinstance(chunk, int)
@@ -83,14 +84,14 @@ def scan_without_carry(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
     return torch.cat([y_BLHP for y_BLHP, _ in scanned], dim=1), scanned[-1][1]
 
 
-def scan_without_gradient_through_the_carry(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
+def scan_without_gradient_through_the_carry(*args: Any) -> tuple[Tensor, Tensor]:
     """The values of ``ssd_scan``, the gradients of :func:`scan_without_carry`."""
     right, state = ssd_scan(*args)
     forgetful, _ = scan_without_carry(*args)
     return forgetful + (right - forgetful).detach(), state
 
 
-def router_without_gradient(*args: Tensor | int | float) -> tuple[Tensor, Tensor, Tensor]:
+def router_without_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``topk_router`` with weights that are constants to the backward pass."""
     ids_TK, weights_TK, scores_TE = topk_router(*args)
     # Not without graph: a gradient of zero is the mistake, no gradient would be easy to see.
