@@ -113,6 +113,8 @@ def change_value(rng: random.Random, value: object) -> object:
     if isinstance(value, list) and value and rng.random() < 0.7:
         at = rng.randrange(len(value))
         return [*value[:at], change_value(rng, value[at]), *value[at + 1 :]]
+    if isinstance(value, int) and rng.random() < 0.2:
+        return rng.choice([float(value), bool(value), str(value), [value]])
     if isinstance(value, int) and rng.random() < 0.5:
         return value + rng.choice([-(2**64), -1000, -8, -2, -1, 1, 2, 4, 1000, 2**62, 2**64])
     if isinstance(value, str) and rng.random() < 0.3:
@@ -292,6 +294,40 @@ def test_links_are_followed(good, tmp_path) -> None:
     for path in directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
     assert outcome(tmp_path, expected) == "loaded"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [-1, -4]},
+        {"shape": [4.0]},
+        {"shape": [True, 4]},
+        {"shape": [2, 1]},
+        {"shape": [4, 1, 1, 1, 1, 1, 1, 1, 1]},
+        {"shape": "4"},
+        {"shape": [0, 2**64], "data_offsets": [16, 16]},
+        {"data_offsets": [0.0, 16.0]},
+        {"data_offsets": [False, 16]},
+        {"data_offsets": [16, 0]},
+        {"data_offsets": [0, 16, 16]},
+        {"dtype": ["F32"]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_entries_that_make_no_sense(tmp_path, entry) -> None:
+    good = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    for change, valid in (({}, True), (entry, False)):
+        text = json.dumps({"x": good | change}).encode()
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+        if valid:
+            with TensorFile(path) as file:
+                assert torch.equal(file.read("x"), torch.zeros(4))
+                assert torch.equal(file.read("x", range(1, 3)), torch.zeros(2))
+        else:
+            with pytest.raises(UserError, match=r"x\.safetensors is not a valid safetensors file"):
+                TensorFile(path)
 
 
 @pytest.mark.parametrize("name", CHANGES)
