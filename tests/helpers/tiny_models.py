@@ -8,6 +8,7 @@ an output as large as its input, and the scan a memory that outlives its chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -101,10 +102,12 @@ def packed_batch(config: HybridConfig, rows: list[list[int]], seed: int = 0) -> 
     return Batch.from_windows(random_ids(config, len(rows), width, seed), starts_BW)
 
 
-def smallest_routing_margin(model: HybridLM, ids_BS: Tensor) -> float:
+def smallest_routing_margin(
+    model: HybridLM, ids_BS: Tensor, run: Callable[[], object] | None = None
+) -> float:
     """How close any token of any MoE layer comes to another choice of experts: the smallest
     difference between the last chosen and the first rejected expert's score with bias. Infinite
-    when there is no choice."""
+    when there is no choice. ``run`` is the pass to look at, by default logits of the tokens."""
     margins = [math.inf]
 
     def observe(gate: torch.nn.Module, _args: object, output: tuple[Tensor, ...]) -> None:
@@ -117,7 +120,7 @@ def smallest_routing_margin(model: HybridLM, ids_BS: Tensor) -> float:
     gates = [m for name, m in model.named_modules() if name.endswith(".gate")]
     handles = [gate.register_forward_hook(observe) for gate in gates]
     with torch.no_grad():
-        model(ids_BS)
+        run() if run else model(ids_BS)
     for handle in handles:
         handle.remove()
     return min(margins)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.tiny_models import loud_model, packed_batch, tiny_config
+from helpers.tiny_models import loud_model, packed_batch, smallest_routing_margin, tiny_config
+from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
@@ -56,11 +57,16 @@ def weights_of(model: HybridLM) -> dict[str, Tensor]:
 
 
 def naive_predictions(
-    model: HybridLM, weights: dict[str, Tensor], rows: list[list[int]], batch: Batch
+    model: HybridLM,
+    weights: dict[str, Tensor],
+    rows: list[list[int]],
+    batch: Batch,
+    backbone: Tensor | None = None,
 ) -> dict[Place, Prediction]:
-    """Every prediction there is. Only the backbone's hidden states are taken from the model."""
-    with torch.no_grad():
-        backbone = model.forward_hidden(batch.ids_BS, batch.documents)[0].double()
+    """Every prediction there is, from the backbone's hidden states (None: the model's own)."""
+    if backbone is None:
+        with torch.no_grad():
+            backbone = model.forward_hidden(batch.ids_BS, batch.documents)[0].double()
     out: dict[Place, Prediction] = {}
     for row, lengths in enumerate(rows):
         # The window has one token more than the row; it stands in the labels.
@@ -184,8 +190,17 @@ def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Co
 
 
 def build(rows: list[list[int]], pattern: str, depths: int) -> tuple[HybridLM, Batch]:
-    model = loud_model(tiny_config("M", mtp_pattern=pattern, mtp_num_depths=depths), seed=3)
-    return model, packed_batch(model.config, rows)
+    """The first loud model in which rounding does not decide between experts."""
+    config = tiny_config("M", mtp_pattern=pattern, mtp_num_depths=depths)
+    batch = packed_batch(config, rows)
+    for seed in range(3, 100):
+        model = loud_model(config, seed)
+        objective = PretrainObjective(model, TrainOptions())
+        unit = Normalizer(count_targets(batch, depths), 1)
+        margin = smallest_routing_margin(model, batch.ids_BS, lambda: objective(batch, unit))  # noqa: B023
+        if margin > 1e-4:
+            return model, batch
+    raise AssertionError("every model comes close to another choice of experts")
 
 
 @pytest.mark.parametrize("depths", [1, 2])
@@ -201,21 +216,24 @@ def test_hidden_states_targets_and_losses(rows: list[list[int]], pattern: str, d
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradients(pattern: str) -> None:
-    """Of all losses but the main one, to the block, the embedding and the head."""
+    """Of all losses but the main one, to the block, embedding, head and the backbone's output."""
     rows = ROWS["packed"]
     model, batch = build(rows, pattern, 2)
     weights = weights_of(model)
-    naive = naive_predictions(model, weights, rows, batch)
-    sum(p.loss for place, p in naive.items() if place[0]).backward()
-
     with torch.no_grad():
         h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+    backbone = h_BSD.double().requires_grad_()
+    naive = naive_predictions(model, weights, rows, batch, backbone)
+    sum(p.loss for place, p in naive.items() if place[0]).backward()
+
+    h_BSD.requires_grad_()
     hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     labels_NBS, valid_NBS = targets(batch, 2)
     logits_NBSV = model.lm_head(torch.stack(hidden))
     F.cross_entropy(
         logits_NBSV[valid_NBS[1:]], labels_NBS[1:][valid_NBS[1:]], reduction="sum"
     ).backward()
+    assert (h_BSD.grad - backbone.grad).norm() < 1e-5 * backbone.grad.norm()
     compared = 0
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -224,6 +242,47 @@ def test_gradients(pattern: str) -> None:
             compared += 1
     of_block = sum(1 for name, _ in model.named_parameters() if name.startswith("mtp."))
     assert compared == of_block + 2
+
+
+@torch.no_grad()
+def test_every_weight_of_the_block_is_noticed() -> None:
+    rows = ROWS["packed"]
+    model, batch = build(rows, "*E", 2)
+    naive = naive_predictions(model, weights_of(model), rows, batch)
+    tensors = {k: t for k, t in model.state_dict().items() if k.startswith("mtp.")}
+    assert len(tensors) == 18
+    for name, tensor in tensors.items():
+        right = tensor.clone()
+        tensor.copy_(right.roll(1, 0) * 1.5)
+        assert compare(model, batch, naive).logits > 1e-2, name
+        tensor.copy_(right)
+    # eh_proj reads the embedding first.
+    weight = model.get_parameter("mtp.layers.0.eh_proj.weight")
+    weight.copy_(weight.roll(weight.shape[1] // 2, 1))
+    assert compare(model, batch, naive).logits > 1
+
+
+def test_names_on_disk_are_the_released_ones() -> None:
+    """The sixteen mtp.* tensors of the released checkpoints that are no expert's, and two of each
+    expert (nemotron_h on the Hugging Face hub)."""
+    attention = ("norm", "mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj")
+    moe = (
+        "norm", "mixer.gate", "mixer.fc1_latent_proj", "mixer.fc2_latent_proj",
+        "mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj", "final_layernorm",
+    )  # fmt: skip
+    released = {f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", *attention)}
+    released |= {f"mtp.layers.1.{name}.weight" for name in moe}
+    released.add("mtp.layers.1.mixer.gate.e_score_correction_bias")
+    assert len(released) == 16
+    model, _ = build(ROWS["packed"], "*E", 2)
+    released |= {
+        f"mtp.layers.1.mixer.experts.{expert}.{matrix}_proj.weight"
+        for expert in range(model.config.n_routed_experts)
+        for matrix in ("up", "down")
+    }
+    state = model.state_dict()
+    ours = {key for name, tensor in state.items() for key, _ in to_hub(name, tensor, 0)}
+    assert {key for key in ours if key.startswith("mtp.")} == released
 
 
 def one_too_far(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:
