@@ -67,6 +67,7 @@ def generate(
 
 def generate_command(options: GenerateOptions) -> None:
     """``nemo-hybrid generate``: print the prompt and its continuation as it appears."""
+    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.files import resolve
     from nemo_hybrid.checkpoint.load import load_model
 
@@ -82,6 +83,7 @@ def generate_command(options: GenerateOptions) -> None:
         raise UserError("--prompt is empty: give at least one token to continue")
     prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
+    ends = read_companions(directory).eos_token_ids or [model.config.eos_token_id]
     began, count = time.monotonic(), 0
     text = TextStream(tokenizer)
     sys.stdout.write(options.prompt)
@@ -94,7 +96,7 @@ def generate_command(options: GenerateOptions) -> None:
         seed=options.seed,
     ):
         token = int(ids_B)
-        if token == model.config.eos_token_id:
+        if token in ends:
             break
         count += 1
         sys.stdout.write(text.add(token))

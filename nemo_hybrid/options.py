@@ -33,7 +33,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
         name = key.rsplit(".", 1)[-1].lstrip("-")
         leaf = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
         nearest = [leaves[found] for found in leaf]
-    return f"; did you mean {nearest[0]}?" if nearest else "; `--help` lists the known keys"
+    return f"; did you mean {nearest[0]}?" if nearest else "; see `--help`"
 
 
 def check_words(words: Sequence[str], options: set[str]) -> None:
@@ -94,7 +94,10 @@ def options_parser(
     for f in fields(options_class):
         about: dict[str, Any] = {"type": hints[f.name], "help": helps[f.name]}
         if f.name == "paths":
-            parser.add_argument(f.name, nargs="*", metavar="PATH", **(about | {"type": str}))
+            # Without default, or the help would call it required.
+            parser.add_argument(
+                f.name, nargs="*", metavar="PATH", default=[], **(about | {"type": str})
+            )
             continue
         if f.default is MISSING:
             about["required"] = True

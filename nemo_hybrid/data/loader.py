@@ -21,8 +21,9 @@ from nemo_hybrid.config import Architecture, DataOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.prepare import HELDOUT, TRAIN
 from nemo_hybrid.data.sampler import Sampler, quotas
-from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.data.store import TOKENIZER, TokenStore
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,17 @@ def open_blend(data: DataOptions, model: Architecture) -> Blend:
             )
     quotas(tuple(weights.values()))
     return Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
+
+
+def require_tokenizer(blend: Blend, directory: Path) -> None:
+    """Raise UserError if a checkpoint's tokenizer is another one than that of the data: the same
+    ids would mean other text. A checkpoint without tokenizer.json says nothing."""
+    tokenizer, info = directory / TOKENIZER, blend.train[0].info
+    if tokenizer.is_file() and hash_file(tokenizer) != info.tokenizer_sha256:
+        raise UserError(
+            f"{blend.train[0].path} was made with another tokenizer than that of {directory}: "
+            f"prepare the data with --tokenizer {directory}"
+        )
 
 
 def steps(

@@ -179,13 +179,14 @@ def _json_text(line: bytes, text_field: str) -> str | Unusable:
         return Unusable("", "not UTF-8")
     except (ValueError, RecursionError):
         return Unusable("", "not JSON")
-    text = record.get(text_field) if isinstance(record, dict) else None
-    return _checked(text, text_field)
+    if not isinstance(record, dict):
+        return Unusable("", "not a JSON object")
+    return _checked(record.get(text_field), text_field)
 
 
 def _checked(text: object, text_field: str) -> str | Unusable:
     if not isinstance(text, str):
-        return Unusable("", f"no text in field {text_field!r}")
+        return Unusable("", f"no text in field {text_field!r} (--text_field names another)")
     try:
         text.encode()
     except UnicodeEncodeError:

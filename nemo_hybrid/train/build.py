@@ -14,7 +14,7 @@ from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig, RunConfig
-from nemo_hybrid.data.loader import Blend, open_blend
+from nemo_hybrid.data.loader import Blend, open_blend, require_tokenizer
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.data.store import TokenStore
 from nemo_hybrid.errors import UserError
@@ -93,7 +93,7 @@ def build_run(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
     if config.model.from_hf:
-        together(world, lambda: _load_from_hf(config, model))
+        together(world, lambda: _load_from_hf(config, model, blend))
     model.to(world.device, DTYPES[config.precision.recipe])
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
@@ -117,9 +117,11 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
     )
 
 
-def _load_from_hf(config: RunConfig, model: HybridLM) -> None:
+def _load_from_hf(config: RunConfig, model: HybridLM, blend: Blend) -> None:
+    directory = resolve(str(config.model.from_hf))
+    require_tokenizer(blend, directory)
     load_weights(
-        resolve(str(config.model.from_hf)),
+        directory,
         tensors_by_name(model),
         model.owned_experts,
         n_experts=model.config.n_routed_experts,

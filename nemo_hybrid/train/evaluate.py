@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_hybrid.config import DataOptions, EvalOptions, TrainOptions
-from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
+from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
@@ -51,11 +50,14 @@ def eval_command(options: EvalOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from nemo_hybrid.checkpoint.files import resolve
     from nemo_hybrid.checkpoint.load import load_model
 
-    model = load_model(Path(options.from_))
+    directory = resolve(options.from_)
+    model = load_model(directory)
     data = DataOptions(path=options.data, sequence_length=options.sequence_length)
     blend = open_blend(data, model.config)
+    require_tokenizer(blend, directory)
     if not blend.heldout:
         raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
     world = World.start()

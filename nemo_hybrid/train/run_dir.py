@@ -10,13 +10,14 @@ import errno
 import fcntl
 import os
 import platform
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import Architecture, RunConfig
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
@@ -166,6 +167,8 @@ def _same_run(config: RunConfig, saved: Path) -> None:
         raise UserError(f"{saved} is not the configuration of a run; choose another run_dir")
     # What an older configuration does not say had its default.
     before, now = _compared(RunConfig()) | _flat(there), _compared(config)
+    if config.model.from_hf:
+        before = _without_shape(before)
     different = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
@@ -180,7 +183,14 @@ def _same_run(config: RunConfig, saved: Path) -> None:
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    return _flat(yaml.safe_load(dump_config(config)))
+    options = _flat(yaml.safe_load(dump_config(config)))
+    return _without_shape(options) if config.model.from_hf else options
+
+
+def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
+    """Without the shape's options: with model.from_hf the shape comes from there."""
+    names = {f"model.{f.name}" for f in fields(Architecture)}
+    return {key: value for key, value in options.items() if key not in names}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

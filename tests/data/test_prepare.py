@@ -310,7 +310,7 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     message = str(e.value)
     assert message.startswith("9 unusable: ")
     assert "bad.txt line 2: not UTF-8" in message
-    assert "z.jsonl line 2: no text in field 'text'" in message
+    assert "z.jsonl line 2: no text in field 'text' (--text_field names another)" in message
     assert "z.jsonl line 3: not JSON" in message
     assert "and 4 more" in message
     assert "--skip_bad" in message
@@ -323,7 +323,7 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     assert "9 unusable" in str(summary)
     assert [s.split("/")[-1] for s in summary.sources["unusable_examples"]][:2] == [
         "bad.txt line 2: not UTF-8",
-        "z.jsonl line 2: no text in field 'text'",
+        "z.jsonl line 2: no text in field 'text' (--text_field names another)",
     ]
 
 

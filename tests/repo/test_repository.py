@@ -142,3 +142,14 @@ def test_launch_commands_of_the_readme_fit_their_layout() -> None:
         loaded = load_config([ROOT / config], overrides)
         loaded.validate()
         assert loaded.validate_world(int(processes)) >= 1
+
+
+def test_a_folder_of_the_project_s_name_does_not_hide_it(tmp_path: Path) -> None:
+    """A clone is such a folder for whoever works beside it."""
+    (tmp_path / "nemo_hybrid").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", "from nemo_hybrid import HybridConfig, __version__"],
+        cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -16,9 +16,11 @@ from checkpoint.conftest import ThreadWorld, in_ranks
 from helpers.corpus import TINY_MODEL, flip_byte, write_corpus
 from helpers.processes import run_command
 from helpers.runs import tiny_run
+from nemo_hybrid import cli
 from nemo_hybrid.config import HybridConfig, ModelOptions
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
 from train.conftest import Unbroken
 
 Refused = Callable[..., str]
@@ -337,3 +339,42 @@ def test_store_of_another_seed_is_another_store(tmp_path: Path, store: Path) -> 
     """A condition of the resume tests: the helper's seed matters."""
     other = write_corpus(tmp_path / "store", seed=1) / "train/tokens-00000.bin"
     assert other.read_bytes() != (store / "train/tokens-00000.bin").read_bytes()
+
+
+def test_data_of_another_tokenizer(
+    unbroken: Unbroken,
+    store: Path,
+    tmp_path: Path,
+    pretrain: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same ids would mean other text: neither measured nor trained on."""
+    checkpoint = unbroken.copy(tmp_path / "run", without=(4, 8)) / "checkpoints/step_00000012"
+    evaluation = ["eval", "--from", str(checkpoint), "--data", str(store)]
+    evaluation += ["--sequence_length", "32", "--sequences", "16"]
+    fresh = ["--config", unbroken.config, "--run_dir", tmp_path / "new"]
+    fresh += ["--model.from_hf", checkpoint, "--train.max_steps", "1"]
+    assert cli.main(evaluation) == 0
+    with (checkpoint / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    capsys.readouterr()
+    for command in (lambda: cli.main(evaluation), lambda: pretrain(*fresh)):
+        assert command() == 2
+        assert f"another tokenizer than that of {checkpoint}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_shape_options_beside_from_hf_do_not_make_another_run(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """The shape comes from there, whether or not an option repeats it."""
+    config = tiny_run(tmp_path / "store")
+    config.run_dir = str(tmp_path / "run")
+    config.model = ModelOptions(from_hf=str(unbroken.run_dir), hidden_size=32)
+    lock = RunLock(config)
+    claim_run(config, lock)
+    config.model.hidden_size = ModelOptions().hidden_size
+    assert open_run(config, lock) is None
+    config.model.from_hf = "/elsewhere"
+    with pytest.raises(UserError, match=r"model\.from_hf"):
+        open_run(config, lock)
