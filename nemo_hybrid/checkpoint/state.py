@@ -384,9 +384,10 @@ def check_masters(weights: Weights, masters: Iterable[Fragment]) -> None:
         if offset < 0 or weight.numel() != fragment.numel:
             raise ValueError(f"{fragment.name}: the fragment does not lie within the weight")
         master = fragment.tensors["master"].reshape(-1).to(weight)
-        differing = int((master.view(torch.uint8) != weight.view(torch.uint8)).sum())
-        if differing:
+        bits = torch.int16 if weight.element_size() == 2 else torch.int32  # NaN equals itself
+        if not torch.equal(master.view(bits), weight.view(bits)):
+            differing = int((master.view(bits) != weight.view(bits)).sum())
             raise CheckpointError(
                 f"{fragment.name}: the weights are not the rounding of their fp32 masters "
-                f"({differing} bytes differ); the checkpoint mixes two states"
+                f"({differing} values differ); the checkpoint mixes two states"
             )
