@@ -147,6 +147,7 @@ def _pretrain(words: list[str]) -> int:
     if own["--print_config"]:
         print(dump_config(config), end="")
         return 0
+    launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
     # Checked here already, because importing the training loop takes seconds.
     from nemo_hybrid.checkpoint.shape import model_shape
 
@@ -154,7 +155,7 @@ def _pretrain(words: list[str]) -> int:
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
     from nemo_hybrid.train.loop import pretrain
 
-    pretrain(config)
+    pretrain(config, launcher)
     return 0
 
 

@@ -5,41 +5,48 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import threading
+import time
 from types import FrameType
+from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARENT_LOST = 5
 """Exit status of a process whose launcher died."""
 _POLL_S = 1.0
 
 
 class Watch:
-    """Guards one process while it trains; a context manager, for the main thread.
+    """Guards one process.
 
-    - SIGTERM and SIGUSR1 only set ``stop_requested``: the loop ends at the next step boundary.
-    - torchrun's workers live in process groups of their own and would train on when its agent is
-      killed. They notice the new parent, at a beat or within a second, and exit at once.
+    From its making until the process ends: torchrun's workers live in sessions of their own and
+    would train on when its agent is killed. They notice the new parent, at a beat or within a
+    second, and exit at once. ``launcher`` is the parent's process id when the process began.
+
+    As a context manager, for the main thread, while the process trains:
+
+    - SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) only set ``stop_requested``: the loop ends at
+      the next step boundary. A second SIGINT interrupts at once.
     - Without a beat for ``hang_timeout_s`` (0: never) the process prints the stacks of all its
       threads and exits with status 1, also where it hangs inside a library.
     """
 
-    def __init__(self, hang_timeout_s: float) -> None:
+    def __init__(self, hang_timeout_s: float, launcher: int) -> None:
         self.stop_requested = False
         self._timeout = hang_timeout_s
         # Without torchrun a run may well outlive the shell that started it.
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._done = threading.Event()
+        self._parent = launcher if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if self._parent is not None:
+            self._check_store()
+            threading.Thread(target=self._poll, name="watch", daemon=True).start()
 
     def __enter__(self) -> Watch:
         self._before = {s: signal.signal(s, self._stop) for s in STOP_SIGNALS}
-        if self._parent is not None:
-            threading.Thread(target=self._poll, name="watch", daemon=True).start()
         self.beat()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._done.set()
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -53,13 +60,35 @@ class Watch:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _poll(self) -> None:
-        while not self._done.wait(_POLL_S):
+        while True:
             self.check_parent()
+            time.sleep(_POLL_S)
 
     def check_parent(self) -> None:
         """End this process if its launcher is gone; before anything of a step is recorded."""
         if self._parent is not None and os.getppid() != self._parent:
-            os.write(2, b"the launcher of this process is gone: stopping\n")
-            os._exit(PARENT_LOST)
+            _end()
+
+    def _check_store(self) -> None:
+        """End this process if its launcher was gone when it began, when ``launcher`` was not it.
+
+        torchrun's agent keeps the store where processes meet; without it they would try to
+        connect for as long as they wait for each other.
+        """
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            try:
+                socket.create_connection(place, timeout=_POLL_S).close()
+            except ConnectionRefusedError:
+                _end()
+            except OSError:
+                pass  # slow or not resolved here: the connection that counts will tell
+
+
+def _end() -> NoReturn:
+    os.write(2, b"the launcher of this process is gone: stopping\n")
+    os._exit(PARENT_LOST)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
-from nemo_hybrid.checkpoint.files import find_latest, step_name, step_of
+from nemo_hybrid.checkpoint.files import find_latest, step_of
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.data.batch import Batch
@@ -33,8 +33,8 @@ from nemo_hybrid.train.step import Outcome, train_step
 from nemo_kernels import backend
 
 
-def pretrain(config: RunConfig) -> None:
-    """Train as ``config`` says; every process of the run calls this.
+def pretrain(config: RunConfig, launcher: int) -> None:
+    """Train as ``config`` says; every process of the run calls this. ``launcher``: see `Watch`.
 
     Raises UserError for mistakes, also for those that only one rank meets, on every rank;
     TrainingError when the guard's returns to a checkpoint do not help; and Stopped after a signal.
@@ -42,11 +42,12 @@ def pretrain(config: RunConfig) -> None:
     ends that rank; the others wait in their next collective until torchrun, which watches all of
     them, ends them.
     """
+    watch = Watch(config.train.hang_timeout_s, launcher)
     with RunLock(config) as lock:
-        _pretrain(config, lock)
+        _pretrain(config, lock, watch)
 
 
-def _pretrain(config: RunConfig, lock: RunLock) -> None:
+def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
     hybrid = model_shape(config.model)
     config.validate(hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
@@ -70,7 +71,7 @@ def _pretrain(config: RunConfig, lock: RunLock) -> None:
         if display:
             _announce(config, world, run, checkpoint)
             stack.enter_context(display)
-        watch = stack.enter_context(Watch(config.train.hang_timeout_s))
+        stack.enter_context(watch)
         Loop(run, position, display, watch).run_to_end()
     on_rank_0(world, lambda: write_plots(config.run_dir))
     if first:
@@ -136,7 +137,7 @@ class Loop:
 
     def __init__(self, run: Run, position: Position, display: Display | None, watch: Watch) -> None:
         self.run, self.position, self.display, self.watch = run, position, display, watch
-        self.saver = Saver(run)
+        self.saver, self.saved_step = Saver(run), -1
         self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
 
     def run_to_end(self) -> None:
@@ -214,10 +215,11 @@ class Loop:
         each(self.run.world, lambda: self.display.sync() if self.display else None)
         keep = self.run.config.checkpoint.keep
         self.saver.save(self.checkpoints, self.position, keep, wait)
+        self.saved_step = self.position.step
 
     def _stop(self) -> None:
         self.saver.wait()  # raises if writing is why the run stops
-        if not (self.checkpoints / step_name(self.position.step)).is_dir():
+        if self.saved_step != self.position.step:
             self._save(wait=True)
         raise Stopped(f"stopped by a signal after step {self.position.step}, checkpoint written")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from nemo_hybrid.checkpoint.state import (
 )
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.engine import Engine
 from nemo_hybrid.parallel.world import World
@@ -52,13 +51,14 @@ class Saver:
         self._run = run
         self._world = run.world.side()
         self._copies: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._failure: UserError | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     @property
     def failed(self) -> bool:
         """Whether the checkpoint being written could not be; ``wait`` then raises why."""
-        return self._failure is not None
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
     def save(self, checkpoints: Path, position: Position, keep: int, wait: bool = False) -> None:
         """Write ``checkpoints/step_NNNNNNNN``; with ``wait`` it is there on return.
@@ -101,25 +101,16 @@ class Saver:
                 keep=keep,
             )
 
-        def write_beside() -> None:
-            try:
-                write(self._world)
-            except UserError as error:
-                self._failure = error
-
         if asynchronous:
-            self._thread = threading.Thread(target=write_beside, name="checkpoint")
-            self._thread.start()
+            self._writing = self._beside.submit(write, self._world)
         else:
             write(run.world)
 
     def wait(self) -> None:
-        """Until the last checkpoint stands. Raises UserError on every rank if it does not."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._failure:
-            raise self._failure
+        """Until the last checkpoint stands. Raises UserError on every rank if it does not, and on
+        one rank alone what only a defect of the program raises."""
+        if self._writing is not None:
+            self._writing.result()
 
     def _copied(self, weights: Iterator[tuple[str, Tensor, int]]) -> list[tuple[str, Tensor, int]]:
         return [(name, self._copy(f"weight {name}", t), first) for name, t, first in weights]

@@ -8,7 +8,11 @@ happens (default: every rank)::
     {"delete": [3]}            these batches are not in the data
     {"signal": [5, 15]}        the process sends itself this signal during this batch
     {"hang": 5}                the process sleeps during this batch
-    {"file_size": [5, 65536]}  from this batch on no file may grow beyond this many bytes
+    {"file_size": [5, 65536]}  from this batch on, and when a checkpoint stands, no file may grow
+                               beyond this many bytes
+    {"slow_step": 0.2}         every batch takes this many seconds longer
+    {"slow_write": 0.2}        every file of a checkpoint does
+    {"events": "FILE"}         rank 0 appends "batch N" and "write NAME" there as they come
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from nemo_hybrid import cli
+from nemo_hybrid import cli, files
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.parallel.engine import Engine
 from nemo_hybrid.train import loop
@@ -32,12 +37,19 @@ def install(faults: dict[str, Any]) -> None:
     deleted = set(faults.get("delete", ()))
     current = 0
     train_step, steps, backward = loop.train_step, loop.steps, Engine.backward
+    sync = files.sync
+
+    def event(text: str) -> None:
+        if "events" in faults and os.environ.get("RANK", "0") == "0":
+            with open(faults["events"], "a") as file:
+                file.write(f"{text}\n")
 
     def faulty_step(run: Any, *args: Any, **options: Any) -> Any:
         nonlocal current
         current += 1
+        event(f"batch {current}")
         if here:
-            before_step(faults, current)
+            before_step(faults, current, Path(run.config.run_dir))
         return train_step(run, *args, **options)
 
     def faulty_steps(*args: Any, start_step: int, **options: Any) -> Iterator[list[Batch]]:
@@ -53,12 +65,21 @@ def install(faults: dict[str, Any]) -> None:
         factor *= faults.get("scale", {}).get(str(current), 1.0)
         backward(engine, loss * factor if here else loss)
 
+    def faulty_sync(file: IO[bytes]) -> None:
+        path = Path(file.name)
+        if path.parent.name.startswith(files.TEMPORARY):
+            event(f"write {path.name}")
+            time.sleep(faults.get("slow_write", 0) if here else 0)
+        sync(file)
+
+    files.sync = faulty_sync
     loop.train_step = faulty_step
     loop.steps = faulty_steps
     Engine.backward = faulty_backward  # type: ignore[method-assign]
 
 
-def before_step(faults: dict[str, Any], current: int) -> None:
+def before_step(faults: dict[str, Any], current: int, run_dir: Path) -> None:
+    time.sleep(faults.get("slow_step", 0))
     at, value = faults.get("signal", (None, None))
     if at == current:
         os.kill(os.getpid(), value)
@@ -66,6 +87,8 @@ def before_step(faults: dict[str, Any], current: int) -> None:
         time.sleep(3600)
     at, value = faults.get("file_size", (None, None))
     if at == current:
+        while not (run_dir / "checkpoints/latest").exists():
+            time.sleep(0.05)
         resource.setrlimit(resource.RLIMIT_FSIZE, (value, value))
 
 

@@ -1,0 +1,185 @@
+"""Signals, full disks, killed processes and hangs: real runs of two processes, compared with the
+unbroken one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.corpus import flip_byte
+from helpers.launcher import Job, differences, kill, steps_recorded
+from helpers.once import once
+from helpers.processes import TESTS, Finished, run_python
+from nemo_hybrid.checkpoint.files import find_latest
+from train.conftest import LAYOUT, Unbroken
+
+FAULTY = TESTS / "helpers/faulty.py"
+SECONDS_TO_END = 5.0
+
+
+def program(unbroken: Unbroken, run_dir: Path, faults: dict[str, Any], *words: str) -> list[Any]:
+    pretrain = ["pretrain", "--config", unbroken.config, "--run_dir", run_dir]
+    return [FAULTY, json.dumps(faults), *pretrain, *LAYOUT, *words]
+
+
+# ---- one run that meets one misfortune after the other ------------------------------------------
+
+MISFORTUNES: dict[str, dict[str, Any]] = {
+    "disk full": {"file_size": [8, 65536]},
+    "SIGTERM to one": {"signal": [6, int(signal.SIGTERM)], "rank": 1},
+    "SIGUSR1 to all": {"signal": [9, int(signal.SIGUSR1)]},
+    "none": {},
+}
+
+
+@pytest.fixture(scope="session")
+def unlucky(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``run``, and in ``out.json`` for each start its processes and the newest checkpoint after."""
+
+    def make(out: Path) -> None:
+        met = {}
+        for name, faults in MISFORTUNES.items():
+            finished = run_python(program(unbroken, out / "run", faults), size=2, succeed=False)
+            newest = find_latest(out / "run/checkpoints")
+            stale = [p.name for p in (out / "run/checkpoints").glob(".tmp-step*")]
+            met[name] = [[vars(f) for f in finished], str(newest and newest.name), stale]
+        (out / "out.json").write_text(json.dumps(met))
+
+    return once(tmp_path_factory, "unlucky", make)
+
+
+def met(unlucky: Path, name: str) -> tuple[list[Finished], str]:
+    finished, newest, stale = json.loads((unlucky / "out.json").read_text())[name]
+    assert stale == []
+    return [Finished(**f) for f in finished], newest
+
+
+def test_a_full_disk_ends_every_process_with_one_message(unlucky: Path) -> None:
+    """Writing fails in the background, on both ranks; the checkpoint before it stays."""
+    finished, newest = met(unlucky, "disk full")
+    assert [f.status for f in finished] == [2, 2]
+    messages = [f.stderr.partition("error")[2].partition(": ")[2].strip() for f in finished]
+    assert messages[0] == messages[1]
+    assert "step_00000008/model-r00000-00001.safetensors: File too large" in messages[0]
+    assert "step_00000008/optimizer-r00001.safetensors: File too large" in messages[0]
+    assert all("Traceback" not in f.stderr for f in finished)
+    assert newest == "step_00000004"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "step"),
+    [("SIGTERM to one", 4, 7), ("SIGUSR1 to all", 7, 10)],
+)
+def test_a_signal_ends_every_process_with_a_checkpoint(
+    unlucky: Path, name: str, before: int, step: int
+) -> None:
+    """With the step after the one that it met: processes agree on it when a step begins."""
+    finished, newest = met(unlucky, name)
+    assert [f.status for f in finished] == [4, 4]
+    assert f"going on from {unlucky / 'run/checkpoints'}/step_{before:08d}" in finished[0].stdout
+    assert newest == f"step_{step:08d}"
+    assert f"stopped by a signal after step {step}, checkpoint written" in finished[0].stderr
+    assert "Traceback" not in finished[0].stderr + finished[1].stderr
+
+
+def test_a_run_that_met_all_of_it_equals_the_unbroken_one(
+    unlucky: Path, unbroken: Unbroken
+) -> None:
+    finished, _ = met(unlucky, "none")
+    assert [f.status for f in finished] == [0, 0]
+    assert differences(unlucky / "run", unbroken.run_dir, 12) == []
+
+
+def test_differences_are_noticed(unbroken: Unbroken, tmp_path: Path) -> None:
+    """One bit of one moment, one digit of one row."""
+    copy = unbroken.copy(tmp_path / "run")
+    assert differences(copy, unbroken.run_dir, 12) == []
+    flip_byte(copy / "checkpoints/step_00000012/optimizer-r00001.safetensors", -1)
+    rows = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(rows.replace('"step":7,"loss":', '"step":7,"loss":1'))
+    assert differences(copy, unbroken.run_dir, 12) == ["optimizer-r00001.safetensors", "row 7"]
+    shutil.rmtree(copy / "checkpoints/step_00000012")
+    assert len(differences(copy, unbroken.run_dir, 12)) > 10
+
+
+# ---- under torchrun -----------------------------------------------------------------------------
+
+
+def trained(run_dir: Path, step: int) -> Callable[[], bool]:
+    """Whether this step was recorded and a checkpoint before it stands."""
+    return lambda: steps_recorded(run_dir) >= step and (run_dir / "checkpoints/latest").exists()
+
+
+def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Job(program(unbroken, run_dir, {"slow_step": 0.3}), tmp_path / "log") as job:
+        job.until(trained(run_dir, 5))
+        kill(job.workers()[1])
+        job.until(lambda: not job.processes(), timeout=SECONDS_TO_END)
+        assert job.wait() == 1
+    assert find_latest(run_dir / "checkpoints") == run_dir / "checkpoints/step_00000004"
+
+
+def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
+    unbroken: Unbroken, tmp_path: Path, pretrain: Callable[..., int], capsys: Any
+) -> None:
+    """A second run meanwhile is refused; after the kill -9 the next takes the directory, and
+    recovers by itself from the kill of a worker."""
+    import nemo_hybrid.train.loop  # noqa: F401  what takes seconds at the first refusal
+
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    with Job(program(unbroken, run_dir, {"slow_step": 0.7}), log) as job:
+        job.until(trained(run_dir, 5))
+        assert pretrain("--config", unbroken.config, "--run_dir", run_dir, *LAYOUT[2:]) == 2
+        message = capsys.readouterr().err
+        assert f"run_dir {run_dir} is in use by another run" in message
+        assert f"process {job.workers()[0]} on " in message
+        step = steps_recorded(run_dir)
+        job.until(trained(run_dir, step + 1))
+        kill(job.agent.pid)
+        rows = steps_recorded(run_dir)
+        assert job.until(lambda: not job.workers(), timeout=SECONDS_TO_END) < SECONDS_TO_END
+        time.sleep(0.5)
+        assert steps_recorded(run_dir) == rows < 12
+    assert "the launcher of this process is gone: stopping" in job.text()
+
+    words = program(unbroken, run_dir, {"slow_step": 0.3})
+    with Job(words, log, torchrun=["--max-restarts=1"]) as job:
+        job.until(trained(run_dir, 10))
+        kill(job.workers()[1])
+        assert job.wait() == 0
+    assert job.text().count("going on from") == 2
+    assert job.text().count(f"going on from {run_dir / 'checkpoints/step_00000008'}") >= 1
+    assert differences(run_dir, unbroken.run_dir, 12) == []
+
+
+def test_workers_of_an_agent_that_dies_while_they_start_end_too(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    with Job(program(unbroken, tmp_path / "run", {}), tmp_path / "log") as job:
+        job.until(lambda: len(job.workers()) == 2)
+        time.sleep(0.5)  # Python and the command line are there, the libraries are not
+        kill(job.agent.pid)
+        job.until(lambda: not job.workers(), timeout=30)  # the time to import them
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    words = program(
+        unbroken, tmp_path / "run", {"hang": 4, "rank": 1}, "--train.hang_timeout_s", "4"
+    )
+    with Job(words, tmp_path / "log") as job:
+        assert job.wait() == 1
+        job.until(lambda: not job.processes(), timeout=SECONDS_TO_END)
+    assert "Timeout (0:00:04)!" in job.text()
+    assert "in before_step" in job.text()  # where rank 1 sleeps
+    assert steps_recorded(tmp_path / "run") == 3
