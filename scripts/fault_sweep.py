@@ -47,10 +47,10 @@ from nemo_hybrid.checkpoint.files import find_latest, list_steps, step_of
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.files import replace_file
 
-STEPS, EVERY = 96, 4
+STEPS, EVERY = 64, 4
 INSTANTS = {"any time": 0.25, "while training": 0.35, "while saving": 0.4}
 TARGETS = ("a worker", "the agent", "all")
-TRAINING_S = 4.0
+TRAINING_S = 3.0
 """Kills while training come up to so long after the first step."""
 END_S = 5.0
 """Within which every process must have ended."""
@@ -98,7 +98,7 @@ class Sweep:
         write_corpus(directory / "store")
         train = {
             "max_steps": STEPS, "micro_batch_size": 2, "eval_sequences": 0,
-            "schedule": "wsd", "warmup_steps": 8, "decay_steps": 24,
+            "schedule": "wsd", "warmup_steps": 8, "decay_steps": 16,
         }  # fmt: skip
         model = {"pattern": "ME*E", "mtp_num_depths": 1}
         config = tiny_run(directory / "store", model=model, train=train, ep=2, recipe="bf16")

@@ -3,12 +3,15 @@ unbroken one bit for bit."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from nemo_hybrid.checkpoint.files import find_latest
 from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
+SWEEP = TESTS.parent / "scripts/fault_sweep.py"
 SECONDS_TO_END = 5.0
 
 
@@ -183,3 +187,56 @@ def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
     assert "Timeout (0:00:04)!" in job.text()
     assert "in before_step" in job.text()  # where rank 1 sleeps
     assert steps_recorded(tmp_path / "run") == 3
+
+
+# ---- the sweep ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fault_sweep", SWEEP)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("target", "step", "rows_after", "checkpoint", "seconds", "lost"),
+    [
+        ("all", 3, 0, 0, 0.1, ""),
+        ("all", 9, 0, 8, 0.1, ""),
+        ("all", 9, 0, 4, 0.1, ""),  # that of step 8 was being written
+        ("all", 9, 0, 0, 0.1, "the newest checkpoint is 0"),
+        ("the agent", 9, 1, 8, 1.1, ""),
+        ("the agent", 10, 2, 8, 1.1, "2 rows were written after the kill"),
+        ("a worker", 10, 2, 8, 1.1, ""),  # the other worker may well finish its step
+        ("a worker", 9, 0, 8, 6.0, "processes were there after 5 s"),
+    ],
+)
+def test_the_sweep_counts_what_is_lost(
+    sweep: ModuleType,
+    target: str,
+    step: int,
+    rows_after: int,
+    checkpoint: int,
+    seconds: float,
+    lost: str,
+) -> None:
+    kill = sweep.Kill("any time", target, 1.0, step, rows_after, checkpoint, False, seconds)
+    kill.judge()
+    assert lost in kill.lost
+    assert bool(kill.lost) == bool(lost)
+
+
+@pytest.mark.slow
+def test_kills_at_random_instants_lose_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    (finished,) = run_python([SWEEP, "--kills", "2", "--seed", "1", "--out", out], timeout=600)
+    result = json.loads(out.read_text())
+    assert result["lost"] == []
+    assert len(result["kills"]) == 2
+    assert sum(result["damage"].values()) > 50
+    assert "| all kills | 2 | 2 | 0 |" in finished.stdout
