@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_hybrid.config import GenerateOptions
 from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.hf_config import eos_token_ids, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
 
 
@@ -65,9 +66,23 @@ def generate(
             logits_BV = model.decode(ids_B, caches)
 
 
+def stop_ids(directory: Path, default: int) -> list[int]:
+    """Ids that end a text: of generation_config.json, else of config.json, else ``default``.
+
+    Raises UserError for ids that are none.
+    """
+    from nemo_hybrid.checkpoint.companions import GENERATION, read_companions
+
+    companions = read_companions(directory)
+    if GENERATION in companions.files:
+        ids = parse_json(companions.files[GENERATION], directory / GENERATION).get("eos_token_id")
+        if ids is not None:
+            return eos_token_ids(ids if isinstance(ids, list) else [ids], GENERATION)
+    return companions.eos_token_ids or [default]
+
+
 def generate_command(options: GenerateOptions) -> None:
     """``nemo-hybrid generate``: print the prompt and its continuation as it appears."""
-    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.files import resolve
     from nemo_hybrid.checkpoint.load import load_model
 
@@ -83,7 +98,7 @@ def generate_command(options: GenerateOptions) -> None:
         raise UserError("--prompt is empty: give at least one token to continue")
     prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
-    ends = read_companions(directory).eos_token_ids or [model.config.eos_token_id]
+    ends = stop_ids(directory, model.config.eos_token_id)
     began, count = time.monotonic(), 0
     text = TextStream(tokenizer)
     sys.stdout.write(options.prompt)

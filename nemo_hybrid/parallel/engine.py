@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,6 +110,16 @@ class Engine:
         """Forget the gradient of the global batch: weights, moments and counts stay."""
         self.zero.discard_gradients()
         self.engine.micro_steps += 1
+
+    @torch.no_grad()
+    def seed_masters(self, exact: Mapping[str, Tensor]) -> None:
+        """Give the masters the values from which the model's weights were rounded; by name, this
+        rank's parameters. Names that are missing keep the rounded ones."""
+        for part in self.zero.parts():
+            values = exact.get(self.names[part.parameter])
+            if values is not None:
+                source = values.reshape(-1)[part.start : part.start + part.numel]
+                part.master.narrow(0, part.master_start, part.numel).copy_(source)
 
     @property
     def optimizer_steps(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
+from nemo_hybrid.checkpoint.directory import each, on_rank_0
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
@@ -82,9 +84,17 @@ def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
 
 
 def build_run(
-    config: RunConfig, hybrid: HybridConfig, world: World, blend: Blend, accumulation: int
+    config: RunConfig,
+    hybrid: HybridConfig,
+    world: World,
+    blend: Blend,
+    accumulation: int,
+    from_hf: bool = False,
 ) -> Run:
-    """Model, engine and all else, on every rank. Raises UserError on every rank."""
+    """Model, engine and all else, on every rank, with new weights or those of model.from_hf.
+
+    Raises UserError on every rank.
+    """
     prepare_deepspeed(world)
     torch.manual_seed(config.train.seed)
     ep = config.parallel.ep
@@ -92,14 +102,14 @@ def build_run(
     model = HybridLM(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
-    if config.model.from_hf:
-        together(world, lambda: _load_from_hf(config, model, blend))
+    loaded = each(world, lambda: _load_from_hf(config, model, blend)) if from_hf else {}
     model.to(world.device, DTYPES[config.precision.recipe])
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
     engine = Engine(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
     )
+    engine.seed_masters(loaded)
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
     peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
     guard, identity = Guard(config.guard), identity_of(config, blend)
@@ -117,15 +127,19 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
     )
 
 
-def _load_from_hf(config: RunConfig, model: HybridLM, blend: Blend) -> None:
+def _load_from_hf(config: RunConfig, model: HybridLM, blend: Blend) -> dict[str, Tensor]:
+    """Fill the model; return its parameters in fp32, before any cast rounds them."""
     directory = resolve(str(config.model.from_hf))
     require_tokenizer(blend, directory)
-    load_weights(
+    report = load_weights(
         directory,
         tensors_by_name(model),
         model.owned_experts,
         n_experts=model.config.n_routed_experts,
     )
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report.summary(), flush=True)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _digest(store: TokenStore) -> str:

@@ -63,7 +63,8 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
         World.stop()
         return
     blend = open_data(config, hybrid, world)
-    run = build_run(config, hybrid, world, blend, accumulation)
+    from_hf = checkpoint is None and config.model.from_hf is not None
+    run = build_run(config, hybrid, world, blend, accumulation, from_hf)
     position = restore(checkpoint, run) if checkpoint else Position()
     on_rank_0(world, lambda: claim_run(config, lock))
     with ExitStack() as stack:
