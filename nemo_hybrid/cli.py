@@ -12,14 +12,28 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_type_hints
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint_options import CompareOptions, ImportOptions, InspectOptions
-from nemo_hybrid.config import EvalOptions, GenerateOptions, PrepareOptions, RunConfig
+from nemo_hybrid.config import (
+    EvalOptions,
+    GenerateOptions,
+    PlanOptions,
+    PrepareOptions,
+    RunConfig,
+)
 from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.options import new_parser, options_parser, read_options, suggest, take_words
+from nemo_hybrid.options import (
+    check_words,
+    new_parser,
+    options_parser,
+    parse_words,
+    read_options,
+    suggest,
+    take_words,
+)
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -113,13 +127,15 @@ def _top_parser() -> argparse.ArgumentParser:
 def _command_parser(name: str) -> jsonargparse.ArgumentParser:
     command = COMMANDS[name]
     prog = f"{PROG} {name}"
-    if command.options is RunConfig:
+    if command.options in (RunConfig, PlanOptions):
         usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
         parser = run_parser(prog, command.summary, usage=usage, epilog=STATUSES)
         parser.add_argument("--config", metavar="FILE", help="YAML file; repeated: later keys win.")
         parser.add_argument(
             "--print_config", action="store_true", help="Print the merged options and stop."
         )
+        if command.options is PlanOptions:
+            parser.add_class_arguments(PlanOptions, "plan")
         return parser
     if command.options is None:
         return new_parser(prog, command.summary, epilog=STATUSES)
@@ -157,6 +173,27 @@ def _pretrain(words: list[str]) -> int:
 
     pretrain(config, launcher)
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    hints = {f"plan.{name}": hint for name, hint in get_type_hints(PlanOptions).items()}
+    check_words([w for w in words if w.startswith("--plan.")], {f"--{key}" for key in hints})
+    own, overrides = take_words(
+        words,
+        repeated=["--config", *(f"--{key}" for key in hints)],
+        switches=["--print_config"],
+    )
+    config = load_config(own["--config"], overrides)
+    if own["--print_config"]:
+        print(dump_config(config), end="")
+        return 0
+    parser = new_parser("", "")
+    parser.add_class_arguments(PlanOptions, "plan")
+    given = [word for key in hints for value in own[f"--{key}"] for word in (f"--{key}", value)]
+    options = PlanOptions(**parse_words(parser, given, hints)["plan"])
+    from nemo_hybrid.plan import plan_command
+
+    return plan_command(config, options)
 
 
 def _prepare(words: list[str]) -> int:
@@ -232,6 +269,7 @@ def _doctor(words: list[str]) -> int:
 COMMANDS = {
     "prepare": Command("Turn text into a token store.", PrepareOptions, _prepare),
     "pretrain": Command("Train a model from its first step, or resume.", RunConfig, _pretrain),
+    "plan": Command("Say whether a run fits, and how long a step takes.", PlanOptions, _plan),
     "eval": Command("Measure a trained model's losses on held-out data.", EvalOptions, _eval),
     "generate": Command("Continue a prompt with a trained model.", GenerateOptions, _generate),
     "import": Command("Copy a Hugging Face checkpoint into our layout.", ImportOptions, _import),

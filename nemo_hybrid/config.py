@@ -508,6 +508,42 @@ class EvalOptions:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
 
+@dataclass
+class PlanOptions:
+    """Where a run is planned for: `plan`. null: the figure of the device's data sheet."""
+
+    processes: int = 1
+    """Processes of the run, one per device."""
+    device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
+    """Device of every process; `cpu`: one core."""
+    memory_gb: float | None = None
+    """Memory of one device in 1e9 bytes."""
+    reserve_gb: float = 4.0
+    """Part of it that the driver, the communication library and fragmentation take: assumed."""
+    matmul_tflops: float | None = None
+    """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
+    efficiency: float = 0.4
+    """Share of that rate that a whole forward and backward pass reaches: assumed."""
+    memory_gb_s: float | None = None
+    """Bandwidth of the device's memory in 1e9 bytes per second."""
+    devices_per_node: int | None = None
+    """Devices that a fast link connects."""
+    link_gb_s: float | None = None
+    """That link's bandwidth per device and direction, in 1e9 bytes per second."""
+    network_gb_s: float = 50.0
+    """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
+
+    def validate(self) -> None:
+        """Raise UserError for an option that cannot work."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            too_small = value is not None and f.name != "device" and value <= 0
+            if too_small and (f.name != "reserve_gb" or value < 0):
+                raise UserError(f"plan.{f.name} must be positive, got {value}")
+        if self.efficiency > 1:
+            raise UserError(f"plan.efficiency must be at most 1, got {self.efficiency}")
+
+
 def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:
     """Raise UserError unless every letter of pattern is one of allowed."""
     if not pattern and not empty:

@@ -6,11 +6,12 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import PlanOptions, RunConfig
 from nemo_hybrid.config_load import key_types, load_config, read_section
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_ci_entry_is_executable() -> None:
 
 def test_documented_options_exist() -> None:
     """Scripts and documents name only options that the command line has."""
-    known = {f"--{key}" for key in key_types()}
+    known = {f"--{key}" for key in key_types()} | {f"--plan.{f.name}" for f in fields(PlanOptions)}
     for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh")]:
         for option in re.findall(r"--[a-z]+\.[a-z0-9_]+\b", file.read_text(encoding="utf-8")):
             assert option in known, f"{file.name}: {option}"

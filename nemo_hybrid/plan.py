@@ -1,0 +1,291 @@
+"""`plan`: does a run fit, what travels between the processes, and how long a step takes.
+
+No model is built and no device is asked: everything follows from the shapes and the figures in
+``PlanOptions``. ``docs/planning.md`` states the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.config import Architecture, PlanOptions, RunConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.train.flops import parameter_counts, train_flops_per_token
+from nemo_hybrid.train.memory import Layout, Memory, groups_of, layout_of, peak
+
+
+class Device(NamedTuple):
+    """Data-sheet figures of one device: GB are 1e9 bytes, rates per second and direction."""
+
+    memory_gb: float
+    matmul_tflops: float
+    memory_gb_s: float
+    devices_per_node: int
+    link_gb_s: float
+
+
+DEVICES = {
+    "h100": Device(80, 989, 3350, 8, 450),
+    "h200": Device(141, 989, 4800, 8, 450),
+    "b200": Device(180, 2250, 8000, 8, 900),
+    "gb200": Device(186, 2500, 8000, 72, 900),
+    "gb300": Device(279, 2500, 8000, 72, 900),
+    "cpu": Device(16, 0.05, 10, 1, 1),
+}
+"""NVIDIA's data sheets, SXM and NVL72 forms, dense bf16; `cpu` is a guess at one core."""
+
+_PUBLISHED = {
+    123_611_012_096: "Super, Megatron-Bridge's performance summary: 2,789 tokens/s and 236 TFLOP/s "
+    "per H100, bf16 on 64 of them",
+    560_524_578_816: "Ultra, Megatron-Bridge's performance summary: 2,528 tokens/s per GB200 and "
+    "3,552 per GB300, MXFP8 on 256 of them, TP 2, EP 64, expert activations offloaded",
+}
+"""By number of parameters."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends per optimizer step, and seconds that this takes."""
+
+    dispatch: float
+    """All-to-all of routed slots: latent rows and weights, forward, backward and recomputed."""
+    dispatch_s: float
+    reduction: float
+    """All-reduce of fp32 gradients, every micro-batch with ZeRO-2, once with ZeRO-1."""
+    reduction_s: float
+    gather: float
+    """All-gather of the updated weights."""
+    gather_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found for one layout."""
+
+    at: Layout
+    tokens: int
+    """Tokens of a step on one process."""
+    memory: Memory
+    capacity: float
+    """Bytes of the device that are left after the reserve."""
+    traffic: Traffic
+    flops: float
+    """Useful operations per token; recomputation is not among them."""
+    compute_s: float
+    optimizer_s: float
+    device_flops: float
+
+    @property
+    def needed(self) -> float:
+        """Bytes on the device; a CPU's memory holds the checkpoint's copy as well."""
+        return self.memory.device + (self.memory.host_copy if self.at.cpu else 0)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def step_s(self) -> float:
+        """Nothing overlaps, as in the engine."""
+        t = self.traffic
+        return self.compute_s + self.optimizer_s + t.dispatch_s + t.reduction_s + t.gather_s
+
+
+def plan_command(config: RunConfig, options: PlanOptions) -> int:
+    """Print the plan; return the exit status, 0 whether it fits or not."""
+    options.validate()
+    config = deepcopy(config)
+    if not config.data.path and not config.data.blend:
+        config.data.path = "not needed"
+    shape = model_shape(config.model)
+    config.validate(shape)
+    config.validate_world(options.processes)
+    found = make_plan(config, shape, options)
+    print("\n".join(_lines(found, config, shape, options)))
+    return 0
+
+
+def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> Plan:
+    """Plan a valid run. Raises UserError where it does not fit the number of processes."""
+    device = _device(options)
+    at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
+    tokens = at.tokens * at.accumulation
+    flops = train_flops_per_token(shape, at.length)
+    done = flops + _recomputed_flops(at) / 3
+    rate = device.matmul_tflops * 1e12
+    # Adam reads and writes master and moments and reads the gradient, all of them in fp32.
+    moved = 28 * sum(g.part for g in groups_of(at))
+    return Plan(
+        at=at,
+        tokens=tokens,
+        memory=peak(at),
+        capacity=(device.memory_gb - options.reserve_gb) * 1e9,
+        traffic=_traffic(at, device, options.network_gb_s),
+        flops=flops,
+        compute_s=done * tokens / (rate * options.efficiency),
+        optimizer_s=moved / (device.memory_gb_s * 1e9),
+        device_flops=rate,
+    )
+
+
+def _device(options: PlanOptions) -> Device:
+    given = {name: getattr(options, name) for name in Device._fields}
+    return DEVICES[options.device]._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def _recomputed_flops(at: Layout) -> float:
+    """Forward and backward FLOPs per token of the layers that are recomputed."""
+    cfg = at.cfg
+    kept = replace(
+        cfg,
+        pattern="".join(c for c in cfg.pattern if c not in at.recompute),
+        mtp_pattern="".join(c for c in cfg.mtp_pattern if c not in at.recompute),
+    )
+    return train_flops_per_token(cfg, at.length) - train_flops_per_token(kept, at.length)
+
+
+def _traffic(at: Layout, device: Device, network_gb_s: float) -> Traffic:
+    cfg, ep, node = at.cfg, at.ep, device.devices_per_node
+    link, network = device.link_gb_s * 1e9, network_gb_s * 1e9
+    passes = cfg.pattern.count("E") + cfg.mtp_num_depths * cfg.mtp_pattern.count("E")
+    # Rows go and come back; so do their gradients; recomputation sends the rows once more. The
+    # fp32 weight of a row goes along, and its gradient comes back.
+    again = "E" in at.recompute
+    slot = (6 if again else 4) * cfg.expert_size * at.width + (3 if again else 2) * 4
+    slots = at.tokens * at.accumulation * passes * cfg.num_experts_per_tok
+    near = (min(ep, node) - 1) / ep
+    far = (ep - min(ep, node)) / ep
+    dispatch = slots * slot * (near + far)
+    dispatch_s = slots * slot * max(near / link, far / network)
+
+    reduction = gather = reduction_s = gather_s = 0.0
+    for group in groups_of(at):
+        n, stride = group.ranks, at.processes // group.ranks
+        # A ring enters and leaves each node through the network devices of all its members.
+        rate = link if n * stride <= node else min(link, network * max(1, node // stride))
+        share = (n - 1) / n
+        reduced = 2 * share * 4 * group.numel * (at.accumulation if at.zero == 2 else 1)
+        gathered = share * group.width * group.numel
+        reduction, gather = reduction + reduced, gather + gathered
+        reduction_s, gather_s = reduction_s + reduced / rate, gather_s + gathered / rate
+    return Traffic(dispatch, dispatch_s, reduction, reduction_s, gather, gather_s)
+
+
+def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Iterator[str]:
+    """What makes a run fit, one change after the other, each with the memory it leads to.
+
+    Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
+    more processes. A change that takes no memory away is left out. Ends with the first that fits;
+    if none does, says so.
+    """
+    config, options = deepcopy(config), replace(options)
+    at = make_plan(config, shape, options)
+    for name, change in _candidates(config, shape, options):
+        tried, tried_options = deepcopy(config), replace(options)
+        for key, value in change.items():
+            section, _, field = key.partition(".")
+            target = tried_options if section == "plan" else getattr(tried, section)
+            setattr(target, field, value)
+        try:
+            found = make_plan(tried, shape, tried_options)
+        except UserError:
+            continue
+        if found.needed > 0.98 * at.needed:
+            continue
+        config, options, at = tried, tried_options, found
+        yield f"{name}: {_gb(found.needed)}" + (", fits" if found.fits else "")
+        if found.fits:
+            return
+    yield "even so it does not fit: take a device with more memory"
+
+
+def _candidates(
+    config: RunConfig, shape: Architecture, options: PlanOptions
+) -> Iterator[tuple[str, dict[str, int | str]]]:
+    if config.parallel.zero == 1:
+        yield "--parallel.zero 2", {"parallel.zero": 2}
+    micro = config.train.micro_batch_size
+    while micro > 1 and micro % 2 == 0:
+        micro //= 2
+        yield f"--train.micro_batch_size {micro}", {"train.micro_batch_size": micro}
+    for letters in ("E", "ME", "ME*-"):
+        if set(letters) > set(config.train.recompute):
+            yield f'--train.recompute "{letters}"', {"train.recompute": letters}
+    ep, processes = config.parallel.ep, options.processes
+    while shape.n_routed_experts % (2 * ep) == 0 and processes % (2 * ep) == 0:
+        ep *= 2
+        yield f"--parallel.ep {ep}", {"parallel.ep": ep}
+    batch = config.train.global_batch_size
+    for _ in range(6):
+        processes *= 2
+        change: dict[str, int | str] = {"plan.processes": processes}
+        if shape.n_routed_experts % (2 * ep) == 0:
+            ep *= 2
+            change["parallel.ep"] = ep
+        words = f"{processes} processes, --parallel.ep {ep}"
+        if batch % (processes * micro):
+            batch *= 2
+            change["train.global_batch_size"] = batch
+            words += f", --train.global_batch_size {batch}"
+        yield words, change
+
+
+def _lines(
+    found: Plan, config: RunConfig, shape: Architecture, options: PlanOptions
+) -> Iterator[str]:
+    at, memory, traffic = found.at, found.memory, found.traffic
+    counts = parameter_counts(shape)
+    local = sum(g.numel for g in groups_of(at))
+    yield (
+        f"{counts.total:,} parameters, {counts.active:,} active, {local:,} in each process; "
+        f"{at.processes} x {options.device}, EP {at.ep}, ZeRO-{at.zero}, "
+        f"{config.precision.recipe}, recompute {at.recompute or 'nothing'}"
+    )
+    yield (
+        f"{at.rows} x {at.length} tokens per micro-batch, {at.accumulation} micro-batches per step"
+    )
+    yield f"memory of one process, at its peak ({memory.moment}):"
+    for kind in ("weights", "optimizer", "gradients", "activations", "buffers"):
+        yield f"  {kind:12} {_gb(getattr(memory, kind)):>12}"
+    yield f"  {'together':12} {_gb(memory.device):>12}"
+    yield (
+        f"  in CPU memory: checkpoint copy {_gb(memory.host_copy)} (process 0), building the model "
+        f"{_gb(4 * local)}"
+    )
+    room = f"{_gb(found.capacity)} ({options.reserve_gb:g} GB reserved)"
+    if found.fits:
+        yield f"fits: {_gb(found.needed)} of {room}"
+    else:
+        yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
+        yield from (f"  {line}" for line in changes(config, options, shape))
+    yield "one step of one process, nothing overlapping:"
+    parts = {
+        f"compute at {options.efficiency:.0%} of {found.device_flops / 1e12:g} TFLOP/s": (
+            None, found.compute_s
+        ),
+        "all-to-all of routed slots": (traffic.dispatch, traffic.dispatch_s),
+        "all-reduce of gradients": (traffic.reduction, traffic.reduction_s),
+        "all-gather of weights": (traffic.gather, traffic.gather_s),
+        "optimizer": (None, found.optimizer_s),
+    }  # fmt: skip
+    for name, (sent, seconds) in parts.items():
+        yield f"  {name:38} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
+    rate = found.tokens / found.step_s
+    yield (
+        f"  together {found.step_s:.3f} s: {rate:,.0f} tokens/s and "
+        f"{rate * found.flops / 1e12:.3g} TFLOP/s per process "
+        f"({found.flops / 1e9:.4g} GFLOP per token), MFU "
+        f"{rate * found.flops / found.device_flops:.1%}"
+    )
+    if counts.total in _PUBLISHED:
+        yield f"published: {_PUBLISHED[counts.total]}"
+
+
+def _gb(size: float) -> str:
+    if size < 1e9:
+        return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"

@@ -1,0 +1,433 @@
+"""Memory of a training process by kind and moment, from shapes alone. All sizes are bytes.
+
+It follows what the engine, DeepSpeed's ZeRO optimizer, the layers' autograd functions and the loss
+allocate; ``docs/planning.md`` says so in words and shows how well it was met.
+
+Letters in formulas: T tokens of a micro-batch, S sequence, D hidden, I Mamba inner width, C conv
+channels, H heads, P head dim, N state, G groups, E experts, K experts per token, L expert width,
+F expert inner width, V vocabulary; b bytes of a weight, W processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from nemo_hybrid.config import Architecture, RunConfig
+
+REDUCE_BUCKET = 100_000_000
+"""Elements of DeepSpeed's reduction buffer, as the engine sets it."""
+STATE_BYTES = 12
+"""fp32 master and two fp32 moments of one parameter."""
+_LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}  # logits held at once: on CPU, elsewhere
+_SCAN_BLOCK = {True: 1 << 19, False: 1 << 28}  # row-chunk elements of the reference scan
+
+
+class Group(NamedTuple):
+    """Parameters that DeepSpeed keeps in one flat tensor: their sizes in order."""
+
+    sizes: list[int]
+    width: int
+    """Bytes of one weight."""
+    experts: bool
+    ranks: int
+    """Processes that share its optimizer state."""
+
+    @property
+    def numel(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def part(self) -> int:
+        """Elements of one process's share, padded as DeepSpeed pads it."""
+        return math.ceil(self.numel / (2 * self.ranks)) * 2
+
+    def touched(self) -> int:
+        """Whole sizes of the parameters that one share touches, at the process with most."""
+        ends, starts, at = [], [], 0
+        for size in self.sizes:
+            starts.append(at)
+            at += size
+            ends.append(at)
+        most = first = last = 0
+        held = 0
+        for rank in range(self.ranks):
+            low, high = rank * self.part, (rank + 1) * self.part
+            while last < len(starts) and starts[last] < high:
+                held += self.sizes[last]
+                last += 1
+            while first < last and ends[first] <= low:
+                held -= self.sizes[first]
+                first += 1
+            most = max(most, held)
+        return most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What memory depends on."""
+
+    cfg: Architecture
+    processes: int
+    ep: int
+    zero: int
+    width: int
+    """Bytes of a weight or an activation: 2 for bf16, 4 for fp32."""
+    rows: int
+    length: int
+    recompute: str
+    accumulation: int
+    cpu: bool
+    """Buffers that are never touched take no memory there, and the reference paths are taken."""
+    reference: tuple[str, ...]
+    """Operations of ssd, conv1d and attention that take the reference path."""
+    host_copy: bool
+    """Checkpoints are copied to CPU memory before they are written."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def layout_of(config: RunConfig, cfg: Architecture, processes: int, cpu: bool) -> Layout:
+    """The layout of a valid run. Raises UserError where it does not fit the number of processes."""
+    kernels = vars(config.kernels)
+    return Layout(
+        cfg=cfg,
+        processes=processes,
+        ep=config.parallel.ep,
+        zero=config.parallel.zero,
+        width={"bf16": 2, "fp32": 4}[config.precision.recipe],
+        rows=config.train.micro_batch_size,
+        length=config.data.sequence_length,
+        recompute=config.train.recompute,
+        accumulation=config.validate_world(processes),
+        cpu=cpu,
+        reference=tuple(op for op, path in kernels.items() if cpu or path == "reference"),
+        host_copy=config.checkpoint.asynchronous,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process by kind, at one moment."""
+
+    moment: str = ""
+    weights: float = 0
+    optimizer: float = 0
+    gradients: float = 0
+    activations: float = 0
+    buffers: float = 0
+    """Reduction buffers, and temporaries of the operation that runs."""
+    host_copy: float = 0
+    """Copy of weights and optimizer state for the checkpoint, in CPU memory."""
+
+    @property
+    def device(self) -> float:
+        """Everything but the copy in CPU memory."""
+        return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
+
+
+def matrices(cfg: Architecture, letter: str, ep: int) -> Iterator[tuple[int, str]]:
+    """Size and kind of a layer's parameters in the model's order, its input norm first.
+
+    Kinds: "decay", "none" (no weight decay), "fp32" (fp32 and no decay), "experts".
+    """
+    d, inner, conv = cfg.hidden_size, cfg.mamba_inner_size, cfg.conv_channels
+    yield d, "none"
+    if letter == "M":
+        yield from [(cfg.mamba_num_heads, "fp32")] * 3
+        yield d * (inner + conv + cfg.mamba_num_heads), "decay"
+        yield conv * cfg.conv_kernel, "decay"
+        yield from [(conv, "none"), (inner, "none"), (inner * d, "decay")]
+    elif letter == "*":
+        heads, groups = cfg.num_attention_heads, cfg.num_key_value_heads
+        yield from [(d * n * cfg.head_dim, "decay") for n in (heads, groups, groups, heads)]
+    elif letter == "-":
+        yield from [(d * cfg.intermediate_size, "decay")] * 2
+    else:
+        expert = cfg.expert_size * cfg.moe_intermediate_size
+        yield cfg.n_routed_experts * d, "decay"
+        yield from [(cfg.n_routed_experts // ep * expert, "experts")] * 2
+        if cfg.moe_latent_size:
+            yield from [(d * cfg.moe_latent_size, "decay")] * 2
+        if cfg.moe_shared_expert_intermediate_size:
+            yield from [(d * cfg.moe_shared_expert_intermediate_size, "decay")] * 2
+
+
+def parameters(cfg: Architecture, ep: int) -> list[tuple[int, str]]:
+    """Size and kind of every parameter that one process holds, in the model's order."""
+    d = cfg.hidden_size
+    sizes = [(cfg.vocab_size * d, "decay")]
+    for letter in cfg.pattern:
+        sizes += matrices(cfg, letter, ep)
+    sizes += [(d, "none"), (cfg.vocab_size * d, "decay")]
+    if cfg.mtp_num_depths:
+        for i, letter in enumerate(cfg.mtp_pattern):
+            sizes += matrices(cfg, letter, ep)
+            if i == 0:
+                sizes += [(d, "none"), (d, "none"), (2 * d * d, "decay")]
+        sizes += [(d, "none")]
+    return sizes
+
+
+def groups_of(at: Layout) -> list[Group]:
+    """The optimizer's parameter groups as one process holds them."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for size, kind in parameters(at.cfg, at.ep):
+        width = 4 if kind == "fp32" else at.width
+        found.setdefault(("none" if kind == "fp32" else kind, width), []).append(size)
+    return [
+        Group(sizes, width, kind == "experts", at.processes // (at.ep if kind == "experts" else 1))
+        for (kind, width), sizes in found.items()
+    ]
+
+
+def saved(at: Layout, letter: str) -> int:
+    """Bytes that autograd keeps of one layer for one micro-batch, its input included.
+
+    A recomputed layer keeps its input alone.
+    """
+    if letter in at.recompute:
+        return at.tokens * at.width * at.cfg.hidden_size
+    return _saved(at, letter)
+
+
+def _saved(at: Layout, letter: str) -> int:
+    cfg, b, T, S = at.cfg, at.width, at.tokens, at.length
+    cast = b != 4  # an fp32 copy of something bf16 is a tensor of its own
+    token = 2 * b * cfg.hidden_size + 4  # the norm's input, output, and 1/rms
+    if letter == "M":
+        return T * token + _saved_mamba(at)
+    if letter == "*":
+        a = 4 if at.cpu else b
+        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        token += a * (2 * q + 2 * kv) + 4 * cfg.num_attention_heads
+        token += b * q if a != b else 0
+        if "attention" in at.reference:  # the documents' mask
+            token += a * S
+        return T * token
+    if letter == "-":
+        return T * (token + 2 * b * cfg.intermediate_size)
+    experts, k, inner = cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.moe_intermediate_size
+    fixed = 4 * experts * cfg.hidden_size if cast else 0
+    token += 4 * cfg.hidden_size if cast else 0
+    token += 4 * experts + 12 * k + 8  # scores, choice, chosen scores, two sums
+    token += b * k * inner + 4 * k  # pre-activation, weights
+    if cfg.moe_latent_size:
+        token += b * cfg.moe_latent_size  # fc2's input
+    if at.ep > 1:
+        token += b * k * cfg.expert_size + 8 * 5 * k  # rows that came, five permutations
+    else:
+        token += (b * cfg.moe_latent_size if cfg.moe_latent_size else 0) + 8 * 2 * k
+    return fixed + T * (token + 2 * b * cfg.moe_shared_expert_intermediate_size)
+
+
+def _saved_mamba(at: Layout) -> int:
+    cfg, b, T, S = at.cfg, at.width, at.tokens, at.length
+    inner, conv, heads = cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads
+    token = b * (inner + conv + heads) + 4 * heads  # in_proj's output, softplus's input
+    # Of the convolution its result before SiLU, or from the library a contiguous copy of its input.
+    token += b * conv
+    token += 4 * cfg.n_groups + b * inner  # of the gated norm; out_proj's input
+    if "ssd" not in at.reference:
+        return T * (token + b * conv + 8 * heads + b * inner)
+    chunk = min(cfg.chunk_size, S)
+    chunks = math.ceil(S / chunk)
+    padded = at.rows * chunks * chunk
+    states = at.rows * (chunks + 1) * 4 * inner * cfg.ssm_state_size
+    return T * token + padded * (b * conv + 4 * heads + b * inner) + states
+
+
+def scratch(at: Layout, letter: str) -> int:
+    """Bytes of temporaries in a layer's backward pass, the largest that live together.
+
+    Estimated from what each pass allocates; the gradient of the layer's weights in the weights'
+    dtype is part of it.
+    """
+    cfg, b, T, S = at.cfg, at.width, at.tokens, at.length
+    stream = 2 * b * cfg.hidden_size
+    largest = b * max(size for size, kind in matrices(cfg, letter, at.ep) if kind != "experts")
+    if letter == "*":
+        q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+        return largest + T * (stream + (4 + b) * (2 * q + 2 * kv))
+    if letter == "-":
+        return largest + T * (stream + 3 * b * cfg.intermediate_size)
+    if letter == "M":
+        inner, conv, heads = cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads
+        token = stream + b * (2 * inner + 2 * (inner + conv + heads)) + 4 * conv
+        chunk = min(cfg.chunk_size, S)
+        state = 4 * 2 * inner * cfg.ssm_state_size // chunk
+        if "ssd" not in at.reference:
+            return largest + T * (token + state + 8 * cfg.n_groups * chunk)
+        rows = max(1, min(at.rows, _SCAN_BLOCK[at.cpu] // (S * heads * chunk)))
+        block = 4 * heads * (4 * chunk + 5 * cfg.ssm_state_size + 3 * cfg.mamba_head_dim) + state
+        return largest + T * token + rows * S * block
+    k, expert = cfg.num_experts_per_tok, cfg.expert_size
+    weights = 2 * (cfg.n_routed_experts // at.ep) * expert * cfg.moe_intermediate_size
+    token = stream + k * expert * (2 * b + 4)  # gathered rows, their gradients in and out
+    if at.cpu:
+        weights *= 4 + (b if b != 4 else 0)  # in fp32, then rounded
+    else:
+        weights *= b
+        token += 12 * k * cfg.moe_intermediate_size  # passes between the grouped products
+    return T * token + weights
+
+
+def moments(at: Layout) -> Iterator[Memory]:
+    """Memory through one step after the first, at every moment that can be the largest.
+
+    The last micro-batch; earlier ones have left their gradients behind.
+    """
+    cfg, b, T = at.cfg, at.width, at.tokens
+    groups = groups_of(at)
+    base = Memory(
+        weights=sum(g.width * g.part * g.ranks for g in groups),
+        optimizer=STATE_BYTES * sum(g.part for g in groups),
+    )
+    if at.host_copy:
+        copy = base.optimizer + sum(g.width * g.numel for g in groups)
+        base = replace(base, host_copy=copy)
+    reduction = Reduction(at, groups)
+    d, vocab, depths = cfg.hidden_size, cfg.vocab_size, cfg.mtp_num_depths
+    stream, head = b * T * d, vocab * d
+
+    # Forward: layers, final norms, inputs of every depth, and the loss, which makes gradients.
+    block = sum(saved(at, letter) for letter in cfg.mtp_pattern) + 5 * stream if depths else 0
+    kept = sum(saved(at, letter) for letter in cfg.pattern) + stream + depths * block
+    losses = (1 + depths) * stream
+    chunk = 2 * max(_LOSS_CHUNK[at.cpu], 16 * 4 * vocab)
+    cast = 4 * head if b != 4 else 0
+    yield reduction.memory(base, "loss", kept, 2 * losses + 4 * head + cast + chunk)
+    yield reduction.memory(base, "loss, backward", kept, 2 * losses + (4 + b) * head)
+    yield from reduction.arrive(base, "head", [head], kept, losses)
+    held = losses
+    table = 0
+    for depth in range(depths, 0, -1):
+        last = depth == 1
+        for letter in reversed(cfg.mtp_pattern):
+            own = [size for size, _ in matrices(cfg, letter, at.ep)]
+            waiting = 0 if depth == depths else b * sum(own)
+            again = _saved(at, letter) - stream if letter in at.recompute else 0
+            work = held + table + scratch(at, letter) + again + waiting
+            yield reduction.memory(base, f"MTP {depth}, {letter} backward", kept, work)
+            if last:
+                yield from reduction.arrive(base, "MTP", own, kept, held + table)
+            kept -= saved(at, letter)
+        kept -= 5 * stream
+        table = b * head  # the embedding's gradient waits for the other uses of it
+        held -= stream
+    if depths:
+        yield from reduction.arrive(base, "MTP", [2 * d * d], kept, held + table)
+    for letter in reversed(cfg.pattern):
+        again = _saved(at, letter) - stream if letter in at.recompute else 0
+        work = stream + table + scratch(at, letter) + again
+        yield reduction.memory(base, f"{letter} backward", kept, work)
+        own = [size for size, _ in matrices(cfg, letter, at.ep)]
+        yield from reduction.arrive(base, letter, own, kept, stream + table)
+        kept -= saved(at, letter)
+    yield reduction.memory(base, "embedding backward", kept, table + b * head + stream)
+    yield from reduction.arrive(base, "embedding", [head], 0, 0)
+    yield from reduction.finish(base)
+
+
+class Reduction:
+    """Gradients and reduction buffers while gradients arrive, as DeepSpeed's ZeRO holds them.
+
+    ZeRO-1 keeps all gradients in fp32 until the last micro-batch and reduces them then. ZeRO-2
+    collects them in a buffer of REDUCE_BUCKET elements; a full one is reduced and the parts that
+    belong here are copied out. Reduction flattens into a further copy.
+    """
+
+    def __init__(self, at: Layout, groups: list[Group]) -> None:
+        self.at, self.groups = at, groups
+        widths = {g.width for g in groups}
+        # The engine puts bf16 first for ZeRO-1 and fp32 for ZeRO-2; only bf16 in front makes
+        # DeepSpeed add up in flat fp32 partitions.
+        self.compact = 2 in widths and (at.zero == 1 or 4 not in widths)
+        self.staging = 2 if at.zero == 2 and self.compact else 4
+        parts = sum(g.part for g in groups)
+        self.own = 4 * (parts if self.compact else sum(g.touched() for g in groups))
+        self.numel = sum(g.numel for g in groups)
+        self.before = 0  # left by earlier micro-batches
+        if at.accumulation > 1:
+            self.before = 4 * self.numel if at.zero == 1 else self.own
+        self.arrived = self.pending = self.staged = self.reduced = 0
+
+    def memory(self, base: Memory, moment: str, kept: float, work: float) -> Memory:
+        """All kinds at a moment of the forward or backward pass."""
+        at = self.at
+        own = self.own if not at.cpu else self.own * self.reduced / self.numel
+        gradients: float
+        if at.zero == 1:
+            gradients = max(self.before, 4 * self.arrived)
+        elif self.compact:
+            gradients = max(self.before, own if self.reduced else 0)
+        else:
+            gradients = self.before + (own if self.reduced else 0)
+        buffer = REDUCE_BUCKET if not at.cpu and self.arrived else self.staged
+        return replace(
+            base,
+            moment=moment,
+            gradients=gradients,
+            activations=kept,
+            buffers=self.staging * buffer + work,
+        )
+
+    def arrive(
+        self, base: Memory, moment: str, sizes: list[int], kept: float, work: float
+    ) -> Iterator[Memory]:
+        """Gradients of ``sizes`` come; yields the moment of each reduction that they cause."""
+        for size in reversed(sizes):
+            self.arrived += size
+            if self.at.zero == 1:
+                continue
+            if self.pending + size > REDUCE_BUCKET:
+                yield self._reduce(base, moment, kept, work)
+            self.pending += size
+            if size <= REDUCE_BUCKET:
+                self.staged = max(self.staged, self.pending)
+
+    def _reduce(self, base: Memory, moment: str, kept: float, work: float) -> Memory:
+        large = self.pending > REDUCE_BUCKET  # one gradient, which stays where it is
+        flat = 4 * self.pending + (self.at.width * self.pending if large else 0)
+        if self.staging == 2 and not large:
+            flat += 2 * self.pending
+        self.reduced += self.pending
+        self.pending = 0
+        return self.memory(base, f"reduction, {moment}", kept, work + flat)
+
+    def finish(self, base: Memory) -> Iterator[Memory]:
+        """The last reduction, the norm, and the optimizer's step."""
+        at = self.at
+        if at.zero == 2:
+            yield self._reduce(base, "all", 0, 0)
+        else:
+            largest = self.numel
+            if at.ep > 1:  # experts and the others are reduced one after the other
+                experts = sum(g.numel for g in self.groups if g.experts)
+                largest = max(experts, self.numel - experts)
+            bucket = min(REDUCE_BUCKET, self.numel)
+            yield replace(
+                base,
+                moment="reduction",
+                gradients=4 * self.numel + (self.own if self.compact else 0),
+                buffers=4 * min(largest, bucket),
+            )
+            if not self.compact:
+                yield replace(base, moment="reduced", gradients=4 * bucket + self.own, buffers=0)
+        step = replace(base, gradients=self.own)
+        slices = max(min(max(g.sizes), g.part) for g in self.groups)
+        yield replace(step, moment="norm", buffers=8 * slices)
+        if not self.compact:
+            largest_part = max(g.part for g in self.groups)
+            yield replace(step, moment="optimizer", buffers=4 * largest_part)
+        gathered = max((g.width * g.numel for g in self.groups if g.ranks > 1), default=0)
+        yield replace(base, moment="all-gather", buffers=gathered if at.cpu else 0)
+
+
+def peak(at: Layout) -> Memory:
+    """The moment with most memory on the device; on CPU the checkpoint's copy lies there too."""
+    return max(moments(at), key=lambda m: m.device)
