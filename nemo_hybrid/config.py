@@ -276,14 +276,21 @@ class GuardOptions:
     """Returns without a new checkpoint in between after which the run stops."""
 
 
+ZERO_REFUSED = {
+    0: "without ZeRO bf16 weights have no fp32 masters, and clipping does not know expert parallelism",
+    3: "DeepSpeed refuses ZeRO-3 for MoE layers whose experts are divided over processes",
+}
+"""Why the other stages cannot be had."""
+
+
 @dataclass
 class ParallelOptions:
     """How the work is divided over processes."""
 
     ep: int = 1
     """Expert-parallel size: processes over which the routed experts are divided."""
-    zero: Literal[1, 2] = 2
-    """DeepSpeed ZeRO stage."""
+    zero: int = 2
+    """DeepSpeed ZeRO stage: 1 or 2."""
 
 
 @dataclass
@@ -405,6 +412,9 @@ class RunConfig:
                     f"data.blend: the weight of {path} must be positive and finite, got {weight}"
                 )
         check_pattern(t.recompute, "train.recompute", empty=True)
+        if self.parallel.zero not in (1, 2):
+            reason = ZERO_REFUSED.get(self.parallel.zero, "there is no other stage")
+            raise UserError(f"parallel.zero must be 1 or 2, got {self.parallel.zero}: {reason}")
         if m.n_routed_experts % self.parallel.ep:
             raise UserError(
                 f"model.n_routed_experts ({m.n_routed_experts}) is not divisible by "
