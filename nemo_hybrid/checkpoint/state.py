@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.companions import Companions, read_tokenizer
+from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.directory import World, Writer, on_rank_0, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError
 from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
@@ -103,7 +103,7 @@ def save_checkpoint(
     fragments: Iterable[Fragment],
     run_state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
-    tokenizer_files: Path | None,
+    companions: Companions,
     resolved_config: str,
     keep: int,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -130,7 +130,6 @@ def save_checkpoint(
         shards = [part for part, _ in parts]
         index = _merge(listing for _, listing in parts)
         _check_complete(index, shards)
-        companions = read_tokenizer(tokenizer_files) if tokenizer_files else Companions()
         write_model_files(writer, config, shards, companions)
         writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
         state = {**run_state, "step": step, "format_version": FORMAT_VERSION}

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.directory import together
+from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
+from nemo_hybrid.checkpoint.directory import each, together
+from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
     Fragment,
@@ -50,6 +52,8 @@ class Saver:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._world = run.world.side()
+        first = run.world.rank == 0
+        self._companions = each(run.world, lambda: _companions(run) if first else Companions())
         self._copies: dict[str, Tensor] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -96,7 +100,7 @@ class Saver:
                 fragments=fragments,
                 run_state=state,
                 rank_state=rank_state,
-                tokenizer_files=run.blend.tokenizer_dir,
+                companions=self._companions,
                 resolved_config=dump_config(run.config),
                 keep=keep,
             )
@@ -160,6 +164,15 @@ def restore(directory: Path, run: Run) -> Position:
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
     return Position(int(state["step"]), int(state["batches"]))
+
+
+def _companions(run: Run) -> Companions:
+    """The data's tokenizer, and what travels with the weights that the run began with."""
+    own = read_tokenizer(run.blend.tokenizer_dir)
+    if not run.config.model.from_hf:
+        return own
+    theirs = read_companions(resolve(run.config.model.from_hf))
+    return replace(theirs, files={**own.files, **theirs.files})
 
 
 def _owned(engine: Engine, model: HybridLM) -> Iterator[tuple[str, Tensor, int]]:

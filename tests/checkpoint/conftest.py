@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
 from nemo_hybrid.config import HybridConfig
@@ -150,7 +151,7 @@ class Toy:
                 "fragments": self.fragments(w.rank, world, ep),
                 "run_state": {"samples": 7 * step, "layout": {"world": world, "ep": ep}},
                 "rank_state": {"torch": torch.arange(5) + w.rank, "python": [1, [2, 3], None]},
-                "tokenizer_files": None,
+                "companions": Companions(),
                 "resolved_config": "train: {}\n",
                 "keep": 0,
                 "max_shard_bytes": 700,

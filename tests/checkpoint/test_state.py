@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, verify
+from nemo_hybrid.checkpoint.companions import read_tokenizer
+from nemo_hybrid.checkpoint.files import CheckpointError, verify
 from nemo_hybrid.checkpoint.state import (
     KINDS,
     Fragment,
@@ -100,12 +101,11 @@ def test_tokenizer_files_travel(tmp_path, toy) -> None:
     store.mkdir()
     (store / "tokenizer.json").write_text("{}")
     (store / "tokens.bin").write_text("not a tokenizer file")
-    path = toy.save(tmp_path / "c", 1, tokenizer_files=store)[0]
+    path = toy.save(tmp_path / "c", 1, companions=read_tokenizer(store))[0]
     assert (path / "tokenizer.json").read_text() == "{}"
     assert not (path / "tokens.bin").exists()
-    (failed,) = toy.save(tmp_path / "c", 2, tokenizer_files=tmp_path)
-    assert isinstance(failed, UserError)
-    assert find_latest(tmp_path / "c") == path
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid import generate as module
 from nemo_hybrid.config import GenerateOptions
 from nemo_hybrid.data.tokenizer import train_tokenizer
+from nemo_hybrid.errors import UserError
 
 
 def test_text_in_and_text_out(
@@ -38,3 +39,18 @@ def test_text_in_and_text_out(
     shown = capsys.readouterr().out
     assert shown.rstrip("\ufffd\n") == "a </s> b é </s>"
     assert shown.endswith("\ufffd\n")
+
+
+def test_what_ends_a_text(tmp_path: Path) -> None:
+    """generation_config.json before config.json before the default."""
+    assert module.stop_ids(tmp_path, 2) == [2]
+    (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert module.stop_ids(tmp_path, 2) == [5, 6]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 1.0}')
+    assert module.stop_ids(tmp_path, 2) == [5, 6]
+    for value, ids in (("7", [7]), ("[7, 8]", [7, 8])):
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+        assert module.stop_ids(tmp_path, 2) == ids
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(UserError, match="eos_token_id"):
+        module.stop_ids(tmp_path, 2)

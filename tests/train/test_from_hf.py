@@ -19,6 +19,8 @@ from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.hf_config import read_json
 
+GENERATION = '{"eos_token_id": [2, 11], "temperature": 0.6}'
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
@@ -26,6 +28,9 @@ def source(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     directory = tmp_path_factory.mktemp("hub") / "model"
     loud_model(HybridConfig(**TINY_MODEL)).save_hf(str(directory))
     shutil.copy(store / "tokenizer.json", directory)
+    (directory / "generation_config.json").write_text(GENERATION)
+    config = read_json(directory / "config.json") | {"eos_token_id": [2, 11]}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -64,6 +69,11 @@ def test_weights_and_masters_are_those_of_the_files(
     assert f"{source}: " in finished[0].stdout
     assert "mapped" in finished[0].stdout
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
+
+    # What belongs to the weights travels with them.
+    assert (checkpoint / "generation_config.json").read_text() == GENERATION
+    assert read_json(checkpoint / "config.json")["eos_token_id"] == [2, 11]
+    assert (checkpoint / "tokenizer_config.json").is_file()  # of the data
 
     stored, saved = tensors(source, "model"), tensors(checkpoint, "model")
     assert stored.keys() == saved.keys()
