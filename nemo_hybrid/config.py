@@ -277,7 +277,7 @@ class GuardOptions:
 
 
 ZERO_REFUSED = {
-    0: "without ZeRO bf16 weights have no fp32 masters, and clipping does not know expert parallelism",
+    0: "without ZeRO, bf16 weights have no fp32 masters, and clipping ignores expert parallelism",
     3: "DeepSpeed refuses ZeRO-3 for MoE layers whose experts are divided over processes",
 }
 """Why the other stages cannot be had."""
