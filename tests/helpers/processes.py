@@ -45,7 +45,7 @@ def run_python(
         outputs = Path(directory)
         processes = [
             _start(arguments, _environment(rank, size, port, environment), outputs / str(rank))
-            for port in [_free_port()]
+            for port in [free_port()]
             for rank in range(size)
         ]
         try:
@@ -103,7 +103,8 @@ def _environment(
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -13,34 +13,68 @@ import pytest
 from helpers.corpus import write_corpus
 from helpers.once import once
 from helpers.processes import run_python
-from helpers.runs import ALL_OF_RANK_1
+from parallel.equal import ALL_OF_RANK_1
 
 WORKER = Path(__file__).with_name("worker.py")
+FAULTS = ("local means", "expert scale", "first micro-batch")
 
-WORLD_1: list[dict[str, Any]] = [
+
+def layout(size: int, ep: int, zero: int, accumulation: int, optimizer: str) -> dict[str, Any]:
+    """One cell of the matrix."""
+    name = f"w{size}-ep{ep}-zero{zero}-acc{accumulation}-{optimizer}"
+    return {"name": name, "ep": ep, "zero": zero, "accumulation": accumulation,
+            "optimizer": optimizer}  # fmt: skip
+
+
+def bf16(size: int, zero: int, accumulation: int, optimizer: str) -> dict[str, Any]:
+    """A layout of the bf16 recipe, its experts divided over all processes."""
+    given = layout(size, size, zero, accumulation, optimizer)
+    return given | {"name": f"bf16-{given['name']}", "recipe": "bf16"}
+
+
+def broken(scenario: dict[str, Any], fault: str) -> dict[str, Any]:
+    """The scenario with a deliberate mistake."""
+    return scenario | {"name": f"{scenario['name']}-{fault.replace(' ', '-')}", "fault": fault}
+
+
+FP32 = {
+    size: [
+        layout(size, ep, zero, accumulation, optimizer)
+        for ep, zero, accumulation, optimizer in product(
+            eps, (1, 2), (1, 2), ("sgd", "adam", "adam-real-eps")
+        )
+        # Four processes are slow on two cores.
+        if (size < 4 or zero == accumulation) and (optimizer != "adam-real-eps" or zero == 2)
+    ]
+    for size, eps in ((1, (1,)), (2, (1, 2)), (4, (1, 2, 4)))
+}
+BF16 = {
+    size: [
+        bf16(size, zero, accumulation, optimizer)
+        for zero, accumulation in ways
+        for optimizer in ("sgd", "adam")
+    ]
+    for size, ways in ((1, [(2, 1)]), (2, [(1, 2), (2, 1)]), (4, [(2, 1)]))
+}
+BROKEN = [
     *(
-        {"name": f"w1-zero{zero}-acc{acc}", "zero": zero, "accumulation": acc}
-        for zero, acc in product((1, 2), (1, 2))
+        broken(layout(2, 2, 2, 2, optimizer), fault)
+        for optimizer, fault in product(("sgd", "adam", "adam-real-eps"), FAULTS)
     ),
-    {"name": "w1-bf16", "recipe": "bf16"},
+    *(broken(bf16(2, 2, 2, optimizer), "local means") for optimizer in ("sgd", "adam")),
+    broken(bf16(2, 2, 2, "sgd"), "expert scale"),
 ]
-WORLD_2: list[dict[str, Any]] = [
-    *(
-        {"name": f"w2-ep{ep}-zero{zero}-acc{acc}", "ep": ep, "zero": zero, "accumulation": acc}
-        for ep, zero, acc in product((1, 2), (1, 2), (1, 2))
-    ),
-    {"name": "w2-starved-rank", "ep": 2, "starved": ALL_OF_RANK_1},
-    {"name": "w2-local-means", "ep": 2, "fault": "local means"},
-    {"name": "w2-expert-scale", "ep": 2, "fault": "expert scale"},
-    {"name": "w2-bf16-zero1", "ep": 2, "zero": 1, "recipe": "bf16"},
-    {"name": "w2-bf16-zero2", "ep": 2, "zero": 2, "recipe": "bf16"},
-    {"kind": "precision", "zero": 1},
-    {"kind": "precision", "zero": 2},
+STARVED_RANK = layout(2, 2, 2, 1, "sgd") | {"name": "starved-rank", "starved": ALL_OF_RANK_1}
+PRECISION = [
+    {"kind": "precision", "zero": zero, "rounded": rounded}
+    for zero in (1, 2)
+    for rounded in ("", "communication", "accumulation")
 ]
-WORLD_4: list[dict[str, Any]] = [
-    {"name": "w4-ep2-zero1", "ep": 2, "zero": 1},
-    {"name": "w4-ep2-zero2-acc2", "ep": 2, "zero": 2, "accumulation": 2},
-]
+SCENARIOS: dict[int, list[dict[str, Any]]] = {
+    1: [*FP32[1], *BF16[1]],
+    2: [*FP32[2], *BF16[2], *BROKEN, STARVED_RANK, *PRECISION],
+    4: [*FP32[4], *BF16[4], broken(layout(4, 2, 2, 1, "sgd"), "wrong group")],
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +87,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callable[[
     """results(1 | 2 | 4): the directory of what that many processes left."""
 
     def run(size: int) -> Path:
-        scenarios = json.dumps({1: WORLD_1, 2: WORLD_2, 4: WORLD_4}[size])
+        scenarios = json.dumps(SCENARIOS[size])
         return once(
             tmp_path_factory,
             f"world{size}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.mamba2 import Mamba2
+from nemo_hybrid.parallel import engine
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
@@ -25,15 +27,24 @@ from nemo_hybrid.train.step import train_step
 LR = 1e-5
 SHARES = (1.0, 2.0**-12, 2.0**-11, 2.0**-10)  # of (rank 0, rank 1) in micro-batch 0, then in 1
 
+IN_BF16: dict[str, dict[str, Any]] = {
+    "communication": {"communication_data_type": "bf16"},
+    "accumulation": {"data_types": {"grad_accum_dtype": "bf16"}},
+}
+"""Settings of DeepSpeed that would round sums."""
 
-def run(world: World, store: Path, out: Path, zero: int) -> None:
-    """Write precision-ZERO.json on rank 0."""
-    results = {
-        **_kept_in_fp32(world, store, zero),
-        "accumulated": world.gather(_accumulated(world, store, zero)),
-    }
+
+def run(world: World, store: Path, out: Path, zero: int, rounded: str) -> None:
+    """Write precision-ZERO.json on rank 0; with ``rounded``, a key of IN_BF16, the sums alone."""
+    given = engine._deepspeed_config
+    settings = IN_BF16[rounded] if rounded else {}
+    with patch.object(engine, "_deepspeed_config", lambda *a: given(*a) | settings):
+        results: dict[str, Any] = {"accumulated": world.gather(_accumulated(world, store, zero))}
+    if not rounded:
+        results |= _kept_in_fp32(world, store, zero)
     if world.rank == 0:
-        (out / f"precision-{zero}.json").write_text(json.dumps(results))
+        name = f"precision-{zero}-{rounded}" if rounded else f"precision-{zero}"
+        (out / f"{name}.json").write_text(json.dumps(results))
 
 
 def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
@@ -126,14 +137,14 @@ def _accumulated(world: World, store: Path, zero: int) -> dict[str, list[float]]
     dispatcher = AllToAllDispatcher(world.size, world.size, world.rank)
     model = nn.ModuleDict({"layer": _Linear(dispatcher)})
     groups = parameter_groups(model, config.train)
-    engine = Engine(model["layer"], model, torch.optim.AdamW, groups, config, world, 2, dispatcher)
+    ours = Engine(model["layer"], model, torch.optim.AdamW, groups, config, world, 2, dispatcher)
     for micro in range(2):
         share = SHARES[micro * 2 + world.rank]
-        engine.backward(engine(share))
+        ours.backward(ours(share))
         if micro == 0:
-            engine.end_micro_batch()
-    engine.update(1e-3)
+            ours.end_micro_batch()
+    ours.update(1e-3)
     return {
         f.name: (f.tensors["exp_avg"].double() / (1 - config.train.beta1)).unique().tolist()
-        for f in engine.fragments()
+        for f in ours.fragments()
     }

@@ -50,3 +50,16 @@ def test_gradients_are_summed_in_fp32(found: dict[str, Any]) -> None:
     # What sums in bf16 would have given:
     assert (torch.tensor(first).bfloat16() + torch.tensor(third).bfloat16()).item() == first
     assert torch.tensor(everything).bfloat16().item() == first
+
+
+@pytest.mark.parametrize(
+    ("zero", "rounded"), [(1, "communication"), (2, "communication"), (1, "accumulation")]
+)
+def test_sums_in_bf16_are_noticed(results: Callable[[int], Path], zero: int, rounded: str) -> None:
+    """The same shares, with DeepSpeed told to use bf16 between ranks or between micro-batches.
+    (Under ZeRO-2 the latter changes nothing: there our order of the groups decides.)"""
+    found = json.loads((results(2) / f"precision-{zero}-{rounded}.json").read_text())
+    everything, least = 1 + 2.0**-12 + 2.0**-11 + 2.0**-10, 2.0**-12
+    for rank in found["accumulated"]:
+        for name in ("layer.dense", "layer.matrix"):
+            assert rank[name][0] < everything - 0.99 * least, name

@@ -2,41 +2,48 @@
 
 Every scenario trains the tiny model for a few steps with the parts the training loop uses, and
 leaves in OUT what the tests compare: NAME.json (per-step numbers, from rank 0) and
-NAME-RANK.safetensors (this rank's parameters, masters and moments). ``precision.py`` adds its own.
+NAME-RANK.safetensors (this rank's parameters, masters, moments and gradients). ``precision.py``
+adds its own.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import precision
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.runs import EQUAL_STEPS, EQUAL_TRAIN, UNCHOSEN, masked, read_steps, starve, tiny_run
+from helpers.runs import read_steps
 from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.parallel.dispatch import expert_group_name
+from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import build_run
+from nemo_hybrid.train import build
+from nemo_hybrid.train.build import Run, build_run
 from nemo_hybrid.train.losses import count_targets
 from nemo_hybrid.train.step import train_step
+from parallel import precision
+from parallel.equal import STARVED, STEPS, equal_run, masked, optimizer_of, starve
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to lay out the same three steps."""
+    """One way to lay out the same steps."""
 
     name: str
+    optimizer: str = "sgd"
     ep: int = 1
     zero: int = 2
     accumulation: int = 1
     recipe: str = "fp32"
-    starved: tuple[int, ...] = (UNCHOSEN,)
-    """Experts that get no token."""
+    starved: tuple[int, ...] = STARVED
     fault: str = ""
     """A deliberate mistake that the comparison must notice."""
 
@@ -52,10 +59,10 @@ class LocalMeans(World):
 
 def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     """Run one scenario."""
-    micro = 8 // (world.size * scenario.accumulation)
-    config = tiny_run(
+    config = equal_run(
         store,
-        train=EQUAL_TRAIN | {"micro_batch_size": micro},
+        scenario.optimizer,
+        micro_batch_size=8 // (world.size * scenario.accumulation),
         ep=scenario.ep,
         zero=scenario.zero,
         recipe=scenario.recipe,
@@ -63,32 +70,33 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     config.validate()
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
-    run = build_run(config, hybrid, world, blend, config.validate_world(world.size))
+    accumulation = config.validate_world(world.size)
+    with optimizer_of(scenario.optimizer), expert_groups(world, scenario):
+        run = build_run(config, hybrid, world, blend, accumulation)
     starve(run.model, scenario.starved)
-    if scenario.fault == "local means":
-        run.world = LocalMeans(world.rank, world.size, world.device)
-    if scenario.fault == "expert scale":
-        for name, parameter in run.model.named_parameters():
-            if ".experts." in name:
-                parameter.register_hook(lambda grad: grad / 2)
+    break_it(run, scenario.fault)
     data = read_steps(config, blend, world.rank, world.size)
     rows: list[dict[str, Any]] = []
-    for _ in range(EQUAL_STEPS):
+    tensors: dict[str, Tensor] = {}
+    for step in range(STEPS):
         batches = [masked(batch) for batch in next(data)]
         outcome = train_step(run, batches, config.train.lr)
+        if scenario.optimizer == "sgd":
+            tensors |= {
+                f"grad{step}|{f.name}|{f.start}": f.tensors["exp_avg"].clone()
+                for f in run.engine.fragments()
+            }
         rows.append(
             {
                 "losses": outcome.losses,
-                "aux": outcome.aux,
                 "grad_norm": outcome.grad_norm,
                 "loads": outcome.loads(),
-                "sample_hash": outcome.sample_hash,
                 "targets": world.gather(
                     sum(int(count_targets(batch, 0)) for batch in batches),
                 ),
             }
         )
-    tensors = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    tensors |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for fragment in run.engine.fragments():
         for kind, tensor in fragment.tensors.items():
             tensors[f"{kind}|{fragment.name}|{fragment.start}"] = tensor.clone()
@@ -97,15 +105,52 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
         (out / f"{scenario.name}.json").write_text(json.dumps(rows))
 
 
+@contextmanager
+def expert_groups(world: World, scenario: Scenario) -> Iterator[None]:
+    """Inside, the fault "wrong group" reduces expert gradients over ranks that hold different
+    experts."""
+    if scenario.fault != "wrong group":
+        yield
+        return
+    from deepspeed.utils import groups
+
+    prepare_deepspeed(world)
+    name = expert_group_name(scenario.ep)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(scenario.ep)
+    right = groups._get_expert_data_parallel_group_dict()[name]
+    groups._get_expert_data_parallel_group_dict()[name] = groups._get_expert_parallel_group(name)
+    yield
+    groups._get_expert_data_parallel_group_dict()[name] = right
+
+
+def break_it(run: Run, fault: str) -> None:
+    """Make a deliberate mistake."""
+    if fault == "local means":
+        run.world = LocalMeans(run.world.rank, run.world.size, run.world.device)
+    elif fault == "expert scale":  # divided by the expert-parallel size
+        for name, parameter in run.model.named_parameters():
+            if ".experts." in name:
+                parameter.register_hook(lambda grad: grad / 2)
+    elif fault == "first micro-batch":
+
+        class CountsTheFirstTwice(Engine):
+            def backward(self, loss: Tensor) -> None:
+                boundary = self.engine.is_gradient_accumulation_boundary()
+                super().backward(loss if boundary else 2 * loss)
+
+        run.engine.__class__ = CountsTheFirstTwice
+
+
 def main(store: str, out: str, scenarios: str) -> None:
     torch.set_num_threads(1)
+    build.peak_flops = lambda *_: None  # would be measured anew for every scenario
     world = World.start()
     for given in json.loads(scenarios):
         if given.pop("kind", "train") == "train":
-            starved = tuple(given.pop("starved", (UNCHOSEN,)))
-            train(world, Path(store), Path(out), Scenario(**given, starved=starved))
+            train(world, Path(store), Path(out), Scenario(**given))
         else:
-            precision.run(world, Path(store), Path(out), given["zero"])
+            precision.run(world, Path(store), Path(out), **given)
     World.stop()
 
 
