@@ -1,0 +1,95 @@
+"""Time of a step at expert parallel 2 over that at 1, on the same two processes.
+
+    torchrun --nproc_per_node=2 scripts/ep_overhead.py --config FILE [--steps N] [--KEY VALUE ...]
+
+The run's own steps on its data, fp32 or bf16 as configured, alternately in both layouts; prints the
+medians and their ratio. At expert parallel 1 every process computes all experts on its own tokens;
+at 2 each computes half of them on the tokens of both, and tokens travel there and back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+
+from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config_load import load_config
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.data.loader import steps
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.train.build import Run, build_run, open_data
+from nemo_hybrid.train.step import train_step
+
+WARM_UP = 2
+SIZES = (1, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="configuration of a run")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per layout")
+    given, overrides = parser.parse_known_args()
+    world = World.start()
+    try:
+        if world.size != 2:
+            raise UserError(f"two processes are compared, torchrun started {world.size}")
+        config = load_config([given.config], overrides)
+        seconds = measure(config, world, given.steps)
+    except UserError as error:
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if world.rank == 0:
+        one, two = (statistics.median(seconds[ep]) for ep in SIZES)
+        print(f"{given.steps} steps each, median: EP=1 {one:.4f} s, EP=2 {two:.4f} s")
+        print(f"EP=2 over EP=1: {two / one:.3f}")
+    World.stop()
+    return 0
+
+
+def measure(config: RunConfig, world: World, timed: int) -> dict[int, list[float]]:
+    """Seconds of every timed step by expert-parallel size. Raises UserError."""
+    runs = {ep: prepare(config, world, ep) for ep in SIZES}
+    seconds: dict[int, list[float]] = {ep: [] for ep in SIZES}
+    for number in range(WARM_UP + timed):
+        for ep, (run, data) in runs.items():
+            batches = next(data)
+            world.barrier()
+            began = time.perf_counter()
+            train_step(run, batches, config.train.lr)  # ends with numbers on the host
+            world.barrier()
+            if number >= WARM_UP:
+                seconds[ep].append(time.perf_counter() - began)
+    return seconds
+
+
+def prepare(config: RunConfig, world: World, ep: int) -> tuple[Run, Iterator[list[Batch]]]:
+    """The run at one expert-parallel size, and this rank's batches."""
+    own = deepcopy(config)
+    own.parallel.ep = ep
+    hybrid = model_shape(own.model)
+    own.validate(hybrid)
+    accumulation = own.validate_world(world.size)
+    blend = open_data(own, hybrid, world)
+    data = steps(
+        blend,
+        sequence_length=own.data.sequence_length,
+        global_batch_size=own.train.global_batch_size,
+        micro_batch_size=own.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=0,
+        workers=0,
+        seed=own.train.seed,
+    )
+    return build_run(own, hybrid, world, blend, accumulation), data
+
+
+if __name__ == "__main__":
+    sys.exit(main())
