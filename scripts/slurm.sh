@@ -28,8 +28,9 @@ FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=${RENDEZVOUS_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
-# One agent per node (its options are those of torch 2.13). --kill-on-bad-exit: a node that fails ends the job instead of leaving the
-# others waiting. --max-restarts: after a lost process all start again from the last checkpoint.
+# One agent per node; its options are those of torch 2.13. --kill-on-bad-exit: a node that fails ends
+# the job instead of leaving the others waiting. --max-restarts: after a lost process all start again
+# from the last checkpoint.
 exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
     python -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" \
