@@ -25,6 +25,8 @@ from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
 from nemo_hybrid.parallel.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = 100_000_000
+"""Least elements of DeepSpeed's reduction buffer."""
 
 
 def prepare_deepspeed(world: World) -> None:
@@ -68,12 +70,13 @@ class Engine:
         self.dispatcher = dispatcher
         if dispatcher is not None:
             _mark_experts(groups, dispatcher.ep_size)
+        largest = max(p.numel() for group in groups for p in group["params"])
         fp32_first = config.parallel.zero == 2
         groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(groups),
-            config=_deepspeed_config(config, accumulation),
+            config=_deepspeed_config(config, accumulation, largest),
             dist_init_required=False,
         )
         self.zero = deepspeed_private.ZeroOptimizer(self.engine.optimizer)
@@ -175,7 +178,9 @@ def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:
                 parameter.group_name = name
 
 
-def _deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, accumulation: int, largest: int) -> dict[str, Any]:
+    """``largest``: elements of the largest parameter. One that does not fit into the reduction
+    buffer would have its gradient rounded to its own dtype before it is summed."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -187,7 +192,7 @@ def _deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": False,
-            "reduce_bucket_size": 100_000_000,
+            "reduce_bucket_size": max(REDUCE_BUCKET, largest),
         },
         "steps_per_print": 10**12,
     }

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nemo_hybrid.config import Architecture, RunConfig
+from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 
-REDUCE_BUCKET = 100_000_000
-"""Elements of DeepSpeed's reduction buffer, as the engine sets it."""
 STATE_BYTES = 12
 """fp32 master and two fp32 moments of one parameter."""
 _LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}  # logits held at once: on CPU, elsewhere
@@ -337,7 +336,7 @@ class Reduction:
     """Gradients and reduction buffers while gradients arrive, as DeepSpeed's ZeRO holds them.
 
     ZeRO-1 keeps all gradients in fp32 until the last micro-batch and reduces them then. ZeRO-2
-    collects them in a buffer of REDUCE_BUCKET elements; a full one is reduced and the parts that
+    collects them in a buffer of the engine's bucket size; a full one is reduced and the parts that
     belong here are copied out. Reduction flattens into a further copy.
     """
 
@@ -351,6 +350,7 @@ class Reduction:
         parts = sum(g.part for g in groups)
         self.own = 4 * (parts if self.compact else sum(g.touched() for g in groups))
         self.numel = sum(g.numel for g in groups)
+        self.bucket = max(REDUCE_BUCKET, *(max(g.sizes) for g in groups))
         self.before = 0  # left by earlier micro-batches
         if at.accumulation > 1:
             self.before = 4 * self.numel if at.zero == 1 else self.own
@@ -367,7 +367,7 @@ class Reduction:
             gradients = max(self.before, own if self.reduced else 0)
         else:
             gradients = self.before + (own if self.reduced else 0)
-        buffer = REDUCE_BUCKET if not at.cpu and self.arrived else self.staged
+        buffer = self.bucket if not at.cpu and self.arrived else self.staged
         return replace(
             base,
             moment=moment,
@@ -384,17 +384,13 @@ class Reduction:
             self.arrived += size
             if self.at.zero == 1:
                 continue
-            if self.pending + size > REDUCE_BUCKET:
+            if self.pending + size > self.bucket:
                 yield self._reduce(base, moment, kept, work)
             self.pending += size
-            if size <= REDUCE_BUCKET:
-                self.staged = max(self.staged, self.pending)
+            self.staged = max(self.staged, self.pending)
 
     def _reduce(self, base: Memory, moment: str, kept: float, work: float) -> Memory:
-        large = self.pending > REDUCE_BUCKET  # one gradient, which stays where it is
-        flat = 4 * self.pending + (self.at.width * self.pending if large else 0)
-        if self.staging == 2 and not large:
-            flat += 2 * self.pending
+        flat = (4 + 2 * (self.staging == 2)) * self.pending
         self.reduced += self.pending
         self.pending = 0
         return self.memory(base, f"reduction, {moment}", kept, work + flat)
@@ -409,7 +405,7 @@ class Reduction:
             if at.ep > 1:  # experts and the others are reduced one after the other
                 experts = sum(g.numel for g in self.groups if g.experts)
                 largest = max(experts, self.numel - experts)
-            bucket = min(REDUCE_BUCKET, self.numel)
+            bucket = min(self.bucket, self.numel)
             yield replace(
                 base,
                 moment="reduction",

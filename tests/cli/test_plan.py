@@ -181,8 +181,9 @@ def test_gpus_hold_the_whole_reduction_buffer() -> None:
     bucket = 4 * memory.REDUCE_BUCKET
     largest = {cpu: max(m.buffers for m in moments(layout(cpu=cpu))) for cpu in (True, False)}
     assert largest[False] >= bucket > largest[True]
-    config = engine._deepspeed_config(run(), 1)
-    assert config["zero_optimization"]["reduce_bucket_size"] == memory.REDUCE_BUCKET
+    for numel, size in ((5, memory.REDUCE_BUCKET), (2 * memory.REDUCE_BUCKET,) * 2):
+        config = engine._deepspeed_config(run(), 1, numel)
+        assert config["zero_optimization"]["reduce_bucket_size"] == size
 
 
 def test_reduction_of_large_models() -> None:
