@@ -52,8 +52,8 @@ INSTANTS = {"any time": 0.25, "while training": 0.35, "while saving": 0.4}
 TARGETS = ("a worker", "the agent", "all")
 TRAINING_S = 3.0
 """Kills while training come up to so long after the first step."""
-END_S = 5.0
-"""Within which every process must have ended."""
+END_S = {"a worker": 15.0, "the agent": 5.0, "all": 5.0}
+"""Within which every process must have ended. After the loss of a worker torchrun ends the others."""
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Kill:
 
     def judge(self) -> None:
         due = self.step // EVERY * EVERY
-        if self.seconds_to_end > END_S:
-            self.lost = f"processes were there after {END_S:.0f} s"
+        if self.seconds_to_end > END_S[self.target]:
+            self.lost = f"processes were there after {END_S[self.target]:.0f} s"
         elif self.target != "a worker" and self.rows_after > 1:  # one step may have been made
             self.lost = f"{self.rows_after} rows were written after the kill"
         elif self.checkpoint < due - EVERY:
@@ -190,7 +190,7 @@ class Sweep:
         else:
             kill(job.agent.pid)
         rows = steps_recorded(run_dir)
-        while job.processes() and time.monotonic() < struck + 2 * END_S:
+        while job.processes() and time.monotonic() < struck + 2 * END_S[target]:
             job.agent.poll()
             time.sleep(0.01)
         ended = time.monotonic()

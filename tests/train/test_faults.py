@@ -25,7 +25,9 @@ from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
 SWEEP = TESTS.parent / "scripts/fault_sweep.py"
-SECONDS_TO_END = 5.0
+AGENT_LOST_S = 5.0
+WORKER_LOST_S = 20.0
+"""Under torchrun, which looks every tenth of a second; ending takes longer on a loaded machine."""
 
 
 def program(unbroken: Unbroken, run_dir: Path, faults: dict[str, Any], *words: str) -> list[Any]:
@@ -126,7 +128,7 @@ def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_pat
     with Job(program(unbroken, run_dir, {"slow_step": 0.3}), tmp_path / "log") as job:
         job.until(trained(run_dir, 5))
         kill(job.workers()[1])
-        job.until(lambda: not job.processes(), timeout=SECONDS_TO_END)
+        job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
         assert job.wait() == 1
     assert find_latest(run_dir / "checkpoints") == run_dir / "checkpoints/step_00000004"
 
@@ -149,7 +151,7 @@ def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
         job.until(trained(run_dir, step + 1))
         kill(job.agent.pid)
         rows = steps_recorded(run_dir)
-        assert job.until(lambda: not job.workers(), timeout=SECONDS_TO_END) < SECONDS_TO_END
+        job.until(lambda: not job.workers(), timeout=AGENT_LOST_S)
         time.sleep(0.5)
         assert steps_recorded(run_dir) == rows < 12
     assert "the launcher of this process is gone: stopping" in job.text()
@@ -183,7 +185,7 @@ def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
     )
     with Job(words, tmp_path / "log") as job:
         assert job.wait() == 1
-        job.until(lambda: not job.processes(), timeout=SECONDS_TO_END)
+        job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
     assert "Timeout (0:00:04)!" in job.text()
     assert "in before_step" in job.text()  # where rank 1 sleeps
     assert steps_recorded(tmp_path / "run") == 3
@@ -213,7 +215,7 @@ def sweep() -> ModuleType:
         ("the agent", 9, 1, 8, 1.1, ""),
         ("the agent", 10, 2, 8, 1.1, "2 rows were written after the kill"),
         ("a worker", 10, 2, 8, 1.1, ""),  # the other worker may well finish its step
-        ("a worker", 9, 0, 8, 6.0, "processes were there after 5 s"),
+        ("the agent", 9, 0, 8, 6.0, "processes were there after 5 s"),
     ],
 )
 def test_the_sweep_counts_what_is_lost(
