@@ -53,7 +53,7 @@ TARGETS = ("a worker", "the agent", "all")
 TRAINING_S = 3.0
 """Kills while training come up to so long after the first step."""
 END_S = {"a worker": 15.0, "the agent": 5.0, "all": 5.0}
-"""Within which every process must have ended. After the loss of a worker torchrun ends the others."""
+"""Within which every process must have ended; it is torchrun that ends those beside a worker."""
 
 
 @dataclass

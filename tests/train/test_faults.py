@@ -118,15 +118,20 @@ def test_differences_are_noticed(unbroken: Unbroken, tmp_path: Path) -> None:
 # ---- under torchrun -----------------------------------------------------------------------------
 
 
-def trained(run_dir: Path, step: int) -> Callable[[], bool]:
-    """Whether this step was recorded and a checkpoint before it stands."""
-    return lambda: steps_recorded(run_dir) >= step and (run_dir / "checkpoints/latest").exists()
+def train_until(job: Job, run_dir: Path, step: int) -> None:
+    """Wait until this step was recorded and a checkpoint before it stands."""
+
+    def there() -> bool:
+        return steps_recorded(run_dir) >= step and (run_dir / "checkpoints/latest").exists()
+
+    job.until(lambda: there() or job.agent.poll() is not None)
+    assert there(), job.text()
 
 
 def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with Job(program(unbroken, run_dir, {"slow_step": 0.3}), tmp_path / "log") as job:
-        job.until(trained(run_dir, 5))
+        train_until(job, run_dir, 5)
         kill(job.workers()[1])
         job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
         assert job.wait() == 1
@@ -142,13 +147,13 @@ def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
 
     run_dir, log = tmp_path / "run", tmp_path / "log"
     with Job(program(unbroken, run_dir, {"slow_step": 0.7}), log) as job:
-        job.until(trained(run_dir, 5))
+        train_until(job, run_dir, 5)
         assert pretrain("--config", unbroken.config, "--run_dir", run_dir, *LAYOUT[2:]) == 2
         message = capsys.readouterr().err
         assert f"run_dir {run_dir} is in use by another run" in message
         assert f"process {job.workers()[0]} on " in message
         step = steps_recorded(run_dir)
-        job.until(trained(run_dir, step + 1))
+        train_until(job, run_dir, step + 1)
         kill(job.agent.pid)
         rows = steps_recorded(run_dir)
         job.until(lambda: not job.workers(), timeout=AGENT_LOST_S)
@@ -158,7 +163,7 @@ def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
 
     words = program(unbroken, run_dir, {"slow_step": 0.3})
     with Job(words, log, torchrun=["--max-restarts=1"]) as job:
-        job.until(trained(run_dir, 10))
+        train_until(job, run_dir, 10)
         kill(job.workers()[1])
         assert job.wait() == 0
     assert job.text().count("going on from") == 2
