@@ -53,7 +53,7 @@ class CompareOptions:
     data: str | None = None
     """UTF-8 text file to read with the checkpoints' tokenizer. Without data and prompt, random
     token ids are taken."""
-    prompt: str = ""
+    prompt: str | None = None
     """Text to compare on, instead of a file."""
     tokens: int = 2048
     """Most tokens whose probabilities are compared."""
@@ -62,7 +62,8 @@ class CompareOptions:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Format of weights and computation, whatever the files hold."""
     tolerance: float | None = None
-    """End with status 3 when the mean absolute difference exceeds this (in nats)."""
+    """End with status 3 when the mean absolute difference exceeds this (in nats). Single tokens may
+    differ by more."""
     seed: int = 1234
     """Seed of the random token ids."""
 
@@ -72,11 +73,13 @@ class CompareOptions:
         for name in ("tokens", "sequence_length"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.data is not None and self.prompt:
+        if self.data is not None and self.prompt is not None:
             raise UserError("give --data or --prompt, not both")
+        if self.prompt == "":
+            raise UserError("--prompt is empty; leave it out to compare on random token ids")
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")
-        check_text(self.prompt)
+        check_text(self.prompt or "")
         check_seed("seed", self.seed)
 
 

@@ -96,6 +96,10 @@ _FIXED: dict[str, Any] = {
     "sliding_window": None,
 }
 _LARGEST = 2**30  # of any whole number: widths, which are products of two, fit into 64 bits
+_MOST_EXPERTS = 2**16
+_MOST_LAYERS = 2**12
+_MOST_DEPTHS = 2**10
+_MAX_JSON = 100_000_000  # bytes of any file: thrice an index of a million tensors
 _INFINITY = {"__float__": "Infinity"}  # how transformers writes it
 
 
@@ -150,12 +154,13 @@ def config_from_hf(
         raise UserError(f"{where}: hybrid_override_pattern (or layers_block_type) is missing")
     check_pattern(pattern, f"{where}: hybrid_override_pattern")
     layers = raw.get("num_hidden_layers")
-    if layers is not None and layers != len(pattern):
+    if layers is not None and (type(layers) is not int or layers != len(pattern)):
         raise UserError(
-            f"{where}: num_hidden_layers is {layers}, but the pattern {pattern} has "
+            f"{where}: num_hidden_layers is {layers!r}, but the pattern {pattern} has "
             f"{len(pattern)} layers"
         )
     depths, mtp_pattern = _mtp(raw, where)
+    several: list[int] = []
 
     used = set(pattern) | set(mtp_pattern if depths else "") | {""}
     for letter, names in _NEEDED.items():
@@ -173,7 +178,8 @@ def config_from_hf(
         if value is None:
             value = _ABSENT.get(f.name)
         if f.name == "eos_token_id" and isinstance(value, list):
-            value = eos_token_ids(value, where)[0]  # checkpoint.companions carries the list
+            several = eos_token_ids(value, where)
+            value = several[0]  # checkpoint.companions carries the list
         values[f.name] = _typed(value, str(f.type), f.name, where)
     cfg = HybridConfig(pattern=pattern, mtp_num_depths=depths, **values)
     if depths:
@@ -182,14 +188,22 @@ def config_from_hf(
         cfg.validate()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    if max(several, default=0) >= cfg.vocab_size:
+        raise UserError(f"{where}: eos_token_id is {several}, vocab_size is {cfg.vocab_size}")
     return cfg
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
+    return parse_json(json_bytes(path), path)
+
+
+def json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file. Raises UserError for one that is absent, or absurdly large."""
     with naming("read", path):
-        content = path.read_bytes()
-    return parse_json(content, path)
+        if path.stat().st_size > _MAX_JSON:
+            raise UserError(f"{path} is larger than {_MAX_JSON} bytes; no such file is")
+        return path.read_bytes()
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -254,7 +268,7 @@ def _check_shared(raw: Mapping[str, Any], where: str, used: bool) -> None:
         return
     if size is None:
         raise UserError(f"{where}: moe_shared_expert_intermediate_size is missing")
-    if count is not None and count not in (0, 1):
+    if count is not None and (type(count) is not int or count not in (0, 1)):
         raise UserError(
             f"{where}: n_shared_experts is {count!r}; only 1 is supported "
             "(moe_shared_expert_intermediate_size is its whole width)"
@@ -267,7 +281,11 @@ def _check_shared(raw: Mapping[str, Any], where: str, used: bool) -> None:
 
 
 def _mtp(raw: Mapping[str, Any], where: str) -> tuple[int, str]:
-    """Number of depths and pattern of the multi-token-prediction block."""
+    """Number of depths and pattern of the multi-token-prediction block.
+
+    Without the block, a list of its layers stays unused: transformers writes one into every
+    config.json. A pattern string it writes into none.
+    """
     blocks = raw.get("num_nextn_predict_layers")
     blocks = 0 if blocks is None else blocks
     depths = raw.get("mtp_num_depths")
@@ -276,17 +294,21 @@ def _mtp(raw: Mapping[str, Any], where: str) -> tuple[int, str]:
             f"{where}: num_nextn_predict_layers is {blocks!r}; only 1 is supported: one physical "
             "block, applied mtp_num_depths times"
         )
+    pattern = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type", where)
     if not blocks:
-        if depths:
-            raise UserError(
-                f"{where}: mtp_num_depths is {depths!r}, but num_nextn_predict_layers is 0"
-            )
+        for name in ("mtp_num_depths", "mtp_hybrid_override_pattern"):
+            if raw.get(name):
+                raise UserError(
+                    f"{where}: {name} is {raw[name]!r}, but num_nextn_predict_layers is 0 or absent"
+                )
         return 0, ""
     if depths is None:
         depths = DEFAULT_MTP_DEPTHS
-    if not isinstance(depths, int) or isinstance(depths, bool) or depths < 1:
-        raise UserError(f"{where}: mtp_num_depths must be a positive whole number, got {depths!r}")
-    pattern = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type", where)
+    if type(depths) is not int or not 1 <= depths <= _MOST_DEPTHS:
+        raise UserError(
+            f"{where}: mtp_num_depths must be a whole number from 1 to {_MOST_DEPTHS}, got "
+            f"{depths!r}"
+        )
     return depths, "*E" if pattern is None else pattern
 
 
@@ -305,6 +327,11 @@ def _pattern(raw: Mapping[str, Any], text: str, names: str, where: str) -> str |
                 raise UserError(f"{where}: {names} holds {name!r}; known: {known}")
             letters.append(LAYER_NAMES[name])
         found[names] = "".join(letters)
+    for name, pattern in found.items():
+        if len(pattern) > _MOST_LAYERS:
+            raise UserError(
+                f"{where}: {name} has {len(pattern)} layers, at most {_MOST_LAYERS} are supported"
+            )
     if len(set(found.values())) > 1:
         raise UserError(
             f"{where}: {text} ({found[text]}) and {names} ({found[names]}) contradict each other"
@@ -312,11 +339,14 @@ def _pattern(raw: Mapping[str, Any], text: str, names: str, where: str) -> str |
     return next(iter(found.values()), None)
 
 
-def eos_token_ids(value: list[Any], where: str) -> list[int]:
-    """A config.json's list of end-of-sequence ids. Raises UserError for one that is none."""
-    if not value or any(type(token) is not int or token < 0 for token in value):
-        raise UserError(f"{where}: eos_token_id must be a token id or a list of them, got {value}")
-    return value
+def eos_token_ids(value: Any, where: str) -> list[int]:
+    """An end-of-sequence id, or a list of them, as a list. Raises UserError for what is neither."""
+    ids = _as_list(value)
+    if not ids or any(type(token) is not int or token < 0 for token in ids):
+        raise UserError(
+            f"{where}: eos_token_id must be a token id or a list of them, got {value!r}"
+        )
+    return ids
 
 
 def _as_list(value: object) -> list[Any]:
@@ -335,4 +365,6 @@ def _typed(value: Any, annotation: str, name: str, where: str) -> Any:
     }
     if not checks[kind](value):
         raise UserError(f"{where}: {name} must be {annotation}, got {value!r}")
+    if name == "n_routed_experts" and value > _MOST_EXPERTS:
+        raise UserError(f"{where}: {name} is {value}, at most {_MOST_EXPERTS} are supported")
     return float(value) if kind == "float" else value

@@ -19,7 +19,7 @@ import yaml
 from nemo_hybrid.checkpoint.files import LATEST, resolve
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
-from nemo_hybrid.checkpoint.weights import Report
+from nemo_hybrid.checkpoint.weights import Report, pickles
 from nemo_hybrid.checkpoint_options import InspectOptions
 from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
 from nemo_hybrid.config_load import load_config
@@ -30,7 +30,6 @@ from nemo_hybrid.train.flops import parameter_counts
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN_ERRORS = 20
 _PARTS_OF_MOE = {
     "gate": "routers",
     "fc1_latent_proj": "latent projections",
@@ -88,7 +87,7 @@ def inspect(path: Path) -> Inspection:
     source = None
     if not path.exists() or path.is_dir() or path.name == LATEST:
         path = resolve(path)
-        if any(path.glob("*.safetensors*")):
+        if any(path.glob("*.safetensors*")) or pickles(path):
             source, model = read_source(path)
         else:
             model = _without_storage(HybridConfig.from_hf(str(path)), path)
@@ -246,13 +245,10 @@ def _print_audit(console: Console, report: Report, files: Mapping[str, int]) -> 
     for (status, dtype, note), count in sorted(outcomes.items()):
         if status != "error":
             table.add_row(str(count), status, dtype, note)
-    errors = report.having("error")
-    table.add_row(str(len(errors)), "error", "", "")
+    table.add_row(str(len(report.having("error"))), "error", "", "")
     console.print(table)
-    for finding in errors[:SHOWN_ERRORS]:
-        console.print(f"error: {finding.name}: {finding.note}", markup=False, soft_wrap=True)
-    if len(errors) > SHOWN_ERRORS:
-        console.print(f"and {len(errors) - SHOWN_ERRORS} more errors")
+    for line in report.problems():
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _size(count: int) -> str:

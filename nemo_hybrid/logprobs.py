@@ -240,7 +240,7 @@ def _words(options: CompareOptions) -> str | None:
     """The text to compare on: of a file, no more than the compared tokens can need. None: none was
     given."""
     if options.data is None:
-        return options.prompt or None
+        return options.prompt
     longest_token = 64  # characters; a text of longer ones gives fewer tokens
     try:
         with open(options.data, encoding="utf-8", newline="") as file:

@@ -17,7 +17,12 @@ _FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
     GENERATION,
 )
 
@@ -34,7 +39,7 @@ class Companions:
 def read_companions(directory: Path) -> Companions:
     """Read what a Hugging Face directory, or a token store, holds of them.
 
-    Raises UserError for a generation_config.json or a list of ids that is none.
+    Raises UserError for a generation_config.json, or end-of-sequence ids, that are none.
     """
     files = {}
     for path in (directory / name for name in _FILES):
@@ -42,7 +47,9 @@ def read_companions(directory: Path) -> Companions:
             with naming("read", path):
                 files[path.name] = path.read_bytes()
     if GENERATION in files:
-        parse_json(files[GENERATION], directory / GENERATION)
+        ids = parse_json(files[GENERATION], directory / GENERATION).get("eos_token_id")
+        if ids is not None:
+            eos_token_ids(ids, str(directory / GENERATION))
     config = directory / "config.json"
     ids = read_json(config).get("eos_token_id") if config.is_file() else None
     return Companions(files, eos_token_ids(ids, str(config)) if isinstance(ids, list) else None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -13,33 +14,34 @@ from nemo_hybrid.checkpoint import files
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
     Writer,
-    require_absent_or_empty,
+    new_directory,
     write_directory,
 )
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import Source, read_source, tensors_by_name
 from nemo_hybrid.checkpoint.names import expert_name
 from nemo_hybrid.checkpoint.tensors import TensorFile
-from nemo_hybrid.checkpoint.weights import Read, Report, log_report, reopen
+from nemo_hybrid.checkpoint.weights import INDEX, Read, Report, log_report, reopen
 from nemo_hybrid.checkpoint.writing import Shards, write_model_files
 from nemo_hybrid.data.progress import progress_bar
+from nemo_hybrid.files import naming
 
 REPORT = "import_report.json"
 
 
 def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> Report:
     """Copy a Hugging Face directory into our layout: the names of `checkpoint.names`, the fp32
-    list in fp32, the other weights in bf16 if all of them are and in fp32 otherwise.
+    list in fp32, every other weight in the dtype that it has.
 
     Every tensor is accounted for before anything is written; the account is returned, and stands
-    in import_report.json. Each file becomes one file, and no more than one tensor is in memory.
-    ``out`` is whole or absent.
+    in import_report.json beside the names of the files that were not carried along. Each file
+    becomes one file, and no more than one tensor is in memory. ``out`` is whole or absent.
 
     Raises UserError when a tensor is neither mapped nor skipped, when source cannot be read, and
     when out exists and is not empty, or cannot be written.
     """
-    require_absent_or_empty(out)
-    read, model = read_source(resolve(source))
+    out = new_directory(out)
+    read, model = read_source(resolve(source), as_stored=True)
     read.report.raise_errors()
 
     def write(writer: Writer) -> Shards:
@@ -57,12 +59,20 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
             "source": str(read.stored.directory),
             "summary": read.report.summary(),
             "tensors": [asdict(finding) for finding in read.report.findings],
+            "not_carried": _not_carried(read),
         }
         writer.write_text(REPORT, files.to_json(report))
 
     write_directory(out, OneProcess(), write, finish)
     log_report(read.report)
     return read.report
+
+
+def _not_carried(source: Source) -> list[str]:
+    """What the source directory holds beside what was read of it."""
+    used = {*source.stored.headers, *source.companions.files, "config.json", INDEX}
+    with naming("read", source.stored.directory):
+        return sorted(set(os.listdir(source.stored.directory)) - used)
 
 
 def _write(
@@ -79,7 +89,8 @@ def _write(
         for read in group:
             for name, part in _split(read):
                 own = targets[read.own]
-                like[name] = own if part.expert is None else own[part.expert]
+                own = own if part.expert is None else own[part.expert]
+                like[name] = own.to(part.dtype)
                 reads[name] = part
         with reopen(source.stored, file_name) as file:
 
@@ -105,6 +116,5 @@ def _split(read: Read) -> list[tuple[str, Read]]:
         name = read.own if read.expert is None else expert_name(read.own, read.expert)
         return [(name, read)]
     return [
-        (expert_name(read.own, e), Read(read.file, read.name, read.own, e, range(e, e + 1)))
-        for e in read.rows
+        (expert_name(read.own, e), replace(read, expert=e, rows=range(e, e + 1))) for e in read.rows
     ]

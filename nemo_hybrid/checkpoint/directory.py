@@ -143,13 +143,22 @@ def write_directory(
                 files.install_directory(temporary, final)
 
         on_rank_0(world, complete)
-    except UserError:
+    except BaseException:  # Ctrl-C as well: nobody would look for a hidden directory
         if world.rank == 0 and temporary.exists():
             files.remove_directory(temporary)
         raise
 
 
-def require_absent_or_empty(directory: Path) -> None:
-    """Raise UserError when something stands under a name that is about to be written."""
-    if directory.exists() and (not directory.is_dir() or os.listdir(directory)):
-        raise UserError(f"{directory} exists and is not empty; name another directory or remove it")
+def new_directory(path: str | Path) -> Path:
+    """The absolute path of a directory that is about to be written, which links lead to.
+
+    Raises UserError when something stands there, and for the working directory: it would be
+    replaced under the feet of whoever is in it.
+    """
+    with naming("write", Path(path)):
+        directory = Path(os.path.realpath(os.path.expanduser(path)))
+        if directory.exists() and (not directory.is_dir() or os.listdir(directory)):
+            raise UserError(f"{path} exists and is not empty; name another directory or remove it")
+        if directory == Path.cwd():
+            raise UserError(f"{path} is the working directory; name another one")
+    return directory

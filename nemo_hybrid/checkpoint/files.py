@@ -242,7 +242,10 @@ def resolve(path: str | Path) -> Path:
     """
     start = Path(path).expanduser()
     if not start.exists():
-        raise UserError(f"{path} does not exist")
+        raise UserError(
+            f"{path} does not exist: give a local directory (what is on the Hugging Face hub has "
+            "to be downloaded first)"
+        )
     if start.is_dir() and (start / "config.json").is_file():
         return start
     pointer = start.name == LATEST and start.is_file()
@@ -255,7 +258,9 @@ def resolve(path: str | Path) -> Path:
         if pointed is not None and (pointed / "config.json").is_file():
             return pointed
         raise UserError(f"{pointed} has no config.json")
+    cached = [place.parent for place in start.glob("snapshots/*/config.json")]
+    hint = f"; perhaps {cached[0]}" if cached else ""
     raise UserError(
         f"{path} holds no checkpoint: expected a directory with config.json, or a run directory "
-        "with checkpoints"
+        f"with checkpoints{hint}"
     )

@@ -17,7 +17,7 @@ from nemo_hybrid.checkpoint.companions import Companions, read_companions
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
     Writer,
-    require_absent_or_empty,
+    new_directory,
     write_directory,
 )
 from nemo_hybrid.checkpoint.files import resolve
@@ -25,6 +25,7 @@ from nemo_hybrid.checkpoint.names import from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import TORCH_DTYPES, Header, tensor_bytes
 from nemo_hybrid.checkpoint.weights import (
     INDEX,
+    READABLE,
     Read,
     Report,
     Stored,
@@ -36,8 +37,7 @@ from nemo_hybrid.checkpoint.weights import (
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import config_from_hf, parse_json
+from nemo_hybrid.hf_config import config_from_hf, json_bytes, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
 
 log = logging.getLogger(__name__)
@@ -69,15 +69,16 @@ def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def read_source(directory: Path, dtype: torch.dtype | None = None) -> tuple[Source, HybridLM]:
+def read_source(
+    directory: Path, dtype: torch.dtype | None = None, *, as_stored: bool = False
+) -> tuple[Source, HybridLM]:
     """Read config.json and all headers, and compare them; also gives the model, without storage,
-    in the dtype it is to have. ``dtype`` None: see `load_model`.
+    in the dtype it is to have. ``dtype`` None: see `load_model`; ``as_stored``: see `account`.
 
     Raises UserError for files that cannot be read; what does not fit stands in the report.
     """
     path = directory / "config.json"
-    with naming("read", path):
-        config_json = path.read_bytes()
+    config_json = json_bytes(path)
     config = config_from_hf(parse_json(config_json, path), str(path))
     stored = read_headers(directory)
     _check_size(config, stored)
@@ -86,7 +87,9 @@ def read_source(directory: Path, dtype: torch.dtype | None = None) -> tuple[Sour
             model = HybridLM(config).to(dtype or _lossless_dtype(stored))
     except RuntimeError:  # more elements than 64 bits can count
         raise UserError(f"{path} describes a model of impossible size") from None
-    report, reads = account(stored, tensors_by_name(model), None, config.n_routed_experts, {})
+    report, reads = account(
+        stored, tensors_by_name(model), None, config.n_routed_experts, {}, as_stored=as_stored
+    )
     companions = read_companions(directory)
     return Source(replace(config), config_json, companions, stored, report, reads), model
 
@@ -94,12 +97,16 @@ def read_source(directory: Path, dtype: torch.dtype | None = None) -> tuple[Sour
 def _check_size(config: HybridConfig, stored: Stored) -> None:
     """Refuse a configuration of many more tensors than there are, before listing them all."""
     pattern = config.pattern + (config.mtp_pattern if config.mtp_num_depths else "")
-    described = len(pattern) + pattern.count("E") * 2 * config.n_routed_experts
+    experts = config.n_routed_experts
+    described = len(pattern) + pattern.count("E") * 2 * experts
     there = 0
     for header in stored.headers.values():
         for name, entry in header.entries.items():
-            stacked = is_stacked(from_hub(name)[0]) and entry.stop > entry.start
-            there += entry.shape[0] if stacked and entry.shape else 1
+            own, expert = from_hub(name)
+            stacked = expert is None and is_stacked(own) and len(entry.shape) == 3
+            # In other dtypes, and on no bytes, a shape may say anything.
+            real = entry.dtype in READABLE and entry.stop > entry.start
+            there += min(entry.shape[0], experts) if stacked and real else 1
     if described > 2 * there + 1000:
         raise UserError(
             f"{stored.directory}: config.json describes at least {described} tensors, but the "
@@ -108,24 +115,39 @@ def _check_size(config: HybridConfig, stored: Stored) -> None:
 
 
 def _lossless_dtype(stored: Stored) -> torch.dtype:
-    dtypes = {
-        entry.dtype
+    return torch.bfloat16 if _examples(stored).keys() == {"BF16"} else torch.float32
+
+
+def _examples(stored: Stored) -> dict[str, str]:
+    """Dtype -> a weight that has it, of those outside of the fp32 list."""
+    return {
+        entry.dtype: name
         for header in stored.headers.values()
         for name, entry in header.entries.items()
         if name.rpartition(".")[2] not in FP32_NAMES
     }
-    return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
     """Build the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU.
 
     ``dtype`` None: bf16 where all weights outside of the fp32 list are, else fp32, so that nothing
-    is rounded. Parameters of the fp32 list are fp32 always. Raises UserError, before memory is
+    is rounded; a warning where the files are smaller than that. Parameters of the fp32 list are
+    fp32 always. Raises UserError for a dtype other than bf16, fp16 and fp32, and, before memory is
     taken, unless every tensor of the directory is accounted for.
     """
+    if dtype is not None and dtype not in READABLE.values():
+        raise UserError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
     source, model = read_source(resolve(path), dtype)
     source.report.raise_errors()
+    examples = _examples(source.stored)
+    if dtype is None and examples.keys() not in ({"BF16"}, {"F32"}):
+        held = ", ".join(f"{name} is {kind}" for kind, name in sorted(examples.items()))
+        log.warning(
+            "%s: all weights are loaded as fp32, which holds each of them exactly, because not all "
+            "are BF16 (%s); HybridLM.from_hf(path, dtype=torch.bfloat16) takes half the memory",
+            source.stored.directory, held,
+        )  # fmt: skip
     model = model.to_empty(device="cpu")
     copy_weights(source.stored, source.reads, tensors_by_name(model))
     log_report(source.report)
@@ -141,12 +163,13 @@ def save_model(model: HybridLM, path: str | Path, dtypes: Dtypes = "default") ->
     fp32. "source" writes the files that the model was loaded from again, in their layout, names
     and dtypes: byte for byte, as long as the weights are the same.
 
-    Raises UserError when path exists and is not empty, or cannot be written, and for "source"
-    where the model did not come from a directory, or lost precision on the way.
+    Raises UserError when path exists and is not empty, or cannot be written, for weights that are
+    not bf16, fp16 or fp32, and for "source" where the model did not come from a directory, or lost
+    precision on the way.
     """
     source = _SOURCES.get(model)
     if dtypes == "source":
-        _save_as_source(model, Path(path), source)
+        _save_as_source(model, path, source)
         return
     if dtypes != "default":
         raise UserError(f'dtypes must be "default" or "source", got {dtypes!r}')
@@ -155,12 +178,10 @@ def save_model(model: HybridLM, path: str | Path, dtypes: Dtypes = "default") ->
         (name, tensor.float() if name.rpartition(".")[2] in FP32_NAMES else tensor, first)
         for name, tensor in tensors_by_name(model).items()
     )
-    save_weights(
-        Path(path), model.config, weights, companions=source.companions if source else None
-    )
+    save_weights(path, model.config, weights, companions=source.companions if source else None)
 
 
-def _save_as_source(model: HybridLM, final: Path, source: Source | None) -> None:
+def _save_as_source(model: HybridLM, path: str | Path, source: Source | None) -> None:
     if source is None:
         raise UserError(
             'dtypes="source" is for a model loaded from a directory (from_hf); this one was not: '
@@ -187,7 +208,7 @@ def _save_as_source(model: HybridLM, final: Path, source: Source | None) -> None
         for name, content in {**source.companions.files, "config.json": source.config_json}.items():
             writer.write(name, [content])
 
-    require_absent_or_empty(final)
+    final = new_directory(path)
     write_directory(final, OneProcess(), write, lambda writer, parts: None)
     if rounded:
         log.warning(
@@ -206,8 +227,6 @@ def _parts_as_source(
         if tuple(tensor.shape) != entry.shape:
             raise UserError(f"{name} has shape {list(tensor.shape)}, had {list(entry.shape)}")
         cast = tensor.to(TORCH_DTYPES[entry.dtype])
-        if cast.dtype.itemsize < tensor.dtype.itemsize and not torch.equal(
-            cast.to(tensor.dtype), tensor
-        ):
+        if cast.dtype != tensor.dtype and not torch.equal(cast.to(tensor.dtype), tensor):
             rounded.append(name)
         yield tensor_bytes(cast)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -25,16 +25,18 @@ import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
+from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import parse_json
+from nemo_hybrid.hf_config import json_bytes, parse_json
 
 log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SHOWN = 8  # problems that an error message lists
+READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SHOWN = 20  # errors that a message lists
+# Training state beside the weights of our own checkpoints (see state.py).
+_STATE = re.compile(r"(optimizer-r|rank-)\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,34 @@ class Report:
         ]
         return f"{self.directory}: " + "; ".join(lines)
 
+    def problems(self) -> list[str]:
+        """The errors, one line each, or the first of them; and what may help."""
+        errors = self.having("error")
+        lines = [f"{f.name}: {f.note}" for f in errors[:_SHOWN]]
+        if len(errors) > _SHOWN:
+            lines.append(f"and {len(errors) - _SHOWN} more errors")
+        kinds = {f.note if f.name.startswith("mtp.") else "" for f in errors}
+        if len(kinds) == 1:
+            lines += filter(None, [_MTP_HINTS.get(kinds.pop())])
+        return lines
+
     def raise_errors(self) -> None:
         """Raise one UserError that names the tensors which could be neither mapped nor skipped."""
-        errors = self.having("error")
-        if not errors:
-            return
-        lines = [f"  {f.name}: {f.note}" for f in errors[:_SHOWN]]
-        if len(errors) > _SHOWN:
-            lines.append(f"  and {len(errors) - _SHOWN} more")
-        if all(f.note == _MISSING and f.name.startswith("mtp.") for f in errors):
-            lines.append(
-                "Some programs drop the MTP block when they save. To go on without it, set "
-                "num_nextn_predict_layers to 0 in config.json and remove mtp_num_depths"
-            )
-        raise UserError(f"{self.directory} does not fit the model:\n" + "\n".join(lines))
+        if self.having("error"):
+            lines = [f"{self.directory} does not fit the model:", *self.problems()]
+            raise UserError("\n  ".join(lines))
 
 
 _MISSING = "missing"
+_UNEXPECTED = "unexpected: the model has no such tensor"
 _ROUNDED = "rounded"
+_STRAY = "a whole file, which the index does not list"
+_MTP_HINTS = {
+    _MISSING: "Some programs drop the MTP block when they save. To go on without it, set "
+    "num_nextn_predict_layers to 0 in config.json and remove its mtp_ fields",
+    _UNEXPECTED: "The files hold an MTP block, which config.json does not announce: set "
+    "num_nextn_predict_layers to 1 there, or remove these tensors",
+}
 
 
 @dataclass(frozen=True)
@@ -97,23 +109,32 @@ class Stored:
     """What the weight files of a directory hold, from their headers alone.
 
     ``headers`` by file name; ``index`` as it stands in its file, and what it says (None: there is
-    one file and no index).
+    one file and no index); ``strays`` are safetensors files beside those.
     """
 
     directory: Path
     headers: dict[str, Header]
     index: bytes | None
     weight_map: dict[str, str] | None
+    strays: list[str]
+
+    def check_listed(self, name: str, file: str) -> None:
+        """Raise ValueError unless the index, if there is one, places the tensor in the file."""
+        listed = file if self.weight_map is None else self.weight_map.get(name)
+        if listed != file:
+            where = f"places it in {listed}" if listed else "does not list it"
+            raise ValueError(f"{file} holds it, but the index {where}")
 
 
 @dataclass(frozen=True)
 class Read:
     """One read: ``rows`` (None: all) of the tensor ``name`` on disk into the tensor ``own`` of
-    ours, or where ``expert`` is given into that matrix of it."""
+    ours, or where ``expert`` is given into that matrix of it, which is to have ``dtype``."""
 
     file: str
     name: str
     own: str
+    dtype: torch.dtype
     expert: int | None = None
     rows: range | None = None
 
@@ -144,24 +165,10 @@ def load_weights(
     return report
 
 
-def audit(
-    directory: Path,
-    targets: Mapping[str, torch.Tensor],
-    owned_experts: range | None = None,
-    *,
-    n_experts: int | None = None,
-    skip: Mapping[str, str] | None = None,
-) -> Report:
-    """What `load_weights` would do, errors included; the targets may be on the meta device.
-
-    Raises UserError only for files that cannot be read at all.
-    """
-    return account(read_headers(directory), targets, owned_experts, n_experts, skip or {})[0]
-
-
 def log_report(report: Report) -> None:
-    """Log what was done with the tensors; a warning where values were rounded."""
-    log.log(logging.WARNING if report.rounded else logging.INFO, "%s", report.summary())
+    """Log how many tensors became what; a warning where values were rounded, or files left out."""
+    warn = report.rounded or any(f.note == _STRAY for f in report.findings)
+    log.log(logging.WARNING if warn else logging.INFO, "%s", report.summary())
 
 
 def read_headers(directory: Path) -> Stored:
@@ -171,25 +178,25 @@ def read_headers(directory: Path) -> Stored:
     for name in names:
         with TensorFile(directory / name) as file:
             headers[name] = file.header
-    return Stored(directory, headers, index, weight_map)
+    beside = {path.name for path in directory.glob("*.safetensors")} - headers.keys()
+    strays = sorted(name for name in beside if not _STATE.fullmatch(name))
+    return Stored(directory, headers, index, weight_map, strays)
 
 
-def shard_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of a directory's weight files, and the index's weight map (None without index).
-
-    Raises UserError for an index that names an absent file or one outside the directory.
-    """
-    return _read_index(directory)[1:]
+def pickles(directory: Path) -> list[str]:
+    """Files of weights in the format before safetensors, which cannot be read."""
+    return sorted(path.name for path in directory.glob("pytorch_model*"))
 
 
 def _read_index(directory: Path) -> tuple[bytes | None, list[str], dict[str, str] | None]:
     path = directory / INDEX
     if not path.is_file():
         if not (directory / SINGLE).is_file():
-            raise UserError(f"{directory} holds neither {INDEX} nor {SINGLE}")
+            old = pickles(directory)
+            hint = f"; convert {old[0]} to safetensors first" if old else ""
+            raise UserError(f"{directory} holds neither {INDEX} nor {SINGLE}{hint}")
         return None, [SINGLE], None
-    with naming("read", path):
-        content = path.read_bytes()
+    content = json_bytes(path)
     weight_map = parse_json(content, path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: weight_map is missing or empty")
@@ -201,6 +208,11 @@ def _read_index(directory: Path) -> tuple[bytes | None, list[str], dict[str, str
                 "directory"
             )
         names.add(name)
+    if SINGLE not in names and (directory / SINGLE).exists():
+        raise UserError(
+            f"{directory} holds {SINGLE}, and {INDEX}, which does not name it: other programs may "
+            "read the one where this one reads the other. Remove one of the two"
+        )
     for name in sorted(names):
         # Unlike Path.is_file, this is False for names that cannot exist, too.
         if not os.path.isfile(directory / name):
@@ -214,61 +226,119 @@ def account(
     owned: range | None,
     n_experts: int | None,
     skip: Mapping[str, str],
+    *,
+    as_stored: bool = False,
 ) -> tuple[Report, list[Read]]:
-    """Account for every tensor from headers alone; and the reads to make, file by file."""
+    """Account for every tensor from headers alone; and the reads to make, file by file.
+
+    Parameters as in `load_weights`; targets may be on the meta device. With ``as_stored`` only the
+    fp32 list is to have the dtype of its target, the others that of the file.
+    """
     if owned is None:
         owned = range(max((len(t) for name, t in targets.items() if is_stacked(name)), default=0))
-    n_experts = n_experts or owned.stop
-    expected = _expected(targets, owned, n_experts)
+    places = _Places(targets, owned, n_experts or owned.stop, skip, as_stored)
     report = Report(stored.directory)
+    add = report.findings.append
     reads: list[Read] = []
-    seen: dict[tuple[str, int | None], str] = {}
-
-    def judge(file: str, name: str, entry: Entry) -> tuple[Literal["mapped", "skipped"], str]:
-        """Status and note of a tensor; raises ValueError saying what is wrong with it."""
-        own, expert = from_hub(name)
-        if stored.weight_map is not None and stored.weight_map.get(name) != file:
-            listed = stored.weight_map.get(name)
-            where = f"places it in {listed}" if listed else "does not list it"
-            raise ValueError(f"{file} holds it, but the index {where}")
-        # Some writers keep the experts stacked: one tensor in the place of E.
-        stacked = expert is None and is_stacked(own)
-        places = [(own, e) for e in range(n_experts)] if stacked else [(own, expert)]
-        twin = next((seen[place] for place in places if place in seen), None)
-        if twin is not None:
-            raise ValueError(f"is the same tensor as {twin}")
-        seen.update(dict.fromkeys(places, name))
-        reason = _skip_reason(own, skip)
-        if reason is not None:
-            return "skipped", reason
-        if not places or places[0] not in expected:
-            raise ValueError("unexpected: the model has no such tensor")
-        shape = expected[places[0]]
-        _check(entry, (n_experts, *shape) if stacked else shape)
-        if expert is not None and expert not in owned:
-            return "skipped", "expert of another rank"
-        local = None if expert is None else expert - owned.start
-        reads.append(Read(file, name, own, local, owned if stacked else None))
-        return "mapped", _conversion(entry.dtype, targets[own].dtype)
-
     for file, header in stored.headers.items():
         for name, entry in header.entries.items():
             try:
-                status, why = judge(file, name, entry)
+                stored.check_listed(name, file)
+                found = places.take(file, name, entry)
             except ValueError as error:
-                report.findings.append(Finding(name, "error", entry.dtype, str(error)))
+                add(Finding(name, "error", entry.dtype, str(error)))
+                continue
+            if isinstance(found, str):
+                add(Finding(name, "skipped", entry.dtype, found))
             else:
-                report.findings.append(Finding(name, status, entry.dtype, why))
-    found = {finding.name for finding in report.findings}
+                add(Finding(name, "mapped", entry.dtype, _conversion(entry.dtype, found.dtype)))
+                reads.append(found)
+    names = {finding.name for finding in report.findings}
     for name, file in (stored.weight_map or {}).items():
-        if name not in found:
-            why = f"the index places it in {file}, which does not hold it"
-            report.findings.append(Finding(name, "error", "", why))
-    for own, expert in expected:
-        if (own, expert) not in seen and _skip_reason(own, skip) is None:
-            name = own if expert is None else expert_name(own, expert)
-            report.findings.append(Finding(name, "error", "", _MISSING))
+        if name not in names:
+            add(
+                Finding(name, "error", "", f"the index places it in {file}, which does not hold it")
+            )
+    for name in places.missing():
+        add(Finding(name, "error", "", _MISSING))
+    for file in stored.strays:
+        add(Finding(file, "skipped", "", _STRAY))
     return report, reads
+
+
+class _Places:
+    """Where a model has places for tensors, and which of them have been found."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, torch.Tensor],
+        owned: range,
+        n_experts: int,
+        skip: Mapping[str, str],
+        as_stored: bool,
+    ) -> None:
+        for name, target in targets.items():
+            if is_stacked(name) and len(owned) != len(target):
+                raise ValueError(f"{name} holds {len(target)} experts, but {len(owned)} are owned")
+        self.targets = targets
+        self.owned = owned
+        self.n_experts = n_experts
+        self.skip = skip
+        self.as_stored = as_stored
+        # our name -> expert -> name on disk; expert None stands for the whole tensor
+        self._found: defaultdict[str, dict[int | None, str]] = defaultdict(dict)
+
+    def take(self, file: str, name: str, entry: Entry) -> Read | str:
+        """How to read a tensor, or why to skip it. Raises ValueError saying what is wrong."""
+        own, expert = from_hub(name)
+        self._refuse_twin(name, own, expert)
+        reason = self._skip_reason(own)
+        if reason is not None:
+            return reason
+        target = self.targets.get(own)
+        if target is None or (expert is not None and expert >= self.n_experts):
+            raise ValueError(_UNEXPECTED)
+        shape, stacked = tuple(target.shape), expert is None and is_stacked(own)
+        if expert is not None:
+            shape = shape[1:]
+        elif stacked:
+            shape = (self.n_experts, *shape[1:])
+        _check(entry, shape)
+        if expert is not None and expert not in self.owned:
+            return "expert of another rank"
+        keep = self.as_stored and own.rpartition(".")[2] not in FP32_NAMES
+        return Read(
+            file,
+            name,
+            own,
+            READABLE[entry.dtype] if keep else target.dtype,
+            expert=None if expert is None else expert - self.owned.start,
+            rows=self.owned if stacked else None,
+        )
+
+    def missing(self) -> Iterator[str]:
+        """Names on disk of what has not been found."""
+        for own in self.targets:
+            found = self._found[own]
+            if None in found or self._skip_reason(own) is not None:
+                continue
+            if is_stacked(own):
+                yield from (expert_name(own, e) for e in range(self.n_experts) if e not in found)
+            else:
+                yield own
+
+    def _refuse_twin(self, name: str, own: str, expert: int | None) -> None:
+        found = self._found[own]
+        # Some writers keep the experts stacked: one tensor in the place of all.
+        twin = found.get(expert) or found.get(None)
+        if twin is None and expert is None:
+            twin = next(iter(found.values()), None)
+        if twin is not None:
+            raise ValueError(f"is the same tensor as {twin}")
+        found[expert] = name
+
+    def _skip_reason(self, own: str) -> str | None:
+        return next((why for prefix, why in self.skip.items() if own.startswith(prefix)), None)
 
 
 def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:
@@ -291,37 +361,15 @@ def reopen(stored: Stored, name: str) -> TensorFile:
     return file
 
 
-def _expected(
-    targets: Mapping[str, torch.Tensor], owned: range, n_experts: int
-) -> dict[tuple[str, int | None], tuple[int, ...]]:
-    """(our name, expert) -> the shape it has where every expert stands by itself."""
-    expected: dict[tuple[str, int | None], tuple[int, ...]] = {}
-    for name, target in targets.items():
-        if not is_stacked(name):
-            expected[name, None] = tuple(target.shape)
-            continue
-        if len(owned) != len(target):
-            raise ValueError(f"{name} holds {len(target)} experts, but {len(owned)} are owned")
-        for expert in range(n_experts):
-            expected[name, expert] = tuple(target.shape[1:])
-    return expected
-
-
-def _skip_reason(own_name: str, skip: Mapping[str, str]) -> str | None:
-    return next((why for prefix, why in skip.items() if own_name.startswith(prefix)), None)
-
-
 def _check(entry: Entry, expected: tuple[int, ...]) -> None:
     if entry.shape != expected:
         raise ValueError(f"has shape {list(entry.shape)}, the model expects {list(expected)}")
-    if entry.dtype not in _READABLE:
-        raise ValueError(
-            f"has dtype {entry.dtype}; only {', '.join(_READABLE)} weights can be read"
-        )
+    if entry.dtype not in READABLE:
+        raise ValueError(f"has dtype {entry.dtype}; only {', '.join(READABLE)} weights can be read")
 
 
 def _conversion(dtype: str, target: torch.dtype) -> str:
-    source = _READABLE[dtype]
+    source = READABLE[dtype]
     if source == target:
         return ""
     word = "widened" if target == torch.float32 else _ROUNDED

@@ -18,13 +18,13 @@ from nemo_hybrid.checkpoint.directory import (
     OneProcess,
     World,
     Writer,
+    new_directory,
     on_rank_0,
-    require_absent_or_empty,
     write_directory,
 )
 from nemo_hybrid.checkpoint.names import from_hub, to_hub
-from nemo_hybrid.checkpoint.tensors import DTYPES, safetensors_parts
-from nemo_hybrid.checkpoint.weights import INDEX
+from nemo_hybrid.checkpoint.tensors import safetensors_parts
+from nemo_hybrid.checkpoint.weights import INDEX, READABLE
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.hf_config import config_to_hf
@@ -38,13 +38,12 @@ MAX_SHARD_BYTES = 4 << 30
 
 @dataclass
 class Shards:
-    """What one rank wrote: file and size in bytes of every tensor, by name on disk."""
+    """What one rank wrote: the file of every tensor, by name on disk, and bytes of each dtype."""
 
     rank: int = 0
     count: int = 0
     file_of: dict[str, str] = field(default_factory=dict)
-    bytes_of: dict[str, int] = field(default_factory=dict)
-    dtypes: set[str] = field(default_factory=set)
+    bytes_in: Counter[torch.dtype] = field(default_factory=Counter)
 
     def write(
         self,
@@ -53,16 +52,17 @@ class Shards:
         fetch: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         """Write one more file, ``model-rRRRRR-NNNNN.safetensors``; see `safetensors_parts`."""
-        for name in tensors:
+        for name, tensor in tensors.items():
             if name in self.file_of:
                 raise ValueError(f"{name} was given twice")
+            if tensor.dtype not in READABLE.values():
+                raise UserError(f"{name} is {tensor.dtype}; weights must be {', '.join(READABLE)}")
         self.count += 1
         file = f"model-r{self.rank:05d}-{self.count:05d}.safetensors"
         writer.write(file, safetensors_parts(tensors, {"format": "pt"}, fetch))
         for name, tensor in tensors.items():
             self.file_of[name] = file
-            self.bytes_of[name] = tensor.numel() * tensor.element_size()
-            self.dtypes.add(DTYPES[tensor.dtype])
+            self.bytes_in[tensor.dtype] += tensor.nbytes
 
 
 def write_shards(
@@ -101,11 +101,11 @@ def write_model_files(
                 raise UserError(f"{name} was written by two ranks: {file_of[name]} and {file}")
             file_of[name] = file
     _check_experts(file_of, config.n_routed_experts)
-    total = sum(sum(part.bytes_of.values()) for part in parts)
-    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    bytes_in = sum((part.bytes_in for part in parts), Counter[torch.dtype]())
+    index = {"metadata": {"total_size": bytes_in.total()}, "weight_map": file_of}
     writer.write_text(INDEX, files.to_json(index))
-    dtype = "bfloat16" if any("BF16" in part.dtypes for part in parts) else "float32"
-    described = config_to_hf(config, dtype)
+    most = max(bytes_in, key=bytes_in.__getitem__, default=torch.float32)
+    described = config_to_hf(config, str(most).removeprefix("torch."))
     ids = companions.eos_token_ids
     if ids and ids[0] == config.eos_token_id:
         described["eos_token_id"] = ids
@@ -126,7 +126,7 @@ def _check_experts(written: Iterable[str], n_experts: int) -> None:
 
 
 def save_weights(
-    final: Path,
+    final: str | Path,
     config: HybridConfig,
     weights: Weights,
     *,
@@ -139,9 +139,8 @@ def save_weights(
     Raises UserError when final exists and is not empty, or cannot be written.
     """
     world = world or OneProcess()
-    on_rank_0(world, lambda: require_absent_or_empty(final))
     write_directory(
-        final,
+        on_rank_0(world, lambda: new_directory(final)),
         world,
         lambda writer: write_shards(writer, weights, world.rank, max_shard_bytes),
         lambda writer, parts: write_model_files(writer, config, parts, companions or Companions()),

@@ -18,7 +18,7 @@ from nemo_hybrid.checkpoint.convert import REPORT, import_directory
 from nemo_hybrid.checkpoint.files import verify
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import is_stacked, to_hub
-from nemo_hybrid.checkpoint.weights import audit, load_weights
+from nemo_hybrid.checkpoint.weights import account, load_weights, read_headers
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 
 CONFIG = tiny_config("ME*-", mtp_num_depths=2)
@@ -60,10 +60,9 @@ def test_an_import_is_the_same_model_in_our_layout(tmp_path, stacked, dtype, cap
         written |= load_file(path)
     expected = {n: p for name, t in tensors_by_name(model).items() for n, p in to_hub(name, t)}
     assert written.keys() == expected.keys()
-    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     for name, tensor in written.items():
         assert torch.equal(tensor.float(), expected[name]), name
-        assert tensor.dtype == (torch.float32 if name.endswith(FP32_NAMES) else kept), name
+        assert tensor.dtype == (torch.float32 if name.endswith(FP32_NAMES) else dtype), name
 
     out = HybridLM.from_hf(str(tmp_path / "out"))
     assert out.config == CONFIG
@@ -71,7 +70,7 @@ def test_an_import_is_the_same_model_in_our_layout(tmp_path, stacked, dtype, cap
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"top_p":0.9}'
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [2, 7]
-    assert config["torch_dtype"] == str(kept).removeprefix("torch.")
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
 
     listed = json.loads((tmp_path / "out" / REPORT).read_text())
     assert listed["summary"] == report.summary()
@@ -79,10 +78,54 @@ def test_an_import_is_the_same_model_in_our_layout(tmp_path, stacked, dtype, cap
     assert {t["name"]: t["status"] for t in listed["tensors"]} == dict.fromkeys(names, "mapped")
     assert not report.rounded
     notes = {f.name: f.note for f in report.findings}
-    want = (
-        "" if dtype == torch.float32 else f"widened from {'BF' if dtype == kept else 'F'}16 to F32"
+    assert (
+        notes["model.layers.0.mixer.dt_bias"]
+        == {
+            torch.float32: "",
+            torch.bfloat16: "widened from BF16 to F32",
+            torch.float16: "widened from F16 to F32",
+        }[dtype]
     )
-    assert notes["model.layers.0.mixer.dt_bias"] == want
+    assert sum(map(bool, notes.values())) in (0, 5)  # A_log, D, dt_bias, two router biases
+    assert listed["not_carried"] == []
+
+
+def test_one_wide_tensor_makes_no_other_wider(tmp_path, caplog) -> None:
+    """Not even in its own stack of experts; and what is left behind is named."""
+    write_source(tmp_path / "in", stacked=False)
+    wide = ("model.norm_f.weight", "model.layers.1.mixer.experts.3.up_proj.weight")
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({n: t.float() if n in wide else t for n, t in tensors.items()}, path)
+    for name in ("vocab.json", "merges.txt", "LICENSE", "modeling.py", "old.safetensors"):
+        (tmp_path / "in" / name).write_text(name)
+    report = import_directory(tmp_path / "in", tmp_path / "out")
+    assert any(r.levelname == "WARNING" and "1 skipped" in r.message for r in caplog.records)
+    (stray,) = report.having("skipped")
+    assert (stray.name, stray.note) == (
+        "old.safetensors",
+        "a whole file, which the index does not list",
+    )
+    listed = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert listed["not_carried"] == ["LICENSE", "modeling.py", "old.safetensors"]
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "out" / name).read_text() == name
+    written = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(path)
+    ours = {name.replace("model.", "backbone.") for name in wide}
+    assert ours < written.keys()
+    for name, tensor in written.items():
+        widened = name in ours or name.endswith(FP32_NAMES)
+        assert tensor.dtype == (torch.float32 if widened else torch.bfloat16), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+
+    caplog.clear()
+    loaded = HybridLM.from_hf(str(tmp_path / "out"))
+    assert {t.dtype for t in tensors_by_name(loaded).values()} == {torch.float32}
+    assert "loaded as fp32" in caplog.text
+    assert "norm_f.weight is F32" in caplog.text or "experts.3.up_proj.weight is F32" in caplog.text
 
 
 def test_nothing_is_written_unless_all_fits(tmp_path) -> None:
@@ -155,7 +198,8 @@ def test_a_rank_reads_its_own_experts_only(tmp_path, stacked) -> None:
             assert len(report.having("skipped")) == 4 * (8 - len(owned))
 
     began = bytes_read()
-    assert not audit(tmp_path / "in", whole).having("error")
+    report, _ = account(read_headers(tmp_path / "in"), whole, None, None, {})
+    assert not report.having("error")
     assert bytes_read() - began < headers + index + 1000
 
 

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.directory import each, on_rank_0, together, write_directory
+from nemo_hybrid.checkpoint.directory import (
+    OneProcess,
+    each,
+    new_directory,
+    on_rank_0,
+    together,
+    write_directory,
+)
 from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.errors import UserError
@@ -26,24 +33,30 @@ class Killed(BaseException):
 
 
 class Saboteur:
-    """Counts syncs, renames and new directories, and acts in place of the n-th one."""
+    """Counts syncs, renames and new directories, and acts in place of the n-th one. Once it killed,
+    nothing is deleted either, until it is armed again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, self.at, self.act = 0, -1, lambda _: None
+        self.count, self.at, self.act, self.killed = 0, -1, lambda _: None, False
         for name in ("fsync", "replace", "mkdir"):
             monkeypatch.setattr(os, name, self._wrap(getattr(os, name)))
+        rmtree = shutil.rmtree
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda *args, **kw: self.killed or rmtree(*args, **kw)
+        )
 
     def _wrap(self, real):
         def wrapper(*args, **kwargs):
             self.count += 1
             if self.count - 1 == self.at:
+                self.killed = self.act in (killed_early, killed_while_writing)
                 self.act(args)
             return real(*args, **kwargs)
 
         return wrapper
 
     def arm(self, at: int, act) -> None:
-        self.count, self.at, self.act = 0, at, act
+        self.count, self.at, self.act, self.killed = 0, at, act, False
 
 
 def killed_early(args) -> None:
@@ -79,7 +92,7 @@ def test_a_save_that_dies_anywhere(tmp_path, monkeypatch, toy, other_toy, act, w
     assert not torch.equal(old, new)
     operations = saboteur.count
     assert operations > 10
-    survived = {1: 0, 2: 0}
+    survived, left_behind = {1: 0, 2: 0}, 0
     for at in range(operations):
         shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
         (tmp_path / "latest").write_text("step_00000001\n")
@@ -92,6 +105,7 @@ def test_a_save_that_dies_anywhere(tmp_path, monkeypatch, toy, other_toy, act, w
             assert not list(tmp_path.glob(".tmp-step*"))
         else:
             assert any(isinstance(r, Killed) for r in results)
+            left_behind += len(list(tmp_path.glob(".tmp-step*")))
         newest = find_latest(tmp_path)
         step = files.step_of(newest)
         assert torch.equal(read_step(newest, toy), old if step == 1 else new)
@@ -105,6 +119,34 @@ def test_a_save_that_dies_anywhere(tmp_path, monkeypatch, toy, other_toy, act, w
             "latest", "step_00000001", "step_00000002",
         ]  # fmt: skip
     assert survived[1] > survived[2] > 0
+    assert (left_behind > operations // 2) == (act is not disk_full)  # as a real kill does
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch) -> None:
+    """Ctrl-C at any sync, rename or new directory."""
+
+    def interrupt(args) -> None:
+        raise KeyboardInterrupt
+
+    def write(writer) -> None:
+        writer.write_text("a", "a")
+
+    saboteur, found = Saboteur(monkeypatch), []
+    for at in range(20):
+        saboteur.arm(at, interrupt)
+        done = False
+        try:
+            write_directory(tmp_path / "out", OneProcess(), write, lambda writer, parts: None)
+            done = True
+        except KeyboardInterrupt:
+            pass
+        found.append([p.name for p in tmp_path.iterdir()])
+        if done:
+            break
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert found[-1] == ["out"]
+    assert [] in found
+    assert all(names in ([], ["out"]) for names in found)
 
 
 def test_replacing_a_checkpoint_of_the_same_step(tmp_path, monkeypatch, toy, other_toy) -> None:
@@ -195,6 +237,24 @@ def test_wrong_manifests(tmp_path, toy) -> None:
             verify(path)
 
 
+def test_the_path_of_a_new_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_directory("~/x") == tmp_path / "x"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    assert new_directory(tmp_path / "link") == tmp_path / "empty"
+    (tmp_path / "empty" / "in").symlink_to(tmp_path / "absent")
+    assert new_directory(tmp_path / "link" / "in") == tmp_path / "absent"
+    with pytest.raises(UserError, match=r"\S+/link exists and is not empty"):
+        new_directory(tmp_path / "link")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert new_directory("x/../y") == tmp_path / "cwd" / "y"
+    for way in (".", "../cwd", tmp_path / "cwd"):
+        with pytest.raises(UserError, match="is the working directory"):
+            new_directory(way)
+
+
 def test_no_checkpoints_none_valid_and_bad_pointers(tmp_path, toy, caplog) -> None:
     assert find_latest(tmp_path) is None
     assert find_latest(tmp_path / "absent") is None
@@ -222,7 +282,14 @@ def test_resolve_accepts_every_way_of_saying_it(tmp_path, toy) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text("{}")
     assert resolve(tmp_path / "hub") == tmp_path / "hub"
-    for wrong, says in ((tmp_path, "holds no checkpoint"), (tmp_path / "no", "does not exist")):
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots" / "0a").mkdir(parents=True)
+    (cache / "snapshots" / "0a" / "config.json").write_text("{}")
+    for wrong, says in (
+        (tmp_path, "holds no checkpoint"),
+        (tmp_path / "no", "does not exist: give a local directory"),
+        (cache, f"holds no checkpoint.*{cache}/snapshots/0a"),
+    ):
         with pytest.raises(UserError, match=says):
             resolve(wrong)
 

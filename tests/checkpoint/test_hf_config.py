@@ -25,6 +25,13 @@ ODD = HybridConfig(
 )  # fmt: skip
 
 
+NO_MTP = {
+    "num_nextn_predict_layers": 0,
+    "mtp_num_depths": 0,
+    "mtp_hybrid_override_pattern": None,
+}
+
+
 def transformers_config(**values: object):
     from transformers import NemotronHConfig
 
@@ -93,6 +100,14 @@ def test_both_vocabularies_and_the_pattern_agree() -> None:
     assert config_from_hf(config_to_hf(ODD) | mtp) == ODD
 
 
+def test_layers_of_an_absent_mtp_block(tmp_path) -> None:
+    """transformers writes them into every config.json; nothing reads them."""
+    cfg = replace(ODD, mtp_num_depths=0, mtp_pattern="*E")
+    transformers_config(**config_to_hf(cfg)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mtp_layers_block_type"]
+    assert config_from_hf(tmp_path) == cfg
+
+
 def test_eos_list_and_dead_rope_fields() -> None:
     dead = {"rope_theta": 10000, "partial_rotary_factor": 1.0, "eos_token_id": [18, 11],
             "norm_eps": 2e-5, "time_step_limit": [0.0, {"__float__": "Infinity"}]}  # fmt: skip
@@ -116,6 +131,18 @@ def test_eos_list_and_dead_rope_fields() -> None:
         ({"quantization_config": {"quant_method": "modelopt"}}, "quantization_config"),
         ({"time_step_limit": [0.001, 0.1]}, "time_step_limit"),
         ({"num_hidden_layers": 7}, "num_hidden_layers"),
+        ({"num_hidden_layers": 6.0}, "num_hidden_layers is 6.0"),
+        ({"eos_token_id": [18, 96]}, "eos_token_id is [18, 96]"),
+        ({"eos_token_id": [18, True]}, "eos_token_id"),
+        ({"n_shared_experts": True}, "n_shared_experts"),
+        ({"n_shared_experts": 1.0}, "n_shared_experts"),
+        (NO_MTP | {"mtp_hybrid_override_pattern": "*E"}, "mtp_hybrid_override_pattern"),
+        (
+            NO_MTP | {"num_nextn_predict_layers": None, "mtp_hybrid_override_pattern": "ZZ"},
+            "mtp_hybrid_override_pattern",
+        ),
+        (NO_MTP | {"mtp_layers_block_type": ["rnn"]}, "'rnn'"),
+        (NO_MTP | {"mtp_hybrid_override_pattern": 3}, "mtp_hybrid_override_pattern"),
         ({"layers_block_type": ["moe"] * 6}, "layers_block_type"),
         ({"layers_block_type": ["rnn"] * 6}, "rnn"),
         ({"hybrid_override_pattern": "MXE"}, "'X'"),

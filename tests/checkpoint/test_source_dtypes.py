@@ -153,6 +153,25 @@ def test_impossible_dtypes(tmp_path, dtype) -> None:
         HybridLM.from_hf(str(tmp_path / "theirs"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_config_says_what_is_written(tmp_path, dtype) -> None:
+    HybridLM(CONFIG).save_hf(str(tmp_path / "source"))
+    HybridLM.from_hf(str(tmp_path / "source"), dtype).save_hf(str(tmp_path / "out"))
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert HybridLM.from_hf(str(tmp_path / "out"), dtype).lm_head.weight.dtype == dtype
+
+
+def test_dtypes_that_no_model_can_have(tmp_path) -> None:
+    HybridLM(CONFIG).save_hf(str(tmp_path / "source"))
+    for dtype in (torch.float64, torch.int8, torch.float8_e4m3fn, "bf16"):
+        with pytest.raises(UserError, match=r"dtype must be torch\.bfloat16, float16 or float32"):
+            HybridLM.from_hf(str(tmp_path / "source"), dtype)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"is torch\.float64; weights must be F32, BF16, F16"):
+        HybridLM(CONFIG).double().save_hf(str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_source_needs_a_source(tmp_path) -> None:
     model = HybridLM(CONFIG)
     with pytest.raises(UserError, match="loaded from a directory"):
@@ -192,9 +211,10 @@ def test_companions_travel_unchanged(tmp_path, dtypes) -> None:
     again.config.eos_token_id = 5  # the user's own choice beats the list
     again.save_hf(str(tmp_path / "changed"))
     assert json.loads((tmp_path / "changed" / "config.json").read_text())["eos_token_id"] == 5
-    (source / "generation_config.json").write_text("[]")
-    with pytest.raises(UserError, match="generation_config"):
-        HybridLM.from_hf(str(source))
+    for wrong in ("[]", '{"eos_token_id": "2"}', '{"eos_token_id": [2, true]}'):
+        (source / "generation_config.json").write_text(wrong)
+        with pytest.raises(UserError, match="generation_config"):
+            HybridLM.from_hf(str(source))
 
 
 def test_a_dropped_mtp_block_says_what_to_do(tmp_path) -> None:
@@ -210,13 +230,24 @@ def test_a_dropped_mtp_block_says_what_to_do(tmp_path) -> None:
     assert HybridLM.from_hf(str(tmp_path / "theirs")).mtp is None
 
 
+def test_an_mtp_block_that_config_json_forgot(tmp_path) -> None:
+    HybridLM(CONFIG).save_hf(str(tmp_path / "ours"))
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(replace(CONFIG, mtp_num_depths=0).to_hf()))
+    with pytest.raises(UserError, match="set num_nextn_predict_layers to 1 there"):
+        HybridLM.from_hf(str(tmp_path / "ours"))
+
+
 def test_an_absurd_configuration_takes_no_time_or_memory(tmp_path) -> None:
     HybridLM(CONFIG).save_hf(str(tmp_path / "ours"))
     path = tmp_path / "ours" / "config.json"
     stored = json.loads(path.read_text())
     for change, says in (
-        ({"n_routed_experts": 10**8}, "describes at least"),
-        ({"hybrid_override_pattern": "M" * 10**6, "num_hidden_layers": 10**6}, "at least 1000"),
+        ({"n_routed_experts": 10**8}, "at most 65536"),
+        ({"n_routed_experts": 2**16}, "describes at least"),
+        ({"hybrid_override_pattern": "M" * 10**6, "num_hidden_layers": 10**6}, "at most 4096"),
+        ({"hybrid_override_pattern": "M" * 4000, "num_hidden_layers": 4000}, "at least 4018"),
+        ({"mtp_num_depths": 10**6}, "from 1 to 1024"),
         ({"hidden_size": 2**30, "mamba_num_heads": 2**30, "mamba_head_dim": 2**30}, "impossible"),
         ({"hidden_size": 2**28}, "does not fit the model"),
         ({"hidden_size": 10**400}, "hidden_size must be int"),
@@ -229,3 +260,31 @@ def test_an_absurd_configuration_takes_no_time_or_memory(tmp_path) -> None:
         path.write_text(json.dumps(stored | change))
         with pytest.raises(UserError, match=says):
             HybridLM.from_hf(str(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("F4", [10**12, 1, 1]), ("U8", [1]), ("F32", [10**12, 1, 0])]
+)
+def test_a_shape_without_bytes_is_no_tensor(tmp_path, dtype, shape) -> None:
+    """Else it would vouch for any number of experts."""
+    HybridLM(CONFIG).save_hf(str(tmp_path / "ours"))
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_routed_experts": 2**16}))
+    data = b"" if 0 in shape else b"1"
+    header = {
+        f"x.{i}.mixer.experts.up_proj": {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [i * len(data), (i + 1) * len(data)],
+        }
+        for i in range(20)
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "ours" / INDEX).unlink()
+    for old in (tmp_path / "ours").glob("*.safetensors"):
+        old.unlink()
+    (tmp_path / "ours" / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + 20 * data
+    )
+    with pytest.raises(UserError, match="but the weight files hold 20"):
+        HybridLM.from_hf(str(tmp_path / "ours"))

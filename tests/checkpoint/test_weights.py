@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_hybrid.checkpoint.directory import OneProcess
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked, to_hub
-from nemo_hybrid.checkpoint.tensors import safetensors_parts
-from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
+from nemo_hybrid.checkpoint.weights import INDEX, Report, load_weights
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
@@ -245,7 +245,59 @@ def test_truncated_files_and_headers(theirs, tmp_path, size) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds neither"):
         load_weights(tmp_path, targets)
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(UserError, match=r"convert pytorch_model\.bin to safetensors"):
+        load_weights(tmp_path, targets)
     assert not any(t.any() for t in targets.values())
+
+
+def test_weight_files_outside_of_the_index(theirs, tmp_path, caplog) -> None:
+    model, directory = theirs
+    split_directory(directory, tmp_path, lambda shards, index: None)
+    targets = empty_like(our_state(model))
+    for name in ("rank-00000.safetensors", "optimizer-r00000.safetensors"):  # of our checkpoints
+        (tmp_path / name).write_text("")
+    assert not load_weights(tmp_path, targets).having("skipped")
+    assert not caplog.records
+    (tmp_path / "rank-00000-more.safetensors").write_text("")
+    (stray,) = load_weights(tmp_path, targets).having("skipped")
+    assert stray.name == "rank-00000-more.safetensors"
+    assert "1 skipped (a whole file, which the index does not list)" in caplog.text
+
+    (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model\.safetensors, and model\.safetensors\.index"):
+        load_weights(tmp_path, targets)
+    index = dict.fromkeys(load_file(directory / "model.safetensors"), "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    names = {finding.name for finding in load_weights(tmp_path, targets).having("skipped")}
+    assert names == {"a.safetensors", "b.safetensors", stray.name}
+
+
+def test_an_index_of_absurd_size(theirs, tmp_path) -> None:
+    model, _ = theirs
+    with open(tmp_path / INDEX, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="is larger than"):
+        load_weights(tmp_path, empty_like(our_state(model)))
+
+
+def test_a_file_replaced_after_its_header_was_read(theirs, tmp_path, monkeypatch) -> None:
+    """By one of the same size and tensors, in another order."""
+    model, directory = theirs
+    split_directory(directory, tmp_path, lambda shards, index: None)
+    targets, path = empty_like(our_state(model)), tmp_path / "b.safetensors"
+
+    def replace_it(report) -> None:
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        swapped = content[:end].replace(b".k_proj.", b".X_proj.").replace(b".v_proj.", b".k_proj.")
+        path.write_bytes(swapped.replace(b".X_proj.", b".v_proj.") + content[end:])
+        with TensorFile(path) as file:
+            assert any(".k_proj." in name for name in file.header.entries)
+
+    monkeypatch.setattr(Report, "raise_errors", replace_it)
+    with pytest.raises(UserError, match=r"b\.safetensors changed while it was being read"):
+        load_weights(tmp_path, targets)
 
 
 def test_our_model_in_transformers_and_back(tmp_path) -> None:

@@ -251,6 +251,8 @@ def test_weights_that_do_not_fit(
         ("a b c --backend transformers", "takes 1 or 2 paths"),
         ("a b --backend theirs", "backend: expected one of nemo_hybrid, transformers"),
         ("a b --data x --prompt y", "give --data or --prompt, not both"),
+        ("a b --data x --prompt=", "give --data or --prompt, not both"),
+        ("a b --prompt=", "--prompt is empty"),
         ("a b --tokens 0", "tokens must be positive"),
         ("a b --sequence_length -1", "sequence_length must be positive"),
         ("a b --tolerance -1", "tolerance must be 0 or more"),

@@ -56,11 +56,27 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return said.err[said.err.index(line) :]
 
 
-def test_mistakes(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_may_be_a_link(released: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    assert cli.main(["import", str(released), "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "import_report.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "link", "released"]
+
+
+def test_mistakes(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     out = tmp_path / "ours"
     assert "missing: --out" in refused(capsys, released)
     assert "import takes 1 path, got none" in refused(capsys, "--out", out)
     assert "does not exist" in refused(capsys, tmp_path / "gone", "--out", out)
+    assert "has to be downloaded" in refused(capsys, "nvidia/a-model", "--out", out)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "is the working directory" in refused(capsys, released, "--out", ".")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint" in refused(capsys, tmp_path / "empty", "--out", out)
     assert "is not empty" in refused(capsys, released, "--out", released)

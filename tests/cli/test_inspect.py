@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def test_directory_without_weights(copied: Path, capsys: pytest.CaptureFixture[s
         file.unlink()
     assert cli.main(["inspect", str(copied)]) == 0
     assert "no weights here" in capsys.readouterr().out
+    (copied / "pytorch_model.bin").write_text("")
+    assert cli.main(["inspect", str(copied)]) == 2
+    assert "convert pytorch_model.bin to safetensors" in capsys.readouterr().err
 
 
 def test_tensors_that_do_not_fit_are_named(
@@ -165,8 +169,25 @@ def test_tensors_that_do_not_fit_are_named(
     assert cli.main(["inspect", str(copied)]) == 2
     shown = capsys.readouterr().out
     for name, note in errors.items():
-        assert f"error: {name}: {note}" in shown
+        assert f"{name}: {note}" in shown
     assert "[7, 32]" in shown
+
+
+def test_a_hint_follows_the_errors(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(CONFIG, mtp_num_depths=0).to_hf()
+    (copied / "config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(copied)]) == 2
+    assert "set num_nextn_predict_layers to 1" in capsys.readouterr().out
+
+
+def test_files_outside_of_the_index(
+    copied: Path, inspected: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "more.safetensors").write_text("")
+    (stray,) = [t for t in inspected(copied)["tensors"] if t["status"] != "mapped"]
+    assert (stray["name"], stray["status"]) == ("more.safetensors", "skipped")
+    assert cli.main(["inspect", str(copied)]) == 0
+    assert "a whole file, which the index does not list" in capsys.readouterr().out
 
 
 def test_many_errors_are_counted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
