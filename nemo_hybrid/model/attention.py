@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.cache import AttentionCache
+from nemo_hybrid.model.linear import Linear
 from nemo_kernels.attention import attention, attention_step
 from nemo_kernels.documents import Documents
 
@@ -19,10 +20,10 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         q_size = cfg.num_attention_heads * cfg.head_dim
         kv_size = cfg.num_key_value_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, q_size)
+        self.k_proj = Linear(cfg.hidden_size, kv_size)
+        self.v_proj = Linear(cfg.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, cfg.hidden_size)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [.., H, P], k and v [.., G, P] of x [.., D]."""

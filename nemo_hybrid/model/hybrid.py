@@ -129,9 +129,10 @@ class HybridLM(nn.Module):
         seq_idx_BS = None if documents is None else documents.seq_idx_BS
         hidden: list[Tensor] = []
         stats: Stats = {}
+        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else None
         for depth in range(1, self.config.mtp_num_depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
-            h_BSD, collected = self.mtp(h_BSD, e_BSD, documents)
+            h_BSD, collected = self.mtp(h_BSD, e_BSD, documents, wide)
             hidden.append(h_BSD)
             for i, new in collected.items():
                 name = f"mtp.layers.{i}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
 from nemo_kernels.moe import moe_mlp
@@ -60,8 +61,8 @@ class LatentMoE(nn.Module):
         self.experts = Experts(len(dispatcher.owned), L, cfg.moe_intermediate_size)
         self.dispatcher = dispatcher
         latent = cfg.moe_latent_size is not None
-        self.fc1_latent_proj = nn.Linear(D, L, bias=False) if latent else None
-        self.fc2_latent_proj = nn.Linear(L, D, bias=False) if latent else None
+        self.fc1_latent_proj = Linear(D, L) if latent else None
+        self.fc2_latent_proj = Linear(L, D) if latent else None
         shared = cfg.moe_shared_expert_intermediate_size
         self.shared_experts = MLP(D, shared) if shared else None
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture
@@ -18,6 +19,8 @@ from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
 
 LayerCache = AttentionCache | MambaCache | None
+Wide = dict[str, Tensor]
+"""Parameters by name that stand in for a module's own (see ``linear``)."""
 
 
 def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
@@ -43,25 +46,28 @@ class Layer(nn.Module):
         self.mixer = build_mixer(letter, cfg, dispatcher)
 
     def forward(
-        self, x_BSD: Tensor, documents: Documents | None
+        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Training: the new residual stream, and routing statistics of a MoE layer."""
+        """Training: the new residual stream, and routing statistics of a MoE layer.
+
+        ``wide``: parameters to use in place of this layer's own, by name.
+        """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(
-                self._compute, x_BSD, documents, use_reentrant=False, preserve_rng_state=False
+                self._compute, x_BSD, documents, wide, use_reentrant=False, preserve_rng_state=False
             )
-        return self._compute(x_BSD, documents)
+        return self._compute(x_BSD, documents, wide)
 
     def _compute(
-        self, x_BSD: Tensor, documents: Documents | None
+        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None
     ) -> tuple[Tensor, RoutingStats | None]:
-        h_BSD = self.norm(x_BSD)
+        h_BSD = call(self.norm, wide, "norm.", x_BSD)
         if self.letter == "E":
-            y_BSD, stats = self.mixer(h_BSD)
+            y_BSD, stats = call(self.mixer, wide, "mixer.", h_BSD)
             return x_BSD + y_BSD, stats
         if self.letter == "-":
-            return x_BSD + self.mixer(h_BSD), None
-        return x_BSD + self.mixer(h_BSD, documents), None
+            return x_BSD + call(self.mixer, wide, "mixer.", h_BSD), None
+        return x_BSD + call(self.mixer, wide, "mixer.", h_BSD, documents), None
 
     def new_cache(self) -> LayerCache:
         return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()
@@ -81,6 +87,18 @@ class Layer(nn.Module):
         if self.letter == "-":
             return x_BD + self.mixer(h_BD)
         return x_BD + self.mixer.decode(h_BD, cache)
+
+
+def call(module: nn.Module, wide: Wide | None, prefix: str, *args: Any) -> Any:
+    """``module(*args)``, with those parameters of ``wide`` whose names begin with prefix."""
+    if wide is None:
+        return module(*args)
+    return functional_call(module, under(wide, prefix), args)
+
+
+def under(wide: Wide, prefix: str) -> Wide:
+    """Those whose names begin with prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in wide.items() if n.startswith(prefix)}
 
 
 class Layers(nn.ModuleList):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.cache import MambaCache
 from nemo_hybrid.model.fp32 import KeepsFp32
+from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import GatedRMSNorm
 from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from nemo_kernels.documents import Documents
@@ -42,13 +43,13 @@ class Mamba2(KeepsFp32):
         self.groups, self.state, self.chunk = cfg.n_groups, cfg.ssm_state_size, cfg.chunk_size
         inner = cfg.mamba_inner_size
         self.widths = (inner, cfg.conv_channels, self.heads)
-        self.in_proj = nn.Linear(cfg.hidden_size, sum(self.widths), bias=False)
+        self.in_proj = Linear(cfg.hidden_size, sum(self.widths))
         self.conv1d = CausalConv1d(cfg.conv_channels, cfg.conv_kernel)
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(inner, cfg.layer_norm_epsilon, inner // cfg.n_groups)
-        self.out_proj = nn.Linear(inner, cfg.hidden_size, bias=False)
+        self.out_proj = Linear(inner, cfg.hidden_size)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z [.., I], conv input [.., C] and time step dt [.., H] (fp32) of x [.., D]."""

@@ -363,3 +363,21 @@ def test_auto_leaves_widths_that_cannot_be_aligned_to_the_reference(
     torch.testing.assert_close(
         grouped_mlp(*rows), reference.grouped_mlp(*rows), rtol=2e-2, atol=2e-2
     )
+
+
+@pytest.mark.parametrize("path", PATHS, ids=IDS)
+def test_fp32_copies_of_weights_keep_their_gradients_in_fp32(path: ModuleType) -> None:
+    """The same output, and gradients that are rounded by nobody (by grouped_mm at its output)."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, up, down = draw_inputs(generator, 32, 2, 4, 16, 32, torch.bfloat16)
+    ids = draw_ids(generator, 32, 4, 2, 0.0)
+    wide = [t.detach().float().requires_grad_() for t in (up, down)]
+    plain, copied = path.moe_mlp(x, ids, w, up, down), path.moe_mlp(x, ids, w, *wide)
+    assert torch.equal(plain, copied)
+    ours = torch.autograd.grad(copied.float().square().sum(), wide)
+    rounded = torch.autograd.grad(plain.float().square().sum(), (up, down))
+    for gradient, expected in zip(ours, rounded, strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient.bfloat16(), expected)
+        if path is reference:
+            assert not torch.equal(gradient, expected.float())

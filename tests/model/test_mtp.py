@@ -18,12 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.tiny_models import loud_model, packed_batch, smallest_routing_margin, tiny_config
+from helpers.tiny_models import (
+    loud_model,
+    packed_batch,
+    random_ids,
+    smallest_routing_margin,
+    tiny_config,
+)
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.model.mtp import shift_left
+from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets, targets
 from nemo_kernels.documents import Documents
 
@@ -358,3 +364,73 @@ def test_forward_returns_logits_of_all_depths() -> None:
     # One router serves both depths: its load is that of both.
     slots = batch.ids_BS.numel() * model.config.num_experts_per_tok
     assert int(stats["mtp.layers.1"].counts_E.sum()) == 2 * slots
+
+
+def block_gradients(
+    model: HybridLM, ids_BS: Tensor, shares: tuple[float, float], wide: bool
+) -> dict[str, Tensor]:
+    """Of two uses of the block on different inputs, whose losses count with these shares."""
+    model.zero_grad()
+    with torch.no_grad():
+        e_BSD = model.backbone.embeddings(ids_BS)
+        h_BSD, _ = model.forward_hidden(ids_BS)
+    parameters = model.mtp.wide() if wide else None
+    probe_BSD = torch.randn(h_BSD.shape, generator=torch.Generator().manual_seed(1))
+    loss = torch.zeros(())
+    for use, share in enumerate(shares):
+        out_BSD, _ = model.mtp(h_BSD.roll(use, 1), e_BSD.roll(2 * use, 1), None, parameters)
+        loss = loss + share * (out_BSD.float() * probe_BSD.roll(3 * use, 1)).sum()
+    loss.backward()
+    return {n: p.grad.float() for n, p in model.mtp.named_parameters() if p.grad is not None}
+
+
+def share_kept(model: HybridLM, ids_BS: Tensor, small: float, wide: bool) -> float:
+    """How much of a second use's small share arrives in the bf16 gradient, on average over the
+    elements where it is smaller than a rounding step. 1: all; single elements are rounded."""
+    both = block_gradients(model, ids_BS, (1.0, small), wide)
+    alone = block_gradients(model, ids_BS, (1.0, 0.0), wide)
+    second = block_gradients(model.float(), ids_BS, (0.0, 1.0), False)
+    model.bfloat16()
+    kept, counted = 0.0, 0
+    for name, gradient in second.items():
+        share = gradient * small
+        tiny = (share.abs() < 2.0**-10 * alone[name].abs()) & (share != 0)
+        arrived = (both[name] - alone[name])[tiny]
+        if count := int(tiny.sum()):
+            kept += count * float((arrived * share[tiny]).sum() / share[tiny].square().sum())
+            counted += count
+    assert counted > 3000
+    return kept / counted
+
+
+def test_gradients_of_the_depths_are_summed_in_fp32_and_rounded_once() -> None:
+    """A share of 2^-10 vanishes when gradients are rounded before they are added."""
+    model = loud_model(tiny_config("M", mtp_num_depths=2)).bfloat16()
+    ids_BS = random_ids(model.config, 4, 33)
+    assert 0.7 < share_kept(model, ids_BS, 2.0**-10, wide=True) < 1.5
+    assert share_kept(model, ids_BS, 2.0**-10, wide=False) < 0.05
+
+
+@pytest.mark.parametrize("recompute", ["", "*E"])
+def test_the_model_sums_its_depths_so(recompute: str) -> None:
+    """The same outputs as with the block's own parameters, and other gradients than theirs."""
+    model = loud_model(tiny_config("M", mtp_num_depths=2)).bfloat16()
+    for layer in model.mtp.layers:
+        layer.recompute = layer.letter in recompute
+    ids_BS = random_ids(model.config, 2, 33)
+    with torch.no_grad():
+        h_BSD, _ = model.forward_hidden(ids_BS)
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        model.zero_grad()
+        hidden, _ = model.forward_mtp(h_BSD, ids_BS)
+        sum(h.float().square().sum() for h in hidden).backward()
+        return hidden, [p.grad.clone() for p in model.mtp.parameters()]
+
+    hidden, gradients = run()
+    with patch.object(MTPBlock, "wide", lambda _: None):
+        plain_hidden, plain_gradients = run()
+    assert all(torch.equal(a, b) for a, b in zip(hidden, plain_hidden, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))
+    for ours, plain in zip(gradients, plain_gradients, strict=True):
+        assert (ours.float() - plain.float()).norm() < 1e-2 * plain.float().norm()

@@ -81,7 +81,8 @@ def grouped_mlp(
         x_RL: rows, those of expert 0 first.
         weights_R: routing weight per row.
         counts_E: int64 rows per expert; their sum is R.
-        w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
+        w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
+            dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
 
     Returns:
         y_RL, with gradients for everything but counts_E; exact zeros for experts without rows.
@@ -115,7 +116,8 @@ def moe_mlp(
         x_TL: tokens.
         topk_ids_TK: int64 experts of each token, each in [0, E).
         topk_weights_TK: their routing weights.
-        w_up_EFL, w_down_ELF: experts' weights, in x's dtype.
+        w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
+            dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
 
     Returns:
         y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass
@@ -135,6 +137,7 @@ def moe_mlp(
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
-    expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=x.dtype)
+    dtype = torch.float32 if w_up_EFL.dtype == torch.float32 else x.dtype
+    expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=dtype)
     n_experts, width, _ = w_up_EFL.shape
-    expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=x.dtype)
+    expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=dtype)

@@ -57,6 +57,8 @@ class GroupedMLP(torch.autograd.Function):
         w_down_ELF: Tensor,
     ) -> Tensor:
         ctx.experts, ctx.groups = experts, experts.groups(counts_E)
+        ctx.weight_dtype = w_up_EFL.dtype
+        w_up_EFL, w_down_ELF = w_up_EFL.to(x_RL.dtype), w_down_ELF.to(x_RL.dtype)
         y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
         ctx.save_for_backward(h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF)
         return y_RL.to(x_RL.dtype)
@@ -73,8 +75,8 @@ class GroupedMLP(torch.autograd.Function):
             dx_RL.to(x_RL.dtype),
             dweights_R.to(weights_R.dtype),
             None,
-            dup_EFL.to(w_up_EFL.dtype),
-            ddown_ELF.to(w_down_ELF.dtype),
+            dup_EFL.to(ctx.weight_dtype),
+            ddown_ELF.to(ctx.weight_dtype),
         )
 
 
@@ -93,6 +95,8 @@ class MoeMLP(torch.autograd.Function):
     ) -> Tensor:
         order_R, inverse_R, counts_E = slots
         ctx.experts, ctx.groups = experts, experts.groups(counts_E)
+        ctx.weight_dtype = w_up_EFL.dtype
+        w_up_EFL, w_down_ELF = w_up_EFL.to(x_TL.dtype), w_down_ELF.to(x_TL.dtype)
         ctx.k = topk_weights_TK.shape[1]
         token_R = order_R.div(ctx.k, rounding_mode="floor")
         weights_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
@@ -116,6 +120,6 @@ class MoeMLP(torch.autograd.Function):
             combine(dx_RL, inverse_R, n_tokens).to(x_TL.dtype),
             None,
             dweights_TK.to(weights_R.dtype),
-            dup_EFL.to(w_up_EFL.dtype),
-            ddown_ELF.to(w_down_ELF.dtype),
+            dup_EFL.to(ctx.weight_dtype),
+            ddown_ELF.to(ctx.weight_dtype),
         )
