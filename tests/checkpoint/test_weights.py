@@ -4,6 +4,7 @@ wrong."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -156,6 +157,8 @@ def _rename(shards, index, old, new) -> None:
 
 
 A_LOG, UP = "backbone.layers.0.mixer.A_log", "backbone.layers.1.mixer.experts.3.up_proj.weight"
+STACK = "backbone.layers.1.mixer.experts.up_proj"
+EXPERT = re.compile(r"backbone\.layers\.1\.mixer\.experts\.\d\.up_proj\.weight")
 WRONG = {
     "missing": (lambda s, i: (s[0].pop(A_LOG), i.pop(A_LOG)), f"{A_LOG}: missing"),
     "missing expert": (lambda s, i: (s[0].pop(UP), i.pop(UP)), f"{UP}: missing"),
@@ -184,6 +187,22 @@ WRONG = {
             i.update({A_LOG.replace("backbone", "model"): "b.safetensors"}),
         ),
         "is the same tensor as",
+    ),
+    "stacked before single": (
+        lambda s, i: (
+            s[1].update({UP: s[0].pop(UP)}),
+            i.update({UP: "b.safetensors", STACK: "a.safetensors"}),
+            [(s[0].pop(n), i.pop(n)) for n in list(s[0]) if EXPERT.fullmatch(n)],
+            s[0].update({STACK: torch.zeros(4, 24, 16).bfloat16()}),
+        ),
+        f"{UP}: is the same tensor as {STACK}",
+    ),
+    "stacked after single": (
+        lambda s, i: (
+            s[1].update({STACK: torch.zeros(4, 24, 16).bfloat16()}),
+            i.update({STACK: "b.safetensors"}),
+        ),
+        f"{STACK}: is the same tensor as",
     ),
     "in two files": (
         lambda s, i: s[1].update({A_LOG: s[0][A_LOG].clone()}),
