@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from nemo_hybrid.errors import UserError
 TEMPORARY = ".tmp-"
 """Start of the names of unfinished files and directories."""
 _CHUNK = 16 << 20
+_CHUNKS_AHEAD = 64  # written, but not hashed yet
 _WORTH_A_THREAD = 1 << 20  # bytes; smaller pieces are hashed before a thread would have started
 
 
@@ -56,8 +58,9 @@ class NewFile:
             self._file = open(path, "xb")  # noqa: SIM115
         self._digest = hashlib.sha256()
         self._size = 0
-        # Hashing costs about as much time as writing does; a second thread hides it.
+        # Hashing is slower than writing; a second thread goes on with it while the disk syncs.
         self._hasher = ThreadPoolExecutor(1)
+        self._unhashed: deque[Future[None]] = deque()
 
     def __enter__(self) -> NewFile:
         return self
@@ -79,13 +82,12 @@ class NewFile:
         with naming("write", self.path):
             for i in range(0, len(part), _CHUNK):
                 chunk = part[i : i + _CHUNK]
-                if len(chunk) < _WORTH_A_THREAD:
+                if len(chunk) < _WORTH_A_THREAD and not self._unhashed:
                     self._digest.update(chunk)
-                    self._file.write(chunk)
                 else:
-                    hashed = self._hasher.submit(self._digest.update, chunk)
-                    self._file.write(chunk)
-                    hashed.result()
+                    self._unhashed.append(self._hasher.submit(self._digest.update, chunk))
+                self._file.write(chunk)
+                self._wait_for_hashes(_CHUNKS_AHEAD)
         self._size += len(part)
         return len(part)
 
@@ -93,9 +95,15 @@ class NewFile:
         """Sync and close the file."""
         with naming("write", self.path):
             sync(self._file)
+        self._wait_for_hashes(0)
         self.close()
         self.record = FileRecord(self._size, self._digest.hexdigest())
         return self.record
+
+    def _wait_for_hashes(self, most: int) -> None:
+        """Until at most this many chunks are not hashed yet: they are kept in memory."""
+        while len(self._unhashed) > most or (self._unhashed and self._unhashed[0].done()):
+            self._unhashed.popleft().result()
 
     def close(self) -> None:
         """Close the file, finished or not; for the way out after an error."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -121,10 +122,12 @@ def save_checkpoint(
     final = checkpoints_dir / files.step_name(step)
 
     def write(writer: Writer) -> tuple[Shards, dict[str, Any]]:
-        shards = write_shards(writer, weights, world.rank, max_shard_bytes)
-        listing = _write_fragments(writer, fragments, world.rank)
-        _write_rank_state(writer, rank_state, world.rank)
-        return shards, listing
+        # Side by side: hashing and syncing keep more than one core and one file busy.
+        with ThreadPoolExecutor(1) as beside:
+            listing = beside.submit(_write_fragments, writer, fragments, world.rank)
+            shards = write_shards(writer, weights, world.rank, max_shard_bytes)
+            _write_rank_state(writer, rank_state, world.rank)
+            return shards, listing.result()
 
     def finish(writer: Writer, parts: list[tuple[Shards, dict[str, Any]]]) -> None:
         shards = [part for part, _ in parts]
@@ -352,11 +355,8 @@ def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment) -> None
             raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {fragment.name}")
         if entry.shape != (piece.numel,) or entry.dtype != "F32":
             raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
-        target = fragment.tensors[kind].view(-1)
-        with torch.no_grad():
-            target[start - fragment.start : stop - fragment.start].copy_(
-                opened.read(key, range(start - piece.start, stop - piece.start))
-            )
+        target = fragment.tensors[kind].view(-1)[start - fragment.start : stop - fragment.start]
+        opened.read_into(target, key, range(start - piece.start, stop - piece.start))
 
 
 def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:

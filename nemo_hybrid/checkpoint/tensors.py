@@ -132,13 +132,29 @@ class TensorFile:
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
         """A tensor, or consecutive rows of its first dimension; other bytes are not read."""
         entry = self.header.entries[name]
-        shape, offset = entry.shape, entry.start
-        if rows is not None and shape[0]:
-            offset += rows.start * ((entry.stop - entry.start) // shape[0])
-            shape = (len(rows), *shape[1:])
+        shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
-        self._fill(tensor_bytes(tensor), len(self.header.raw) + offset)
+        self._fill(tensor_bytes(tensor), self._offset(entry, rows))
         return tensor
+
+    @torch.no_grad()
+    def read_into(self, target: torch.Tensor, name: str, rows: range | None = None) -> None:
+        """The same into a tensor of that shape, without a copy on the way where it can take the
+        bytes as they are."""
+        entry = self.header.entries[name]
+        as_stored = target.dtype == TORCH_DTYPES[entry.dtype] and target.is_contiguous()
+        wanted = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        if target.is_cpu and as_stored and target.shape == wanted:
+            self._fill(tensor_bytes(target), self._offset(entry, rows))
+        else:
+            target.copy_(self.read(name, rows))
+
+    def _offset(self, entry: Entry, rows: range | None) -> int:
+        """Where the bytes begin in the file."""
+        start = len(self.header.raw) + entry.start
+        if rows is None or not entry.shape[0]:
+            return start
+        return start + rows.start * ((entry.stop - entry.start) // entry.shape[0])
 
     def _fill(self, view: memoryview, offset: int) -> None:
         with naming("read", self.path):

@@ -343,13 +343,12 @@ class _Places:
 
 def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:
     """Make the reads. Raises UserError when a file is not the one whose header was read."""
-    with torch.no_grad():
-        for name, group in groupby(reads, key=lambda read: read.file):
-            with reopen(stored, name) as file:
-                for read in group:
-                    target = targets[read.own]
-                    target = target if read.expert is None else target[read.expert]
-                    target.copy_(file.read(read.name, read.rows))
+    for name, group in groupby(reads, key=lambda read: read.file):
+        with reopen(stored, name) as file:
+            for read in group:
+                target = targets[read.own]
+                target = target if read.expert is None else target[read.expert]
+                file.read_into(target, read.name, read.rows)
 
 
 def reopen(stored: Stored, name: str) -> TensorFile:
