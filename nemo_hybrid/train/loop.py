@@ -246,6 +246,7 @@ class Loop:
         counters = guard.counters
         at.step = restore(checkpoint, self.run).step
         guard.counters = counters
+        self.saved_step = -1  # no checkpoint holds this position in the data
         counters.in_a_row = 0
         counters.rollbacks += 1
         counters.rollbacks_in_a_row += 1
