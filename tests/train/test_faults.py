@@ -185,14 +185,13 @@ def test_workers_of_an_agent_that_dies_while_they_start_end_too(
 def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
     unbroken: Unbroken, tmp_path: Path
 ) -> None:
-    words = program(
-        unbroken, tmp_path / "run", {"hang": 4, "rank": 1}, "--train.hang_timeout_s", "4"
-    )
+    # Both hang: whichever ends first prints its stacks, and the other may not come to it.
+    words = program(unbroken, tmp_path / "run", {"hang": 4}, "--train.hang_timeout_s", "4")
     with Job(words, tmp_path / "log") as job:
         assert job.wait() == 1
         job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
     assert "Timeout (0:00:04)!" in job.text()
-    assert "in before_step" in job.text()  # where rank 1 sleeps
+    assert "in before_step" in job.text()  # where they sleep
     assert steps_recorded(tmp_path / "run") == 3
 
 

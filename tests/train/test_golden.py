@@ -134,8 +134,8 @@ def with_mtp_inputs_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Depth k reads the embedding of token t + k - 1."""
     forward = MTPBlock.forward
 
-    def late(self: MTPBlock, h: Tensor, e: Tensor, seq_idx: Tensor | None) -> object:
-        return forward(self, h, e.roll(1, dims=1), seq_idx)
+    def late(self: MTPBlock, h: Tensor, e: Tensor, *rest: object) -> object:
+        return forward(self, h, e.roll(1, dims=1), *rest)
 
     patch.setattr(MTPBlock, "forward", late)
 
