@@ -71,7 +71,7 @@ class Saver:
         written.
         """
         self.wait()
-        run = self._run
+        run, position = self._run, replace(position)  # the loop moves its own on meanwhile
         state = {
             **asdict(run.identity),
             "batches": position.batch,

@@ -8,6 +8,7 @@ happens (default: every rank)::
     {"delete": [3]}            these batches are not in the data
     {"signal": [5, 15]}        the process sends itself this signal during this batch
     {"hang": 5}                the process sleeps during this batch
+    {"late_write": 1.0}        the thread that writes checkpoints begins so many seconds late
     {"file_size": [5, 65536]}  from this batch on, and when a checkpoint stands, no file may grow
                                beyond this many bytes
     {"slow_step": 0.2}         every batch takes this many seconds longer
@@ -23,19 +24,23 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_hybrid import cli, files
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.parallel.engine import Engine
-from nemo_hybrid.train import loop
+from nemo_hybrid.train import loop, resume
 
 
 def install(faults: dict[str, Any]) -> None:
     here = faults.get("rank", int(os.environ.get("RANK", 0))) == int(os.environ.get("RANK", 0))
     deleted = set(faults.get("delete", ()))
     current = 0
+    if "late_write" in faults:
+        resume.ThreadPoolExecutor = partial(LateExecutor, faults["late_write"])
     train_step, steps, backward = loop.train_step, loop.steps, Engine.backward
     sync = files.sync
 
@@ -76,6 +81,19 @@ def install(faults: dict[str, Any]) -> None:
     loop.train_step = faulty_step
     loop.steps = faulty_steps
     Engine.backward = faulty_backward  # type: ignore[method-assign]
+
+
+class LateExecutor(ThreadPoolExecutor):
+    def __init__(self, delay: float, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.delay = delay
+
+    def submit(self, function: Any, *args: Any) -> Any:
+        def late() -> Any:
+            time.sleep(self.delay)
+            return function(*args)
+
+        return super().submit(late)
 
 
 def before_step(faults: dict[str, Any], current: int, run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from helpers.once import once
 from helpers.processes import TESTS, run_python
 from helpers.runs import tiny_run
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.hf_config import read_json
 from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
@@ -51,6 +52,23 @@ def during_writes(events: Path) -> list[int]:
         elif what == "batch" and writing:
             counts[-1] += 1
     return counts
+
+
+def test_a_thread_that_begins_late_writes_the_state_it_was_given(
+    store: Path, tmp_path: Path
+) -> None:
+    """By then the loop is some steps further on."""
+    train = {"max_steps": STEPS, "micro_batch_size": 8, "eval_sequences": 0}
+    config = tiny_run(store, train=train)
+    config.checkpoint.every = EVERY
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    words = ["pretrain", "--config", tmp_path / "run.yaml", "--run_dir", tmp_path / "run"]
+    run_python([FAULTY, json.dumps({"late_write": 2.0}), *words])
+    checkpoints = tmp_path / "run/checkpoints"
+    assert sorted(d.name for d in checkpoints.glob("step_*")) == ["step_00000003", "step_00000006"]
+    for step in (EVERY, STEPS):
+        state = read_json(checkpoints / f"step_{step:08d}/run_state.json")
+        assert (state["step"], state["batches"], state["optimizer_steps"]) == (step,) * 3
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
