@@ -7,10 +7,11 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Distribution and import names.
 REQUIRED = {
@@ -174,3 +175,28 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, commit and day, for the result of a measurement."""
+
+    def git(*arguments: str) -> str:
+        where = Path(__file__).resolve().parent
+        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

@@ -19,7 +19,6 @@ from torch import Tensor
 from nemo_hybrid.config import GenerateOptions
 from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import eos_token_ids, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
 
 
@@ -71,14 +70,10 @@ def stop_ids(directory: Path, default: int) -> list[int]:
 
     Raises UserError for ids that are none.
     """
-    from nemo_hybrid.checkpoint.companions import GENERATION, read_companions
+    from nemo_hybrid.checkpoint.companions import read_companions
 
     companions = read_companions(directory)
-    if GENERATION in companions.files:
-        ids = parse_json(companions.files[GENERATION], directory / GENERATION).get("eos_token_id")
-        if ids is not None:
-            return eos_token_ids(ids if isinstance(ids, list) else [ids], GENERATION)
-    return companions.eos_token_ids or [default]
+    return companions.stop_ids or companions.eos_token_ids or [default]
 
 
 def generate_command(options: GenerateOptions) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -24,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.files import step_name, verify
 from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.data.prepare import prepare
+from nemo_hybrid.doctor import environment
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.build import Run, build_run
@@ -145,8 +144,7 @@ def measure(directory: Path, gib: float, repeat: int) -> dict[str, Any]:
         "read_ratio": middle["read_plain"] / middle["read"],
         "read_cached_ratio": middle["read_cached_plain"] / middle["read_cached"],
         "blocked_share": middle["blocked"] / middle["write"],
-        "machine": f"{platform.node()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "environment": environment(),
     }
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nemo_hybrid.doctor import environment
 
 if TYPE_CHECKING:  # The parent process stays small: children inherit its peak memory.
     import torch
@@ -270,32 +271,6 @@ def child(call: dict[str, Any]) -> dict[str, Any]:
     if len(candidates) == 1:
         return run_alone(candidates[0], work)
     return run_pair(candidates[0], candidates[1], work)
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
-    from importlib.metadata import version
-
-    def git(*arguments: str) -> str:
-        where = Path(__file__).resolve().parent
-        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def fastest(rows: list[dict[str, Any]], ours: bool) -> Candidate:

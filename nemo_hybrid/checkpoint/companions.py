@@ -30,10 +30,11 @@ _FILES = (
 @dataclass(frozen=True)
 class Companions:
     """``files``: contents by name. ``eos_token_ids``: config.json's, where it holds a list; a
-    model's configuration keeps the first alone."""
+    model's configuration keeps the first alone. ``stop_ids``: generation_config.json's."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     eos_token_ids: list[int] | None = None
+    stop_ids: list[int] | None = None
 
 
 def read_companions(directory: Path) -> Companions:
@@ -46,13 +47,15 @@ def read_companions(directory: Path) -> Companions:
         if path.is_file():
             with naming("read", path):
                 files[path.name] = path.read_bytes()
+    stop_ids = None
     if GENERATION in files:
         ids = parse_json(files[GENERATION], directory / GENERATION).get("eos_token_id")
         if ids is not None:
-            eos_token_ids(ids, str(directory / GENERATION))
+            stop_ids = eos_token_ids(ids, str(directory / GENERATION))
     config = directory / "config.json"
     ids = read_json(config).get("eos_token_id") if config.is_file() else None
-    return Companions(files, eos_token_ids(ids, str(config)) if isinstance(ids, list) else None)
+    listed = eos_token_ids(ids, str(config)) if isinstance(ids, list) else None
+    return Companions(files, listed, stop_ids)
 
 
 def read_tokenizer(directory: Path) -> Companions:

@@ -78,7 +78,8 @@ class HybridLM(nn.Module):
     def from_hf(cls, path: str, dtype: torch.dtype | None = None) -> "HybridLM":
         """Load a local directory (run, checkpoint or Hugging Face), every tensor accounted for.
 
-        ``dtype`` None: bf16 or fp32, whichever rounds nothing. Raises UserError.
+        ``dtype`` None: bf16 or fp32, whichever rounds nothing. The model is in training mode, which
+        changes none of its results. Raises UserError.
         """
         from nemo_hybrid.checkpoint.load import load_model
 

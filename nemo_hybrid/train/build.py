@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +101,7 @@ def build_run(
     model = HybridLM(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
-    loaded = each(world, lambda: _load_from_hf(config, model, blend)) if from_hf else {}
+    loaded = each(world, lambda: _load_from_hf(config, model, blend, world)) if from_hf else {}
     model.to(world.device, DTYPES[config.precision.recipe])
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
@@ -127,7 +126,9 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
     )
 
 
-def _load_from_hf(config: RunConfig, model: HybridLM, blend: Blend) -> dict[str, Tensor]:
+def _load_from_hf(
+    config: RunConfig, model: HybridLM, blend: Blend, world: World
+) -> dict[str, Tensor]:
     """Fill the model; return its parameters in fp32, before any cast rounds them."""
     directory = resolve(str(config.model.from_hf))
     require_tokenizer(blend, directory)
@@ -137,7 +138,7 @@ def _load_from_hf(config: RunConfig, model: HybridLM, blend: Blend) -> dict[str,
         model.owned_experts,
         n_experts=model.config.n_routed_experts,
     )
-    if int(os.environ.get("RANK", 0)) == 0:
+    if world.rank == 0:
         print(report.summary(), flush=True)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -138,7 +139,8 @@ class Loop:
 
     def __init__(self, run: Run, position: Position, display: Display | None, watch: Watch) -> None:
         self.run, self.position, self.display, self.watch = run, position, display, watch
-        self.saver, self.saved_step = Saver(run), -1
+        self.saver = Saver(run)
+        self.saved: Position | None = None
         self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
 
     def run_to_end(self) -> None:
@@ -216,11 +218,11 @@ class Loop:
         each(self.run.world, lambda: self.display.sync() if self.display else None)
         keep = self.run.config.checkpoint.keep
         self.saver.save(self.checkpoints, self.position, keep, wait)
-        self.saved_step = self.position.step
+        self.saved = replace(self.position)
 
     def _stop(self) -> None:
         self.saver.wait()  # raises if writing is why the run stops
-        if self.saved_step != self.position.step:
+        if self.saved != self.position:
             self._save(wait=True)
         raise Stopped(f"stopped by a signal after step {self.position.step}, checkpoint written")
 
@@ -246,7 +248,6 @@ class Loop:
         counters = guard.counters
         at.step = restore(checkpoint, self.run).step
         guard.counters = counters
-        self.saved_step = -1  # no checkpoint holds this position in the data
         counters.in_a_row = 0
         counters.rollbacks += 1
         counters.rollbacks_in_a_row += 1
