@@ -33,6 +33,9 @@ class InspectOptions:
     that one is missing, unexpected or does not fit."""
     json: bool = False
     """Print JSON instead of tables."""
+    deep: bool = False
+    """Read every file and compare its checksum with the manifest. Of a run's checkpoint, presence
+    and size of all files are compared in any case."""
 
     def validate(self) -> None:
         """Raise UserError for an option that cannot work."""

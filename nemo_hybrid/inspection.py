@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from nemo_hybrid.checkpoint.files import LATEST, resolve
+from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, read_manifest, resolve, verify
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.state import RUN_STATE, check_state
 from nemo_hybrid.checkpoint.weights import Report, pickles
 from nemo_hybrid.checkpoint_options import InspectOptions
 from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
@@ -40,6 +41,19 @@ _PARTS_OF_MOE = {
 
 
 @dataclass(frozen=True)
+class Verified:
+    """A directory that is as its manifest says. ``layout`` and ``step``: those of the run that
+    wrote it; None for a directory without training state."""
+
+    files: int
+    bytes: int
+    checksums: bool
+    """Whether the files' contents were compared too."""
+    step: int | None = None
+    layout: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `inspect` found out about one path."""
 
@@ -58,6 +72,8 @@ class Inspection:
     """Size in bytes of each weight file; None: there are none."""
     report: Report | None = None
     """What became of every tensor of those files."""
+    verified: Verified | None = None
+    """None: there was nothing to compare with."""
 
     @property
     def total(self) -> int:
@@ -70,7 +86,7 @@ class Inspection:
 
 def inspect_command(options: InspectOptions) -> int:
     """``nemo-hybrid inspect``: print the tables; 2 where a tensor is missing or does not fit."""
-    found = inspect(Path(options.paths[0]))
+    found = inspect(Path(options.paths[0]), options.deep)
     if options.json:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -78,15 +94,18 @@ def inspect_command(options: InspectOptions) -> int:
     return 2 if found.report is not None and found.report.having("error") else 0
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, deep: bool = False) -> Inspection:
     """Read a model YAML, a run YAML, a config.json, or a Hugging Face, checkpoint or run directory.
 
-    Raises UserError for what is none of these, and for files whose headers are broken.
+    A run's checkpoint is verified; with ``deep`` every file's checksum is compared as well. Raises
+    UserError for what is none of these, for files whose headers are broken, and for a checkpoint
+    that is not whole.
     """
     path = path.expanduser()
-    source = None
+    source = verified = None
     if not path.exists() or path.is_dir() or path.name == LATEST:
         path = resolve(path)
+        verified = _verified(path, deep)
         if any(path.glob("*.safetensors*")) or pickles(path):
             source, model = read_source(path)
         else:
@@ -97,6 +116,8 @@ def inspect(path: Path) -> Inspection:
         model = _without_storage(_shape_in_yaml(path), path)
     else:
         raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
+    if deep and verified is None:
+        raise UserError(f"{path} has no {MANIFEST} to compare with; leave out --deep")
     config = model.config
     return Inspection(
         path,
@@ -110,6 +131,21 @@ def inspect(path: Path) -> Inspection:
         ),
         files=_sizes(path, source.stored.headers) if source else None,
         report=source.report if source else None,
+        verified=verified,
+    )
+
+
+def _verified(directory: Path, deep: bool) -> Verified | None:
+    """Compare a directory with its manifest. One without training state may have been edited since
+    it was written, so that it is compared only where ``deep`` asks for it."""
+    trains = (directory / RUN_STATE).exists()
+    if not trains and not (deep and (directory / MANIFEST).exists()):
+        return None
+    verify(directory, deep)
+    state = check_state(directory) if trains else {}
+    records = read_manifest(directory).values()
+    return Verified(
+        len(records), sum(r.size for r in records), deep, state.get("step"), state.get("layout")
     )
 
 
@@ -130,6 +166,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "bf16_bytes": found.bf16_bytes,
         "files": found.files,
         "tensors": report and [asdict(finding) for finding in report.findings],
+        "verified": found.verified and asdict(found.verified),
     }
 
 
@@ -199,6 +236,8 @@ def _print(found: Inspection) -> None:
         _print_audit(console, found.report, found.files)
     elif found.path.is_dir():
         console.print("no weights here (no .safetensors file)")
+    if found.verified is not None:
+        _print_verified(console, found.verified)
 
 
 def _print_shape(console: Console, config: HybridConfig) -> None:
@@ -249,6 +288,18 @@ def _print_audit(console: Console, report: Report, files: Mapping[str, int]) -> 
     console.print(table)
     for line in report.problems():
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_verified(console: Console, verified: Verified) -> None:
+    if verified.step is not None:
+        layout = ", ".join(f"{name} {value}" for name, value in (verified.layout or {}).items())
+        console.print(
+            f"Checkpoint of step {verified.step} ({layout}): optimizer state of all parameters."
+        )
+    how = "size and checksum" if verified.checksums else "size (contents: --deep)"
+    console.print(
+        f"{verified.files} files, {_size(verified.bytes)}: present and of the right {how}."
+    )
 
 
 def _size(count: int) -> str:

@@ -20,7 +20,6 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from nemo_hybrid.files import (
     hash_file,
     naming,
     replace_file,
+    side_by_side,
     sync_directory,
 )
 from nemo_hybrid.hf_config import read_json
@@ -85,7 +85,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 def verify(directory: Path, deep: bool = True) -> None:
     """Compare a checkpoint directory with its manifest: presence and size, and hashes if deep.
 
-    Files are hashed side by side: hashing is slower than disks are. Raises CheckpointError naming
+    Raises CheckpointError naming
     the damaged file.
     """
     records = read_manifest(directory)
@@ -103,12 +103,11 @@ def verify(directory: Path, deep: bool = True) -> None:
             )
     if not deep:
         return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        paths = [directory / name for name in records]
-        hashes = pool.map(hash_file, paths)
-        for path, sha256, record in zip(paths, hashes, records.values(), strict=True):
-            if sha256 != record.sha256:
-                raise CheckpointError(f"damaged checkpoint: {path} does not match its checksum")
+    hashes = side_by_side(lambda name: hash_file(directory / name), records)
+    for (name, record), sha256 in zip(records.items(), hashes, strict=True):
+        if sha256 != record.sha256:
+            path = directory / name
+            raise CheckpointError(f"damaged checkpoint: {path} does not match its checksum")
 
 
 def step_name(step: int) -> str:

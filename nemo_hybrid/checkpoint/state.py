@@ -2,11 +2,13 @@
 
 A step directory holds, beside the Hugging Face files of `weights.py`::
 
-    optimizer-rRRRRR.safetensors   fp32 masters and moments: one flat tensor per fragment and kind
-    optimizer.index.json           parameter -> global shape and its fragments, over all ranks
-    rank-RRRRR.safetensors         RNG states and the like of one rank
-    run_state.json, run.yaml       counters and identity of the run; its resolved configuration
-    manifest.json                  size and checksum of every file
+    optimizer-rRRRRR-KIND.safetensors  fp32 masters or moments: one flat tensor per fragment
+    optimizer.index.json               parameter -> global shape and its fragments, over all ranks
+    rank-RRRRR.safetensors             RNG states and the like of one rank
+    run_state.json, run.yaml           counters and identity of the run; its resolved configuration
+    manifest.json                      size and checksum of every file
+
+A file per kind, so that they are hashed side by side.
 
 Shapes: E experts.
 """
@@ -17,7 +19,9 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,7 @@ from nemo_hybrid.checkpoint.writing import (
 )
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
+from nemo_hybrid.files import naming, side_by_side
 from nemo_hybrid.hf_config import config_from_hf, read_json
 
 FORMAT_VERSION = 1
@@ -84,7 +88,7 @@ class _Saved:
 
     start: int
     numel: int
-    file: str
+    rank: int
 
     @property
     def stop(self) -> int:
@@ -155,10 +159,9 @@ def save_checkpoint(
 
 
 def _write_fragments(writer: Writer, fragments: Iterable[Fragment], rank: int) -> dict[str, Any]:
-    """Write this rank's optimizer file; return its part of the index."""
-    file = f"optimizer-r{rank:05d}.safetensors"
+    """Write this rank's optimizer files; return its part of the index."""
     listing: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
     for fragment in fragments:
         if not 0 <= fragment.start <= fragment.stop <= prod(fragment.shape):
             raise ValueError(f"{fragment.name}: {fragment.start}+{fragment.numel} is out of range")
@@ -167,10 +170,11 @@ def _write_fragments(writer: Writer, fragments: Iterable[Fragment], rank: int) -
             if tensor is None:
                 raise UserError(f"{fragment.name} has no {kind}: refusing to save without it")
             _check_tensor(fragment, kind, tensor)
-            tensors[_key(fragment.name, fragment.start, kind)] = tensor.reshape(-1)
+            tensors[kind][_key(fragment.name, fragment.start)] = tensor.reshape(-1)
         entry = listing.setdefault(fragment.name, {"shape": list(fragment.shape), "fragments": []})
-        entry["fragments"].append([fragment.start, fragment.numel, file])
-    writer.write(file, safetensors_parts(tensors, {"format": "pt"}))
+        entry["fragments"].append([fragment.start, fragment.numel, rank])
+    for kind in KINDS:
+        writer.write(_file(rank, kind), safetensors_parts(tensors[kind], {"format": "pt"}))
     return listing
 
 
@@ -179,8 +183,12 @@ def _check_tensor(fragment: Fragment, kind: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{fragment.name}: {kind} must be fp32 of {fragment.numel} elements")
 
 
-def _key(name: str, start: int, kind: str) -> str:
-    return f"{name}|{start}|{kind}"
+def _file(rank: int, kind: str) -> str:
+    return f"optimizer-r{rank:05d}-{kind}.safetensors"
+
+
+def _key(name: str, start: int) -> str:
+    return f"{name}|{start}"
 
 
 def _merge(listings: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -290,14 +298,37 @@ def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
     """
     state = _read_run_state(directory)
     saved = _read_optimizer_index(directory)
-    # file -> (stored fragment, wanted fragment)
-    reads: dict[str, list[tuple[_Saved, Fragment]]] = defaultdict(list)
+    # rank that wrote -> (stored fragment, wanted fragment)
+    reads: dict[int, list[tuple[_Saved, Fragment]]] = defaultdict(list)
     for fragment in wanted:
         _locate(directory, fragment, saved, reads)
-    for file, pairs in reads.items():
-        with TensorFile(directory / file) as opened:
-            for piece, fragment in pairs:
-                _copy_overlap(opened, piece, fragment)
+
+    def read(source: tuple[int, str]) -> None:
+        rank, kind = source
+        with TensorFile(directory / _file(rank, kind)) as opened:
+            for piece, fragment in reads[rank]:
+                _copy_overlap(opened, piece, fragment, kind)
+
+    side_by_side(read, product(reads, KINDS))
+    return state
+
+
+def check_state(directory: Path) -> dict[str, Any]:
+    """Check that masters and moments of every parameter are there, from headers alone; return the
+    run state. Raises UserError, naming the parameter or the file."""
+    state = _read_run_state(directory)
+    opened: dict[tuple[int, str], TensorFile] = {}
+    with ExitStack() as stack:
+        for name, (shape, pieces) in _read_optimizer_index(directory).items():
+            gap = _first_gap(pieces, 0, prod(shape))
+            if gap is not None:
+                raise CheckpointError(f"{directory} holds no optimizer state of {name}[{gap}]")
+            for piece, kind in product(pieces, KINDS):
+                source = (piece.rank, kind)
+                if source not in opened:
+                    file = TensorFile(directory / _file(*source))
+                    opened[source] = stack.enter_context(file)
+                _check_entry(opened[source], name, piece, kind)
     return state
 
 
@@ -308,10 +339,11 @@ def _read_optimizer_index(directory: Path) -> dict[str, tuple[tuple[int, ...], l
             name: (tuple(entry["shape"]), [_Saved(*piece) for piece in entry["fragments"]])
             for name, entry in read_json(path).items()
         }
-        plain = all(p.file == Path(p.file).name for _, pieces in index.values() for p in pieces)
+        numbers = (n for _, ps in index.values() for p in ps for n in (p.start, p.numel, p.rank))
+        valid = all(type(n) is int and n >= 0 for n in numbers)
     except (KeyError, TypeError):
-        plain = False
-    if not plain:
+        valid = False
+    if not valid:
         raise CheckpointError(f"damaged checkpoint: {path} is not an optimizer index")
     return index
 
@@ -320,7 +352,7 @@ def _locate(
     directory: Path,
     fragment: Fragment,
     saved: Mapping[str, tuple[tuple[int, ...], list[_Saved]]],
-    reads: dict[str, list[tuple[_Saved, Fragment]]],
+    reads: dict[int, list[tuple[_Saved, Fragment]]],
 ) -> None:
     """Find the stored fragments that a wanted one overlaps, and allocate its tensors."""
     if fragment.name not in saved:
@@ -342,21 +374,25 @@ def _locate(
             _check_tensor(fragment, kind, tensor)
     for piece in pieces:
         if piece.start < fragment.stop and fragment.start < piece.stop:
-            reads[piece.file].append((piece, fragment))
+            reads[piece.rank].append((piece, fragment))
 
 
-def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment) -> None:
+def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment, kind: str) -> None:
     start, stop = max(piece.start, fragment.start), min(piece.stop, fragment.stop)
-    for kind in KINDS:
-        key = _key(fragment.name, piece.start, kind)
-        entry = opened.header.entries.get(key)
-        path = opened.path
-        if entry is None:
-            raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {fragment.name}")
-        if entry.shape != (piece.numel,) or entry.dtype != "F32":
-            raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
-        target = fragment.tensors[kind].view(-1)[start - fragment.start : stop - fragment.start]
-        opened.read_into(target, key, range(start - piece.start, stop - piece.start))
+    key = _check_entry(opened, fragment.name, piece, kind)
+    target = fragment.tensors[kind].view(-1)[start - fragment.start : stop - fragment.start]
+    opened.read_into(target, key, range(start - piece.start, stop - piece.start))
+
+
+def _check_entry(opened: TensorFile, name: str, piece: _Saved, kind: str) -> str:
+    """The key of a stored fragment. Raises CheckpointError unless it is there as it should be."""
+    key, path = _key(name, piece.start), opened.path
+    entry = opened.header.entries.get(key)
+    if entry is None:
+        raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {name}")
+    if entry.shape != (piece.numel,) or entry.dtype != "F32":
+        raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
+    return key
 
 
 def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
 from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import side_by_side
 from nemo_hybrid.hf_config import json_bytes, parse_json
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ SINGLE = "model.safetensors"
 READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 20  # errors that a message lists
 # Training state beside the weights of our own checkpoints (see state.py).
-_STATE = re.compile(r"(optimizer-r|rank-)\d+\.safetensors")
+_STATE = re.compile(r"(optimizer-r\d+-\w+|rank-\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -343,12 +344,15 @@ class _Places:
 
 def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:
     """Make the reads. Raises UserError when a file is not the one whose header was read."""
-    for name, group in groupby(reads, key=lambda read: read.file):
-        with reopen(stored, name) as file:
+
+    def copy(group: list[Read]) -> None:
+        with reopen(stored, group[0].file) as file:
             for read in group:
                 target = targets[read.own]
                 target = target if read.expert is None else target[read.expert]
                 file.read_into(target, read.name, read.rows)
+
+    side_by_side(copy, [list(group) for _, group in groupby(reads, key=lambda read: read.file)])
 
 
 def reopen(stored: Stored, name: str) -> TensorFile:

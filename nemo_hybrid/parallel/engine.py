@@ -155,12 +155,14 @@ class Engine:
         )
 
     def allocate_state(self, steps: int) -> None:
-        """Create zero moments and set the step count, so that ``fragments`` can be filled."""
+        """Make moments where there are none, and set the step count, so that ``fragments`` can be
+        filled."""
         for master in self.zero.masters:
-            self.zero.state[master] = {
-                "step": torch.tensor(float(steps)),
-                **{name: torch.zeros_like(master) for name in MOMENTS},
-            }
+            state = self.zero.state[master]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(master)
+            state["step"] = torch.tensor(float(steps))
 
     def publish_masters(self) -> None:
         """Round the (restored) masters into the model's weights, on every rank."""

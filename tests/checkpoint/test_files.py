@@ -218,7 +218,7 @@ def test_damage_to_any_file_is_named_and_skipped(tmp_path, toy, other_toy, damag
 
 def test_shallow_verification_sees_sizes_only(tmp_path, toy) -> None:
     path = toy.save(tmp_path, 1)[0]
-    flip(path / "optimizer-r00000.safetensors")
+    flip(path / "optimizer-r00000-master.safetensors")
     verify(path, deep=False)
     with pytest.raises(CheckpointError, match="optimizer-r00000"):
         verify(path)
@@ -299,7 +299,7 @@ def test_prune_keeps_the_newest_and_never_the_last_good_one_dies(tmp_path, toy) 
     assert prune(tmp_path, 0) == []
     assert prune(tmp_path, 2, trusted=paths[3]) == [paths[1], paths[0]]
     assert find_latest(tmp_path) == paths[3]
-    flip(paths[3] / "optimizer-r00000.safetensors")
+    flip(paths[3] / "optimizer-r00000-master.safetensors")
     assert prune(tmp_path, 1) == []  # the newest looks whole, but is not
     assert find_latest(tmp_path) == paths[2]
     (paths[3] / "run.yaml").unlink()
@@ -324,13 +324,15 @@ def test_unwritable_directories(tmp_path, toy, in_ranks) -> None:
 def test_a_real_write_error(tmp_path, toy) -> None:
     toy.save(tmp_path, 1)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, old[1]))
     try:
         results = toy.save(tmp_path, 2, 2, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert all(isinstance(r, UserError) for r in results)
-    assert ".tmp-step_00000002/optimizer-r00000.safetensors: File too large" in str(results[1])
+    assert ".tmp-step_00000002/optimizer-r00000-master.safetensors: File too large" in str(
+        results[1]
+    )
     assert find_latest(tmp_path) == tmp_path / "step_00000001"
 
 

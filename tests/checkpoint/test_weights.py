@@ -274,7 +274,8 @@ def test_weight_files_outside_of_the_index(theirs, tmp_path, caplog) -> None:
     model, directory = theirs
     split_directory(directory, tmp_path, lambda shards, index: None)
     targets = empty_like(our_state(model))
-    for name in ("rank-00000.safetensors", "optimizer-r00000.safetensors"):  # of our checkpoints
+    # What our checkpoints hold beside the weights.
+    for name in ("rank-00000.safetensors", "optimizer-r00000-exp_avg.safetensors"):
         (tmp_path / name).write_text("")
     assert not load_weights(tmp_path, targets).having("skipped")
     assert not caplog.records

@@ -13,6 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid import cli
+from nemo_hybrid.checkpoint.companions import Companions
+from nemo_hybrid.checkpoint.directory import OneProcess
+from nemo_hybrid.checkpoint.files import MANIFEST, manifest_text, read_manifest
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
+from nemo_hybrid.files import FileRecord, hash_file
 from nemo_hybrid.model.attention import Attention
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mamba2 import Mamba2
@@ -40,8 +46,8 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def inspected(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     """The JSON that inspect prints about a path."""
 
-    def run(path: Path, status: int = 0) -> dict[str, Any]:
-        assert cli.main(["inspect", str(path), "--json"]) == status
+    def run(path: Path, status: int = 0, deep: bool = False) -> dict[str, Any]:
+        assert cli.main(["inspect", str(path), "--json", *["--deep"] * deep]) == status
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
@@ -292,3 +298,98 @@ def test_mistakes(
 def test_wrong_options(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", *words.split()]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's checkpoint."""
+    model = loud_model(CONFIG)
+    fragments = [
+        Fragment(name, 0, p.numel(), tuple(p.shape), {k: p.detach().flatten() for k in KINDS})
+        for name, p in model.named_parameters()
+    ]
+    return save_checkpoint(
+        tmp_path_factory.mktemp("run") / "checkpoints", 7, OneProcess(), config=CONFIG,
+        weights=[(name, tensor, 0) for name, tensor in tensors_by_name(model).items()],
+        fragments=fragments, run_state={"layout": {"world_size": 1, "ep": 1}}, rank_state={},
+        companions=Companions(), resolved_config="", keep=0,
+    )  # fmt: skip
+
+
+def test_a_whole_checkpoint(
+    training: Path, inspected: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for deep in (False, True):
+        assert inspected(training, deep=deep)["verified"] == {
+            "files": len(list(training.iterdir())) - 1,
+            "bytes": sum(p.stat().st_size for p in training.iterdir() if p.name != MANIFEST),
+            "checksums": deep,
+            "step": 7,
+            "layout": {"world_size": 1, "ep": 1},
+        }
+    assert cli.main(["inspect", str(training.parents[1])]) == 0
+    said = capsys.readouterr().out
+    assert "Checkpoint of step 7 (ep 1, world_size 1): optimizer state of all parameters." in said
+    assert "of the right size (contents: --deep)" in said
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "needs_deep"),
+    [
+        ("optimizer-r00000-exp_avg.safetensors", cut, False),
+        ("rank-00000.safetensors", Path.unlink, False),
+        (MANIFEST, Path.unlink, False),
+        ("model-r00000-00001.safetensors", flip, True),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(
+    name: str, damage: Callable[[Path], None], needs_deep: bool, training: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    copy = Path(shutil.copytree(training, tmp_path / training.name))
+    damage(copy / name)
+    assert cli.main(["inspect", str(copy)]) == (0 if needs_deep else 2)
+    assert cli.main(["inspect", str(copy), "--deep"]) == 2
+    assert str(copy / name) in capsys.readouterr().err
+
+
+def test_a_missing_moment_is_named(
+    training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although every file is what the manifest says."""
+    copy = Path(shutil.copytree(training, tmp_path / training.name))
+    path = copy / "optimizer-r00000-exp_avg_sq.safetensors"
+    moments = load_file(path)
+    del moments["lm_head.weight|0"]
+    save_file(moments, path)
+    records = read_manifest(copy)
+    records[path.name] = FileRecord(path.stat().st_size, hash_file(path))
+    (copy / MANIFEST).write_text(manifest_text(records))
+    assert cli.main(["inspect", str(copy), "--deep"]) == 2
+    assert f"{path} has no exp_avg_sq of lm_head.weight" in capsys.readouterr().err
+
+
+def test_deep_looks_at_other_directories_too(
+    copied: Path, inspected: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere files may be edited: only who asks is told."""
+    assert inspected(copied)["verified"] is None
+    assert inspected(copied, deep=True)["verified"]["step"] is None
+    with (copied / "config.json").open("a") as file:
+        file.write("\n")
+    assert inspected(copied)["verified"] is None
+    assert cli.main(["inspect", str(copied), "--deep"]) == 2
+    assert "config.json" in capsys.readouterr().err
+    (copied / MANIFEST).unlink()
+    assert cli.main(["inspect", str(copied), "--deep"]) == 2
+    assert cli.main(["inspect", str(SUPER), "--deep"]) == 2
+    assert capsys.readouterr().err.count(f"has no {MANIFEST} to compare with") == 2

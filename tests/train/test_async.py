@@ -81,7 +81,7 @@ def test_both_ways_of_saving_write_the_same_bytes(
         assert differences(run_dir, unbroken.run_dir, step) == []
     # What would have been seen if a later step's weights had been written.
     steps = (run_dir / f"checkpoints/step_{step:08d}" for step in (4, 8))
-    a, b = ((d / "optimizer-r00001.safetensors").read_bytes() for d in steps)
+    a, b = ((d / "optimizer-r00001-exp_avg.safetensors").read_bytes() for d in steps)
     assert a != b
 
 
@@ -99,7 +99,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow: Callable[[bool], P
 CASES = [
     (f"{kind}_{'beside' if asynchronous else 'waiting'}", name, code, asynchronous)
     for kind, name, code in (
-        ("full", "optimizer-r00000.safetensors", errno.ENOSPC),
+        ("full", "optimizer-r00000-master.safetensors", errno.ENOSPC),
         ("broken", "manifest.json", errno.EIO),
         ("pointer", ".tmp-latest", errno.EDQUOT),
     )
@@ -116,7 +116,7 @@ def small(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = tiny_run(store, train=train)
         config.checkpoint.every = EVERY
         (out / "run.yaml").write_text(dump_config(config))
-        defect = ("defect", "optimizer-r00000.safetensors", 0, True)
+        defect = ("defect", "optimizer-r00000-master.safetensors", 0, True)
         cases = [("run", "none", 0, True), defect, *CASES]
         script = TESTS / "helpers/write_errors.py"
         run_python([script, out / "run.yaml", out, json.dumps(cases)])

@@ -74,7 +74,7 @@ def test_a_full_disk_ends_every_process_with_one_message(unlucky: Path) -> None:
     messages = [f.stderr.partition("error")[2].partition(": ")[2].strip() for f in finished]
     assert messages[0] == messages[1]
     assert "step_00000008/model-r00000-00001.safetensors: File too large" in messages[0]
-    assert "step_00000008/optimizer-r00001.safetensors: File too large" in messages[0]
+    assert "step_00000008/optimizer-r00001-master.safetensors: File too large" in messages[0]
     assert all("Traceback" not in f.stderr for f in finished)
     assert newest == "step_00000004"
 
@@ -107,10 +107,13 @@ def test_differences_are_noticed(unbroken: Unbroken, tmp_path: Path) -> None:
     """One bit of one moment, one digit of one row."""
     copy = unbroken.copy(tmp_path / "run")
     assert differences(copy, unbroken.run_dir, 12) == []
-    flip_byte(copy / "checkpoints/step_00000012/optimizer-r00001.safetensors", -1)
+    flip_byte(copy / "checkpoints/step_00000012/optimizer-r00001-master.safetensors", -1)
     rows = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(rows.replace('"step":7,"loss":', '"step":7,"loss":1'))
-    assert differences(copy, unbroken.run_dir, 12) == ["optimizer-r00001.safetensors", "row 7"]
+    assert differences(copy, unbroken.run_dir, 12) == [
+        "optimizer-r00001-master.safetensors",
+        "row 7",
+    ]
     shutil.rmtree(copy / "checkpoints/step_00000012")
     assert len(differences(copy, unbroken.run_dir, 12)) > 10
 
