@@ -1,0 +1,39 @@
+"""How kernels declare the configurations in which they are launched, so that each can be compiled
+and checked without a GPU (``scripts/compile_kernels.py``).
+
+A module of Triton kernels ends with ``def shipped() -> list[Shipped]`` and stands in ``MODULES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MODULES = (
+    "nemo_kernels.moe.sort_kernel",
+    "nemo_kernels.moe.router_kernel",
+    "nemo_kernels.moe.expert_kernel",
+)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One kernel at one tile configuration, as it is launched."""
+
+    kernel: Any
+    """The ``@triton.jit`` function."""
+    signature: dict[str, str]
+    """Triton's type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32" ..."""
+    constants: dict[str, Any]
+    """Values of the constexpr arguments."""
+    instruction: dict[int, str | None]
+    """Instruction that the code for an architecture must contain: "wgmma" on 90, "tcgen05" on 100.
+    None: needs none, which a kernel with a matrix product may not say."""
+    num_warps: int
+    num_stages: int
+    divisible: tuple[str, ...] = ()
+    """Integer arguments that are multiples of 16 at launch. Pointers always are."""
+    archs: tuple[int, ...] = (90, 100)
+    """Architectures on which this configuration is launched."""
+    spills: str = ""
+    """Why registers may spill here; empty: they may not."""
