@@ -1,0 +1,12 @@
+"""Without a CUDA device, Triton kernels run in Triton's interpreter, on CPU tensors.
+
+Triton reads the variable while a kernel is defined, so it must stand before anything imports it.
+Processes that tests start inherit it. ``helpers.triton_env`` repairs the interpreter's faults.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,60 @@
+"""Where kernel tests run: on the GPU if there is one, else in Triton's interpreter, repaired.
+
+Every test module that runs a Triton kernel takes its device from here: ``DEVICE``. Importing this
+repairs two faults of the interpreter (seen in Triton 3.6 to 3.9): it truncates fp32 to bf16 and
+rounds it to fp8 in its own way, and it multiplies the bits of bf16 operands in ``tl.dot``.
+Arithmetic on bf16 values stays wrong, which is why kernels compute in fp32 only.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DTYPES = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
+NARROW = {tl.bfloat16, tl.float8e4nv, tl.float8e5}  # stored as integers by the interpreter
+
+stock_convert_float = interpreter._convert_float
+stock_create_dot = InterpreterBuilder.create_dot
+
+
+def convert_float(data, source, target, rounding_mode):
+    """Bits of ``data`` rounded from one format to another as GPUs do: to nearest, ties to even, and
+    fp8 saturated at its largest finite value."""
+    towards_zero = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+    if towards_zero or not {source, target} <= set(DTYPES):
+        return stock_convert_float(data, source, target, rounding_mode)
+    bits = torch.from_numpy(np.array(data).view(f"int{source.primitive_bitwidth}"))
+    values = bits.view(DTYPES[source])
+    if target.primitive_bitwidth == 8:
+        largest = torch.finfo(DTYPES[target]).max
+        values = values.float().clamp(-largest, largest)
+    if DTYPES[target] != values.dtype:
+        values = values.to(DTYPES[target])
+    rounded = values.view(getattr(torch, f"int{target.primitive_bitwidth}")).numpy()
+    return rounded.view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """``tl.dot`` on exact fp32 copies of bf16 and fp8 operands, accumulated in fp32."""
+    a, b = (
+        TensorHandle(convert_float(t.data, t.dtype, tl.float32, None).view(np.float32), tl.float32)
+        if t.dtype in NARROW
+        else t
+        for t in (a, b)
+    )
+    return stock_create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+interpreter._convert_float = convert_float
+InterpreterBuilder.create_dot = create_dot
