@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the environment with the development tools, check the style and the types, run all tests.
+# Make the environment with the development tools, check the style, the types and the
+# kernels' code for GPUs, run all tests.
 # Arguments go to pytest: bash scripts/test.sh tests/cli -k help
 set -euo pipefail
 
@@ -17,5 +18,6 @@ status=0
 "$bin/ruff" check . || status=1
 "$bin/ruff" format --check . || status=1
 "$bin/mypy" || status=1
+"$bin/python" scripts/compile_kernels.py || status=1
 "$bin/python" -m pytest -n 2 "$@" || status=$?
 exit "$status"
