@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ import torch
 from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
 from nemo_hybrid.checkpoint.files import find_latest, step_of
 from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run, open_data
+from nemo_hybrid.train.build import Run, build_run, identity_of, open_data
 from nemo_hybrid.train.evaluate import evaluate
 from nemo_hybrid.train.flops import peak_source
 from nemo_hybrid.train.meter import Meter, Timing
@@ -64,6 +65,9 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
         World.stop()
         return
     blend = open_data(config, hybrid, world)
+    if checkpoint:  # `restore` checks it too, but after the model was built
+        identity = asdict(identity_of(config, blend))
+        on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
     from_hf = checkpoint is None and config.model.from_hf is not None
     run = build_run(config, hybrid, world, blend, accumulation, from_hf)
     position = restore(checkpoint, run) if checkpoint else Position()

@@ -20,6 +20,7 @@ from nemo_hybrid import cli
 from nemo_hybrid.config import HybridConfig, ModelOptions
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.train import loop
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
 from train.conftest import Unbroken
 
@@ -290,6 +291,17 @@ def test_checkpoint_that_cannot_be_resumed(
     assert f"{file} does not match its checksum" in refused("--resume", damaged)
     exported = Path(shutil.copytree(damaged, tmp_path / "exported"))
     assert "exported is not a checkpoint directory" in refused("--resume", exported)
+
+
+def test_checkpoint_of_another_model_is_refused_before_a_model_is_built(
+    refused: Refused, unbroken: Unbroken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "build_run", None)
+    checkpoint = unbroken.run_dir / "checkpoints/step_00000012"
+    message = refused("--resume", checkpoint, "--model.hidden_size", "65536")
+    assert f"has model.hidden_size {TINY_MODEL['hidden_size']}, this run has 65536" in message
+    message = refused("--resume", checkpoint, "--train.seed", "77")
+    assert "this run has 77" in message
 
 
 def test_resume_before_the_newest_checkpoint(
