@@ -1,6 +1,6 @@
 """`plan`: does a run fit, what travels between the processes, and how long a step takes.
 
-No model is built and no device is asked: everything follows from the shapes and the figures in
+No memory is taken and no device is asked: everything follows from the shapes and the figures in
 ``PlanOptions``. ``docs/planning.md`` states the formulas.
 """
 
@@ -14,7 +14,11 @@ from typing import NamedTuple
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.config import Architecture, PlanOptions, RunConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.train.flops import parameter_counts, train_flops_per_token
+from nemo_hybrid.train.flops import (
+    forward_flops_per_token,
+    parameter_counts,
+    train_flops_per_token,
+)
 from nemo_hybrid.train.memory import Layout, Memory, groups_of, layout_of, peak
 
 
@@ -115,7 +119,9 @@ def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> P
     at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
     tokens = at.tokens * at.accumulation
     flops = train_flops_per_token(shape, at.length)
-    done = flops + _recomputed_flops(at) / 3
+    layers = shape.pattern + shape.mtp_num_depths * shape.mtp_pattern
+    again = [letter for letter in layers if letter in at.recompute]
+    done = flops + forward_flops_per_token(shape, again, at.length)
     rate = device.matmul_tflops * 1e12
     # Adam reads and writes master and moments and reads the gradient, all of them in fp32.
     moved = 28 * sum(g.part for g in groups_of(at))
@@ -135,17 +141,6 @@ def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> P
 def _device(options: PlanOptions) -> Device:
     given = {name: getattr(options, name) for name in Device._fields}
     return DEVICES[options.device]._replace(**{k: v for k, v in given.items() if v is not None})
-
-
-def _recomputed_flops(at: Layout) -> float:
-    """Forward and backward FLOPs per token of the layers that are recomputed."""
-    cfg = at.cfg
-    kept = replace(
-        cfg,
-        pattern="".join(c for c in cfg.pattern if c not in at.recompute),
-        mtp_pattern="".join(c for c in cfg.mtp_pattern if c not in at.recompute),
-    )
-    return train_flops_per_token(cfg, at.length) - train_flops_per_token(kept, at.length)
 
 
 def _traffic(at: Layout, device: Device, network_gb_s: float) -> Traffic:

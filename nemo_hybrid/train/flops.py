@@ -1,19 +1,23 @@
 """Parameters and floating-point operations of a model, from its shape alone.
 
-Everything here is closed-form: no model is built. One multiply-add counts as two operations.
+Parameters are counted on a model without storage. One multiply-add counts as two operations.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-from nemo_hybrid.config import Architecture
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.latent_moe import LocalDispatcher
+from nemo_hybrid.model.layer import Layer
 
 MFU_FORMULA = (
     "MFU = tokens/s x train_flops_per_token / (processes x peak of one device). FLOPs per token: "
@@ -62,13 +66,24 @@ class ParameterCounts:
     """The output matrix, which is not tied to the embedding."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One mixer with its input norm: parameters by what a token does with them."""
+def without_storage(cfg: Architecture, ep: int = 1, dtype: torch.dtype = torch.float32) -> HybridLM:
+    """The model of one of ``ep`` processes on the meta device, to look at: callers share it."""
+    return _built(tuple(getattr(cfg, f.name) for f in fields(Architecture)), ep, dtype)
 
-    matmul: int  # matrices that every token is multiplied with
-    expert: int  # one routed expert's matrices
-    other: int  # norms, convolution, per-head vectors
+
+@functools.lru_cache(maxsize=16)
+def _built(shape: tuple[Any, ...], ep: int, dtype: torch.dtype) -> HybridLM:
+    cfg = HybridConfig(*shape)
+    with torch.device("meta"):
+        model = HybridLM(cfg, dispatcher=LocalDispatcher(cfg.n_routed_experts // ep))
+        return model.to(dtype)
+
+
+def layer_parameters(cfg: Architecture, letter: str, ep: int = 1) -> dict[str, torch.Tensor]:
+    """One layer's parameters by name, without storage, as one of ``ep`` processes holds them."""
+    with torch.device("meta"):
+        layer = Layer(letter, cfg, LocalDispatcher(cfg.n_routed_experts // ep))
+    return dict(layer.named_parameters())
 
 
 def parameter_counts(cfg: Architecture) -> ParameterCounts:
@@ -76,16 +91,22 @@ def parameter_counts(cfg: Architecture) -> ParameterCounts:
 
     Agrees with the released Nemotron 3 checkpoints to the last parameter.
     """
+    parameters = dict(without_storage(cfg).named_parameters())
+    backbone = {name: p for name, p in parameters.items() if not name.startswith("mtp.")}
+    total = sum(p.numel() for p in parameters.values())
+    outside_mtp = sum(p.numel() for p in backbone.values())
     embedding = head = cfg.vocab_size * cfg.hidden_size
-    outside = embedding + head + cfg.hidden_size  # and the final norm
-    backbone = outside + _stored(cfg, cfg.pattern)
-    active = outside + _active_matmul(cfg, cfg.pattern)
-    active += sum(_layer(cfg, letter).other for letter in cfg.pattern)
-    mtp = 0
-    if cfg.mtp_num_depths:
-        # eh_proj, and the norms of the embedding, of the hidden state and of the output
-        mtp = 2 * cfg.hidden_size**2 + 3 * cfg.hidden_size + _stored(cfg, cfg.mtp_pattern)
-    return ParameterCounts(backbone + mtp, backbone, mtp, active, embedding, head)
+    return ParameterCounts(
+        total, outside_mtp, total - outside_mtp, _active(cfg, backbone), embedding, head
+    )
+
+
+def _active(cfg: Architecture, parameters: Mapping[str, torch.Tensor]) -> int:
+    """How many of these parameters one token meets: k of E routed experts, all others."""
+    k, n = cfg.num_experts_per_tok, cfg.n_routed_experts
+    return sum(
+        p.numel() * k // n if ".experts." in name else p.numel() for name, p in parameters.items()
+    )
 
 
 def train_flops_per_token(cfg: Architecture, sequence_length: int) -> float:
@@ -107,19 +128,31 @@ def train_flops_per_token(cfg: Architecture, sequence_length: int) -> float:
     """
     depths = cfg.mtp_num_depths
     head = cfg.vocab_size * cfg.hidden_size
-    matmul = _active_matmul(cfg, cfg.pattern) + head
-    layers = cfg.pattern
-    if depths:
-        mtp_matmul = 2 * cfg.hidden_size**2 + _active_matmul(cfg, cfg.mtp_pattern) + head
-        matmul += depths * mtp_matmul
-        layers += depths * cfg.mtp_pattern
+    outside = head + depths * (head + 2 * cfg.hidden_size**2)  # MTP: eh_proj, and the head again
+    layers = cfg.pattern + depths * cfg.mtp_pattern
+    return 3 * (2 * outside + forward_flops_per_token(cfg, layers, sequence_length))
 
-    attention = 2 * sequence_length * cfg.num_attention_heads * cfg.head_dim
-    chunk = min(cfg.chunk_size, sequence_length)
-    inside_chunk = chunk * (cfg.n_groups * cfg.ssm_state_size + cfg.mamba_inner_size)
-    scan = inside_chunk + 4 * cfg.mamba_inner_size * cfg.ssm_state_size
-    forward = 2 * matmul + layers.count("*") * attention + layers.count("M") * scan
-    return 3.0 * forward
+
+def forward_flops_per_token(
+    cfg: Architecture, layers: Iterable[str], sequence_length: int
+) -> float:
+    """FLOPs of a forward pass through layers of these letters, as `train_flops_per_token` counts
+    them."""
+    counts = Counter(layers)
+    return sum(n * _layer_flops(cfg, letter, sequence_length) for letter, n in counts.items())
+
+
+def _layer_flops(cfg: Architecture, letter: str, sequence_length: int) -> float:
+    parameters = layer_parameters(cfg, letter)
+    matrices = {n: p for n, p in parameters.items() if p.dim() > 1 and ".conv1d." not in n}
+    flops = 2.0 * _active(cfg, matrices)
+    if letter == "*":
+        flops += 2 * sequence_length * cfg.num_attention_heads * cfg.head_dim
+    elif letter == "M":
+        chunk = min(cfg.chunk_size, sequence_length)
+        flops += chunk * (cfg.n_groups * cfg.ssm_state_size + cfg.mamba_inner_size)
+        flops += 4 * cfg.mamba_inner_size * cfg.ssm_state_size
+    return flops
 
 
 def utilization(
@@ -141,8 +174,6 @@ def peak_flops(device_type: str, dtype: torch.dtype) -> float | None:
     matmul in ``dtype`` measured for 0.2 s with this process's threads, once per process; let all
     processes of a machine measure at the same time, as they will compute at the same time.
     """
-    import torch
-
     if device_type == "cpu":
         return _measured_cpu_peak(dtype)
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
@@ -167,8 +198,6 @@ def _published_peak(device_name: str) -> float | None:
 
 @functools.cache
 def _measured_cpu_peak(dtype: torch.dtype) -> float:
-    import torch
-
     size, limit_s = 768, 0.2
     a = torch.ones(size, size, dtype=dtype)
     b = torch.ones(size, size, dtype=dtype)
@@ -178,33 +207,3 @@ def _measured_cpu_peak(dtype: torch.dtype) -> float:
         a @ b
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best
-
-
-def _layer(cfg: Architecture, letter: str) -> _Layer:
-    d = cfg.hidden_size
-    if letter == "M":
-        inner, conv = cfg.mamba_inner_size, cfg.conv_channels
-        in_proj = d * (inner + conv + cfg.mamba_num_heads)
-        # convolution with bias; A_log, D and dt_bias; gated norm; input norm
-        other = conv * (cfg.conv_kernel + 1) + 3 * cfg.mamba_num_heads + inner + d
-        return _Layer(in_proj + inner * d, 0, other)
-    if letter == "*":
-        heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
-        return _Layer(d * heads * cfg.head_dim, 0, d)
-    if letter == "-":
-        return _Layer(2 * d * cfg.intermediate_size, 0, d)
-    router = cfg.n_routed_experts * d
-    shared = 2 * d * cfg.moe_shared_expert_intermediate_size
-    latent = 2 * d * cfg.moe_latent_size if cfg.moe_latent_size else 0
-    expert = 2 * cfg.expert_size * cfg.moe_intermediate_size
-    return _Layer(router + shared + latent, expert, d)
-
-
-def _stored(cfg: Architecture, pattern: str) -> int:
-    layers = [_layer(cfg, letter) for letter in pattern]
-    return sum(x.matmul + cfg.n_routed_experts * x.expert + x.other for x in layers)
-
-
-def _active_matmul(cfg: Architecture, pattern: str) -> int:
-    layers = [_layer(cfg, letter) for letter in pattern]
-    return sum(x.matmul + cfg.num_experts_per_tok * x.expert for x in layers)

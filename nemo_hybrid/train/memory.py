@@ -13,10 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
-from nemo_hybrid.config import Architecture, RunConfig
+import torch
+
+from nemo_hybrid.config import LAYER_LETTERS, Architecture, RunConfig, TrainOptions
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
+from nemo_hybrid.train.flops import layer_parameters, without_storage
+from nemo_hybrid.train.optim import parameter_groups
 
 STATE_BYTES = 12
 """fp32 master and two fp32 moments of one parameter."""
@@ -45,11 +51,8 @@ class Group(NamedTuple):
 
     def touched(self) -> int:
         """Whole sizes of the parameters that one share touches, at the process with most."""
-        ends, starts, at = [], [], 0
-        for size in self.sizes:
-            starts.append(at)
-            at += size
-            ends.append(at)
+        ends = list(accumulate(self.sizes))
+        starts = [0, *ends[:-1]]
         most = first = last = 0
         held = 0
         for rank in range(self.ranks):
@@ -88,6 +91,15 @@ class Layout:
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, torch.Tensor]]:
+        """A layer's parameters by pattern letter and name, without storage."""
+        return {c: layer_parameters(self.cfg, c, self.ep) for c in LAYER_LETTERS}
+
+    def sizes(self, letter: str) -> list[int]:
+        """Elements of a layer's parameters, in the model's order."""
+        return [parameter.numel() for parameter in self.layers[letter].values()]
 
 
 def layout_of(config: RunConfig, cfg: Architecture, processes: int, cpu: bool) -> Layout:
@@ -129,58 +141,18 @@ class Memory:
         return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
 
 
-def matrices(cfg: Architecture, letter: str, ep: int) -> Iterator[tuple[int, str]]:
-    """Size and kind of a layer's parameters in the model's order, its input norm first.
-
-    Kinds: "decay", "none" (no weight decay), "fp32" (fp32 and no decay), "experts".
-    """
-    d, inner, conv = cfg.hidden_size, cfg.mamba_inner_size, cfg.conv_channels
-    yield d, "none"
-    if letter == "M":
-        yield from [(cfg.mamba_num_heads, "fp32")] * 3
-        yield d * (inner + conv + cfg.mamba_num_heads), "decay"
-        yield conv * cfg.conv_kernel, "decay"
-        yield from [(conv, "none"), (inner, "none"), (inner * d, "decay")]
-    elif letter == "*":
-        heads, groups = cfg.num_attention_heads, cfg.num_key_value_heads
-        yield from [(d * n * cfg.head_dim, "decay") for n in (heads, groups, groups, heads)]
-    elif letter == "-":
-        yield from [(d * cfg.intermediate_size, "decay")] * 2
-    else:
-        expert = cfg.expert_size * cfg.moe_intermediate_size
-        yield cfg.n_routed_experts * d, "decay"
-        yield from [(cfg.n_routed_experts // ep * expert, "experts")] * 2
-        if cfg.moe_latent_size:
-            yield from [(d * cfg.moe_latent_size, "decay")] * 2
-        if cfg.moe_shared_expert_intermediate_size:
-            yield from [(d * cfg.moe_shared_expert_intermediate_size, "decay")] * 2
-
-
-def parameters(cfg: Architecture, ep: int) -> list[tuple[int, str]]:
-    """Size and kind of every parameter that one process holds, in the model's order."""
-    d = cfg.hidden_size
-    sizes = [(cfg.vocab_size * d, "decay")]
-    for letter in cfg.pattern:
-        sizes += matrices(cfg, letter, ep)
-    sizes += [(d, "none"), (cfg.vocab_size * d, "decay")]
-    if cfg.mtp_num_depths:
-        for i, letter in enumerate(cfg.mtp_pattern):
-            sizes += matrices(cfg, letter, ep)
-            if i == 0:
-                sizes += [(d, "none"), (d, "none"), (2 * d * d, "decay")]
-        sizes += [(d, "none")]
-    return sizes
-
-
 def groups_of(at: Layout) -> list[Group]:
     """The optimizer's parameter groups as one process holds them."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for size, kind in parameters(at.cfg, at.ep):
-        width = 4 if kind == "fp32" else at.width
-        found.setdefault(("none" if kind == "fp32" else kind, width), []).append(size)
+    dtype = torch.float32 if at.width == 4 else torch.bfloat16
+    model = without_storage(at.cfg, at.ep, dtype)
     return [
-        Group(sizes, width, kind == "experts", at.processes // (at.ep if kind == "experts" else 1))
-        for (kind, width), sizes in found.items()
+        Group(
+            sizes=[p.numel() for p in group["params"]],
+            width=group["params"][0].element_size(),
+            experts=group["experts"],
+            ranks=at.processes // (at.ep if group["experts"] else 1),
+        )
+        for group in parameter_groups(model, TrainOptions())
     ]
 
 
@@ -248,7 +220,7 @@ def scratch(at: Layout, letter: str) -> int:
     """
     cfg, b, T, S = at.cfg, at.width, at.tokens, at.length
     stream = 2 * b * cfg.hidden_size
-    largest = b * max(size for size, kind in matrices(cfg, letter, at.ep) if kind != "experts")
+    largest = b * max(p.numel() for name, p in at.layers[letter].items() if ".experts." not in name)
     if letter == "*":
         q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
         return largest + T * (stream + (4 + b) * (2 * q + 2 * kv))
@@ -307,7 +279,7 @@ def moments(at: Layout) -> Iterator[Memory]:
     for depth in range(depths, 0, -1):
         last = depth == 1
         for letter in reversed(cfg.mtp_pattern):
-            own = [size for size, _ in matrices(cfg, letter, at.ep)]
+            own = at.sizes(letter)
             waiting = 0 if depth == depths else b * sum(own)
             again = _saved(at, letter) - stream if letter in at.recompute else 0
             work = held + table + scratch(at, letter) + again + waiting
@@ -324,7 +296,7 @@ def moments(at: Layout) -> Iterator[Memory]:
         again = _saved(at, letter) - stream if letter in at.recompute else 0
         work = stream + table + scratch(at, letter) + again
         yield reduction.memory(base, f"{letter} backward", kept, work)
-        own = [size for size, _ in matrices(cfg, letter, at.ep)]
+        own = at.sizes(letter)
         yield from reduction.arrive(base, letter, own, kept, stream + table)
         kept -= saved(at, letter)
     yield reduction.memory(base, "embedding backward", kept, table + b * head + stream)
