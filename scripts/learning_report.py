@@ -1,7 +1,7 @@
 """Print how well a finished run learned, against bars: python scripts/learning_report.py RUN_DIR
 
 The bars: the last held-out loss is below half of the first and below a bigram with interpolated
-absolute discounting (nemo_hybrid/train/ngram.py) fitted to the whole training store; every
+absolute discounting (bigram.py) fitted to the whole training store; every
 multi-token-prediction depth is below the same kind of model of its own target; no expert is dead.
 The bigram is scored on exactly the targets that the run's evaluation uses.
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bigram import Ids, PairModel, fit_pairs, pairs_within_documents
 
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.config import RunConfig
@@ -26,7 +27,6 @@ from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.losses import targets
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
-from nemo_hybrid.train.ngram import Ids, PairModel, fit_pairs, pairs_within_documents
 from nemo_hybrid.train.progress import clock
 from nemo_hybrid.train.run_dir import CONFIG_FILE
 

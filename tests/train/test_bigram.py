@@ -5,8 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
-from nemo_hybrid.train.ngram import fit_pairs, pairs_within_documents
+from bigram import fit_pairs, pairs_within_documents
 
 V = 13
 
