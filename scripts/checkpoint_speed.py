@@ -36,7 +36,6 @@ from nemo_hybrid.train.build import Run, build_run
 from nemo_hybrid.train.resume import Position, Saver, restore
 
 BYTES_PER_PARAMETER = 16  # fp32 weights, masters and two moments
-PAUSE = 10.0  # seconds
 EXPERT_PARAMETERS = 2 * 512 * 512  # up and down, of one expert below
 
 
@@ -76,26 +75,24 @@ def all_tensors(run: Run) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def rested(action: Callable[[], object]) -> float:
-    """The same after a pause for the disk: virtual ones slow down after a burst, which would count
-    against whoever comes second."""
-    os.sync()
-    time.sleep(PAUSE)
-    return seconds(action)
-
-
 def seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
-def measure(directory: Path, gib: float, repeat: int) -> dict[str, Any]:
+def measure(directory: Path, gib: float, repeat: int, pause: float) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     run = build(directory, gib)
     saver, checkpoints, plain = Saver(run), directory / "checkpoints", directory / "plain"
     tensors = all_tensors(run)
+
+    def rested(action: Callable[[], object]) -> float:
+        """Virtual disks slow down after a burst, which would count against whoever comes second."""
+        os.sync()
+        time.sleep(pause)
+        return seconds(action)
 
     def save_plain() -> None:
         save_file(tensors, plain)
@@ -183,10 +180,11 @@ def main() -> None:
     parser.add_argument("--dir", help="directory on the disk to measure; default: temporary files")
     parser.add_argument("--gib", type=float, default=1.1)
     parser.add_argument("--repeat", type=int, default=6, help="even: each side goes first as often")
+    parser.add_argument("--pause", type=float, default=10, help="seconds of rest for the disk")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
-        result = measure(Path(directory), arguments.gib, arguments.repeat)
+        result = measure(Path(directory), arguments.gib, arguments.repeat, arguments.pause)
     print(table(result))
     if arguments.out:
         replace_file(arguments.out, json.dumps(result, indent=1))

@@ -1,6 +1,6 @@
 """Time of a step at expert parallel 2 over that at 1, on the same two processes.
 
-    torchrun --nproc_per_node=2 scripts/ep_overhead.py --config FILE [--steps N] [--KEY VALUE ...]
+    torchrun --nproc_per_node=2 scripts/ep_overhead.py --config FILE [--out FILE] [--KEY VALUE ...]
 
 The run's own steps on its data, fp32 or bf16 as configured, alternately in both layouts; prints the
 medians and their ratio. At expert parallel 1 every process computes all experts on its own tokens;
@@ -10,18 +10,23 @@ at 2 each computes half of them on the tokens of both, and tokens travel there a
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
 
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import steps
+from nemo_hybrid.doctor import environment
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import replace_file
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.build import Run, build_run, open_data
 from nemo_hybrid.train.step import train_step
@@ -34,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="configuration of a run")
     parser.add_argument("--steps", type=int, default=20, help="timed steps per layout")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     given, overrides = parser.parse_known_args()
     world = World.start()
     try:
@@ -49,6 +55,18 @@ def main() -> int:
         one, two = (statistics.median(seconds[ep]) for ep in SIZES)
         print(f"{given.steps} steps each, median: EP=1 {one:.4f} s, EP=2 {two:.4f} s")
         print(f"EP=2 over EP=1: {two / one:.3f}")
+        if given.out:
+            result = {
+                "seconds": {f"ep {ep}": seconds[ep] for ep in SIZES},
+                "median": {"ep 1": one, "ep 2": two},
+                "ratio": two / one,
+                "train": asdict(config.train),
+                "sequence_length": config.data.sequence_length,
+                "precision": config.precision.recipe,
+                "model": asdict(model_shape(config.model)),
+                "environment": environment(),
+            }
+            replace_file(given.out, json.dumps(result, indent=1))
     World.stop()
     return 0
 
