@@ -1,6 +1,12 @@
-"""Checks of arguments on the host, from shapes and dtypes: nothing waits for a GPU."""
+"""Checks of arguments on the host, from shapes and dtypes: nothing waits for a GPU.
+
+Values are checked as well where they are on the CPU, and everywhere, waiting for the GPU, in debug
+mode: with ``NEMO_KERNELS_DEBUG=1`` in the environment.
+"""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -20,9 +26,21 @@ def expect(
         raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
 
 
+def expect_device(x: Tensor, **others: Tensor) -> None:
+    """Raise ValueError unless the other tensors are on x's device."""
+    for name, other in others.items():
+        if other.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, got {other.device}")
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether a check may look at x's values; see above."""
+    return x.device.type == "cpu" or os.environ.get("NEMO_KERNELS_DEBUG") == "1"
+
+
 def expect_range(name: str, what: str, x: Tensor, end: int) -> None:
-    """Raise ValueError unless all values lie in [0, end). CPU tensors only: others pass."""
-    if x.device.type != "cpu" or not x.numel():
+    """Raise ValueError unless all values lie in [0, end). Passes if it may not read them."""
+    if not x.numel() or not may_read(x):
         return
     low, high = (v.item() for v in x.aminmax())
     if low < 0 or high >= end:

@@ -6,6 +6,10 @@ rounds it to fp8 in its own way, and it multiplies the bits of bf16 operands in 
 Arithmetic on bf16 values stays wrong, which is why kernels compute in fp32 only.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -58,3 +62,38 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 interpreter._convert_float = convert_float
 InterpreterBuilder.create_dot = create_dot
+
+
+GUARD = 64  # elements, so that the tensor between two guards stays aligned
+SENTINEL = -99_991  # in integers, where there is no NaN
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Here ``torch.empty``, ``empty_like`` and ``new_empty`` give NaN (integers: SENTINEL) between
+    guards, so that what a kernel leaves unwritten is seen; writing into a guard fails at the end.
+    """
+    real_empty, buffers = torch.empty, []
+
+    def empty(*size, dtype=torch.float32, device="cpu"):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = real_empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
+        buffer.fill_(float("nan") if dtype.is_floating_point else SENTINEL)
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + shape.numel()].view(shape)
+
+    def empty_like(x, dtype=None):
+        return empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    def new_empty(x, *size, dtype=None, device=None):
+        return empty(*size, dtype=dtype or x.dtype, device=device or x.device)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "empty", empty))
+        stack.enter_context(mock.patch.object(torch, "empty_like", empty_like))
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", new_empty))
+        yield
+    for buffer in buffers:
+        for guard in (buffer[:GUARD], buffer[-GUARD:]):
+            whole = guard.isnan() if buffer.dtype.is_floating_point else guard == SENTINEL
+            assert whole.all(), f"written beyond a tensor of {buffer.numel() - 2 * GUARD} elements"
