@@ -1,0 +1,221 @@
+"""Time, memory and limits of operations on a GPU.
+
+On a CPU the same code runs with a host clock, so that the harness can be tested without a GPU; its
+times there say nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 1 << 30
+"""Written before every timed call: empties the L2 cache, and keeps the GPU busy while the host
+queues the call, so that launch latency is not timed."""
+WARM_UP = 3
+TOLERANCE = 0.05
+"""Largest accepted deviation; see :func:`deviation`. bf16 keeps 8 bits; a slot that is lost or
+counted twice moves a token's sum of K slots by about 1 / sqrt(K), 0.21 for K = 22."""
+
+
+class DeviceLost(Exception):
+    """The GPU runs nothing any more in this process."""
+
+
+class Meter:
+    """Measures calls on one device, until a deadline."""
+
+    def __init__(self, device: str, budget_s: float) -> None:
+        self.device = device
+        self.on_gpu = device == "cuda"
+        self._deadline = time.monotonic() + budget_s
+        self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1024, dtype=torch.uint8)
+        self._flush = self._flush.to(device)
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline - time.monotonic()
+
+    def works(self) -> bool:
+        """Whether the device still runs anything: an illegal access breaks it for this process."""
+        try:
+            torch.zeros(1, device=self.device).item()
+        except RuntimeError:
+            return False
+        return True
+
+    def times(
+        self, calls: dict[str, Callable[[], object]], seconds: float, least: int = 10
+    ) -> dict[str, dict[str, Any]]:
+        """Median, 10th and 90th percentile of each call in ms. The calls take turns until they
+        have run for ``seconds`` together and each ``least`` times, or the deadline has come; at
+        least once."""
+        for _ in range(WARM_UP):
+            for call in calls.values():
+                call()
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        rounds, spent = 0, 0.0
+        while calls and (not rounds or ((rounds < least or spent < seconds) and self.left() > 0)):
+            start = time.monotonic()
+            for name, ms in self._round(calls):
+                taken[name].append(ms)
+            rounds, spent = rounds + 1, spent + time.monotonic() - start
+        return {name: summary(ms) for name, ms in taken.items()}
+
+    def _round(self, calls: dict[str, Callable[[], object]]) -> list[tuple[str, float]]:
+        if not self.on_gpu:
+            return [(name, self._host_ms(call)) for name, call in calls.items()]
+        events = []
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+        return [(name, start.elapsed_time(end)) for name, start, end in events]
+
+    def _host_ms(self, call: Callable[[], object]) -> float:
+        self._flush.zero_()
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Most memory that a call allocates above what is there; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def limits(self) -> dict[str, float]:
+        """Measured bytes per second (read + written) of a copy and FLOP per second of a bf16 matrix
+        product, of random data: zeros run faster."""
+        n, side = (4_300_000_000 // 2, 8192) if self.on_gpu else (1 << 20, 128)
+        generator = torch.Generator(self.device).manual_seed(0)
+        source = torch.empty(n, dtype=torch.bfloat16, device=self.device)
+        source.normal_(generator=generator)
+        target = torch.empty_like(source)
+        left, right = source[: 2 * side * side].view(2, side, side)
+        product = torch.empty_like(left)
+        calls: dict[str, Callable[[], object]] = {
+            "copy": lambda: target.copy_(source),
+            "matmul": lambda: torch.mm(left, right, out=product),
+        }
+        found = self.times(calls, seconds=2.0)
+        return {
+            "bytes_per_s": 4 * n / found["copy"]["median_ms"] * 1e3,
+            "flops_per_s": 2 * side**3 / found["matmul"]["median_ms"] * 1e3,
+        }
+
+
+def summary(ms: list[float]) -> dict[str, Any]:
+    ordered, tenth = sorted(ms), (len(ms) - 1) // 10
+    return {
+        "median_ms": statistics.median(ordered),
+        "p10_ms": ordered[tenth],
+        "p90_ms": ordered[-1 - tenth],
+        "repeats": len(ordered),
+    }
+
+
+def kept_bytes(forward: Callable[[], Tensor], leaves: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, beside its leaves."""
+    owned = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = forward()
+    del y
+    return sum(kept.values())
+
+
+def deviation(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The worst of all slices along the first dimension (tokens, experts): norm of the difference
+    over the norm of the expected slice, or over a tenth of the average one if that is more.
+    Integers must be equal; infinite if they are not, or for what is not finite."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not b.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+            continue
+        a_NM, b_NM = (t.detach().float().reshape(t.shape[0], -1) for t in (a, b))
+        norm_N = b_NM.norm(dim=1)
+        floor = 0.1 * norm_N.square().mean().sqrt().clamp_min(1e-30)
+        ratio = ((a_NM - b_NM).norm(dim=1) / norm_N.clamp_min(floor)).max().item()
+        worst = max(worst, ratio if ratio < float("inf") else float("inf"))  # also NaN
+    return worst
+
+
+def machine(device: str, commit: str) -> dict[str, Any]:
+    """Machine, versions, commit and day of a measurement."""
+    found: dict[str, Any] = {"python": platform.python_version(), "commit": commit or _commit()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if device == "cuda":
+        about = torch.cuda.get_device_properties(0)
+        found["gpu"] = about.name
+        found["capability"] = f"{about.major}.{about.minor}"
+        found["gpu_memory_gib"] = round(about.total_memory / 2**30, 1)
+        found["cuda"] = torch.version.cuda
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = (_output(query) or "unknown").splitlines()[0]
+    else:
+        found["cpu"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    return found
+
+
+def _commit() -> str:
+    commit = _output(["git", "rev-parse", "HEAD"])
+    changes = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    return (commit or "unknown") + (" + changes" if commit and changes else "")
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; empty if it fails or is not there."""
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Readers see the old content or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(result, indent=1) + "\n")

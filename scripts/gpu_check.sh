@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Test and measure the kernels on one Hopper or Blackwell GPU, within 9 minutes, without a network:
+#
+#     bash scripts/gpu_check.sh [OUT [OPTION OF kernels/benchmarks/run.py ...]]
+#
+# Needs a Python with torch and Triton ($PYTHON, else .venv, else python3); nothing is installed.
+# pytest, hypothesis and transformers are used where they are there. OUT (default gpu_results) gets
+# summary.txt, code.txt, tests.txt, benchmark.txt, and moe.json and moe.md after each row.
+#
+# Exit status: 0, all passed; 2, no such GPU or Python: nothing was run; else the sum of
+# 4 (the generated code is not accepted), 8 (tests failed), 16 (the benchmark failed).
+set -euo pipefail
+
+LIMIT_S=540
+CODE_S=90
+TESTS_S=200
+MARGIN_S=15
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+OUT="$(realpath -m "${1:-gpu_results}")"
+shift || true
+cd "$ROOT"
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=python3
+    [[ ! -x .venv/bin/python ]] || PYTHON="$ROOT/.venv/bin/python"
+fi
+export PYTHONPATH="$ROOT:$ROOT/kernels:$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+
+imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
+
+"$PYTHON" - <<'EOP' || exit 2
+import sys
+try:
+    import torch, triton
+except ImportError as error:
+    sys.exit(f"error: {sys.executable} cannot import torch and triton: {error}")
+if not torch.cuda.is_available():
+    sys.exit("error: there is no CUDA device; nothing was run")
+name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+if capability < (9, 0):
+    sys.exit(f"error: {name} has compute capability {capability}, 9.0 is needed; nothing was run")
+print(f"{name}, torch {torch.__version__}, Triton {triton.__version__}")
+EOP
+
+mkdir -p "$OUT"
+: >"$OUT/summary.txt"
+status=0
+
+note() { printf '%4d s  %s\n' "$SECONDS" "$*" | tee -a "$OUT/summary.txt"; }
+
+# step NAME WEIGHT SECONDS COMMAND ...: output to OUT/NAME.txt; a failure adds WEIGHT to the status.
+step() {
+    local name="$1" weight="$2" limit="$3" code=0
+    shift 3
+    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.txt" || code=$?
+    case "$code" in
+        0) note "$name: passed" ;;
+        124) note "$name: FAILED, took more than $limit s" ;;
+        *) note "$name: FAILED, status $code" ;;
+    esac
+    [[ "$code" == 0 ]] || status=$((status + weight))
+}
+
+SECONDS=0
+# Also fills Triton's cache on all cores.
+step code 4 "$CODE_S" "$PYTHON" scripts/compile_kernels.py
+
+# The other files of the folder test CPU programs.
+mapfile -t files < <(printf '%s\n' tests/kernels/test_*.py | grep -v 'cpu_step\|compile_script\|gpu_check')
+if ! imports pytest; then
+    note 'tests: not run, pytest is missing'
+else
+    if ! imports hypothesis; then
+        mapfile -t files < <(grep -L hypothesis "${files[@]}")
+        note "tests: only ${#files[@]} files, hypothesis is missing"
+    fi
+    step tests 8 "$TESTS_S" "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+fi
+
+left=$((LIMIT_S - SECONDS - MARGIN_S))
+step benchmark 16 "$((left + MARGIN_S / 2))" \
+    "$PYTHON" kernels/benchmarks/run.py --budget "$left" --out "$OUT" "$@"
+note "results are in $OUT"
+exit "$status"
