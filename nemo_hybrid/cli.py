@@ -11,29 +11,37 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint_options import CompareOptions, ImportOptions, InspectOptions
-from nemo_hybrid.config import (
+from nemo_hybrid.command_options import (
+    CompareOptions,
+    DoctorOptions,
     EvalOptions,
     GenerateOptions,
+    ImportOptions,
+    InspectOptions,
     PlanOptions,
     PrepareOptions,
-    RunConfig,
 )
-from nemo_hybrid.config_load import dump_config, load_config, read_config, run_parser
-from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.options import (
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config_load import (
     check_words,
+    dump_config,
+    load_config,
     new_parser,
     options_parser,
     parse_words,
+    read_config,
     read_options,
+    run_parser,
     suggest,
     take_words,
 )
+from nemo_hybrid.errors import Stopped, TrainingError, UserError
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -53,11 +61,17 @@ TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version."}
 
 
 class Command(NamedTuple):
-    """A word of the command line: what it does, in one line, its options, and its function."""
+    """A word of the command line."""
 
-    summary: str
-    options: type | None
-    run: Callable[[list[str]], int]
+    options: type[Any]
+    """The first line of its docstring says what the command does."""
+    run: Callable[..., int | None]
+    """Gets the options: of `pretrain` a RunConfig, of `plan` that and its own. Gives the exit
+    status, None meaning 0."""
+
+    @property
+    def summary(self) -> str:
+        return str(self.options.__doc__).partition("\n")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +116,15 @@ def _dispatch(words: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         _command_parser(name).print_help()
         return 0
-    return COMMANDS[name].run(rest)
+    command = COMMANDS[name]
+    if command.options in (RunConfig, PlanOptions):
+        given = _read_run(rest, planned=command.options is PlanOptions)
+        return command.run(*given) or 0 if given else 0
+    if rest and not fields(command.options):
+        raise UserError(f"{name} takes no options, got {' '.join(rest)}")
+    options = read_options(command.options, _command_parser(name), rest)
+    options.validate()
+    return command.run(options) or 0
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -137,8 +159,6 @@ def _command_parser(name: str) -> jsonargparse.ArgumentParser:
         if command.options is PlanOptions:
             parser.add_class_arguments(PlanOptions, "plan")
         return parser
-    if command.options is None:
-        return new_parser(prog, command.summary, epilog=STATUSES)
     return options_parser(command.options, prog, command.summary, epilog=STATUSES)
 
 
@@ -157,12 +177,30 @@ def _report(error: UserError | TrainingError) -> None:
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
 
 
-def _pretrain(words: list[str]) -> int:
-    own, overrides = take_words(words, repeated=["--config"], switches=["--print_config"])
+def _read_run(words: list[str], planned: bool) -> tuple[RunConfig | PlanOptions, ...]:
+    """The configuration in the words, and where it is planned for; nothing if it was to be printed
+    only."""
+    hints = {f"plan.{k}": hint for k, hint in get_type_hints(PlanOptions).items() if planned}
+    if planned:
+        check_words([w for w in words if w.startswith("--plan.")], {f"--{key}" for key in hints})
+    own, overrides = take_words(
+        words,
+        repeated=["--config", *(f"--{key}" for key in hints)],
+        switches=["--print_config"],
+    )
     config = load_config(own["--config"], overrides)
     if own["--print_config"]:
         print(dump_config(config), end="")
-        return 0
+        return ()
+    if not planned:
+        return (config,)
+    parser = new_parser("", "")
+    parser.add_class_arguments(PlanOptions, "plan")
+    given = [word for key in hints for value in own[f"--{key}"] for word in (f"--{key}", value)]
+    return config, PlanOptions(**parse_words(parser, given, hints)["plan"])
+
+
+def _pretrain(config: RunConfig) -> None:
     launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
     # Checked here already, because importing the training loop takes seconds.
     from nemo_hybrid.checkpoint.shape import model_shape
@@ -172,32 +210,9 @@ def _pretrain(words: list[str]) -> int:
     from nemo_hybrid.train.loop import pretrain
 
     pretrain(config, launcher)
-    return 0
 
 
-def _plan(words: list[str]) -> int:
-    hints = {f"plan.{name}": hint for name, hint in get_type_hints(PlanOptions).items()}
-    check_words([w for w in words if w.startswith("--plan.")], {f"--{key}" for key in hints})
-    own, overrides = take_words(
-        words,
-        repeated=["--config", *(f"--{key}" for key in hints)],
-        switches=["--print_config"],
-    )
-    config = load_config(own["--config"], overrides)
-    if own["--print_config"]:
-        print(dump_config(config), end="")
-        return 0
-    parser = new_parser("", "")
-    parser.add_class_arguments(PlanOptions, "plan")
-    given = [word for key in hints for value in own[f"--{key}"] for word in (f"--{key}", value)]
-    options = PlanOptions(**parse_words(parser, given, hints)["plan"])
-    from nemo_hybrid.plan import plan_command
-
-    return plan_command(config, options)
-
-
-def _prepare(words: list[str]) -> int:
-    options = read_options(PrepareOptions, _command_parser("prepare"), words)
+def _prepare(options: PrepareOptions) -> None:
     if options.out is None:
         if options.paths:
             raise UserError("--out is missing: name the directory of the token store")
@@ -206,30 +221,9 @@ def _prepare(words: list[str]) -> int:
 
     # The default corpus is made once: a second `prepare` finds it.
     print(prepare(**vars(options), reuse=not options.paths))
-    return 0
 
 
-def _generate(words: list[str]) -> int:
-    options = read_options(GenerateOptions, _command_parser("generate"), words)
-    options.validate()
-    from nemo_hybrid.generate import generate_command
-
-    generate_command(options)
-    return 0
-
-
-def _eval(words: list[str]) -> int:
-    options = read_options(EvalOptions, _command_parser("eval"), words)
-    options.validate()
-    from nemo_hybrid.train.evaluate import eval_command
-
-    eval_command(options)
-    return 0
-
-
-def _import(words: list[str]) -> int:
-    options = read_options(ImportOptions, _command_parser("import"), words)
-    options.validate()
+def _import(options: ImportOptions) -> None:
     from nemo_hybrid.checkpoint.convert import import_directory
 
     print(import_directory(Path(options.paths[0]), Path(options.out)).summary())
@@ -239,45 +233,29 @@ def _import(words: list[str]) -> int:
         f"  {PROG} generate --from {options.out} --prompt TEXT\n"
         f"  {PROG} pretrain --model.from_hf {options.out} --config FILE"
     )
-    return 0
 
 
-def _inspect(words: list[str]) -> int:
-    options = read_options(InspectOptions, _command_parser("inspect"), words)
-    options.validate()
-    from nemo_hybrid.inspection import inspect_command
-
-    return inspect_command(options)
-
-
-def _compare_logprobs(words: list[str]) -> int:
-    options = read_options(CompareOptions, _command_parser("compare-logprobs"), words)
-    options.validate()
-    from nemo_hybrid.logprobs import compare_command
-
-    return compare_command(options)
-
-
-def _doctor(words: list[str]) -> int:
-    if words:
-        raise UserError(f"doctor takes no options, got {' '.join(words)}")
+def _doctor(_: DoctorOptions) -> int:
     from nemo_hybrid.doctor import doctor
 
     return doctor()
 
 
+def _in(module: str, function: str) -> Callable[..., int | None]:
+    """A command's function, imported when it is called."""
+    return lambda *options: getattr(import_module(f"nemo_hybrid.{module}"), function)(*options)
+
+
 COMMANDS = {
-    "prepare": Command("Turn text into a token store.", PrepareOptions, _prepare),
-    "pretrain": Command("Train a model from its first step, or resume.", RunConfig, _pretrain),
-    "plan": Command("Say whether a run fits, and how long a step takes.", PlanOptions, _plan),
-    "eval": Command("Measure a trained model's losses on held-out data.", EvalOptions, _eval),
-    "generate": Command("Continue a prompt with a trained model.", GenerateOptions, _generate),
-    "import": Command("Copy a Hugging Face checkpoint into our layout.", ImportOptions, _import),
-    "inspect": Command("Show shape, size and tensors of a model.", InspectOptions, _inspect),
-    "compare-logprobs": Command(
-        "Compare two checkpoints' probabilities of a text.", CompareOptions, _compare_logprobs
-    ),
-    "doctor": Command("Show what is installed and which path each op takes.", None, _doctor),
+    "prepare": Command(PrepareOptions, _prepare),
+    "pretrain": Command(RunConfig, _pretrain),
+    "plan": Command(PlanOptions, _in("plan", "plan_command")),
+    "eval": Command(EvalOptions, _in("train.evaluate", "eval_command")),
+    "generate": Command(GenerateOptions, _in("generate", "generate_command")),
+    "import": Command(ImportOptions, _import),
+    "inspect": Command(InspectOptions, _in("inspection", "inspect_command")),
+    "compare-logprobs": Command(CompareOptions, _in("logprobs", "compare_command")),
+    "doctor": Command(DoctorOptions, _doctor),
 }
 
 

@@ -1,13 +1,15 @@
-"""Every option of every command, as dataclasses; the only place that holds defaults.
+"""Every option of a training run, as dataclasses; with `command_options` the only place that holds
+defaults.
 
-Field docstrings are the help texts of the command line. Nothing here imports torch, so that
-``import nemo_hybrid`` and ``nemo-hybrid --help`` stay fast.
+Field docstrings are the help texts of the command line, and field types declare bounds. Nothing
+here imports torch, so that ``import nemo_hybrid`` and ``nemo-hybrid --help`` stay fast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from nemo_hybrid.errors import UserError
 
@@ -24,6 +26,33 @@ LAYER_NAMES = {
 
 FP32_NAMES = ("A_log", "D", "dt_bias", "e_score_correction_bias")
 """Last name parts of the parameters and buffers that stay fp32 in every model, run and file."""
+
+
+class Bound(NamedTuple):
+    """What a number must do, in words that follow "must", and whether it does."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Bound("be positive", lambda v: v > 0)
+NOT_NEGATIVE = Bound("be 0 or more", lambda v: 0 <= v < float("inf"))
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NotNegativeInt = Annotated[int, NOT_NEGATIVE]
+NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
+BelowOne = Annotated[float, Bound("lie in [0, 1)", lambda v: 0 <= v < 1)]
+Seed = Annotated[int, Bound("lie in [0, 2**63)", lambda v: 0 <= v < 2**63)]
+"""Some generators refuse others."""
+
+
+def check_bounds(options: object, section: str = "") -> None:
+    """Raise UserError for the first field that breaks a bound which its type declares."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        for bound in getattr(hint, "__metadata__", ()):
+            if value is not None and not bound.holds(value):
+                raise UserError(f"{section}{name} must {bound.words}, got {value}")
 
 
 @dataclass
@@ -197,9 +226,9 @@ class DataOptions:
     default_corpus: str | None = None
     """Place of the default corpus (this Python's standard library): it is made here when data.path
     names this place and nothing is there."""
-    sequence_length: int = 256
+    sequence_length: PositiveInt = 256
     """Tokens per training sequence."""
-    workers: int = 0
+    workers: NotNegativeInt = 0
     """Background threads that read ahead; the order of samples does not depend on it."""
     verify: Literal["full", "size"] = "full"
     """Check of the store's files at the start: every SHA-256, or only the sizes (for stores too
@@ -210,52 +239,52 @@ class DataOptions:
 class TrainOptions:
     """Optimization, losses, and what happens when."""
 
-    max_steps: int = 1000
+    max_steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of initialization and sample order."""
-    global_batch_size: int = 16
+    global_batch_size: PositiveInt = 16
     """Sequences per optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: int = 8
+    micro_batch_size: PositiveInt = 8
     """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    min_lr_ratio: float = 0.01
+    min_lr_ratio: NotNegativeFloat = 0.01
     """Final learning rate over the peak."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
-    warmup_steps: int = 100
+    warmup_steps: NotNegativeInt = 100
     """Steps of linear warm-up."""
-    decay_steps: int = 200
+    decay_steps: NotNegativeInt = 200
     """Last steps over which the wsd schedule decays; fewer if the warm-up leaves fewer."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegativeFloat = 0.1
     """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
-    beta1: float = 0.9
+    beta1: BelowOne = 0.9
     """AdamW beta 1."""
-    beta2: float = 0.95
+    beta2: BelowOne = 0.95
     """AdamW beta 2."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW epsilon."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: NotNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: NotNegativeFloat = 0.3
     """Weight lambda of the mean over depths of the multi-token-prediction losses."""
-    aux_loss_weight: float = 1e-4
+    aux_loss_weight: NotNegativeFloat = 1e-4
     """Weight of the sequence-wise load-balancing loss."""
-    router_bias_rate: float = 1e-3
+    router_bias_rate: NotNegativeFloat = 1e-3
     """Step of the router bias update, once per global batch; 0 freezes the bias."""
     recompute: str = ""
     """Pattern letters whose layers recompute activations in the backward pass, such as "ME"."""
     deterministic: bool = False
     """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical there
     too. Not run on a GPU yet."""
-    eval_every: int = 0
+    eval_every: NotNegativeInt = 0
     """Steps between evaluations on held-out data; 0: at the start and the end only."""
-    eval_sequences: int = 256
+    eval_sequences: NotNegativeInt = 256
     """Held-out sequences per evaluation (fewer if the store holds fewer); 0: no evaluation."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between plain log lines when the output is not a terminal."""
-    hang_timeout_s: float = 1800
+    hang_timeout_s: NotNegativeFloat = 1800
     """Seconds without a finished step after which a process prints its stacks and ends; 0: never.
     Evaluations and checkpoints count as part of their step."""
 
@@ -264,15 +293,15 @@ class TrainOptions:
 class GuardOptions:
     """Which steps are not made, and what follows."""
 
-    spike_band: float = 10.0
+    spike_band: NotNegativeFloat = 10.0
     """A loss or gradient norm this many robust standard deviations above the median of the last
     accepted ones is a spike; 0: only NaN and infinity are passed over."""
-    window: int = 128
+    window: PositiveInt = 128
     """Accepted steps that the median is taken of; none is judged a spike before 16."""
-    rollback_after: int = 4
+    rollback_after: PositiveInt = 4
     """Batches passed over in a row that send the run back to its last checkpoint; the data goes
     on behind them."""
-    stop_after: int = 3
+    stop_after: PositiveInt = 3
     """Returns without a new checkpoint in between after which the run stops."""
 
 
@@ -287,7 +316,7 @@ ZERO_REFUSED = {
 class ParallelOptions:
     """How the work is divided over processes."""
 
-    ep: int = 1
+    ep: PositiveInt = 1
     """Expert-parallel size: processes over which the routed experts are divided."""
     zero: int = 2
     """DeepSpeed ZeRO stage: 1 or 2."""
@@ -305,9 +334,9 @@ class PrecisionOptions:
 class CheckpointOptions:
     """When checkpoints are written and how many stay."""
 
-    every: int = 500
+    every: NotNegativeInt = 500
     """Steps between checkpoints; one is always written at the end. 0: at the end only."""
-    keep: int = 3
+    keep: NotNegativeInt = 3
     """Newest checkpoints that stay; 0: all of them."""
     asynchronous: bool = True
     """Copy the state to CPU memory and write it while training goes on."""
@@ -327,7 +356,7 @@ class KernelOptions:
 
 @dataclass
 class RunConfig:
-    """A training run: `pretrain`."""
+    """Train a model from its first step, or resume."""
 
     run_dir: str = "runs/default"
     """Directory of the run: resolved configuration, metrics, plots, checkpoints."""
@@ -350,46 +379,8 @@ class RunConfig:
         """
         t, d, m = self.train, self.data, shape or self.model
         m.validate()
-        positive = {
-            "data.sequence_length": d.sequence_length,
-            "train.max_steps": t.max_steps,
-            "train.global_batch_size": t.global_batch_size,
-            "train.micro_batch_size": t.micro_batch_size,
-            "train.lr": t.lr,
-            "train.eps": t.eps,
-            "train.log_every": t.log_every,
-            "guard.window": self.guard.window,
-            "guard.rollback_after": self.guard.rollback_after,
-            "guard.stop_after": self.guard.stop_after,
-            "parallel.ep": self.parallel.ep,
-        }
-        for name, value in positive.items():
-            if value <= 0:
-                raise UserError(f"{name} must be positive, got {value}")
-        not_negative = {
-            "data.workers": d.workers,
-            "train.warmup_steps": t.warmup_steps,
-            "train.decay_steps": t.decay_steps,
-            "train.weight_decay": t.weight_decay,
-            "train.clip_grad_norm": t.clip_grad_norm,
-            "train.mtp_loss_weight": t.mtp_loss_weight,
-            "train.aux_loss_weight": t.aux_loss_weight,
-            "train.router_bias_rate": t.router_bias_rate,
-            "train.min_lr_ratio": t.min_lr_ratio,
-            "train.eval_every": t.eval_every,
-            "train.eval_sequences": t.eval_sequences,
-            "train.hang_timeout_s": t.hang_timeout_s,
-            "guard.spike_band": self.guard.spike_band,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-        }
-        for name, value in not_negative.items():
-            if value < 0:
-                raise UserError(f"{name} must be 0 or more, got {value}")
-        check_seed("train.seed", t.seed)
-        for name, beta in {"train.beta1": t.beta1, "train.beta2": t.beta2}.items():
-            if not 0 <= beta < 1:
-                raise UserError(f"{name} must lie in [0, 1), got {beta}")
+        for f in fields(self):
+            check_bounds(getattr(self, f.name), f"{f.name}.")
         if d.sequence_length <= m.mtp_num_depths:
             raise UserError(
                 f"data.sequence_length ({d.sequence_length}) must exceed "
@@ -438,122 +429,6 @@ class RunConfig:
         return t.global_batch_size // per_pass
 
 
-TRAINED_VOCAB_SIZE = 4096
-"""Entries of a tokenizer that `prepare` trains, unless it is told otherwise."""
-
-
-@dataclass
-class PrepareOptions:
-    """Turn text into a token store: `prepare`."""
-
-    paths: list[str] = field(default_factory=list)
-    """Text files (.txt, .py and other text, .jsonl, .parquet), directories of those, Hugging Face
-    datasets on disk, Megatron .bin/.idx pairs. None: the default corpus, which is the running
-    Python's standard library."""
-    out: str | None = None
-    """Directory of the token store. It may be left out for the default corpus, which then goes to
-    the place that configs/run/pretrain_tiny_cpu.yaml names."""
-    tokenizer: str | None = None
-    """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
-    vocab_size: int | None = None
-    """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
-    text_field: str = "text"
-    """Field or column that holds the text in .jsonl, .parquet and datasets."""
-    heldout: float = 0.03
-    """Fraction of the documents that is held out for evaluation."""
-    skip_bad: bool = False
-    """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
-    seed: int = 0
-    """Seed of the choice of held-out documents."""
-
-
-@dataclass
-class GenerateOptions:
-    """Continue a prompt with a trained model: `generate`."""
-
-    from_: str
-    """Run directory (its latest checkpoint) or checkpoint directory."""
-    prompt: str
-    """Text to continue."""
-    max_new_tokens: int = 100
-    """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
-    temperature: float = 0.0
-    """0: always the most probable token; 1: the model's distribution; lower is more careful."""
-    top_p: float = 1.0
-    """Draw only from the most probable tokens that together have this probability."""
-    seed: int = 1234
-    """Seed of the draws."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        if self.max_new_tokens <= 0:
-            raise UserError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], got {self.top_p}")
-        check_seed("seed", self.seed)
-        check_text(self.prompt)
-
-
-@dataclass
-class EvalOptions:
-    """Measure the losses of a trained model on held-out data: `eval`."""
-
-    from_: str
-    """Run directory (its latest checkpoint) or checkpoint directory."""
-    data: str
-    """Prepared token store whose held-out part is used."""
-    sequences: int = 256
-    """Sequences to evaluate (fewer if the store holds fewer)."""
-    micro_batch_size: int = 8
-    """Sequences per forward pass."""
-    sequence_length: int = 256
-    """Tokens per sequence."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        for name in ("sequences", "micro_batch_size", "sequence_length"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
-
-
-@dataclass
-class PlanOptions:
-    """Where a run is planned for: `plan`. null: the figure of the device's data sheet."""
-
-    processes: int = 1
-    """Processes of the run, one per device."""
-    device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
-    """Device of every process; `cpu`: one core."""
-    memory_gb: float | None = None
-    """Memory of one device in 1e9 bytes."""
-    reserve_gb: float = 4.0
-    """Part of it that the driver, the communication library and fragmentation take: assumed."""
-    matmul_tflops: float | None = None
-    """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
-    efficiency: float = 0.4
-    """Share of that rate that a whole forward and backward pass reaches: assumed."""
-    memory_gb_s: float | None = None
-    """Bandwidth of the device's memory in 1e9 bytes per second."""
-    devices_per_node: int | None = None
-    """Devices that a fast link connects."""
-    link_gb_s: float | None = None
-    """That link's bandwidth per device and direction, in 1e9 bytes per second."""
-    network_gb_s: float = 50.0
-    """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            too_small = value is not None and f.name != "device" and value <= 0
-            if too_small and (f.name != "reserve_gb" or value < 0):
-                raise UserError(f"plan.{f.name} must be positive, got {value}")
-        if self.efficiency > 1:
-            raise UserError(f"plan.efficiency must be at most 1, got {self.efficiency}")
-
-
 def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:
     """Raise UserError unless every letter of pattern is one of allowed."""
     if not pattern and not empty:
@@ -579,18 +454,6 @@ def _letters(pattern: object, name: str) -> str:
                 f"{name}: unknown layer {layer!r} at place {i}; known: {', '.join(known)}"
             )
     return "".join(known[layer] for layer in pattern)
-
-
-def check_text(prompt: str) -> None:
-    """Raise UserError for a command-line word that held bytes which are not UTF-8."""
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise UserError("the prompt is not text: it holds bytes that are not UTF-8")
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Raise UserError for a seed that some generator would refuse."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"{name} must lie in [0, 2**63), got {seed}")
 
 
 def _divides(small_name: str, small: int, big_name: str, big: int) -> None:

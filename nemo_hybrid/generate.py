@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_hybrid.config import GenerateOptions
+from nemo_hybrid.command_options import GenerateOptions
 from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM

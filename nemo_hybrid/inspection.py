@@ -21,7 +21,7 @@ from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.state import RUN_STATE, check_state
 from nemo_hybrid.checkpoint.weights import Report, pickles
-from nemo_hybrid.checkpoint_options import InspectOptions
+from nemo_hybrid.command_options import InspectOptions
 from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.checkpoint_options import CompareOptions
+from nemo_hybrid.command_options import CompareOptions
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.store import TOKENIZER

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nemo_hybrid.checkpoint.shape import model_shape
-from nemo_hybrid.config import Architecture, PlanOptions, RunConfig
+from nemo_hybrid.command_options import PlanOptions
+from nemo_hybrid.config import Architecture, RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.flops import (
     forward_flops_per_token,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_hybrid.config import TRAINED_VOCAB_SIZE, PrepareOptions
+from nemo_hybrid.command_options import TRAINED_VOCAB_SIZE, PrepareOptions
 from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.sources import (
     Document,

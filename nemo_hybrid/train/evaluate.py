@@ -7,7 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
-from nemo_hybrid.config import DataOptions, EvalOptions, TrainOptions
+from nemo_hybrid.command_options import EvalOptions
+from nemo_hybrid.config import DataOptions, TrainOptions
 from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World

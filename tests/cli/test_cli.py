@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nemo_hybrid import __version__, cli
-from nemo_hybrid.config import EvalOptions, GenerateOptions, RunConfig
+from nemo_hybrid.command_options import EvalOptions, GenerateOptions
+from nemo_hybrid.config import RunConfig
 from nemo_hybrid.errors import TrainingError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +33,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the functions behind the commands were called with; nothing heavy is imported."""
     calls: list[Any] = []
 
-    def record(*args: Any, **kwargs: Any) -> str:
+    def record(*args: Any, **kwargs: Any) -> None:
         calls.append((*args, kwargs) if kwargs else args[0])
-        return "summary"
 
     for module, function in [
         ("nemo_hybrid.train.loop", "pretrain"),
@@ -135,7 +135,7 @@ def test_prepare_options_are_those_of_the_function() -> None:
     """Names and defaults of the options agree with nemo_hybrid.data.prepare.prepare."""
     import inspect
 
-    from nemo_hybrid.config import PrepareOptions
+    from nemo_hybrid.command_options import PrepareOptions
     from nemo_hybrid.data.prepare import prepare
 
     parameters = inspect.signature(prepare).parameters

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_hybrid.config import PlanOptions, RunConfig
+from nemo_hybrid.command_options import PlanOptions
+from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import key_types, load_config, read_section
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,217 @@
+"""Options of every command but `pretrain`, as in nemo_hybrid.config: defaults, help, bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from nemo_hybrid.config import (
+    NOT_NEGATIVE,
+    Bound,
+    NotNegativeFloat,
+    PositiveInt,
+    Seed,
+    check_bounds,
+)
+from nemo_hybrid.errors import UserError
+
+
+@dataclass
+class Options:
+    """Of a command. The first line of a class's docstring is the command's summary."""
+
+    def validate(self) -> None:
+        """Raise UserError for an option that cannot work."""
+        check_bounds(self)
+
+
+TRAINED_VOCAB_SIZE = 4096
+"""Entries of a tokenizer that `prepare` trains, unless it is told otherwise."""
+
+
+@dataclass
+class PrepareOptions(Options):
+    """Turn text into a token store."""
+
+    paths: list[str] = field(default_factory=list)
+    """Text files (.txt, .py and other text, .jsonl, .parquet), directories of those, Hugging Face
+    datasets on disk, Megatron .bin/.idx pairs. None: the default corpus, which is the running
+    Python's standard library."""
+    out: str | None = None
+    """Directory of the token store. It may be left out for the default corpus, which then goes to
+    the place that configs/run/pretrain_tiny_cpu.yaml names."""
+    tokenizer: str | None = None
+    """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
+    text_field: str = "text"
+    """Field or column that holds the text in .jsonl, .parquet and datasets."""
+    heldout: float = 0.03
+    """Fraction of the documents that is held out for evaluation."""
+    skip_bad: bool = False
+    """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
+    seed: int = 0
+    """Seed of the choice of held-out documents."""
+
+
+@dataclass
+class GenerateOptions(Options):
+    """Continue a prompt with a trained model."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: PositiveInt = 100
+    """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
+    temperature: NotNegativeFloat = 0.0
+    """0: always the most probable token; 1: the model's distribution; lower is more careful."""
+    top_p: Annotated[float, Bound("lie in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    """Draw only from the most probable tokens that together have this probability."""
+    seed: Seed = 1234
+    """Seed of the draws."""
+
+    def validate(self) -> None:
+        super().validate()
+        _check_text(self.prompt)
+
+
+@dataclass
+class EvalOptions(Options):
+    """Measure a trained model's losses on held-out data."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    data: str
+    """Prepared token store whose held-out part is used."""
+    sequences: PositiveInt = 256
+    """Sequences to evaluate (fewer if the store holds fewer)."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences per forward pass."""
+    sequence_length: PositiveInt = 256
+    """Tokens per sequence."""
+
+
+@dataclass
+class PlanOptions(Options):
+    """Say whether a run fits, and how long a step takes.
+
+    Where null stands, the figure of the device's data sheet is taken.
+    """
+
+    processes: int = 1
+    """Processes of the run, one per device."""
+    device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
+    """Device of every process; `cpu`: one core."""
+    memory_gb: float | None = None
+    """Memory of one device in 1e9 bytes."""
+    reserve_gb: float = 4.0
+    """Part of it that the driver, the communication library and fragmentation take: assumed."""
+    matmul_tflops: float | None = None
+    """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
+    efficiency: float = 0.4
+    """Share of that rate that a whole forward and backward pass reaches: assumed."""
+    memory_gb_s: float | None = None
+    """Bandwidth of the device's memory in 1e9 bytes per second."""
+    devices_per_node: int | None = None
+    """Devices that a fast link connects."""
+    link_gb_s: float | None = None
+    """That link's bandwidth per device and direction, in 1e9 bytes per second."""
+    network_gb_s: float = 50.0
+    """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
+
+    def validate(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            too_small = value is not None and f.name != "device" and value <= 0
+            if too_small and (f.name != "reserve_gb" or value < 0):
+                raise UserError(f"plan.{f.name} must be positive, got {value}")
+        if self.efficiency > 1:
+            raise UserError(f"plan.efficiency must be at most 1, got {self.efficiency}")
+
+
+@dataclass
+class ImportOptions(Options):
+    """Copy a Hugging Face checkpoint into our layout."""
+
+    out: str
+    """Directory to write; it must be absent or empty."""
+    paths: list[str] = field(default_factory=list)
+    """Hugging Face directory of a nemotron_h checkpoint."""
+
+    def validate(self) -> None:
+        _check_paths("import", self.paths, 1, 1)
+
+
+@dataclass
+class InspectOptions(Options):
+    """Show shape, size and tensors of a model, without loading weights."""
+
+    paths: list[str] = field(default_factory=list)
+    """Model or run YAML, config.json, or the directory of a run, a checkpoint or a Hugging Face
+    model. In a directory with weights every tensor is compared with the model; exit status 2 means
+    that one is missing, unexpected or does not fit."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    deep: bool = False
+    """Read every file and compare its checksum with the manifest. Of a run's checkpoint, presence
+    and size of all files are compared in any case."""
+
+    def validate(self) -> None:
+        _check_paths("inspect", self.paths, 1, 1)
+
+
+@dataclass
+class DoctorOptions(Options):
+    """Show what is installed and which path each operation takes."""
+
+
+@dataclass
+class CompareOptions(Options):
+    """Compare two checkpoints' probabilities of a text, token by token."""
+
+    paths: list[str] = field(default_factory=list)
+    """A and B: run, checkpoint or Hugging Face directories. B may be left out when backend is not
+    this program: then it is A again."""
+    backend: Literal["nemo_hybrid", "transformers", "transformers_unclamped"] = "nemo_hybrid"
+    """What computes B. transformers keeps Mamba-2 time steps above time_step_min, which neither
+    this program nor Megatron-LM does, so that small differences are to be expected;
+    transformers_unclamped takes that limit away, so that only rounding should remain."""
+    data: str | None = None
+    """UTF-8 text file to read with the checkpoints' tokenizer. Without data and prompt, random
+    token ids are taken."""
+    prompt: str | None = None
+    """Text to compare on, instead of a file."""
+    tokens: PositiveInt = 2048
+    """Most tokens whose probabilities are compared."""
+    sequence_length: PositiveInt = 512
+    """Tokens that the models see at once; the text is cut into pieces of this length."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format of weights and computation, whatever the files hold."""
+    tolerance: Annotated[float | None, NOT_NEGATIVE] = None
+    """End with status 3 when the mean absolute difference exceeds this (in nats). Single tokens may
+    differ by more."""
+    seed: Seed = 1234
+    """Seed of the random token ids."""
+
+    def validate(self) -> None:
+        _check_paths("compare-logprobs", self.paths, 1 if self.backend != "nemo_hybrid" else 2, 2)
+        super().validate()
+        if self.data is not None and self.prompt is not None:
+            raise UserError("give --data or --prompt, not both")
+        if self.prompt == "":
+            raise UserError("--prompt is empty; leave it out to compare on random token ids")
+        _check_text(self.prompt or "")
+
+
+def _check_text(prompt: str) -> None:
+    """Raise UserError for a command-line word that held bytes which are not UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not text: it holds bytes that are not UTF-8")
+
+
+def _check_paths(command: str, paths: list[str], fewest: int, most: int) -> None:
+    if not fewest <= len(paths) <= most:
+        wanted = str(most) if fewest == most else f"{fewest} or {most}"
+        given = " ".join(paths) or "none"
+        raise UserError(f"{command} takes {wanted} path{'s' * (most > 1)}, got {given}")
