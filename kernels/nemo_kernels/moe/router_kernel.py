@@ -1,0 +1,245 @@
+"""Router scores, choice of experts and routing weights in one kernel, and their backward pass.
+
+The logits come from a matrix product in fp32; one program then does everything else for a token,
+with all its scores in registers. The backward pass likewise makes the gradient of the logits, from
+which two matrix products make those of tokens and router weight.
+
+Shapes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_kernels.checks import expect, expect_device
+from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, padded
+from nemo_kernels.shipped import Shipped
+
+MAX_CHOICES = 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WARPS, _STAGES = 1, 3  # a warp holds a token: sums and maxima need no shared memory
+
+
+def topk_router(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor,
+    k: int,
+    scaling_factor: float,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``nemo_kernels.moe.topk_router``.
+
+    A token's experts come in the order of their biased scores; of equal ones the lower id is first.
+    NaN counts as the highest score, so that K different ids within range come out in any case. The
+    backward pass keeps x, the router weight, the ids and the scores.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, x is of another dtype than fp32, bf16 or
+            fp16, E is above 1024, or K above 32 or above E.
+    """
+    expect("x_TD", x_TD, (None, None))
+    if x_TD.dtype not in _DTYPES:
+        raise ValueError(f"x_TD: expected one of {_DTYPES}, got {x_TD.dtype}")
+    expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
+    n_experts = weight_ED.shape[0]
+    expect("bias_E", bias_E, (n_experts,))
+    expect_device(x_TD, weight_ED=weight_ED, bias_E=bias_E)
+    if n_experts > MAX_EXPERTS:
+        raise ValueError(f"weight_ED: expected at most {MAX_EXPERTS} experts, got {n_experts}")
+    if not 0 < k <= min(MAX_CHOICES, n_experts):
+        raise ValueError(f"k: expected 1 to {min(MAX_CHOICES, n_experts)}, got {k}")
+    ids, weights, scores = _Router.apply(
+        x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
+    )
+    return ids, weights, scores
+
+
+class _Router(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_ED: Tensor,
+        bias_E: Tensor,
+        k: int,
+        scaling_factor: float,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (n_tokens, _), n_experts = x_TD.shape, weight_ED.shape[0]
+        logits_TE = torch.mm(x_TD.float(), weight_ED.float().t())
+        ids_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
+        weights_TK = torch.empty_like(ids_TK, dtype=torch.float32)
+        scores_TE = torch.empty_like(logits_TE)
+        if n_tokens:
+            _router_kernel[(n_tokens,)](
+                logits_TE,
+                bias_E.float().contiguous(),
+                ids_TK,
+                weights_TK,
+                scores_TE,
+                n_experts,
+                k,
+                scaling_factor,
+                int(normalize),
+                EXPERTS=padded(n_experts),
+                CHOICES=MAX_CHOICES,
+                num_warps=_WARPS,
+                num_stages=_STAGES,
+            )
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_TD, weight_ED, ids_TK, scores_TE)
+        ctx.scaling_factor, ctx.normalize = scaling_factor, normalize
+        return ids_TK, weights_TK, scores_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _: None, dweights_TK: Tensor | None, dscores_TE: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ED, ids_TK, scores_TE = ctx.saved_tensors
+        (n_tokens, k), n_experts = ids_TK.shape, scores_TE.shape[1]
+        # Without a balance loss there is no such gradient: all tokens read the same zeros.
+        stride = n_experts if dscores_TE is not None else 0
+        if dscores_TE is None:
+            dscores_TE = scores_TE.new_zeros(n_experts)
+        if dweights_TK is None:
+            dweights_TK = scores_TE.new_zeros(n_tokens, k)
+        dlogits_TE = torch.empty_like(scores_TE)
+        if n_tokens:
+            _router_backward_kernel[(n_tokens,)](
+                dweights_TK.contiguous(),
+                dscores_TE.contiguous(),
+                ids_TK,
+                scores_TE,
+                dlogits_TE,
+                stride,
+                n_experts,
+                k,
+                ctx.scaling_factor,
+                int(ctx.normalize),
+                EXPERTS=padded(n_experts),
+                CHOICES=MAX_CHOICES,
+                num_warps=_WARPS,
+                num_stages=_STAGES,
+            )
+        dx_TD = dweight_ED = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = torch.mm(dlogits_TE, weight_ED.float()).to(x_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight_ED = torch.mm(dlogits_TE.t(), x_TD.float()).to(weight_ED.dtype)
+        return dx_TD, dweight_ED, None, None, None, None
+
+
+@triton.jit(do_not_specialize=["k", "normalize"])
+def _router_kernel(
+    logits_TE,
+    bias_E,
+    ids_TK,
+    weights_TK,
+    scores_TE,
+    n_experts,
+    k,
+    scaling_factor,
+    normalize,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    """One token: the highest of the remaining experts is taken k times."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    is_expert = expert < n_experts
+    at = token * n_experts + expert
+    score = tl.sigmoid(tl.load(logits_TE + at, mask=is_expert, other=0).to(tl.float32))
+    tl.store(scores_TE + at, score, mask=is_expert)
+    biased = score + tl.load(bias_E + expert, mask=is_expert, other=0).to(tl.float32)
+    # As integers in the same order, where NaN can be the highest and -2**31 is no number's value.
+    bits = biased.to(tl.int32, bitcast=True)
+    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    rank = tl.where(biased != biased, 0x7FFFFFFF, rank)
+    rank = tl.where(is_expert, rank, -0x80000000)
+
+    choice = tl.arange(0, CHOICES)
+    ids = tl.zeros([CHOICES], tl.int32)
+    chosen = tl.zeros([CHOICES], tl.float32)
+    for i in range(0, k):
+        best = tl.min(tl.where(rank == tl.max(rank, 0), expert, EXPERTS), 0)
+        rank = tl.where(expert == best, -0x80000000, rank)
+        ids = tl.where(choice == i, best, ids)
+        chosen = tl.where(choice == i, tl.sum(tl.where(expert == best, score, 0.0), 0), chosen)
+    total = tl.where(normalize != 0, tl.sum(chosen, 0) + 1e-20, 1.0)
+    at = token * k + choice
+    tl.store(ids_TK + at, ids.to(tl.int64), mask=choice < k)
+    tl.store(weights_TK + at, chosen / total * scaling_factor, mask=choice < k)
+
+
+@triton.jit(do_not_specialize=["k", "normalize"])
+def _router_backward_kernel(
+    dweights_TK,
+    dscores_TE,
+    ids_TK,
+    scores_TE,
+    dlogits_TE,
+    dscores_stride,
+    n_experts,
+    k,
+    scaling_factor,
+    normalize,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+):
+    """One token. With w_i = scale * s_i / total over its choices, and total = sum of s_j:
+    ds_i = scale * (dw_i - sum_j(dw_j * s_j) / total) / total; without normalising, scale * dw_i."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    is_expert = expert < n_experts
+    score = tl.load(scores_TE + token * n_experts + expert, mask=is_expert, other=0).to(tl.float32)
+    at = token * dscores_stride + expert
+    dscore = tl.load(dscores_TE + at, mask=is_expert, other=0).to(tl.float32)
+
+    choice = tl.arange(0, CHOICES)
+    at = token * k + choice
+    ids = tl.load(ids_TK + at, mask=choice < k, other=0).to(tl.int32)
+    dweight = tl.load(dweights_TK + at, mask=choice < k, other=0).to(tl.float32)
+    chosen = tl.gather(score, ids, 0)
+    chosen = tl.where(choice < k, chosen, 0.0)
+    total = tl.sum(chosen, 0) + 1e-20
+    normalized = (dweight - tl.sum(dweight * chosen, 0) / total) / total
+    dchosen = scaling_factor * tl.where(normalize != 0, normalized, dweight)
+    for i in range(0, k):
+        id = tl.sum(tl.where(choice == i, ids, 0), 0)
+        dscore += tl.where(expert == id, tl.sum(tl.where(choice == i, dchosen, 0.0), 0), 0.0)
+    dlogit = dscore * score * (1 - score)
+    tl.store(dlogits_TE + token * n_experts + expert, dlogit, mask=is_expert)
+
+
+def shipped() -> list[Shipped]:
+    """Each kernel as it is launched. The padded number of experts is the only choice."""
+    sizes = {"n_experts": "i32", "k": "i32", "scaling_factor": "fp32", "normalize": "i32"}
+    tensors = {"ids_TK": "*i64", "scores_TE": "*fp32"}
+    forward = {"logits_TE": "*fp32", "bias_E": "*fp32", "weights_TK": "*fp32", **tensors, **sizes}
+    gradients = {"dweights_TK": "*fp32", "dscores_TE": "*fp32", "dlogits_TE": "*fp32"}
+    backward = {**gradients, **tensors, "dscores_stride": "i32", **sizes}
+    return [
+        Shipped(
+            kernel,
+            signature,
+            {"EXPERTS": experts, "CHOICES": MAX_CHOICES},
+            {90: None, 100: None},
+            _WARPS,
+            _STAGES,
+            divisible,
+        )
+        for kernel, signature, divisible in (
+            (_router_kernel, forward, ("n_experts",)),
+            (_router_backward_kernel, backward, ("n_experts", "dscores_stride")),
+        )
+        for experts in (128, 256, 512, 1024)
+    ]
