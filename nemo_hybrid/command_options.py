@@ -94,15 +94,13 @@ class EvalOptions(Options):
 
 @dataclass
 class PlanOptions(Options):
-    """Say whether a run fits, and how long a step takes.
-
-    Where null stands, the figure of the device's data sheet is taken.
-    """
+    """Say whether a run fits, and how long a step takes."""
 
     processes: int = 1
     """Processes of the run, one per device."""
     device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
-    """Device of every process; `cpu`: one core."""
+    """Device of every process; `cpu`: one core. Its data sheet gives the figures below that are
+    null."""
     memory_gb: float | None = None
     """Memory of one device in 1e9 bytes."""
     reserve_gb: float = 4.0

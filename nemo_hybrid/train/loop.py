@@ -24,13 +24,12 @@ from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.build import Run, build_run, identity_of, open_data
 from nemo_hybrid.train.evaluate import evaluate
 from nemo_hybrid.train.flops import peak_source
-from nemo_hybrid.train.meter import Meter, Timing
-from nemo_hybrid.train.metrics import MetricsWriter
+from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
+from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
 from nemo_hybrid.train.resume import Position, Saver, restore
 from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, RunLock, claim_run, open_run
-from nemo_hybrid.train.schedule import learning_rate
 from nemo_hybrid.train.step import Outcome, train_step
 from nemo_kernels import backend
 

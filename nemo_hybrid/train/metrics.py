@@ -1,4 +1,5 @@
-"""What a run records about itself: RUN_DIR/metrics.jsonl, expert_load.jsonl and TensorBoard.
+"""What a run measures and records about itself: RUN_DIR/metrics.jsonl, expert_load.jsonl and
+TensorBoard.
 
 ``metrics.jsonl`` holds one JSON object per optimizer step, with the fields of StepMetrics in full
 precision (the shortest decimal that reads back as the same float). JSON has no NaN and no
@@ -15,14 +16,23 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file, sync
-from nemo_hybrid.train.flops import MFU_FORMULA
+from nemo_hybrid.train.flops import MFU_FORMULA, train_flops_per_token, utilization
+from nemo_hybrid.train.optim import max_violation
+
+if TYPE_CHECKING:
+    from nemo_hybrid.train.build import Run
+    from nemo_hybrid.train.step import Outcome
 
 METRICS_FILE = "metrics.jsonl"
 EXPERT_LOAD_FILE = "expert_load.jsonl"
@@ -96,6 +106,67 @@ def evaluations(rows: Iterable[StepMetrics]) -> list[tuple[int, list[float]]]:
     return found
 
 
+class Timing(NamedTuple):
+    """Wall time of a step in seconds, and the evaluations around it."""
+
+    seconds: float
+    waited: float
+    """Part of it that was spent waiting for data."""
+    before: list[float] | None
+    """Held-out losses before the first step."""
+    heldout: list[float] | None
+    """Held-out losses after this step."""
+
+
+class Meter:
+    """Turns what a step did into its row of metrics; for rank 0 alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        config = run.config
+        self.tokens = config.train.global_batch_size * config.data.sequence_length
+        self.flops = train_flops_per_token(run.model.config, config.data.sequence_length)
+
+    def metrics(self, done: int, lr: float, outcome: Outcome, timing: Timing) -> StepMetrics:
+        """The row of step ``done``."""
+        violations = {name: max_violation(c) for name, c in outcome.counts.items()}
+        rate = self.tokens / timing.seconds
+        before, heldout = timing.before, timing.heldout
+        counters = self.run.guard.counters
+        return StepMetrics(
+            step=done,
+            loss=outcome.losses[0],
+            mtp_losses=outcome.losses[1:],
+            aux_loss=outcome.aux,
+            lr=lr,
+            grad_norm=outcome.grad_norm,
+            tokens=self.tokens,
+            tokens_total=self.tokens * done,
+            tokens_per_s=rate,
+            step_seconds=timing.seconds,
+            data_seconds=timing.waited,
+            mfu=utilization(rate, self.flops, self.run.peak, self.run.world.size),
+            memory_gb=_peak_memory(self.run.world.device) / 1e9,
+            max_vio=max(violations.values(), default=0.0),
+            max_vio_per_layer=violations,
+            dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
+            skipped_batches=counters.skipped,
+            rollbacks=counters.rollbacks,
+            heldout_loss=heldout[0] if heldout else None,
+            heldout_mtp_losses=heldout[1:] if heldout else None,
+            heldout_loss_before=before[0] if before else None,
+            heldout_mtp_losses_before=before[1:] if before else None,
+            sample_hash=f"{outcome.sample_hash & (2**64 - 1):016x}",
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
 class MetricsWriter:
     """Append the metrics of a run; for rank 0 alone. A context manager.
 
@@ -140,7 +211,7 @@ class MetricsWriter:
         if expert_load is not None:
             load = {layer: [int(n) for n in counts] for layer, counts in expert_load.items()}
             self._expert_load.append({"step": metrics.step, "load": load})
-        for name, value in _scalars(metrics):
+        for name, value in _scalars(metrics).items():
             self._board.add_scalar(name, value, metrics.step)
         for step, losses in evaluations([metrics]):
             for k, loss in enumerate(losses):
@@ -280,21 +351,24 @@ def _from_json(value: Any) -> Any:
     return _NOT_IN_JSON.get(value, value) if isinstance(value, str) else value
 
 
-def _scalars(m: StepMetrics) -> Iterator[tuple[str, float]]:
+_CURVES = {
+    "loss/train": "loss",
+    "loss/aux": "aux_loss",
+    "optimizer/lr": "lr",
+    "optimizer/grad_norm": "grad_norm",
+    "speed/tokens_per_s": "tokens_per_s",
+    "speed/step_seconds": "step_seconds",
+    "speed/data_seconds": "data_seconds",
+    "speed/mfu": "mfu",
+    "speed/memory_gb": "memory_gb",
+    "experts/max_vio": "max_vio",
+    "experts/dead": "dead_experts",
+}
+
+
+def _scalars(m: StepMetrics) -> dict[str, float]:
     """The curves of TensorBoard that have a point at every step."""
-    yield "loss/train", m.loss
-    yield "loss/aux", m.aux_loss
-    for k, loss in enumerate(m.mtp_losses, 1):
-        yield f"loss/mtp_{k}", loss
-    yield "optimizer/lr", m.lr
-    yield "optimizer/grad_norm", m.grad_norm
-    yield "speed/tokens_per_s", m.tokens_per_s
-    yield "speed/step_seconds", m.step_seconds
-    yield "speed/data_seconds", m.data_seconds
-    if m.mfu is not None:
-        yield "speed/mfu", m.mfu
-    yield "speed/memory_gb", m.memory_gb
-    yield "experts/max_vio", m.max_vio
-    yield "experts/dead", m.dead_experts
-    for layer, value in m.max_vio_per_layer.items():
-        yield f"max_vio/{layer}", value
+    curves = {name: getattr(m, field) for name, field in _CURVES.items()}
+    curves |= {f"loss/mtp_{k}": loss for k, loss in enumerate(m.mtp_losses, 1)}
+    curves |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
+    return {name: value for name, value in curves.items() if value is not None}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.train.balance import LoadCounter, update_router_bias
 from nemo_hybrid.train.build import Run
 from nemo_hybrid.train.losses import Normalizer, count_targets
+from nemo_hybrid.train.optim import LoadCounter, update_router_bias
 
 
 @dataclass

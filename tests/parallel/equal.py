@@ -19,9 +19,8 @@ from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.router import Router
-from nemo_hybrid.train.balance import update_router_bias
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
-from nemo_hybrid.train.optim import parameter_groups
+from nemo_hybrid.train.optim import parameter_groups, update_router_bias
 
 State = dict[str, Tensor]
 Outcome = tuple[list[dict[str, Any]], State]

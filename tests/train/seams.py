@@ -23,8 +23,8 @@ from nemo_hybrid.data.loader import open_blend, steps
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.build import Run, build_run
+from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.resume import Position, restore
-from nemo_hybrid.train.schedule import learning_rate
 from nemo_hybrid.train.step import train_step
 
 

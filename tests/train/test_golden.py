@@ -24,11 +24,9 @@ from nemo_hybrid.model import mamba2, router
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.train import losses
-from nemo_hybrid.train.balance import update_router_bias
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
 from nemo_hybrid.train.metrics import read_metrics
-from nemo_hybrid.train.optim import parameter_groups
-from nemo_hybrid.train.schedule import learning_rate
+from nemo_hybrid.train.optim import learning_rate, parameter_groups, update_router_bias
 
 STEPS = (1, 10, 20, 30)
 GOLDEN: dict[int, list[float]] = {

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from nemo_hybrid.config import TrainOptions
-from nemo_hybrid.train.schedule import learning_rate
+from nemo_hybrid.train.optim import learning_rate
 
 
 def options(**changes: object) -> TrainOptions:
