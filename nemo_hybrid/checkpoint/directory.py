@@ -99,6 +99,31 @@ def on_rank_0(world: World, action: Callable[[], T]) -> T:
     return together(world, lambda: action() if world.rank == 0 else None)[0]  # type: ignore[return-value]
 
 
+def verify_together(world: World, directory: Path) -> None:
+    """`files.verify`, in which every rank hashes its share. Raises UserError on every rank."""
+    together(world, lambda: files.verify(directory, share=(world.rank, world.size)))
+
+
+def find_latest_together(world: World, checkpoints_dir: Path) -> Path | None:
+    """`files.find_latest`, in which every rank hashes its share: one alone would take minutes for
+    a large model. Raises UserError on every rank."""
+    damaged: set[Path] = set()
+
+    def newest() -> Path | None:
+        return files.find_latest(checkpoints_dir, deep=False, damaged=damaged)
+
+    while (directory := on_rank_0(world, newest)) is not None:
+        try:
+            verify_together(world, directory)
+        except UserError as error:
+            damaged.add(directory)
+            if world.rank == 0:
+                files.skip(directory, error)
+        else:
+            break
+    return directory
+
+
 def write_directory(
     final: Path,
     world: World,

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import torch
 
-from nemo_hybrid.checkpoint.directory import each, on_rank_0, together
-from nemo_hybrid.checkpoint.files import find_latest, step_of
+from nemo_hybrid.checkpoint.directory import (
+    each,
+    find_latest_together,
+    on_rank_0,
+    together,
+    verify_together,
+)
+from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.config import RunConfig
@@ -57,6 +63,10 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
     first = world.rank == 0
     together(world, lambda: _choose_kernels(config, world))
     checkpoint = on_rank_0(world, lambda: open_run(config, lock))
+    if checkpoint:
+        verify_together(world, checkpoint)
+    else:
+        checkpoint = find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
     if checkpoint is not None and step_of(checkpoint) >= config.train.max_steps:
         on_rank_0(world, lambda: write_missing_plots(config.run_dir))
         if first:
@@ -239,7 +249,7 @@ class Loop:
         if counters.in_a_row < options.rollback_after:
             return
         self.saver.wait()
-        checkpoint = on_rank_0(self.run.world, lambda: find_latest(self.checkpoints))
+        checkpoint = find_latest_together(self.run.world, self.checkpoints)
         if checkpoint is None or counters.rollbacks_in_a_row >= options.stop_after:
             self._give_up(outcome, checkpoint)
         else:

@@ -90,10 +90,10 @@ class RunLock:
 
 
 def open_run(config: RunConfig, lock: RunLock) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; nothing is written but the lock.
+    """The checkpoint that is asked for, None for the newest one; nothing is written but the lock.
 
     For rank 0 alone. Raises UserError if the directory cannot be used, holds something that is
-    not a run, or a different run, and if the checkpoint that was asked for is damaged.
+    not a run, or a different run.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -111,10 +111,9 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
             "choose another directory"
         )
     if config.resume in ("auto", "never"):
-        return files.find_latest(run_dir / CHECKPOINTS)
+        return None
     checkpoint = files.resolve(Path(config.resume))
     _nothing_beyond(files.step_of(checkpoint), run_dir / CHECKPOINTS)
-    files.verify(checkpoint)
     return checkpoint
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,12 @@ from checkpoint.conftest import Toy
 from helpers.corruption import cases, undetected
 from helpers.once import once
 from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.directory import (
+    OneProcess,
+    World,
+    find_latest_together,
+    verify_together,
+)
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
@@ -71,25 +79,63 @@ def test_the_matrix_notices_damage_that_is_not_detected(
         assert undetected(case, three, tmp_path) == "step_00000003 was taken, not step_00000002"
 
 
+def test_every_rank_hashes_a_share(
+    three: Path, tmp_path: Path, in_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage that one rank alone sees is passed by on all; all files are hashed, each once."""
+    checkpoints = Path(shutil.copytree(three, tmp_path / "checkpoints"))
+    newest, before, _ = files.list_steps(checkpoints)
+    hashed: list[Path] = []
+
+    def hash_file(path: Path) -> str:
+        hashed.append(path)
+        return whole(path)
+
+    whole = files.hash_file
+    monkeypatch.setattr(files, "hash_file", hash_file)
+
+    def find(world: World) -> Path | None:
+        return find_latest_together(world, checkpoints)
+
+    names = sorted(p.name for p in newest.iterdir() if p.name != files.MANIFEST)
+    for size in (1, 3, len(names) + 2):
+        hashed.clear()
+        assert in_ranks(size, find) == [newest] * size
+        assert sorted(path.name for path in hashed) == names
+    for name in names:
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert in_ranks(3, find) == [before] * 3
+        for error in in_ranks(3, lambda world: verify_together(world, newest)):
+            assert str(newest / name) in str(error)
+        (newest / name).write_bytes(content)
+
+
 def test_a_start_passes_by_what_is_damaged_or_refuses_it(
     three: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Through the door that `pretrain` uses: by itself, and with a checkpoint that is named."""
+    """As `pretrain` does it: by itself, and with a checkpoint that is named."""
     config = RunConfig(run_dir=str(tmp_path / "run"))
     checkpoints = tmp_path / "run/checkpoints"
     shutil.copytree(three, checkpoints)
+
+    def newest() -> Path | None:
+        return find_latest_together(OneProcess(), checkpoints)
+
     with RunLock(config) as lock:
         claim_run(config, lock)
-        assert open_run(config, lock) == checkpoints / "step_00000003"
+        assert open_run(config, lock) is None
+        assert newest() == checkpoints / "step_00000003"
         damaged = checkpoints / "step_00000003/rank-00001.safetensors"
         damaged.unlink()
-        assert open_run(config, lock) == checkpoints / "step_00000002"
-        assert str(damaged) in caplog.text
+        assert newest() == checkpoints / "step_00000002"
+        assert caplog.text.count(str(damaged)) == 1
         config.resume = str(damaged.parent)
+        assert open_run(config, lock) == damaged.parent
         with pytest.raises(UserError, match=str(damaged)):
-            open_run(config, lock)
-        config.resume = "auto"
+            verify_together(OneProcess(), damaged.parent)
         for step in (1, 2):
             (checkpoints / f"step_0000000{step}/config.json").unlink()
         with pytest.raises(UserError, match="none of the 3 checkpoints"):
-            open_run(config, lock)
+            newest()
+    assert find_latest_together(OneProcess(), tmp_path) is None
