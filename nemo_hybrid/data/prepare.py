@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,7 @@ from nemo_hybrid.data.sources import (
     find_sources,
     read_documents,
 )
-from nemo_hybrid.data.store import (
-    StoreWriter,
-    TokenStore,
-)
+from nemo_hybrid.data.store import StoreWriter, TokenStore
 from nemo_hybrid.data.tokenizer import (
     TextTokenizer,
     check_vocab_size,
@@ -168,27 +165,20 @@ def prepare(
     return summary
 
 
+@dataclass
 class _Corpus:
     """The documents of all sources, assigned to a split; counts of the latest pass."""
 
-    def __init__(
-        self,
-        sources: list[Source],
-        text_field: str,
-        heldout: float,
-        seed: int,
-        skip_bad: bool,
-        progress: bool,
-    ) -> None:
-        self.sources = sources
-        self.text_field = text_field
-        self.heldout = heldout
-        self.seed = seed
-        self.skip_bad = skip_bad
-        self.progress = progress
-        self.empty = 0
-        self.unusable: list[Unusable] = []
-        self.unusable_count = 0
+    sources: list[Source]
+    text_field: str
+    heldout: float
+    seed: int
+    skip_bad: bool
+    progress: bool
+    empty: int = 0
+    unusable: int = 0
+    examples: list[Unusable] = field(default_factory=list)
+    """The first of the unusable ones."""
 
     def split_of(self, key: str) -> str:
         digest = hashlib.sha256(f"{self.seed}/{key}".encode(errors="surrogateescape")).digest()
@@ -198,9 +188,7 @@ class _Corpus:
     def documents(self, title: str, vocab_size: int | None) -> Iterator[tuple[str, Document]]:
         """(split, document) of every document that is not empty. Raises UserError at the end for
         unusable records, unless they may be skipped, and for an empty split."""
-        self.empty = 0
-        self.unusable = []
-        self.unusable_count = 0
+        self.empty, self.unusable, self.examples = 0, 0, []
         counts: Counter[str] = Counter()
         total = max(1, sum(s.size for s in self.sources))
         before = 0
@@ -208,9 +196,9 @@ class _Corpus:
             for source in self.sources:
                 for item in read_documents(source, self.text_field, vocab_size):
                     if isinstance(item, Unusable):
-                        self.unusable_count += 1
-                        if len(self.unusable) < _NAMED_UNUSABLE:
-                            self.unusable.append(item)
+                        self.unusable += 1
+                        if len(self.examples) < _NAMED_UNUSABLE:
+                            self.examples.append(item)
                         continue
                     update(before + item.done * source.size)
                     if len(item.content) == 0:
@@ -229,10 +217,10 @@ class _Corpus:
 
     def _check(self, counts: Counter[str]) -> None:
         if self.unusable and not self.skip_bad:
-            named = "; ".join(f"{u.where}: {u.why}" for u in self.unusable)
-            more = self.unusable_count - len(self.unusable)
+            named = "; ".join(f"{u.where}: {u.why}" for u in self.examples)
+            more = self.unusable - len(self.examples)
             raise UserError(
-                f"{self.unusable_count} unusable: {named}"
+                f"{self.unusable} unusable: {named}"
                 + (f"; and {more} more" if more else "")
                 + ". Mend the input, or skip such records with --skip_bad true"
             )
@@ -295,9 +283,9 @@ def _summary(
             "files": len(corpus.sources),
             "bytes": sum(s.size for s in corpus.sources),
             "empty": corpus.empty,
-            "unusable": corpus.unusable_count,
+            "unusable": corpus.unusable,
             "links": count_links(paths),
-            "unusable_examples": [f"{u.where}: {u.why}" for u in corpus.unusable],
+            "unusable_examples": [f"{u.where}: {u.why}" for u in corpus.examples],
         },
         seconds=time.monotonic() - started,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import struct
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_hybrid.data.megatron import MegatronDataset
 from nemo_hybrid.errors import UserError
 
 Kind = Literal["text", "jsonl", "parquet", "dataset", "megatron"]
@@ -66,19 +66,14 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
 
 def count_links(paths: Sequence[str | Path]) -> int:
     """Symbolic links to files below the directories that the paths name, which are not read."""
-    count = 0
-    for root in map(Path, paths):
-        for folder, folders, names in os.walk(root):
-            folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED_FOLDERS]
-            files = [Path(folder, n) for n in names if not n.startswith(".")]
-            count += sum(p.is_symlink() and p.is_file() for p in files)
-    return count
+    folders = (root for root in map(Path, paths) if root.is_dir())
+    return sum(path.is_symlink() for root in folders for path in _walk(root))
 
 
 def default_sources() -> list[Source]:
     """The running interpreter's standard library without installed packages and tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [s for s in _walk(root, _NOT_CORPUS) if s.path.suffix == ".py"]
+    return [s for s in _files_below(root, _NOT_CORPUS) if s.path.suffix == ".py"]
 
 
 def read_documents(
@@ -124,11 +119,17 @@ def _sources_of(path: Path) -> Iterator[Source]:
         size = sum(p.stat().st_size for p in path.glob("*.arrow"))
         yield Source(path, path.resolve().name, "dataset", size)
     else:
-        yield from _walk(path, set())
+        yield from _files_below(path)
 
 
-def _walk(root: Path, left_out: set[str]) -> Iterator[Source]:
-    """Regular files below root, sorted; hidden ones and symbolic links are left out."""
+def _files_below(root: Path, left_out: Set[str] = frozenset()) -> Iterator[Source]:
+    for path in _walk(root, left_out):
+        if not path.is_symlink():
+            yield _file_source(path, path.relative_to(root).as_posix())
+
+
+def _walk(root: Path, left_out: Set[str] = frozenset()) -> Iterator[Path]:
+    """Files below root and links to files, sorted; hidden ones are left out."""
 
     def fail(e: OSError) -> None:
         raise e
@@ -137,10 +138,8 @@ def _walk(root: Path, left_out: set[str]) -> Iterator[Source]:
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and f not in _SKIPPED_FOLDERS | left_out
         )
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file() and not path.is_symlink():
-                yield _file_source(path, path.relative_to(root).as_posix())
+        paths = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _file_source(path: Path, key: str) -> Source:
@@ -200,24 +199,15 @@ def _read_parquet(source: Source, text_field: str) -> Iterator[Document | Unusab
 
     try:
         with pq.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise _no_column(source, text_field, names)
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0):
-                    yield _row(source, number, file.metadata.num_rows, _scalar(value), text_field)
-                    number += 1
+            yield from _read_table(
+                source,
+                text_field,
+                file.schema_arrow.names,
+                file.metadata.num_rows,
+                lambda: (b.column(0) for b in file.iter_batches(256, columns=[text_field])),
+            )
     except pa.ArrowException as e:
         raise UserError(f"{source.path} is not a readable parquet file: {e}") from e
-
-
-def _scalar(value: object) -> object:
-    """Python value of a pyarrow scalar; None for bytes that claim to be text but are not UTF-8."""
-    try:
-        return value.as_py()  # type: ignore[attr-defined]
-    except UnicodeDecodeError:
-        return None
 
 
 def _read_dataset(source: Source, text_field: str) -> Iterator[Document | Unusable]:
@@ -225,38 +215,113 @@ def _read_dataset(source: Source, text_field: str) -> Iterator[Document | Unusab
 
     try:
         dataset = load_from_disk(str(source.path))
-        if text_field not in dataset.column_names:
-            raise _no_column(source, text_field, dataset.column_names)
-        number = 0
-        for rows in dataset.select_columns([text_field]).iter(batch_size=256):
-            for value in rows[text_field]:
-                yield _row(source, number, len(dataset), value, text_field)
-                number += 1
+        yield from _read_table(
+            source,
+            text_field,
+            dataset.column_names,
+            len(dataset),
+            lambda: (r[text_field] for r in dataset.select_columns([text_field]).iter(256)),
+        )
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{source.path} is not a readable Hugging Face dataset: {e}") from e
 
 
-def _row(
-    source: Source, number: int, rows: int, value: object, text_field: str
-) -> Document | Unusable:
-    text = _checked(value, text_field)
-    if isinstance(text, Unusable):
-        return Unusable(f"{source.path} row {number}", text.why)
-    return Document(f"{source.key}#{number}", text, (number + 1) / rows)
+def _read_table(
+    source: Source,
+    text_field: str,
+    columns: list[str],
+    rows: int,
+    batches: Callable[[], Iterable[Iterable[object]]],
+) -> Iterator[Document | Unusable]:
+    """One document per row of a column; ``batches`` gives its values, or pyarrow's scalars."""
+    if text_field not in columns:
+        raise UserError(
+            f"{source.path} has no column {text_field!r}; its columns are {', '.join(columns)} "
+            "(choose one with --text_field)"
+        )
+    for number, value in enumerate(value for batch in batches() for value in batch):
+        try:
+            value = value.as_py() if hasattr(value, "as_py") else value
+        except UnicodeDecodeError:
+            value = None  # bytes that claim to be text
+        text = _checked(value, text_field)
+        if isinstance(text, Unusable):
+            yield Unusable(f"{source.path} row {number}", text.why)
+        else:
+            yield Document(f"{source.key}#{number}", text, (number + 1) / rows)
 
 
-def _no_column(source: Source, text_field: str, names: list[str]) -> UserError:
-    return UserError(
-        f"{source.path} has no column {text_field!r}; its columns are {', '.join(names)} "
-        "(choose one with --text_field)"
-    )
+_MEGATRON_MAGIC = b"MMIDIDX\0\0"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+_MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 def _read_megatron(source: Source, vocab_size: int | None) -> Iterator[Document]:
+    """Megatron-LM's indexed dataset: NAME.bin with token ids, NAME.idx with where documents lie."""
     if vocab_size is None:
         raise UserError(
             f"{source.path} holds token ids: name the tokenizer that made them (--tokenizer DIR)"
         )
-    dataset = MegatronDataset(source.path)
-    for number, ids in enumerate(dataset.documents(vocab_size)):
-        yield Document(f"{source.key}#{number}", ids, (number + 1) / len(dataset))
+    tokens, lengths, offsets, bounds = _open_megatron(source.path)
+    last = len(bounds) - 1
+    for number in range(last):
+        parts = [
+            tokens[offsets[s] // tokens.itemsize :][: lengths[s]]
+            for s in range(bounds[number], bounds[number + 1])
+        ]
+        ids = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise UserError(
+                f"{source.path} document {number}: token id {outside[0]} lies outside the "
+                f"vocabulary of {vocab_size}; name the tokenizer that the file was made with"
+            )
+        yield Document(f"{source.key}#{number}", ids, (number + 1) / last)
+
+
+def _open_megatron(path: Path) -> tuple[np.memmap, np.memmap, np.memmap, np.memmap]:
+    """Token ids; int32 length and int64 byte offset in the .bin file of each sequence; int64
+    document bounds: numbers of first sequences, then the total.
+
+    Version 1 of the .idx file (Megatron-LM, core/datasets/indexed_dataset.py), all little-endian: 9
+    bytes "MMIDIDX" and two zeros, uint64 version, uint8 dtype code, uint64 number of sequences,
+    uint64 number of bounds; then the three arrays. Raises UserError when the two files do not fit.
+    """
+    index = path.with_suffix(".idx")
+    try:
+        with open(index, "rb") as f:
+            header = f.read(_MEGATRON_HEADER.size)
+        if len(header) < _MEGATRON_HEADER.size or not header.startswith(_MEGATRON_MAGIC):
+            raise UserError(f"{index} is not a Megatron index (wrong magic number)")
+        _, version, code, sequences, documents = _MEGATRON_HEADER.unpack(header)
+        if version != 1 or code not in _MEGATRON_DTYPES:
+            raise UserError(
+                f"{index}: version {version} with dtype code {code} is not supported "
+                "(version 1 with an integer type is)"
+            )
+        start = len(header)
+        expected = start + sequences * 12 + documents * 8
+        if index.stat().st_size != expected or documents < 2:
+            raise UserError(f"{index} is truncated or damaged: expected {expected} bytes")
+        lengths = np.memmap(index, "<i4", "r", start, (sequences,))
+        offsets = np.memmap(index, "<i8", "r", start + 4 * sequences, (sequences,))
+        bounds = np.memmap(index, "<i8", "r", start + 12 * sequences, (documents,))
+        tokens = np.memmap(path, _MEGATRON_DTYPES[code], "r")
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} is missing: Megatron data is a .bin and .idx pair") from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} and {index.name} cannot be read: {e}") from e
+    ends = offsets // tokens.itemsize + lengths
+    sound = (
+        (lengths >= 0).all()
+        and (offsets >= 0).all()
+        and (offsets % tokens.itemsize == 0).all()
+        and (ends >= 0).all()  # no overflow
+        and (ends <= len(tokens)).all()
+        and bounds[0] == 0
+        and bounds[-1] == sequences
+        and (np.diff(bounds) >= 0).all()
+    )
+    if not sound:
+        raise UserError(f"{index} points outside {path.name}: the pair is damaged")
+    return tokens, lengths, offsets, bounds
