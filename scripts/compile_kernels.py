@@ -57,7 +57,10 @@ class Job(NamedTuple):
 
     @property
     def configuration(self) -> str:
-        parts = [f"{name}={value}" for name, value in self.item.constants.items()]
+        """Kinds of tensors, constants, warps and stages."""
+        kinds = [kind[1:] for kind in self.item.signature.values() if kind.startswith("*")]
+        parts = ["/".join(dict.fromkeys(kinds))] if kinds else []
+        parts += [f"{name}={value}" for name, value in self.item.constants.items()]
         return " ".join([*parts, f"warps={self.item.num_warps}", f"stages={self.item.num_stages}"])
 
 

@@ -7,7 +7,8 @@ checkpointing, no multi-token prediction. Every candidate (ours and each ``exper
 of transformers, in fp32 and bf16) first runs alone in a process of its own, which gives its peak
 memory and a first time. The fastest of each side then run in turns in one process; their medians
 make the result. Losses must agree to 1e-3 in fp32, and the check must be able to fail: routing is
-spread over the experts, and without the routed experts the loss is another.
+spread over the experts, and without the routed experts the loss is another. The routed experts of
+one layer are timed alone as well (``cpu_moe``).
 
 transformers clamps Mamba time steps from below by ``time_step_min``; ours have no clamp. The peer's
 configuration gets a ``time_step_min`` so small that the clamp never acts.
@@ -254,6 +255,17 @@ def run_pair(ours: Candidate, peer: Candidate, work: Workload) -> dict[str, Any]
     return result
 
 
+def moe_layer(work: Workload) -> dict[str, Any]:
+    """The routed experts of one layer of the tiny model on the tokens of a step."""
+    import cpu_moe
+    from moe_problem import Shape
+
+    c = tiny_config()
+    sizes = (c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.expert_size)
+    shape = Shape("tiny model", work.tokens, *sizes, c.moe_intermediate_size)
+    return cpu_moe.measure(shape, work.threads, 2 * work.steps, PEER_EXPERTS)
+
+
 def in_child(call: dict[str, Any], work: Workload) -> dict[str, Any]:
     """Run this file in a fresh process with its threads limited; return the result."""
     threads = str(work.threads)
@@ -268,6 +280,8 @@ def in_child(call: dict[str, Any], work: Workload) -> dict[str, Any]:
 def child(call: dict[str, Any]) -> dict[str, Any]:
     work = Workload(**call["work"])
     candidates = [Candidate(*c) for c in call["candidates"]]
+    if not candidates:
+        return moe_layer(work)
     if len(candidates) == 1:
         return run_alone(candidates[0], work)
     return run_pair(candidates[0], candidates[1], work)
@@ -284,6 +298,8 @@ def fastest(rows: list[dict[str, Any]], ours: bool) -> Candidate:
 
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
+    from cpu_moe import summary  # the parent may import torch now: no child follows
+
     work, machine = Workload(**result["work"]), result["environment"]
     pair, check = result["pair"], result["pair"]["check"]
     lines = [
@@ -313,6 +329,8 @@ def table(result: dict[str, Any]) -> str:
         f"a token's loss differs by {check['token_difference']:.1e} on average, "
         f"by {check['experts_effect']:.2f} without the routed experts; "
         f"busiest expert {check['max_load']:.2f} x the mean, none unused.",
+        "",
+        summary(result["moe_layer"]),
     ]
     return "\n".join(lines)
 
@@ -330,6 +348,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "work": asdict(work),
         "alone": rows,
         "pair": pair,
+        "moe_layer": in_child({"candidates": [], "work": asdict(work)}, work),
         "speedup": pair["peer"]["median_s"] / pair["ours"]["median_s"],
     }
 

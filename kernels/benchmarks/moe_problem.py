@@ -45,7 +45,7 @@ TINY_CASES = ((TINY, UNIFORM), (TINY, SKEWED))
 
 @dataclass(frozen=True)
 class Problem:
-    """Random inputs in bf16; routing weights and the router's bias in fp32."""
+    """Random inputs in one dtype; routing weights and the router's bias in fp32."""
 
     shape: Shape
     scaling: float
@@ -69,10 +69,10 @@ class Problem:
         return (counts_E.max() / counts_E.float().mean()).item()
 
 
-def draw(shape: Shape, routing: str, device: str) -> Problem:
+def draw(shape: Shape, routing: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
         x = torch.empty(size, dtype=dtype, device=device)
         return x.normal_(std=scale, generator=generator)
 
@@ -97,5 +97,5 @@ def draw(shape: Shape, routing: str, device: str) -> Problem:
         dy_TL=normal(T, L),
         hidden_TD=normal(T, D),
         router_ED=normal(E, D, scale=D**-0.5),
-        bias_E=normal(E, dtype=torch.float32, scale=0.1),
+        bias_E=normal(E, scale=0.1).float(),
     )

@@ -54,11 +54,11 @@ def faulty() -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "message",
     [
-        "center (N=1024 warps=4 stages=3) sm_90: no wgmma in the code",
+        "center (fp32 N=1024 warps=4 stages=3) sm_90: no wgmma in the code",
         "sm_90: 589824 bytes of shared memory, at most 232448",
-        "center (N=16384 warps=1 stages=3) sm_90: spills to ",
+        "center (fp32 N=16384 warps=1 stages=3) sm_90: spills to ",
         "sm_90: has a matrix product, but declares no instruction",
-        "refused (N=4 warps=4 stages=3) sm_90: does not compile (status 1)",
+        "refused (fp32 N=4 warps=4 stages=3) sm_90: does not compile (status 1)",
         "aborting (warps=4 stages=3) sm_90: does not compile (status -6)",
         "not declared: y_ptr",
     ],
@@ -80,9 +80,9 @@ def test_nothing_else_is_named(faulty: subprocess.CompletedProcess[str]) -> None
 def test_a_reason_that_is_not_needed_anymore_fails() -> None:
     done = compile_kernels("stale", "--arch", "90", "100")
     assert done.returncode == 1
-    assert errors(done.stdout) == [
-        "error: center (N=1024 warps=4 stages=3) does not spill: remove its reason 'it once did'"
-    ]
+    name = "center (fp32 N=1024 warps=4 stages=3)"
+    wanted = f"error: {name} does not spill: remove its reason 'it once did'"
+    assert errors(done.stdout) == [wanted]
     # Where it was not compiled for every architecture it may still spill on the other.
     assert compile_kernels("stale", "--arch", "90").returncode == 0
 

@@ -4,6 +4,7 @@ not."""
 import importlib.util
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ FILE = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "cpu_ste
 
 @pytest.fixture(scope="module")
 def cpu_step() -> ModuleType:
+    sys.path.insert(0, str(FILE.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("cpu_step", FILE)
     assert spec is not None
     assert spec.loader is not None
@@ -83,17 +85,55 @@ def test_the_fastest_of_each_side_and_the_table(cpu_step: ModuleType) -> None:
         "ours": {"median_s": 0.5},
         "peer": {"median_s": 1.0},
     }
+    from moe_problem import TINY
+
+    times = {"nemo_hybrid": 2.0, "transformers (eager)": 5.0, "transformers (grouped_mm)": 3.0}
+    layer = {
+        "shape": asdict(TINY),
+        "path": "reference",
+        "dtypes": {"float32": {name: {"median_ms": ms} for name, ms in times.items()}},
+        "speedups": {"float32": 1.5},
+    }
     result = {
         "environment": cpu_step.environment(),
         "work": {},
         "alone": rows,
         "pair": pair,
+        "moe_layer": layer,
         "speedup": 2.0,
     }
     text = cpu_step.table(json.loads(json.dumps(result)))  # also a result read from its file
     assert "| nemo_hybrid | bfloat16 | 990 | **500** | 4096 | 1001 |" in text
     assert "| transformers (batched_mm) | bfloat16 | 930 | **1000** | 2048 | 1007 |" in text
     assert "**2.00 x** tokens/s" in text
+    assert "48 tokens, 3 of 8 experts each, 16 -> 24 -> 16; path reference" in text
+    assert "float32: 2.00 ms, transformers (grouped_mm) 3.00 ms: **1.50 x**." in text
+
+
+def test_the_moe_layer_alone(cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides are right, and are timed only because they are."""
+    import cpu_moe
+
+    work = cpu_step.Workload(batch=1, length=64, steps=2, threads=1)
+    call = {"candidates": [], "work": asdict(work)}
+    result = json.loads(json.dumps(cpu_step.child(call)))
+    assert result["shape"]["tokens"] == 64
+    for dtype in ("float32", "bfloat16"):
+        rows = result["dtypes"][dtype]
+        assert len(rows) == 4
+        assert all(row["repeats"] == 4 and row["median_ms"] > 0 for row in rows.values())
+        peers = [row["median_ms"] for name, row in rows.items() if name != "nemo_hybrid"]
+        ratio = min(peers) / rows["nemo_hybrid"]["median_ms"]
+        assert result["speedups"][dtype] == pytest.approx(ratio)
+
+    def with_other_experts(name: str, problem: Any) -> Any:
+        other = replace(problem, ids_TK=problem.ids_TK.roll(1, 0))
+        return make_layer(name, other)
+
+    make_layer = cpu_moe.transformers_layer
+    monkeypatch.setattr(cpu_moe, "transformers_layer", with_other_experts)
+    with pytest.raises(AssertionError, match=r"transformers \(eager\) in float32 deviates by"):
+        cpu_step.child(call)
 
 
 def test_the_result_is_written_whole(cpu_step: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""The routed experts of a MoE layer alone, forward and backward on a CPU, beside transformers'.
+
+Both sides get the same tokens, routing and weights. Before anything is timed, output and gradients
+of each are compared with a computation in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from measuring import Meter, deviation
+from moe_peers import transformers_layer
+from moe_problem import UNIFORM, Problem, Shape, draw
+from torch import Tensor
+
+from nemo_kernels import backend
+from nemo_kernels.moe import moe_mlp, reference
+
+OURS = "nemo_hybrid"
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest accepted deviation, see ``measuring.deviation``."""
+
+
+def measure(shape: Shape, threads: int, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
+    """Times of both sides in turns, in fp32 and in bf16; ``peers`` are transformers'
+    experts_implementations.
+
+    Raises AssertionError when results are wrong.
+    """
+    torch.set_num_threads(threads)
+    dtypes = {dtype: _in_turns(shape, dtype, rounds, peers) for dtype in TOLERANCES}
+    return {
+        "shape": asdict(shape),
+        "path": backend.path("moe", "cpu").name,
+        "dtypes": dtypes,
+        "speedups": {dtype: speedup(rows) for dtype, rows in dtypes.items()},
+    }
+
+
+def _in_turns(shape: Shape, dtype: str, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
+    """Times and deviation of each side."""
+    p = draw(shape, UNIFORM, "cpu", getattr(torch, dtype))
+    layers = {f"transformers ({name})": transformers_layer(name, p) for name in peers}
+    layers[OURS] = partial(moe_mlp, p.x_TL, p.ids_TK, p.weights_TK, p.up_EFL, p.down_ELF)
+    calls = {name: partial(_with_gradients, layer, p) for name, layer in layers.items()}
+    expected = _in_float64(p)
+    found = {name: {"deviation": deviation(call(), expected)} for name, call in calls.items()}
+    for name, row in found.items():
+        assert row["deviation"] <= TOLERANCES[dtype], (
+            f"{name} in {dtype} deviates by {row['deviation']:.2g} ({TOLERANCES[dtype]})"
+        )
+    times = Meter("cpu", budget_s=600).times(calls, seconds=0, least=rounds)
+    return {name: row | times[name] for name, row in found.items()}
+
+
+def _with_gradients(layer: Callable[[], Tensor], p: Problem) -> tuple[Tensor, ...]:
+    y_TL = layer()
+    return y_TL, *torch.autograd.grad(y_TL, p.leaves, p.dy_TL)
+
+
+def _in_float64(p: Problem) -> tuple[Tensor, ...]:
+    x_TL, weights_TK, up_EFL, down_ELF = leaves = tuple(
+        t.detach().double().requires_grad_() for t in p.leaves
+    )
+    y_TL = reference.moe_mlp(x_TL, p.ids_TK, weights_TK, up_EFL, down_ELF)
+    return y_TL, *torch.autograd.grad(y_TL, leaves, p.dy_TL.double())
+
+
+def best_peer(rows: dict[str, Any]) -> str:
+    """The fastest of transformers' implementations."""
+    return min(rows.keys() - {OURS}, key=lambda name: rows[name]["median_ms"])
+
+
+def speedup(rows: dict[str, Any]) -> float:
+    """Time of the best peer over ours."""
+    return rows[best_peer(rows)]["median_ms"] / rows[OURS]["median_ms"]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in words."""
+    s = Shape(**result["shape"])
+    lines = [
+        f"Routed experts alone, forward and backward ({s.tokens} tokens, {s.k} of {s.experts} "
+        f"experts each, {s.width} -> {s.inner} -> {s.width}; path {result['path']}):"
+    ]
+    for dtype, rows in result["dtypes"].items():
+        peer = best_peer(rows)
+        lines.append(
+            f"{dtype}: {rows[OURS]['median_ms']:.2f} ms, {peer} {rows[peer]['median_ms']:.2f} ms: "
+            f"**{result['speedups'][dtype]:.2f} x**."
+        )
+    return "\n".join(lines)
