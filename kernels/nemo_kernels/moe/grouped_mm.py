@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from nemo_kernels.moe import reference
+from nemo_kernels.moe import function, reference
 from nemo_kernels.moe.function import GroupedMLP, MoeMLP
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
@@ -86,30 +86,8 @@ def moe_mlp(
 
 
 def self_check(device_type: str) -> float:
-    """Largest deviation from the reference, relative to its largest value, of output and gradients
-    in bf16, with an expert that gets no token."""
-    generator = torch.Generator().manual_seed(0)
-    n_experts, n_tokens, k, width, inner = 5, 96, 2, 64, 128
-
-    def normal(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator)
-        return x.to(device_type, torch.bfloat16).requires_grad_()
-
-    x_TL, weights_TK = normal(n_tokens, width), normal(n_tokens, k)
-    up_EFL, down_ELF = normal(n_experts, inner, width), normal(n_experts, width, inner)
-    dy_TL = normal(n_tokens, width)
-    pairs = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type)
-    ids_TK = pairs.repeat(n_tokens // len(pairs), 1)
-    results = []
-    for op in (moe_mlp, reference.moe_mlp):
-        y_TL = op(x_TL, ids_TK, weights_TK, up_EFL, down_ELF)
-        grads = torch.autograd.grad(y_TL, (x_TL, weights_TK, up_EFL, down_ELF), dy_TL)
-        results.append([y_TL, *grads])
-    deviations = [
-        (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-        for ours, theirs in zip(*results, strict=True)
-    ]
-    return torch.stack(deviations).max().item()
+    """Largest deviation from the reference; see ``function.self_check``."""
+    return function.self_check(moe_mlp, reference.moe_mlp, device_type)
 
 
 def supports(w_up_EFL: Tensor) -> bool:

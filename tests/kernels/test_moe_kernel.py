@@ -1,0 +1,276 @@
+"""The experts in Triton against loops over tokens in float64. See ``helpers.triton_env`` for where
+they run.
+
+Shapes: T tokens, E experts, K experts per token, R = T*K, L width in which experts work, F expert
+width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
+from helpers.triton_env import DEVICE, guarded_memory
+from nemo_kernels.moe import expert_kernel, kernel, reference
+from nemo_kernels.moe.expert_kernel import PLANS, Plan, Tile
+from nemo_kernels.moe.kernel import grouped_mlp, moe_mlp
+
+FP32, BF16 = 1e-5, 1.2e-2
+"""Largest deviations, relative to the largest value: rounding of sums, and that of h, act and y."""
+SMALL = Plan(*[Tile(16, 16, 16, 4, 2)] * 3)
+
+
+@contextmanager
+def tiles(plan: Plan) -> Iterator[None]:
+    with mock.patch.object(expert_kernel, "plan", return_value=plan):
+        yield
+
+
+def run(
+    ids_TK: Tensor, inputs: tuple[Tensor, ...], dy: Tensor, recompute: bool = False
+) -> list[Tensor]:
+    """Output and gradients, in float64 on the CPU, from memory that was full of NaN."""
+    inputs = tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs)
+    ids_TK, dy = ids_TK.to(DEVICE), dy.to(DEVICE)
+    with guarded_memory():
+        y, *gradients = with_gradients(
+            lambda x, w, u, d: moe_mlp(x, ids_TK, w, u, d, recompute), inputs, dy
+        )
+    return [t.cpu() for t in (y, *gradients)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n_tokens=st.integers(0, 12),
+    n_experts=st.integers(1, 6),
+    k=st.integers(1, 3),
+    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    skew=st.sampled_from([0.0, 0.5, 8.0]),
+    recompute=st.booleans(),
+)
+def test_values_and_gradients_equal_a_loop_over_tokens(
+    seed: int, n_tokens: int, n_experts: int, k: int, widths, skew: float, recompute: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k = min(k, n_experts)
+    ids_TK = draw_ids(generator, n_tokens, n_experts, k, skew)
+    inputs = draw_inputs(generator, n_tokens, k, n_experts, *widths)
+    dy = torch.randn(inputs[0].shape, generator=generator)
+    with tiles(SMALL):
+        assert deviation(run(ids_TK, inputs, dy, recompute), oracle(ids_TK, inputs, dy)) < FP32
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [*((key, torch.bfloat16) for key in sorted(PLANS)), ((True, False), torch.float16)],
+)
+def test_tiles_as_shipped(key: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """More than one tile of rows and of columns, none of them full."""
+    generator = torch.Generator().manual_seed(1)
+    n_tokens, k, n_experts, width, inner = 75, 2, 3, 264, 136
+    ids_TK = draw_ids(generator, n_tokens, n_experts, k, 1.0)
+    inputs = draw_inputs(generator, n_tokens, k, n_experts, width, inner, dtype)
+    dy = torch.randn(n_tokens, width, generator=generator).to(dtype)
+    with tiles(PLANS[key]):
+        ours = run(ids_TK, inputs, dy)
+    assert deviation(ours, oracle(ids_TK, inputs, dy)) < BF16
+
+
+def test_fp32_as_shipped() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ids_TK = draw_ids(generator, 45, 3, 2, 1.0)
+    inputs = draw_inputs(generator, 45, 2, 3, 70, 104)
+    dy = torch.randn(45, 70, generator=generator)
+    assert deviation(run(ids_TK, inputs, dy), oracle(ids_TK, inputs, dy)) < FP32
+
+
+@pytest.mark.parametrize(
+    ("width", "inner"),
+    [(24, 1856), (1024, 168)] if DEVICE == "cpu" else [(1024, 2688), (2688, 1856)],
+)
+def test_widths_of_published_models(width: int, inner: int) -> None:
+    """1856 and 2688 are no multiples of the largest tiles. In the interpreter one width at a time:
+    1856 is 14.5 tiles and 29 steps, 168 is a 16th of 2688."""
+    generator = torch.Generator().manual_seed(3)
+    ids_TK = torch.tensor([[0], [1], [0]])
+    inputs = draw_inputs(generator, 3, 1, 2, width, inner, torch.bfloat16)
+    dy = torch.randn(3, width, generator=generator).bfloat16()
+    # Not the oracle: three routing weights' gradients say little about rounding over 1856 columns.
+    theirs = with_gradients(lambda x, w, u, d: reference.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+    assert deviation(run(ids_TK, inputs, dy), theirs) < BF16
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 17, 1], [0, 0, 21, 0], [21, 0, 0, 0], [0, 0, 0, 0]])
+def test_grouped_mlp_on_sorted_rows(counts: list[int], recompute: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    n_rows = sum(counts)
+    x, weights_TK, up, down = draw_inputs(generator, n_rows, 1, 4, 24, 40)
+    ids_TK = torch.arange(4).repeat_interleave(torch.tensor(counts))[:, None]
+    dy = torch.randn(n_rows, 24, generator=generator)
+    inputs = tuple(t.detach().to(DEVICE).requires_grad_() for t in (x, weights_TK, up, down))
+    counts_E = torch.tensor(counts, device=DEVICE)
+    with tiles(SMALL), guarded_memory():
+        ours = with_gradients(
+            lambda x, w, u, d: grouped_mlp(x, w[:, 0], counts_E, u, d, recompute),
+            inputs,
+            dy.to(DEVICE),
+        )
+    ours = [t.cpu() for t in ours]
+    assert deviation(ours, oracle(ids_TK, (x, weights_TK, up, down), dy)) < FP32
+    for gradient in ours[3:]:
+        assert gradient[torch.tensor(counts) == 0].eq(0).all()
+
+
+def test_a_gradient_may_be_expanded() -> None:
+    generator = torch.Generator().manual_seed(5)
+    ids_TK = draw_ids(generator, 9, 3, 2, 0.0)
+    inputs = draw_inputs(generator, 9, 2, 3, 8, 24)
+    ours = run(ids_TK, inputs, torch.ones(()).expand(9, 8))
+    assert deviation(ours, oracle(ids_TK, inputs, torch.ones(9, 8))) < FP32
+
+
+def test_fp32_copies_of_weights_keep_their_gradients_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(6)
+    ids_TK = draw_ids(generator, 20, 4, 2, 0.0)
+    inputs = draw_inputs(generator, 20, 2, 4, 24, 40, torch.bfloat16)
+    copies = (*inputs[:2], *(t.detach().float() for t in inputs[2:]))
+    dy = torch.randn(20, 24, generator=generator).bfloat16()
+    plain, copied = run(ids_TK, inputs, dy), run(ids_TK, copies, dy)
+    for ours, rounded in zip(copied[:3], plain[:3], strict=True):
+        assert torch.equal(ours, rounded)
+    for ours, rounded in zip(copied[3:], plain[3:], strict=True):
+        assert torch.equal(ours.bfloat16().double(), rounded)
+        assert not torch.equal(ours, rounded)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_kept_for_the_backward_pass(recompute: bool) -> None:
+    n_tokens, k, n_experts, width, inner = 16, 3, 5, 24, 40
+    generator = torch.Generator().manual_seed(7)
+    inputs = draw_inputs(generator, n_tokens, k, n_experts, width, inner, torch.bfloat16)
+    x, w, up, down = (t.detach().to(DEVICE).requires_grad_() for t in inputs)
+    up, down = (t.detach().float().requires_grad_() for t in (up, down))
+    ids_TK = draw_ids(generator, n_tokens, n_experts, k, 0.0).to(DEVICE)
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        moe_mlp(x, ids_TK, w, up, down, recompute)
+    owned = {t.data_ptr() for t in (x, w, up, down)}
+    floats = [t for t in kept if t.is_floating_point() and t.data_ptr() not in owned]
+    slots = n_tokens * k
+    wanted = {(slots,)} if recompute else {(slots,), (slots, inner)}
+    assert {tuple(t.shape) for t in floats} == wanted
+    assert len(floats) == len(wanted)
+
+
+def test_results_do_not_vary_between_calls() -> None:
+    generator = torch.Generator().manual_seed(8)
+    ids_TK = draw_ids(generator, 60, 8, 4, 0.5)
+    inputs = draw_inputs(generator, 60, 4, 8, 48, 72, torch.bfloat16)
+    dy = torch.randn(60, 48, generator=generator).bfloat16()
+    kept = run(ids_TK, inputs, dy)
+    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy)))
+    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy, recompute=True)))
+
+
+def shifted(rows: kernel._Rows) -> kernel._Rows:
+    return rows._replace(token_R=rows.token_R.roll(1))
+
+
+def unweighted(rows: kernel._Rows) -> kernel._Rows:
+    return rows._replace(weight_R=torch.ones_like(rows.weight_R))
+
+
+def one_row_late(rows: kernel._Rows) -> kernel._Rows:
+    return rows._replace(end_E=rows.end_E - 1)
+
+
+def short_tiles(rows: kernel._Rows) -> kernel._Rows:
+    return rows._replace(end_M=rows.end_M - 1)
+
+
+@pytest.mark.parametrize("mistake", [shifted, unweighted, one_row_late, short_tiles])
+def test_the_comparison_notices(mistake: Callable[[kernel._Rows], kernel._Rows]) -> None:
+    generator = torch.Generator().manual_seed(9)
+    ids_TK = draw_ids(generator, 12, 3, 2, 0.0)
+    inputs = draw_inputs(generator, 12, 2, 3, 24, 20)
+    dy = torch.randn(12, 24, generator=generator)
+    right, make = oracle(ids_TK, inputs, dy), kernel._rows
+    with tiles(SMALL):
+        assert deviation(run(ids_TK, inputs, dy), right) < FP32
+        with mock.patch.object(kernel, "_rows", lambda *a: mistake(make(*a))):
+            assert not deviation(run(ids_TK, inputs, dy), right) < 0.05  # also true for NaN
+
+
+def test_self_check() -> None:
+    assert DEVICE in kernel.DEVICE_TYPES
+    assert kernel.self_check(DEVICE) < BF16
+    make = kernel._rows
+    with mock.patch.object(kernel, "_rows", lambda *a: shifted(make(*a))):
+        assert kernel.self_check(DEVICE) > 0.1
+
+
+def test_offsets_beyond_int32() -> None:
+    """On a GPU with h of more than 2**31 elements; the last rows are those that would overflow."""
+    n_rows, width, inner = (40, 16, 72) if DEVICE == "cpu" else (32_800, 16, 2**16)
+    generator = torch.Generator().manual_seed(10)
+    inputs = draw_inputs(generator, n_rows, 1, 2, width, inner, torch.bfloat16)
+    x, w, up, down = (t.detach().to(DEVICE).requires_grad_() for t in inputs)
+    counts_E = torch.tensor([n_rows - 20, 20], device=DEVICE)
+    y = grouped_mlp(x, w[:, 0], counts_E, up, down)
+    ours = [y, *torch.autograd.grad(y.float().square().sum(), (x, w))]
+    tail = [t.detach()[-20:].cpu().requires_grad_() for t in (x, w)]
+    tail += [t.detach()[1:].cpu().requires_grad_() for t in (up, down)]
+    y = reference.grouped_mlp(tail[0], tail[1][:, 0], torch.tensor([20]), tail[2], tail[3])
+    theirs = [y, *torch.autograd.grad(y.float().square().sum(), tail[:2])]
+    last = [t.detach()[-20:].cpu().double() for t in ours]
+    assert deviation(last, [t.detach().double() for t in theirs]) < BF16
+
+
+def test_plans() -> None:
+    """One tile table serves a call, so that all its products have the same rows."""
+    assert all(plan.up.m == plan.down.m for plan in PLANS.values())
+    bf16 = torch.bfloat16
+    assert expert_kernel.plan(bf16, 704 * 512, 512, 1024) is PLANS[False, True]
+    assert expert_kernel.plan(bf16, 511 * 512, 512, 2688) is PLANS[True, False]
+    assert expert_kernel.plan(torch.float32, 9, 3, 1024) is expert_kernel.FP32_PLAN
+    assert set(PLANS) == {(few, wide) for few in (False, True) for wide in (False, True)}
+
+
+def test_bad_input_is_named() -> None:
+    inputs = draw_inputs(torch.Generator(), 4, 2, 3, 6, 5)
+    x, w, up, down = (t.detach().to(DEVICE) for t in inputs)
+    ids = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"x_TL: expected one of \(torch.bfloat16, .*float64"):
+        moe_mlp(x.double(), ids, w, up.double(), down.double())
+    with pytest.raises(ValueError, match=r"w_up_EFL: expected one of \(torch.bfloat16, .*float64"):
+        moe_mlp(x, ids, w, up.double(), down.double())
+    with pytest.raises(ValueError, match=r"w_down_ELF: expected a contiguous tensor, got strides"):
+        moe_mlp(x, ids, w, up, down.mT.contiguous().mT)
+    with pytest.raises(ValueError, match=r"x_RL: expected a contiguous tensor, got strides"):
+        grouped_mlp(x.t().contiguous().t(), w[:, 0].contiguous(), ids[:3, 0], up, down)
+    with pytest.raises(ValueError, match=r"topk_weights_TK: expected a tensor on .* got meta"):
+        moe_mlp(x, ids, w.to("meta"), up, down)
+    with pytest.raises(ValueError, match=r"topk_ids_TK: expected 1 to 3 \(experts\) columns"):
+        moe_mlp(x, ids.repeat(1, 2), w.repeat(1, 2), up, down)
+    x, ids, w, up, down = (t.to("meta") for t in (x, ids, w, up, down))
+    with pytest.raises(ValueError, match=r"topk_ids_TK: expected at most 2147418112 elements"):
+        moe_mlp(x, ids.new_empty(2**30, 2), w, up, down)
+    with pytest.raises(ValueError, match=r"w_up_EFL: expected 1 to 2\*\*31 - 1 elements per"):
+        moe_mlp(x, ids, w, up.new_empty(1, 2**16, 2**15), down)
+    with pytest.raises(ValueError, match=r"w_up_EFL: expected 1 to 1024 experts, got 1025"):
+        moe_mlp(x, ids, w, up.new_empty(1025, 2, 2), down)
+    assert kernel.supports(up)
+    assert not kernel.supports(up.double())
