@@ -13,6 +13,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_hybrid.terminal import print_table
+
 # Distribution and import names.
 REQUIRED = {
     "torch": "torch",
@@ -42,14 +44,6 @@ class Package(NamedTuple):
     problem: str
 
 
-class Section(NamedTuple):
-    """A titled table of the report."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
 def doctor() -> int:
     """Print the report; return 0 when all required packages work, else 1."""
     names = REQUIRED | OPTIONAL
@@ -58,14 +52,11 @@ def doctor() -> int:
     problems = {p.name: p.problem for p in packages}
     states = [(p.name, p.version, p.problem or "works") for p in packages]
     header = ("package", "version", "state")
-    _show(Section("Machine", ("", ""), machine()))
-    _show(Section("Required packages", header, [s for s in states if s[0] in REQUIRED]))
-    _show(Section("Optional packages", header, [s for s in states if s[0] in OPTIONAL]))
+    print_table(("", ""), machine(), "Machine")
+    print_table(header, [s for s in states if s[0] in REQUIRED], "Required packages")
+    print_table(header, [s for s in states if s[0] in OPTIONAL], "Optional packages")
     if not problems["torch"]:
-        _show(Section("Torch", ("", ""), torch_build()))
-        for device_type in _device_types():
-            title = f"Operations on {device_type} tensors"
-            _show(Section(title, ("operation", "path", "reason"), operations(device_type)))
+        _show_torch()
     broken = [name for name in REQUIRED if problems[name]]
     if broken:
         print(f"Broken: {', '.join(broken)}. Install again with `pip install -e .`")
@@ -96,18 +87,15 @@ def probe(name: str, module: str) -> Package:
     return Package(name, version, f"does not import: {last[0]}")
 
 
-def machine() -> list[tuple[str, ...]]:
+def machine() -> list[tuple[str, str]]:
     """Python, operating system, CPU, memory and instruction sets, in words."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpuinfo = _read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", cpuinfo, re.MULTILINE)
-    words = flags[1].split() if flags else []
+    model, words = _cpuinfo("model name"), _cpuinfo("flags|Features").split()
     memory = {m[1]: int(m[2]) for m in re.finditer(r"(\w+):\s+(\d+) kB", _read("/proc/meminfo"))}
-    rows: list[tuple[str, ...]] = [
+    rows = [
         ("Python", f"{platform.python_version()} at {sys.executable}"),
         ("System", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        ("CPU", f"{usable} usable cores{f', {model[1]}' if model else ''}"),
+        ("CPU", f"{usable} usable cores{f', {model}' if model else ''}"),
         ("Instructions", ", ".join(i for i in INSTRUCTION_SETS if i in words) or "unknown"),
     ]
     if "MemTotal" in memory:
@@ -119,11 +107,13 @@ def machine() -> list[tuple[str, ...]]:
     return rows
 
 
-def torch_build() -> list[tuple[str, ...]]:
-    """What torch was built for, and the name, capability and memory of each CUDA device."""
+def _show_torch() -> None:
+    """What torch was built for, the CUDA devices, and the path of each operation and why."""
     import torch
 
-    rows: list[tuple[str, ...]] = [
+    from nemo_kernels import backend
+
+    rows = [
         ("Built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"),
         ("CPU kernels", torch.backends.cpu.get_cpu_capability()),
         ("Threads", str(torch.get_num_threads())),
@@ -132,42 +122,11 @@ def torch_build() -> list[tuple[str, ...]]:
         p = torch.cuda.get_device_properties(i)
         about = f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
         rows.append((f"CUDA device {i}", about))
-    return rows if torch.cuda.is_available() else [*rows, ("CUDA devices", "none")]
-
-
-def operations(device_type: str) -> list[tuple[str, ...]]:
-    """Operation, the path it takes on tensors of a device type, and why."""
-    from nemo_kernels import backend
-
-    return [*backend.report(device_type)]
-
-
-def _device_types() -> tuple[str, ...]:
-    import torch
-
-    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-
-
-def _show(section: Section) -> None:
-    """A table on a terminal, aligned plain lines elsewhere."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        print(f"{section.title}:")
-        widths = [max(len(cell) for cell in column) for column in zip(*section.rows, strict=True)]
-        for row in section.rows:
-            padded = "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-            print(f"  {padded.rstrip()}")
-        return
-    table = Table(title=section.title, title_justify="left", show_header=any(section.header))
-    for name in section.header:
-        table.add_column(name, overflow="fold")
-    for row in section.rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    cuda = torch.cuda.is_available()
+    print_table(("", ""), rows if cuda else [*rows, ("CUDA devices", "none")], "Torch")
+    for device_type in ("cpu", "cuda") if cuda else ("cpu",):
+        title = f"Operations on {device_type} tensors"
+        print_table(("operation", "path", "reason"), backend.report(device_type), title)
 
 
 def _read(path: str) -> str:
@@ -175,6 +134,12 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _cpuinfo(names: str) -> str:
+    """The first entry of one of these names."""
+    found = re.search(rf"^(?:{names})\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def environment() -> dict[str, Any]:
@@ -185,13 +150,8 @@ def environment() -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
-        "cpu": cpu,
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),

@@ -6,12 +6,12 @@ Nothing is loaded: the model is built without storage, and files are opened for 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -26,10 +26,8 @@ from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfi
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.train.flops import parameter_counts
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from nemo_hybrid.terminal import print_table
+from nemo_hybrid.train.flops import parameter_counts, without_storage
 
 _PARTS_OF_MOE = {
     "gate": "routers",
@@ -184,8 +182,7 @@ def _shape_in_yaml(path: Path) -> HybridConfig:
 
 def _without_storage(config: HybridConfig, path: Path) -> HybridLM:
     try:
-        with torch.device("meta"):
-            return HybridLM(config)
+        return without_storage(config)
     except (RuntimeError, TypeError):  # a product, or a number, beyond 64 bits
         raise UserError(f"{path} describes a model of impossible size") from None
 
@@ -226,80 +223,58 @@ def _layers(pattern: str) -> dict[str, int]:
 
 
 def _print(found: Inspection) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    console.print(f"{found.path}", markup=False, soft_wrap=True)
-    _print_shape(console, found.config)
-    _print_parameters(console, found)
-    if found.report is not None and found.files is not None:
-        _print_audit(console, found.report, found.files)
-    elif found.path.is_dir():
-        console.print("no weights here (no .safetensors file)")
-    if found.verified is not None:
-        _print_verified(console, found.verified)
-
-
-def _print_shape(console: Console, config: HybridConfig) -> None:
-    from rich.table import Table
-
+    config = found.config
     layers = ", ".join(f"{count} {about}" for about, count in _layers(config.pattern).items())
-    rows = [(name, str(value)) for name, value in asdict(config).items() if name != "pattern"]
-    half = -(-len(rows) // 2)
-    table = Table("field", "value", "field", "value", title="Shape", title_justify="left")
-    for left, right in zip(rows[:half], [*rows[half:], ("", "")], strict=False):
-        table.add_row(*left, *right)
-    console.print(f"pattern {config.pattern}", markup=False)
-    console.print(f"{config.num_hidden_layers} layers: {layers}")
-    console.print(table)
-
-
-def _print_parameters(console: Console, found: Inspection) -> None:
-    from rich.table import Table
-
-    table = Table("component", title="Parameters", title_justify="left")
-    table.add_column("parameters", justify="right")
-    table.add_column("share", justify="right")
-    rows = dict(found.parameters)
-    for name, count in rows.items():
-        table.add_row(name, f"{count:,}", f"{count / found.total:.1%}")
-    table.add_section()
-    table.add_row("total", f"{found.total:,}", "100.0%")
-    for name, count in [("without MTP", found.without_mtp), ("active per token", found.active)]:
-        table.add_row(name, f"{count:,}", f"{count / found.total:.1%}")
-    console.print(table)
-    console.print(
+    print(f"{found.path}\npattern {config.pattern}\n{config.num_hidden_layers} layers: {layers}")
+    shape = [(name, str(value)) for name, value in asdict(config).items() if name != "pattern"]
+    half = -(-len(shape) // 2)
+    pairs = zip_longest(shape[:half], shape[half:], fillvalue=("", ""))
+    print_table(("field", "value") * 2, [(*left, *right) for left, right in pairs], "Shape")
+    counts = found.parameters | {
+        "total": found.total,
+        "without MTP": found.without_mtp,
+        "active per token": found.active,
+    }
+    print_table(
+        ("component", "parameters", "share"),
+        [(name, f"{n:,}", f"{n / found.total:.1%}") for name, n in counts.items()],
+        "Parameters",
+        right=("parameters", "share"),
+        ruled=[len(found.parameters) - 1],
+    )
+    print(
         f"Active: k of E routed experts, embedding and head, no MTP. Beside the parameters, "
         f"{found.router_biases:,} router bias entries.\nWeights in bf16 (the fp32 list in fp32): "
         f"{_size(found.bf16_bytes)}."
     )
+    if found.report is not None and found.files is not None:
+        _print_audit(found.report, found.files)
+    elif found.path.is_dir():
+        print("no weights here (no .safetensors file)")
+    if found.verified is not None:
+        _print_verified(found.verified)
 
 
-def _print_audit(console: Console, report: Report, files: Mapping[str, int]) -> None:
-    from rich.table import Table
-
+def _print_audit(report: Report, files: Mapping[str, int]) -> None:
     outcomes = Counter((f.status, f.dtype or "-", f.note) for f in report.findings)
-    table = Table("tensors", "outcome", "dtype", "note", title_justify="left")
-    table.title = f"Tensors of {len(files)} files, {_size(sum(files.values()))}"
-    for (status, dtype, note), count in sorted(outcomes.items()):
-        if status != "error":
-            table.add_row(str(count), status, dtype, note)
-    table.add_row(str(len(report.having("error"))), "error", "", "")
-    console.print(table)
+    rows = [
+        (str(count), *outcome)
+        for outcome, count in sorted(outcomes.items())
+        if outcome[0] != "error"
+    ]
+    rows.append((str(len(report.having("error"))), "error", "", ""))
+    title = f"Tensors of {len(files)} files, {_size(sum(files.values()))}"
+    print_table(("tensors", "outcome", "dtype", "note"), rows, title)
     for line in report.problems():
-        console.print(line, markup=False, soft_wrap=True)
+        print(line)
 
 
-def _print_verified(console: Console, verified: Verified) -> None:
+def _print_verified(verified: Verified) -> None:
     if verified.step is not None:
         layout = ", ".join(f"{name} {value}" for name, value in (verified.layout or {}).items())
-        console.print(
-            f"Checkpoint of step {verified.step} ({layout}): optimizer state of all parameters."
-        )
+        print(f"Checkpoint of step {verified.step} ({layout}): optimizer state of all parameters.")
     how = "size and checksum" if verified.checksums else "size (contents: --deep)"
-    console.print(
-        f"{verified.files} files, {_size(verified.bytes)}: present and of the right {how}."
-    )
+    print(f"{verified.files} files, {_size(verified.bytes)}: present and of the right {how}.")
 
 
 def _size(count: int) -> str:

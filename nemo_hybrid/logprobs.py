@@ -23,11 +23,11 @@ from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.command_options import CompareOptions
 from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.inspection import inspect
+from nemo_hybrid.terminal import print_table, progress_bar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
@@ -260,17 +260,15 @@ def _vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:
 
 
 def _print(options: CompareOptions, a: Path, b: Path, text: Text, found: PerToken) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     print(f"A: {a}\nB: {b}, computed by {options.backend}")
     print(f"{len(found.a_T)} tokens of {text.about}, in pieces of {options.sequence_length}")
     difference_T = (found.b_T - found.a_T).abs()
-    table = Table("nats per token", "mean", "max", "where")
-    for name, values_T in [("|logprob B - logprob A|", difference_T), ("KL(A||B)", found.kl_T)]:
-        where = text.place(int(values_T.argmax()))
-        table.add_row(name, f"{values_T.mean():.3e}", f"{values_T.max():.3e}", where)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    measured = {"|logprob B - logprob A|": difference_T, "KL(A||B)": found.kl_T}
+    rows = [
+        (name, f"{x_T.mean():.3e}", f"{x_T.max():.3e}", text.place(int(x_T.argmax())))
+        for name, x_T in measured.items()
+    ]
+    print_table(("nats per token", "mean", "max", "where"), rows)
     print(f"loss: A {-found.a_T.mean():.4f}, B {-found.b_T.mean():.4f} nats per token")
     print(f"same most probable token: {found.same_top_T.double().mean():.2%}")
     if options.backend == "transformers":

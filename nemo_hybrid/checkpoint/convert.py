@@ -23,8 +23,8 @@ from nemo_hybrid.checkpoint.names import expert_name
 from nemo_hybrid.checkpoint.tensors import TensorFile
 from nemo_hybrid.checkpoint.weights import INDEX, Read, Report, log_report, reopen
 from nemo_hybrid.checkpoint.writing import Shards, write_model_files
-from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.files import naming
+from nemo_hybrid.terminal import progress_bar
 
 REPORT = "import_report.json"
 

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from nemo_hybrid.command_options import TRAINED_VOCAB_SIZE, PrepareOptions
-from nemo_hybrid.data.progress import progress_bar
 from nemo_hybrid.data.sources import (
     Document,
     Source,
@@ -42,6 +41,7 @@ from nemo_hybrid.data.tokenizer import (
 )
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import sync_directory, write_file
+from nemo_hybrid.terminal import progress_bar
 
 _DEFAULTS = PrepareOptions()
 TRAIN, HELDOUT = "train", "heldout"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from nemo_hybrid.config import DataOptions, TrainOptions
 from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
+from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
 
 
@@ -48,9 +48,6 @@ def evaluate(
 
 def eval_command(options: EvalOptions) -> None:
     """``nemo-hybrid eval``: print the held-out losses of a checkpoint, as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     from nemo_hybrid.checkpoint.files import resolve
     from nemo_hybrid.checkpoint.load import load_model
 
@@ -73,8 +70,11 @@ def eval_command(options: EvalOptions) -> None:
     World.stop()
     if world.rank:
         return
-    table = Table("target", "held-out loss (nats per token)", "perplexity")
-    for k, loss in enumerate(losses):
-        name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
-        table.add_row(name, f"{loss:.4f}", f"{torch.tensor(loss).exp():.1f}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    names = ["next token", *(f"token t + {1 + k} (MTP depth {k})" for k in range(1, len(losses)))]
+    print_table(
+        ("target", "held-out loss (nats per token)", "perplexity"),
+        [
+            (n, f"{x:.4f}", f"{torch.tensor(x).exp():.1f}")
+            for n, x in zip(names, losses, strict=True)
+        ],
+    )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # From bottom to top. A room may import the rooms below it and itself.
 LAYERS = (
-    {"errors", "files", "config", "config_load", "command_options", "hf_config"},
+    {"errors", "files", "config", "config_load", "command_options", "hf_config", "terminal"},
     {"data", "model", "precision"},
     {"checkpoint", "export"},
     {"parallel"},
