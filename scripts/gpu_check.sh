@@ -61,7 +61,6 @@ step() {
     [[ "$code" == 0 ]] || status=$((status + weight))
 }
 
-SECONDS=0
 # Also fills Triton's cache on all cores.
 step code 4 "$CODE_S" "$PYTHON" scripts/compile_kernels.py
 

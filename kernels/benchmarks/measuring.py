@@ -40,8 +40,8 @@ class Meter:
         self.device = device
         self.on_gpu = device == "cuda"
         self._deadline = time.monotonic() + budget_s
-        self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1024, dtype=torch.uint8)
-        self._flush = self._flush.to(device)
+        size = FLUSH_BYTES if self.on_gpu else 1024
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def left(self) -> float:
         """Seconds until the deadline."""
