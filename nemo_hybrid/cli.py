@@ -214,13 +214,11 @@ def _pretrain(config: RunConfig) -> None:
 
 def _prepare(options: PrepareOptions) -> None:
     if options.out is None:
-        if options.paths:
-            raise UserError("--out is missing: name the directory of the token store")
         options.out = default_corpus_place()
     from nemo_hybrid.data.prepare import prepare
 
     # The default corpus is made once: a second `prepare` finds it.
-    print(prepare(**vars(options), reuse=not options.paths))
+    print(prepare(options, reuse=not options.paths))
 
 
 def _import(options: ImportOptions) -> None:

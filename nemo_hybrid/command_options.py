@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from nemo_hybrid.config import (
     NOT_NEGATIVE,
+    BelowOne,
     Bound,
     NotNegativeFloat,
     PositiveInt,
@@ -46,12 +47,21 @@ class PrepareOptions(Options):
     """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
     text_field: str = "text"
     """Field or column that holds the text in .jsonl, .parquet and datasets."""
-    heldout: float = 0.03
+    heldout: BelowOne = 0.03
     """Fraction of the documents that is held out for evaluation."""
     skip_bad: bool = False
     """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
     seed: int = 0
     """Seed of the choice of held-out documents."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.out is None and self.paths:
+            raise UserError("--out is missing: name the directory of the token store")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise UserError(
+                "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary"
+            )
 
 
 @dataclass

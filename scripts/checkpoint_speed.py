@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.files import step_name, verify
+from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.data.prepare import prepare
@@ -45,7 +46,8 @@ def build(directory: Path, gib: float) -> Run:
     text.mkdir()
     for number in range(50):
         (text / f"{number}.txt").write_text(f"document {number} " * 200)
-    prepare([str(text)], str(directory / "store"), vocab_size=300, heldout=0)
+    store = str(directory / "store")
+    prepare(PrepareOptions([str(text)], store, vocab_size=300, heldout=0))
     experts = int(gib * 2**30 / BYTES_PER_PARAMETER / EXPERT_PARAMETERS) + 1
     config = RunConfig(
         run_dir=str(directory / "run"),

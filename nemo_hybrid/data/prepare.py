@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,7 +43,6 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import sync_directory, write_file
 from nemo_hybrid.terminal import progress_bar
 
-_DEFAULTS = PrepareOptions()
 TRAIN, HELDOUT = "train", "heldout"
 RECORD = "prepare.json"
 _BATCH_CHARACTERS = 1 << 20
@@ -84,60 +83,40 @@ class PrepareSummary:
 
 
 def prepare(
-    paths: Sequence[str | Path],
-    out: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    vocab_size: int | None = None,
-    text_field: str = _DEFAULTS.text_field,
-    heldout: float = _DEFAULTS.heldout,
-    skip_bad: bool = False,
-    seed: int = _DEFAULTS.seed,
-    progress: bool = True,
-    reuse: bool = False,
+    options: PrepareOptions, *, progress: bool = True, reuse: bool = False
 ) -> PrepareSummary:
-    """Read documents, train (or take) a tokenizer, and write the token stores below out.
+    """Read documents, train (or take) a tokenizer, and write the token stores below options.out.
 
-    paths: files and directories (text, .jsonl, .parquet), datasets saved by Hugging Face
-        `datasets`, Megatron .bin/.idx pairs; none: the default corpus, the standard library of
-        the running Python (whose unusable files are skipped and counted).
-    tokenizer: Hugging Face directory to take the tokenizer from.
-    vocab_size: of the tokenizer that is trained (None: TRAINED_VOCAB_SIZE); not with tokenizer.
-    text_field: field of .jsonl, column of .parquet and of datasets.
-    heldout: fraction of documents held out, by a hash of seed and path (and line or row number).
-    skip_bad: skip records that are not usable text, and count them, instead of failing.
-    reuse: return the summary of an existing store made with the same arguments.
+    Documents are held out by a hash of seed and path (and line or row number). Unusable files of
+    the default corpus are skipped and counted. ``reuse``: return the summary of an existing store
+    that was made with the same options.
 
     Raises UserError. Nothing appears under out until everything is written.
     """
     started = time.monotonic()
-    out = Path(out)
-    if not 0 <= heldout < 1:
-        raise UserError(f"heldout must lie in [0, 1), got {heldout}")
-    if tokenizer is not None and vocab_size is not None:
-        raise UserError(
-            "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary"
-        )
-    vocab_size = TRAINED_VOCAB_SIZE if vocab_size is None else vocab_size
-    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    options.validate()
+    assert options.out is not None, "the caller knows where the default corpus belongs"
+    out = Path(options.out)
+    vocab_size = TRAINED_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
+    given = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     if given is None:
         check_vocab_size(vocab_size)
     request = {
-        "paths": [str(Path(p).resolve()) for p in paths],
+        "paths": [str(Path(p).resolve()) for p in options.paths],
         "tokenizer_sha256": given.sha256 if given else None,
         "vocab_size": None if given else vocab_size,
-        "text_field": text_field,
-        "heldout": heldout,
-        "skip_bad": skip_bad,
-        "seed": seed,
+        "text_field": options.text_field,
+        "heldout": options.heldout,
+        "skip_bad": options.skip_bad,
+        "seed": options.seed,
     }
     if not _is_free(out):
         if reuse:
             return _existing(out, request)
         raise UserError(f"{out} exists already; name another --out or remove it first")
 
-    sources = find_sources(paths) if paths else default_sources()
-    corpus = _Corpus(sources, text_field, heldout, seed, skip_bad or not paths, progress)
+    sources = find_sources(options.paths) if options.paths else default_sources()
+    corpus = _Corpus(sources, options, progress)
     if given is None:
         given = train_tokenizer(corpus.training_texts(), vocab_size)
     with _replacing(out) as partial:
@@ -148,11 +127,11 @@ def prepare(
                 eos_id=given.eos_id,
                 tokenizer_sha256=given.sha256,
             )
-            for split in ((TRAIN, HELDOUT) if heldout else (TRAIN,))
+            for split in corpus.splits
         }
         try:
             _encode(corpus, given, writers)
-            summary = _summary(out, corpus, given, writers, [str(p) for p in paths], started)
+            summary = _summary(corpus, given, writers, started)
             for writer in writers.values():
                 writer.finish(summary.sources)
         finally:
@@ -170,20 +149,23 @@ class _Corpus:
     """The documents of all sources, assigned to a split; counts of the latest pass."""
 
     sources: list[Source]
-    text_field: str
-    heldout: float
-    seed: int
-    skip_bad: bool
+    options: PrepareOptions
     progress: bool
     empty: int = 0
     unusable: int = 0
     examples: list[Unusable] = field(default_factory=list)
     """The first of the unusable ones."""
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN, HELDOUT) if self.options.heldout else (TRAIN,)
+
     def split_of(self, key: str) -> str:
-        digest = hashlib.sha256(f"{self.seed}/{key}".encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(
+            f"{self.options.seed}/{key}".encode(errors="surrogateescape")
+        ).digest()
         drawn = int.from_bytes(digest[:8], "big") / 2**64
-        return HELDOUT if drawn < self.heldout else TRAIN
+        return HELDOUT if drawn < self.options.heldout else TRAIN
 
     def documents(self, title: str, vocab_size: int | None) -> Iterator[tuple[str, Document]]:
         """(split, document) of every document that is not empty. Raises UserError at the end for
@@ -194,7 +176,7 @@ class _Corpus:
         before = 0
         with progress_bar(title, total, self.progress) as update:
             for source in self.sources:
-                for item in read_documents(source, self.text_field, vocab_size):
+                for item in read_documents(source, self.options.text_field, vocab_size):
                     if isinstance(item, Unusable):
                         self.unusable += 1
                         if len(self.examples) < _NAMED_UNUSABLE:
@@ -216,7 +198,7 @@ class _Corpus:
                 yield document.content
 
     def _check(self, counts: Counter[str]) -> None:
-        if self.unusable and not self.skip_bad:
+        if self.unusable and self.options.paths and not self.options.skip_bad:
             named = "; ".join(f"{u.where}: {u.why}" for u in self.examples)
             more = self.unusable - len(self.examples)
             raise UserError(
@@ -229,12 +211,12 @@ class _Corpus:
                 "the corpus is empty: no document with content in "
                 + (", ".join(str(s.path) for s in self.sources[:5]) or "the named paths")
             )
-        for split in (TRAIN, HELDOUT) if self.heldout else (TRAIN,):
+        for split in self.splits:
             if not counts[split]:
                 raise UserError(
                     f"none of the {counts.total()} documents falls into the {split} split at "
-                    f"heldout {self.heldout}: give more documents, another heldout fraction or "
-                    "seed, or --heldout 0 for no held-out split"
+                    f"heldout {self.options.heldout}: give more documents, another heldout "
+                    "fraction or seed, or --heldout 0 for no held-out split"
                 )
 
 
@@ -262,16 +244,11 @@ def _write(
 
 
 def _summary(
-    out: Path,
-    corpus: _Corpus,
-    tokenizer: TextTokenizer,
-    writers: dict[str, StoreWriter],
-    paths: list[str],
-    started: float,
+    corpus: _Corpus, tokenizer: TextTokenizer, writers: dict[str, StoreWriter], started: float
 ) -> PrepareSummary:
-    held = writers.get(HELDOUT)
+    held, paths = writers.get(HELDOUT), [str(p) for p in corpus.options.paths]
     return PrepareSummary(
-        out=str(out),
+        out=str(corpus.options.out),
         train_tokens=writers[TRAIN].tokens,
         train_documents=writers[TRAIN].documents,
         heldout_tokens=held.tokens if held else 0,

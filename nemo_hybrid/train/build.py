@@ -14,6 +14,7 @@ from nemo_hybrid.checkpoint.directory import each, on_rank_0
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.config import HybridConfig, RunConfig
 from nemo_hybrid.data.loader import Blend, open_blend, require_tokenizer
 from nemo_hybrid.data.prepare import prepare
@@ -67,7 +68,7 @@ def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
 
     def make_default() -> None:
         if data.path and data.path == data.default_corpus and not Path(data.path).exists():
-            prepare([], data.path, vocab_size=hybrid.vocab_size)
+            prepare(PrepareOptions(out=data.path, vocab_size=hybrid.vocab_size))
 
     def open_stores() -> Blend:
         blend = open_blend(data, hybrid)

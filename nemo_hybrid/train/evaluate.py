@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -70,11 +69,8 @@ def eval_command(options: EvalOptions) -> None:
     World.stop()
     if world.rank:
         return
-    names = ["next token", *(f"token t + {1 + k} (MTP depth {k})" for k in range(1, len(losses)))]
-    print_table(
-        ("target", "held-out loss (nats per token)", "perplexity"),
-        [
-            (n, f"{x:.4f}", f"{torch.tensor(x).exp():.1f}")
-            for n, x in zip(names, losses, strict=True)
-        ],
-    )
+    rows = []
+    for k, loss in enumerate(losses):
+        name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
+        rows.append((name, f"{loss:.4f}", f"{torch.tensor(loss).exp():.1f}"))
+    print_table(("target", "held-out loss (nats per token)", "perplexity"), rows)

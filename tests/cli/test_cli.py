@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_hybrid import __version__, cli
-from nemo_hybrid.command_options import EvalOptions, GenerateOptions
+from nemo_hybrid.command_options import EvalOptions, GenerateOptions, PrepareOptions
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.errors import TrainingError, UserError
 
@@ -121,28 +121,11 @@ def test_print_config_reloads(
 def test_prepare(called: list[Any], tmp_path: Path) -> None:
     assert cli.main(["prepare", "a.txt", "b", "--out", "o", "--skip_bad", "--heldout", "0"]) == 0
     assert cli.main(["prepare"]) == 0
-    (first,), (second,) = called
-    assert first == {
-        "paths": ["a.txt", "b"], "out": "o", "tokenizer": None, "vocab_size": None,
-        "text_field": "text", "heldout": 0.0, "skip_bad": True, "seed": 0, "reuse": False,
-    }  # fmt: skip
-    assert second["paths"] == []
-    assert second["out"] == str(ROOT / "data/python-stdlib")
-    assert second["reuse"]
-
-
-def test_prepare_options_are_those_of_the_function() -> None:
-    """Names and defaults of the options agree with nemo_hybrid.data.prepare.prepare."""
-    import inspect
-
-    from nemo_hybrid.command_options import PrepareOptions
-    from nemo_hybrid.data.prepare import prepare
-
-    parameters = inspect.signature(prepare).parameters
-    for name, value in vars(PrepareOptions()).items():
-        assert name in parameters
-        if name not in ("paths", "out"):
-            assert parameters[name].default == value
+    (first, how), (second, how_second) = called
+    assert first == PrepareOptions(["a.txt", "b"], "o", skip_bad=True, heldout=0.0)
+    assert how == {"reuse": False}
+    assert second == PrepareOptions(out=str(ROOT / "data/python-stdlib"))
+    assert how_second == {"reuse": True}
 
 
 def test_generate_and_eval(called: list[Any]) -> None:
