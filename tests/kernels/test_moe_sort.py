@@ -133,7 +133,7 @@ def test_tiles_equal_a_loop(counts: list[int], rows_per_tile: int) -> None:
 def test_tiles_of_many_rows_and_experts() -> None:
     counts = [0] * 200 + [2**30, 0, 5, 2**29 + 1]
     n_rows = sum(counts)
-    with mock.patch.object(kernel, "_TILES", (1024, 16)):
+    with mock.patch.object(kernel, "_TILES", (512, 128)):
         tiles = tile_table(counts, n_rows, 2**15)
     assert tiles == naive_tiles(counts, n_rows, 2**15)
 
