@@ -320,3 +320,41 @@ def test_fp32_copies_of_weights_keep_their_gradients_in_fp32(path: ModuleType) -
         assert torch.equal(gradient.bfloat16(), expected)
         if path is reference:
             assert not torch.equal(gradient, expected.float())
+
+
+@pytest.mark.parametrize("implementation", PATHS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_keeps_less_and_changes_no_bit(
+    implementation: ModuleType, dtype: torch.dtype
+) -> None:
+    """``moe_mlp``, and with rows sorted before ``grouped_mlp``."""
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = draw_ids(generator, 20, 6, 3, 1.0)
+    x_TL, weights_TK, up, down = draw_inputs(generator, 20, 3, 6, 16, 32, dtype)
+    order_R, _, counts_E = sort_slots(ids_TK, 6)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    def whole(*inputs: Tensor, recompute: bool) -> Tensor:
+        x, w, u, d = inputs
+        return implementation.moe_mlp(x, ids_TK, w, u, d, recompute)
+
+    def rows(*inputs: Tensor, recompute: bool) -> Tensor:
+        x, w, u, d = inputs
+        x_RL, w_R = x[order_R // 3].contiguous(), w.flatten()[order_R]
+        return implementation.grouped_mlp(x_RL, w_R, counts_E, u, d, recompute)
+
+    for function in (whole, rows):
+        results, sizes = [], []
+        for recompute in (False, True):
+            kept.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                y = function(x_TL, weights_TK, up, down, recompute=recompute)
+            sizes.append(sum(kept))
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), (x_TL, up, down))])
+        assert sizes[0] - sizes[1] == 60 * 32 * dtype.itemsize
+        for kept_all, kept_less in zip(*results, strict=True):
+            assert torch.equal(kept_all, kept_less)

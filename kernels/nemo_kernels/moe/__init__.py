@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from nemo_kernels import backend
-from nemo_kernels.checks import expect, expect_range
+from nemo_kernels.checks import expect, expect_device, expect_range, may_read
 from nemo_kernels.moe.routing import Slots
 
 __all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
-PATHS = {"grouped_mm": "nemo_kernels.moe.grouped_mm"}
+PATHS = {"triton": "nemo_kernels.moe.kernel", "grouped_mm": "nemo_kernels.moe.grouped_mm"}
 
 
 def topk_router(
@@ -47,6 +47,7 @@ def topk_router(
     expect("x_TD", x_TD, (None, None))
     expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
     expect("bias_E", bias_E, (weight_ED.shape[0],))
+    expect_device(x_TD, weight_ED=weight_ED, bias_E=bias_E)
     if not 0 < k <= weight_ED.shape[0]:
         raise ValueError(f"k: expected 1 to {weight_ED.shape[0]} (experts), got {k}")
     impl = backend.implementation("moe", x_TD.device.type)
@@ -65,7 +66,8 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
         ``counts_E``: slots per expert; all int64.
 
     Raises:
-        ValueError: ids are not a 2-D int64 tensor, or (seen on CPU tensors only) out of range.
+        ValueError: ids are not a 2-D int64 tensor, or (seen on CPU tensors and in debug mode, see
+            ``checks``) out of range.
     """
     expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
@@ -73,7 +75,12 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
 
 
 def grouped_mlp(
-    x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
+    x_RL: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
     """Experts on rows that are already sorted by expert.
 
@@ -83,24 +90,28 @@ def grouped_mlp(
         counts_E: int64 rows per expert; their sum is R.
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
             dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
+        recompute: compute the pre-activation once more in the backward pass.
 
     Returns:
         y_RL, with gradients for everything but counts_E; exact zeros for experts without rows.
-        The backward pass keeps the inputs and the pre-activation [R, F].
+        The backward pass keeps the inputs and, without recompute, the pre-activation [R, F].
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or (seen on CPU tensors only) counts do
-            not sum to R.
+        ValueError: shapes, dtypes or devices do not fit together, or (seen on CPU tensors and in
+            debug mode) counts do not sum to R.
     """
     expect("x_RL", x_RL, (None, None))
     expect("weights_R", weights_R, (x_RL.shape[0],))
     _expect_experts(x_RL, w_up_EFL, w_down_ELF)
     expect("counts_E", counts_E, (w_up_EFL.shape[0],), dtype=torch.int64)
-    if counts_E.device.type == "cpu" and counts_E.sum() != x_RL.shape[0]:
+    expect_device(
+        x_RL, weights_R=weights_R, counts_E=counts_E, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF
+    )
+    if may_read(counts_E) and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
     impl = backend.implementation("moe", x_RL.device.type, w_up_EFL)
-    return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
+    return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
 
 
 def moe_mlp(
@@ -109,6 +120,7 @@ def moe_mlp(
     topk_weights_TK: Tensor,
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
     """Routed experts on unsorted tokens: sort, gather, experts, sum over each token's K results.
 
@@ -118,22 +130,33 @@ def moe_mlp(
         topk_weights_TK: their routing weights.
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
             dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
+        recompute: compute the pre-activation once more in the backward pass.
 
     Returns:
         y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass
-        keeps the inputs and the pre-activation [R, F].
+        keeps the inputs and, without recompute, the pre-activation [R, F].
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or (seen on CPU tensors only) ids are out
-            of range.
+        ValueError: shapes, dtypes or devices do not fit together, K exceeds E, or (seen on CPU
+            tensors and in debug mode) ids are out of range.
     """
     expect("x_TL", x_TL, (None, None))
     expect("topk_weights_TK", topk_weights_TK, (x_TL.shape[0], None))
     expect("topk_ids_TK", topk_ids_TK, tuple(topk_weights_TK.shape), dtype=torch.int64)
     _expect_experts(x_TL, w_up_EFL, w_down_ELF)
-    expect_range("topk_ids_TK", "ids", topk_ids_TK, w_up_EFL.shape[0])
+    expect_device(
+        x_TL,
+        topk_ids_TK=topk_ids_TK,
+        topk_weights_TK=topk_weights_TK,
+        w_up_EFL=w_up_EFL,
+        w_down_ELF=w_down_ELF,
+    )
+    n_experts, k = w_up_EFL.shape[0], topk_ids_TK.shape[1]
+    if not 0 < k <= n_experts:
+        raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
+    expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     impl = backend.implementation("moe", x_TL.device.type, w_up_EFL)
-    return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF)
+    return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:

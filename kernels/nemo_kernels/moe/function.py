@@ -31,6 +31,10 @@ class Experts(Protocol):
         """Output y_RL and the pre-activation h_RF in x's dtype."""
         ...
 
+    def pre_activation(self, x_RL: Tensor, groups: Any, w_up_EFL: Tensor) -> Tensor:
+        """h_RF, to the bit that of forward."""
+        ...
+
     def backward(
         self,
         dy_RL: Tensor,
@@ -46,7 +50,7 @@ class Experts(Protocol):
 
 
 class GroupedMLP(torch.autograd.Function):
-    """``grouped_mlp``; keeps its inputs and the pre-activation."""
+    """``grouped_mlp``; keeps its inputs and, without ``recompute``, the pre-activation."""
 
     @staticmethod
     def forward(
@@ -57,18 +61,22 @@ class GroupedMLP(torch.autograd.Function):
         counts_E: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
+        recompute: bool,
     ) -> Tensor:
         ctx.experts, ctx.groups = experts, experts.groups(counts_E)
         ctx.weight_dtype = w_up_EFL.dtype
         w_up_EFL, w_down_ELF = w_up_EFL.to(x_RL.dtype), w_down_ELF.to(x_RL.dtype)
         y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
-        ctx.save_for_backward(h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF)
+        kept = None if recompute else h_RF
+        ctx.save_for_backward(kept, x_RL, weights_R, w_up_EFL, w_down_ELF)
         return y_RL.to(x_RL.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RL: Tensor) -> tuple[Tensor | None, ...]:
         h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
+        if h_RF is None:
+            h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
         dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
             dy_RL.contiguous(), h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
         )
@@ -79,11 +87,13 @@ class GroupedMLP(torch.autograd.Function):
             None,
             dup_EFL.to(ctx.weight_dtype),
             ddown_ELF.to(ctx.weight_dtype),
+            None,
         )
 
 
 class MoeMLP(torch.autograd.Function):
-    """``moe_mlp``; keeps its inputs (not their K-fold gather), the sort and the pre-activation."""
+    """``moe_mlp``; keeps its inputs (not their K-fold gather), the sort and, without
+    ``recompute``, the pre-activation."""
 
     @staticmethod
     def forward(
@@ -94,6 +104,7 @@ class MoeMLP(torch.autograd.Function):
         topk_weights_TK: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
+        recompute: bool,
     ) -> Tensor:
         order_R, inverse_R, counts_E = slots
         ctx.experts, ctx.groups = experts, experts.groups(counts_E)
@@ -104,7 +115,8 @@ class MoeMLP(torch.autograd.Function):
         weights_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
         x_RL = x_TL.index_select(0, token_R)
         y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
-        ctx.save_for_backward(h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF)
+        kept = None if recompute else h_RF
+        ctx.save_for_backward(kept, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF)
         return combine(y_RL, inverse_R, x_TL.shape[0]).to(x_TL.dtype)
 
     @staticmethod
@@ -113,6 +125,8 @@ class MoeMLP(torch.autograd.Function):
         h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
         n_tokens = x_TL.shape[0]
         dy_RL, x_RL = dy_TL.index_select(0, token_R), x_TL.index_select(0, token_R)
+        if h_RF is None:
+            h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
         dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
             dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
         )
@@ -124,6 +138,7 @@ class MoeMLP(torch.autograd.Function):
             dweights_TK.to(weights_R.dtype),
             dup_EFL.to(ctx.weight_dtype),
             ddown_ELF.to(ctx.weight_dtype),
+            None,
         )
 
 

@@ -39,10 +39,13 @@ class GroupedMMExperts:
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h_RF = grouped_mm(x_RL, w_up_EFL.mT, offs=groups)
+        h_RF = self.pre_activation(x_RL, groups, w_up_EFL)
         act_RF = h_RF.to(accumulation_dtype(x_RL)).relu()
         act_RF = act_RF.square_().mul_(weights_R[:, None]).to(x_RL.dtype)
         return grouped_mm(act_RF, w_down_ELF.mT, offs=groups), h_RF
+
+    def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
+        return grouped_mm(x_RL, w_up_EFL.mT, offs=groups)
 
     def backward(
         self,
@@ -67,10 +70,17 @@ class GroupedMMExperts:
 
 
 def grouped_mlp(
-    x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
+    x_RL: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
     _check_alignment(w_up_EFL)
-    return GroupedMLP.apply(GroupedMMExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
+    return GroupedMLP.apply(
+        GroupedMMExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
+    )
 
 
 def moe_mlp(
@@ -79,10 +89,13 @@ def moe_mlp(
     topk_weights_TK: Tensor,
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
     _check_alignment(w_up_EFL)
     slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
-    return MoeMLP.apply(GroupedMMExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF)
+    return MoeMLP.apply(
+        GroupedMMExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute
+    )
 
 
 def self_check(device_type: str) -> float:

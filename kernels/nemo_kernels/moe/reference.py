@@ -39,14 +39,17 @@ class LoopExperts:
         y_RL = torch.empty_like(x_RL, dtype=acc)
         rows = zip(*(t.split(groups) for t in (x_RL, weights_R, h_RF, y_RL)), strict=True)
         for (x, weight, h, y), up, down in zip(rows, w_up_EFL, w_down_ELF, strict=True):
-            if h.dtype == acc:
-                torch.mm(x, up.t(), out=h)
-            else:
-                h.copy_(torch.mm(x.to(acc), up.to(acc).t()))
+            _pre_activation(x, up, h)
             act = h.to(acc).relu()
             act.mul_(act).mul_(weight[:, None])
             torch.mm(act, down.to(acc).t(), out=y)
         return y_RL, h_RF
+
+    def pre_activation(self, x_RL: Tensor, groups: list[int], w_up_EFL: Tensor) -> Tensor:
+        h_RF = x_RL.new_empty(x_RL.shape[0], w_up_EFL.shape[1])
+        for x, h, up in zip(x_RL.split(groups), h_RF.split(groups), w_up_EFL, strict=True):
+            _pre_activation(x, up, h)
+        return h_RF
 
     def backward(
         self,
@@ -78,10 +81,25 @@ class LoopExperts:
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
 
 
+def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
+    acc = accumulation_dtype(x)
+    if h.dtype == acc:
+        torch.mm(x, up.t(), out=h)
+    else:
+        h.copy_(torch.mm(x.to(acc), up.to(acc).t()))
+
+
 def grouped_mlp(
-    x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
+    x_RL: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
-    return GroupedMLP.apply(LoopExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF)
+    return GroupedMLP.apply(
+        LoopExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
+    )
 
 
 def moe_mlp(
@@ -90,6 +108,9 @@ def moe_mlp(
     topk_weights_TK: Tensor,
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
+    recompute: bool = False,
 ) -> Tensor:
     slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
-    return MoeMLP.apply(LoopExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF)
+    return MoeMLP.apply(
+        LoopExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute
+    )
