@@ -199,7 +199,7 @@ def test_mistyped_path_is_not_the_default_corpus(
     from nemo_hybrid.train import build
 
     made: list[str] = []
-    monkeypatch.setattr(build, "prepare", lambda paths, out, **options: made.append(out))
+    monkeypatch.setattr(build, "prepare", lambda options: made.append(options.out))
     place, mistyped = tmp_path / "corpus", tmp_path / "corpsu"
     message = refused("--data.default_corpus", place, "--data.path", mistyped)
     assert str(mistyped) in message
