@@ -261,4 +261,4 @@ def default_corpus_place() -> str:
     """Where the default corpus belongs, as the run configuration that uses it says."""
     if not DEFAULT_CORPUS_RUN.is_file():
         raise UserError("--out is missing: name the directory of the token store")
-    return str(read_config(DEFAULT_CORPUS_RUN)["data"]["default_corpus"])
+    return str(read_config(DEFAULT_CORPUS_RUN)["data.default_corpus"])

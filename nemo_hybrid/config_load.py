@@ -103,13 +103,13 @@ def load_config(files: Iterable[str | Path], overrides: Sequence[str] = ()) -> R
     parser = run_parser("", "")
     merged: dict[str, Any] = {}
     for file in files:
-        _merge(merged, _checked(parser, read_config(Path(file)), file))
+        merged |= _checked(parser, read_config(Path(file)), file)
     for name in sections():
         for file in chosen[f"--{name}"]:
-            _merge(merged, _checked(parser, {name: read_section(Path(file), name)}, file))
+            merged |= _checked(parser, read_section(Path(file), name), file)
     check_words(words, {f"--{key}" for key in key_types()})
-    parser.set_defaults(_flatten(merged))
-    config = _build(parse_words(parser, words, key_types()))
+    parser.set_defaults(merged)
+    config = _build(flatten(parse_words(parser, words, key_types())))
     return _absolute(config)
 
 
@@ -119,25 +119,39 @@ def dump_config(config: RunConfig) -> str:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read one configuration file: sections read in, keys checked, paths absolute."""
-    content = _read_yaml(file)
-    known = sections()
-    for key, value in content.items():
-        if key in known:
-            if isinstance(value, str):
-                content[key] = read_section(_resolve(value, file.parent), key)
-            else:
-                content[key] = _checked_section({} if value is None else value, key, file)
-        elif key not in key_types():
-            raise UserError(f"{file}: unknown key {key}{suggest(str(key), [*known, *key_types()])}")
-    return _resolve_paths(content, file.parent)
+    """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
+    flat: dict[str, Any] = {}
+    for key, value in _read_yaml(file).items():
+        if key not in sections():
+            flat |= _known({str(key): value}, file)
+        elif isinstance(value, str):
+            flat |= read_section(_resolve(value, file.parent), key)
+        else:
+            flat |= _known(_in_section({} if value is None else value, key, file), file)
+    return flat
 
 
 def read_section(file: Path, section: str) -> dict[str, Any]:
-    """Read a file that holds the keys of one section, such as a model's shape."""
-    content = _checked_section(_read_yaml(file), section, file)
-    resolved: dict[str, Any] = _resolve_paths({section: content}, file.parent)[section]
-    return resolved
+    """The same of a file that holds the keys of one section, such as a model's shape."""
+    return _known(_in_section(_read_yaml(file), section, file), file)
+
+
+def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file}: {section} must be a mapping of keys or the path of a YAML file, "
+            f"got {content!r}"
+        )
+    return {f"{section}.{key}": value for key, value in content.items()}
+
+
+def _known(flat: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The same keys, if there are such, with paths seen from the file."""
+    for key in flat:
+        if key not in key_types():
+            near = suggest(key, [*sections(), *key_types()])
+            raise UserError(f"{file}: unknown key {key}{near}")
+    return _resolve_paths(flat, file.parent)
 
 
 def run_parser(prog: str, description: str, **kwargs: Any) -> jsonargparse.ArgumentParser:
@@ -158,7 +172,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{place}: not valid YAML: {e.problem}{_hint(e)}") from None
+        # A pattern such as *E without quotes is an alias to YAML.
+        alias = "alias" in f"{e.problem} {e.context}"
+        hint = ' (put text that starts with * in quotes: "*E")' if alias else ""
+        raise UserError(f"{file}{place}: not valid YAML: {e.problem}{hint}") from None
     except yaml.YAMLError as e:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
     if content is None:
@@ -168,98 +185,63 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _hint(error: yaml.MarkedYAMLError) -> str:
-    """A pattern such as *E without quotes is an alias to YAML."""
-    about_alias = "alias" in f"{error.problem} {error.context}"
-    return ' (put text that starts with * in quotes: "*E")' if about_alias else ""
-
-
-def _checked_section(content: Any, section: str, file: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{file}: {section} must be a mapping of keys or the path of a YAML file, "
-            f"got {content!r}"
-        )
-    for key in content:
-        dotted = f"{section}.{key}"
-        if dotted not in key_types():
-            raise UserError(f"{file}: unknown key {dotted}{suggest(dotted, key_types())}")
-    return content
-
-
 def _checked(
-    parser: jsonargparse.ArgumentParser, content: dict[str, Any], file: str | Path
+    parser: jsonargparse.ArgumentParser, flat: dict[str, Any], file: str | Path
 ) -> dict[str, Any]:
     """Check the types of one file's content, so that the message can name the file."""
-    for key, value in _flatten(content).items():
+    for key, value in flat.items():
         # jsonargparse takes null for "not given" whatever the type.
         if value is None and type(None) not in get_args(key_types()[key]):
             raise UserError(f"{file}: {key}: expected {type_in_words(key_types()[key])}, got null")
     try:
-        parser.parse_object(content)
+        parser.parse_object(flat)
     except argparse.ArgumentError as e:
         raise UserError(f"{file}: {one_line(e, key_types())}") from None
-    return content
+    return flat
 
 
-def _flatten(content: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys; data.blend stays one value."""
+def flatten(content: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a configuration by sections; data.blend stays one value."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        if key in sections():
-            flat.update({f"{key}.{k}": v for k, v in value.items()})
+        if key in sections() and isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             flat[key] = value
     return flat
 
 
-def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
-    """Keys of update win, key by key inside sections; data.blend is replaced as a whole."""
-    for key, value in update.items():
-        if key in sections():
-            base.setdefault(key, {}).update(value)
-        else:
-            base[key] = value
-
-
 def _resolve(path: str, base: Path) -> Path:
-    return (base / Path(path).expanduser()).absolute()
+    """Without ``..``; links are kept, so that they may be moved later."""
+    return Path(os.path.normpath(base.absolute() / Path(path).expanduser()))
 
 
-def _resolve_paths(content: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The nested content with every relative path made absolute, seen from base."""
-    for dotted in PATH_KEYS:
-        holder, key = content, dotted
-        if "." in dotted:
-            section, key = dotted.split(".")
-            holder = content.get(section, {})
-        value = holder.get(key)
-        if isinstance(value, str) and value not in NOT_A_PATH.get(dotted, ()):
-            holder[key] = _clean(_resolve(value, base))
-    blend = content.get("data", {}).get("blend")
-    if isinstance(blend, dict):
-        content["data"]["blend"] = {_clean(_resolve(str(k), base)): v for k, v in blend.items()}
-    return content
+def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The same with every relative path made absolute, seen from base."""
+    out = dict(flat)
+    for key in PATH_KEYS:
+        value = flat.get(key)
+        if isinstance(value, str) and value not in NOT_A_PATH.get(key, ()):
+            out[key] = str(_resolve(value, base))
+    if isinstance(flat.get("data.blend"), dict):
+        blend = flat["data.blend"].items()
+        out["data.blend"] = {str(_resolve(str(k), base)): weight for k, weight in blend}
+    return out
 
 
-def _clean(path: Path) -> str:
-    """Text of a path without ``..``; links are kept, so that they may be moved later."""
-    return os.path.normpath(path)
-
-
-def _build(content: dict[str, Any]) -> RunConfig:
-    values = {name: section(**content.pop(name)) for name, section in sections().items()} | content
-    config = RunConfig(**values)
-    for key, value in _flatten(asdict(config)).items():
+def _build(flat: dict[str, Any]) -> RunConfig:
+    for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, got {value}")
-    return config
+    values = dict(flat)
+    for name, section in sections().items():
+        values[name] = section(**{f.name: values.pop(f"{name}.{f.name}") for f in fields(section)})
+    return RunConfig(**values)
 
 
 def _absolute(config: RunConfig) -> RunConfig:
     """A copy whose relative paths are seen from the current directory."""
-    content = _resolve_paths(asdict(config), Path.cwd())
-    return _build(content)
+    return _build(_resolve_paths(flatten(asdict(config)), Path.cwd()))
 
 
 def flag(field_name: str) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config import Architecture, RunConfig
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config_load import dump_config, flatten
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
 
@@ -192,13 +192,9 @@ def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key == "blend" and isinstance(value, dict):
-            flat[f"{prefix}{key}"] = [*value.values()]
-        elif isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys; of data.blend the weights."""
+    flat = flatten(content)
+    if isinstance(flat.get("data.blend"), dict):
+        flat["data.blend"] = [*flat["data.blend"].values()]
     return flat

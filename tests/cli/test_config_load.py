@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config, key_types, load_config, read_config
+from nemo_hybrid.config_load import dump_config, flatten, key_types, load_config, read_config
 from nemo_hybrid.errors import UserError
 
 
@@ -222,4 +222,4 @@ def test_dumped_values_are_exact(
     config.data.blend = {f"/{i}": w for i, w in enumerate(weights)}
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(dump_config(config), encoding="utf-8", newline="")
-    assert read_config(file) == asdict(config)
+    assert read_config(file) == flatten(asdict(config))

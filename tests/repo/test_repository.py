@@ -32,7 +32,7 @@ def test_run_configuration_loads_and_validates(file: str) -> None:
 def test_model_configuration_loads_and_validates(file: str) -> None:
     config = RunConfig()
     for key, value in read_section(ROOT / file, "model").items():
-        setattr(config.model, key, value)
+        setattr(config.model, key.removeprefix("model."), value)
     config.model.validate()
 
 
