@@ -170,9 +170,9 @@ def in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Code 
             process.start()
             sender.close()
             running[receiver] = (index, process, log)
-        for receiver in connection.wait([*running]):
-            index, process, log = running.pop(receiver)
-            yield index, _result(receiver, process, log)
+        for ready in connection.wait([*running]):
+            index, process, log = running.pop(ready)
+            yield index, _result(ready, process, log)
 
 
 def _child(job: Job, sender: Any, log: Any) -> None:
@@ -206,7 +206,8 @@ def check(jobs: Sequence[Job], workers: int) -> list[str]:
     """Compile and print the table; returns what is wrong, a line each."""
     results = dict(in_processes(jobs, workers))
     codes = [results[index] for index in range(len(jobs))]
-    rows, problems = [HEADER], []
+    rows: list[Sequence[str]] = [HEADER]
+    problems = []
     for job, code in zip(jobs, codes, strict=True):
         wrong = [code] if isinstance(code, str) else faults(job, code)
         numbers = code[:4] if isinstance(code, Code) else ("", "", "", "")

@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Meter:
         return True
 
     def times(
-        self, calls: dict[str, Callable[[], object]], seconds: float, least: int = 10
+        self, calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 10
     ) -> dict[str, dict[str, Any]]:
         """Median, 10th and 90th percentile of each call in ms. The calls take turns until they
         have run for ``seconds`` together and each ``least`` times, or the deadline has come; at
@@ -73,7 +73,7 @@ class Meter:
             rounds, spent = rounds + 1, spent + time.monotonic() - start
         return {name: summary(ms) for name, ms in taken.items()}
 
-    def _round(self, calls: dict[str, Callable[[], object]]) -> list[tuple[str, float]]:
+    def _round(self, calls: Mapping[str, Callable[[], object]]) -> list[tuple[str, float]]:
         if not self.on_gpu:
             return [(name, self._host_ms(call)) for name, call in calls.items()]
         events = []
@@ -114,7 +114,7 @@ class Meter:
         target = torch.empty_like(source)
         left, right = source[: 2 * side * side].view(2, side, side)
         product = torch.empty_like(left)
-        calls: dict[str, Callable[[], object]] = {
+        calls = {
             "copy": lambda: target.copy_(source),
             "matmul": lambda: torch.mm(left, right, out=product),
         }

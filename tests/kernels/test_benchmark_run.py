@@ -34,7 +34,7 @@ def test_it_runs_and_reports(tmp_path: Path) -> None:
     peer = tmp_path / "peers" / "scattermoe"
     peer.mkdir(parents=True)
     (peer / "__init__.py").write_text("raise RuntimeError('made for another GPU')\n")
-    done = run(tmp_path, "--tiny", "--budget", "60", "--peers", str(peer.parent))
+    done = run(tmp_path, "--tiny", "--budget", "600", "--peers", str(peer.parent))
     assert done.returncode == 0, done.stdout + done.stderr
 
     text = (tmp_path / "moe.md").read_text()
@@ -76,8 +76,10 @@ def test_what_the_budget_does_not_suffice_for_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_it_asks_for_a_gpu(tmp_path: Path) -> None:
-    assert run(tmp_path).returncode == 2
+def test_a_cpu_gets_tiny_inputs_only(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 2
+    assert "on a CPU only --tiny" in done.stderr
 
 
 @pytest.fixture
