@@ -232,23 +232,25 @@ PLANS = {
     (True, False): Plan(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 5)),
     (True, True): Plan(Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 8, 4), Tile(128, 256, 64, 8, 5)),
 }
-FP32_PLAN = Plan(*[Tile(64, 64, 32, 4, 3)] * 3)
-"""Without tensor cores, which would round fp32: for tests and small runs."""
+PLAIN = Plan(*[Tile(64, 64, 32, 4, 3)] * 3)
+"""For fp32, which matrix instructions would round, and for widths that are no multiples of 16:
+their rows are not aligned, and registers must suffice for what else is copied past them."""
 COMBINED = 1024
 """Columns that a program of ``combine_kernel`` sums."""
 
 
-def plan(dtype: torch.dtype, rows: int, experts: int, width: int) -> Plan:
-    """Tiles for ``rows`` over ``experts`` of L = width; from what the host knows."""
-    if dtype == torch.float32:
-        return FP32_PLAN
-    return PLANS[rows < FEW_ROWS * experts, width % WIDE == 0]
+def plan(dtype: torch.dtype, rows: int, experts: int, *widths: int) -> Plan:
+    """Tiles for ``rows`` over ``experts`` of widths L and F; from what the host knows."""
+    if dtype == torch.float32 or any(width % 16 for width in widths):
+        return PLAIN
+    return PLANS[rows < FEW_ROWS * experts, widths[0] % WIDE == 0]
 
 
 def shipped() -> list[Shipped]:
     """Each kernel with each of its tiles, in bf16, with weights' gradients also in fp32; combining
     as many slots as published models have. fp32 operands do without matrix instructions."""
-    x, sizes, sum32 = "*bf16", {"L": "i32", "F": "i32"}, "*fp32"
+    plans = (*PLANS.values(), PLAIN)
+    x, sum32, widths = "*bf16", "*fp32", {"L": "i32", "F": "i32"}
     tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32"}
     instruction: dict[int, str | None] = {90: "wgmma", 100: "tcgen05"}
     gathered = {"token_R": "*i32", "w_EFL": x, "weight_R": sum32}
@@ -258,29 +260,30 @@ def shipped() -> list[Shipped]:
     ) -> Shipped:
         kept = {name: kind for name, kind in signature.items() if name not in fixed}
         blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        divisible = tuple(name for name, kind in kept.items() if kind[0] != "*")
+        sizes = (name for name, kind in kept.items() if kind[0] != "*")
+        divisible = () if tile in PLAIN else tuple(sizes)
         return Shipped(
             kernel, kept, {**fixed, **blocks}, instruction, tile.warps, tile.stages, divisible
         )
 
-    up = {"x_TL": x, **gathered, "h_RF": x, "act_RF": x, **tiles, **sizes}
+    up = {"x_TL": x, **gathered, "h_RF": x, "act_RF": x, **tiles, **widths}
     product = {"a_RP": x, "b_EPQ": x, "out_RQ": x, **tiles, "P": "i32", "Q": "i32"}
     product = {**product, "stride_P": "i32", "stride_Q": "i32"}
     down = {"dy_TL": x, "w_ELF": x, "token_R": "*i32", "weight_R": sum32, "h_RF": x, "dh_RF": x}
-    down = {**down, "act_RF": x, "dweight_RN": sum32, **tiles, **sizes}
-    wgrad = {"row_RF": x, "gathered_TL": x, "token_R": "*i32", "end_E": "*i32", **sizes}
+    down = {**down, "act_RF": x, "dweight_RN": sum32, **tiles, **widths}
+    wgrad = {"row_RF": x, "gathered_TL": x, "token_R": "*i32", "end_E": "*i32", **widths}
     wgrad = {**wgrad, "stride_F": "i32", "stride_L": "i32"}
     kernels = []
-    for tile in sorted({p.up for p in PLANS.values()}):
+    for tile in sorted({p.up for p in plans}):
         kernels += [
             declare(up_kernel, tile, up),
             declare(up_kernel, tile, up, h_RF=None),
             declare(up_kernel, tile, up, act_RF=None),
             declare(down_dgrad_kernel, tile, down),
         ]
-    for tile in sorted({p.down for p in PLANS.values()}):
+    for tile in sorted({p.down for p in plans}):
         kernels += [declare(rows_kernel, tile, product, **{s: 1}) for s in ("stride_P", "stride_Q")]
-    for tile in sorted({p.wgrad for p in PLANS.values()}):
+    for tile in sorted({p.wgrad for p in plans}):
         kernels += [
             declare(wgrad_kernel, tile, {**wgrad, "out_EFL": kind}, **{stride: 1})
             for kind in (x, sum32)

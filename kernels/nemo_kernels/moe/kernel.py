@@ -73,7 +73,7 @@ class _Experts(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         n_experts, inner, width = w_up_EFL.shape
-        plan = expert_kernel.plan(x_TL.dtype, weights.numel(), n_experts, width)
+        plan = expert_kernel.plan(x_TL.dtype, weights.numel(), n_experts, width, inner)
         inverse_R = None if slots is None else slots.inverse_R
         rows = _rows(weights, slots, counts_E, plan.up.m)
         act_RF = x_TL.new_empty(weights.numel(), inner)
