@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,12 +74,12 @@ def compare_command(options: CompareOptions) -> int:
     a = resolve(options.paths[0])
     b = resolve(options.paths[-1])
     text = _text(options, a, b)
-    dtype = DTYPES[options.dtype]
-    compute_b = our_states
-    if options.backend != "nemo_hybrid":
-        compute_b = their_states if options.backend == "transformers" else their_states_unclamped
-    states_a = our_states(a, text.ids, options.sequence_length, dtype)
-    states_b = compute_b(b, text.ids, options.sequence_length, dtype)
+    how = (text.ids, options.sequence_length, DTYPES[options.dtype])
+    states_a = our_states(a, *how)
+    if options.backend == "nemo_hybrid":
+        states_b = our_states(b, *how)
+    else:
+        states_b = their_states(b, *how, unclamped=options.backend == "transformers_unclamped")
     found = compare(states_a, states_b, text.ids[1:])
     _print(options, a, b, text, found)
     mean = float((found.b_T - found.a_T).abs().mean())
@@ -124,39 +124,16 @@ def our_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) ->
     return States(h_TD, model.lm_head.weight.detach())
 
 
-def their_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
-    """Final hidden states by transformers' NemotronH as it is; like our_states."""
-    return _run_theirs(_load_theirs(directory, dtype), ids, length)
+def their_states(
+    directory: Path, ids: Tensor, length: int, dtype: torch.dtype, *, unclamped: bool = False
+) -> States:
+    """Final hidden states by transformers' NemotronH; like our_states.
 
-
-def their_states_unclamped(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
-    """As their_states, with time steps that may be as small as the checkpoint makes them.
-
-    transformers' mixer limits them to (time_step_min, infinity) in the forward pass, where
-    Megatron-LM means that field for initialization only.
+    ``unclamped``: time steps may be as small as the checkpoint makes them. transformers' mixer
+    limits them to (time_step_min, infinity) in the forward pass, where Megatron-LM means that field
+    for initialization only. Raises UserError where the directory does not hold the model, or
+    transformers finds no place for a tensor; it has none for those of the MTP block.
     """
-    model = _load_theirs(directory, dtype)
-    limited = [module for module in model.modules() if hasattr(module, "time_step_limit")]
-    if len(limited) != HybridConfig.from_hf(str(directory)).pattern.count("M"):
-        raise UserError(
-            "the limit on time steps was not found in this version of transformers; use --backend "
-            "transformers"
-        )
-    for module in limited:
-        module.time_step_limit = (0.0, math.inf)
-    return _run_theirs(model, ids, length)
-
-
-def _run_theirs(model: Any, ids: Tensor, length: int) -> States:
-    def hidden(ids_BS: Tensor) -> Tensor:
-        return model.model(ids_BS, use_cache=False).last_hidden_state
-
-    return States(_by_pieces(hidden, ids, length), model.lm_head.weight.detach())
-
-
-def _load_theirs(directory: Path, dtype: torch.dtype) -> Any:
-    """transformers' model of a directory. Raises UserError where the directory does not hold the
-    model, or transformers finds no place for a tensor; it has none for those of the MTP block."""
     from transformers import NemotronHForCausalLM
 
     report = inspect(directory).report
@@ -177,7 +154,21 @@ def _load_theirs(directory: Path, dtype: torch.dtype) -> Any:
             raise UserError(
                 f"transformers loads {directory} with {len(names)} {what}, such as {names[0]}"
             )
-    return model.to(_device()).eval()
+    model = model.to(_device()).eval()
+    if unclamped:
+        limited = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+        if len(limited) != HybridConfig.from_hf(str(directory)).pattern.count("M"):
+            raise UserError(
+                "the limit on time steps was not found in this version of transformers; use "
+                "--backend transformers"
+            )
+        for module in limited:
+            module.time_step_limit = (0.0, math.inf)
+
+    def hidden(ids_BS: Tensor) -> Tensor:
+        return model.model(ids_BS, use_cache=False).last_hidden_state
+
+    return States(_by_pieces(hidden, ids, length), model.lm_head.weight.detach())
 
 
 @torch.no_grad()

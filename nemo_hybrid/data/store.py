@@ -15,7 +15,7 @@ from __future__ import annotations
 import array
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -61,25 +61,20 @@ def shard_name(number: int) -> str:
     return f"tokens-{number:05d}.bin"
 
 
+@dataclass
 class StoreWriter:
     """Writes one store into a directory that it makes; store.json comes last."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        vocab_size: int,
-        eos_id: int,
-        tokenizer_sha256: str,
-        shard_tokens: int = SHARD_TOKENS,
-    ) -> None:
-        path.mkdir()
-        self.path = path
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self.tokenizer_sha256 = tokenizer_sha256
-        self.shard_tokens = shard_tokens
-        self.dtype = np.dtype(token_dtype(vocab_size))
+    path: Path
+    _: KW_ONLY
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str
+    shard_tokens: int = SHARD_TOKENS
+
+    def __post_init__(self) -> None:
+        self.path.mkdir()
+        self.dtype = np.dtype(token_dtype(self.vocab_size))
         self.tokens = 0
         self._starts = array.array("q", [0])
         self._files: dict[str, dict[str, Any]] = {}

@@ -11,8 +11,7 @@ import torch
 
 from nemo_hybrid.config import DataOptions, HybridConfig
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend, steps
-from nemo_hybrid.data.sampler import Sampler
+from nemo_hybrid.data.loader import Blend, Sampler, heldout_batches, open_blend, steps
 from nemo_hybrid.data.store import TokenStore
 from nemo_hybrid.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_hybrid.data.sampler import BLOCK, Sampler, permute, quotas
+from nemo_hybrid.data.loader import BLOCK, Sampler, permute, quotas
 from nemo_hybrid.errors import UserError
 
 
