@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_kernels.nvfp4.scales import BLOCK, parts
+
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 _MINUS = sum(1 << place for place, sign in enumerate(SIGNS) if sign < 0)
 
@@ -20,18 +22,22 @@ def transform(x: Tensor, dim: int) -> Tensor:
     Calculated in fp32 in this order, and rounded once to x's dtype: x_k sign_k / 4, then for
     h = 1, 2, 4, 8 each pair whose places differ by h becomes (sum, difference).
     """
-    return _butterflies(_blocks(x, dim) * _signs(x)).to(x.dtype).view(x.shape)
+    blocks, signs = _blocks(x, dim), _signs(x)
+    result = torch.empty_like(blocks)
+    for part in parts(blocks.shape, x.device):
+        result[part] = _butterflies(blocks[part].float() * signs)
+    return result.view(x.shape)
 
 
 def inverse(x: Tensor, dim: int) -> Tensor:
     """Undoes :func:`transform`, but for its rounding."""
-    return (_butterflies(_blocks(x, dim)) * _signs(x)).to(x.dtype).view(x.shape)
+    result = _butterflies(_blocks(x, dim).float()) * _signs(x)
+    return result.to(x.dtype).view(x.shape)
 
 
 def _blocks(x: Tensor, dim: int) -> Tensor:
-    """fp32 [before, 16, after]: places within a block along the middle dimension."""
-    after = x.shape[dim % x.dim() + 1 :].numel()
-    return x.contiguous().view(-1, 16, after).float()
+    """x as [before, 16, after]: places within a block along the middle dimension."""
+    return x.contiguous().view(-1, BLOCK, x.shape[dim % x.dim() + 1 :].numel())
 
 
 def _signs(x: Tensor) -> Tensor:

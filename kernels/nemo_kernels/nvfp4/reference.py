@@ -39,6 +39,7 @@ from nemo_kernels.nvfp4.scales import (
     E4M3_MAX_FOUR_OVER_SIX,
     Blocks,
     block_scales,
+    divide,
     four_over_six_scales,
 )
 
@@ -146,11 +147,11 @@ def quantize_modelopt(x: Tensor, *, amax: Tensor | None = None) -> Quantized:
     Args and errors: as :func:`quantize`.
     """
     _expect_blocks(x, (1, BLOCK), columnwise=False)
-    x = x.contiguous()
+    x = x.detach().contiguous()
     blocks = Blocks.of(x, (1, BLOCK), columnwise=False)
     block_amax = blocks.amax(x)
     amax = _tensor_amax(amax, block_amax, (1, BLOCK), columnwise=False)
-    tensor_scale = amax / (E2M1_MAX * E4M3_MAX)
+    tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
     scale = block_amax / (tensor_scale * E2M1_MAX)
     scale = torch.where(block_amax == 0, 1.0, scale).clamp_(2.0**-9, E4M3_MAX)
     scale = torch.where(block_amax.isfinite(), round_to_e4m3_(scale), torch.nan)
@@ -200,7 +201,7 @@ def _scale(
     if four_over_six and seed is not None:
         raise ValueError("four_over_six: expected no seed (rounding to nearest), got one")
     _expect_blocks(x, tile, columnwise)
-    x = x.contiguous()
+    x = x.detach().contiguous()
     if rht:
         x = hadamard.transform(x, -2 if columnwise else -1)
     blocks = Blocks.of(x, tile, columnwise)
@@ -210,10 +211,10 @@ def _scale(
     amax_in_grid = torch.atleast_2d(amax).mT if columnwise and amax.dim() else amax
     if four_over_six:
         scale, factor = four_over_six_scales(x, blocks, block_amax, amax_in_grid)
-        tensor_scale = amax / (E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX)
+        tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX)
     else:
         scale, factor = block_scales(block_amax, amax_in_grid)
-        tensor_scale = amax / (E2M1_MAX * E4M3_MAX)
+        tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
     shape = blocks.grid_view
     return _Scaled(
         x.view(blocks.shape), blocks, scale.view(shape), factor.view(shape), tensor_scale

@@ -79,17 +79,21 @@ def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four random 32-bit words per counter of four, int64 tensors of one shape."""
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (word.clone() for word in counter)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    high = torch.empty_like(c0)
     for _ in range(10):
-        # int64 products wrap, so they hold the right 64 bits. c1 and c3 keep their high words as
-        # junk, and the shift brings in signs: the mask removes both.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = p1, p0
+        # int64 products wrap, so they hold the right 64 bits. Their low words go on as they are,
+        # with the high words as junk, and the shift brings in signs: the mask removes both.
+        c0.mul_(_MULTIPLIERS[0])
+        c2.mul_(_MULTIPLIERS[1])
+        torch.bitwise_right_shift(c2, 32, out=high)
+        c1.bitwise_xor_(high).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(c0, 32, out=high)
+        c3.bitwise_xor_(high).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c0, c1, c2, c3 = c1, c2, c3, c0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1 & _MASK, c2, c3 & _MASK
+    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
 def _round_to_nearest_(y: Tensor, least_exponent: int, mantissa_bits: int) -> Tensor:

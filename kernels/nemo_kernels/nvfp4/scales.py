@@ -20,8 +20,15 @@ E4M3_MAX = 448.0
 E4M3_MAX_FOUR_OVER_SIX = 256.0
 FLT_MAX = torch.finfo(torch.float32).max
 # Elements worked on at a time: their temporaries stay in a CPU's L2 cache.
-_PART = {"cpu": 1 << 16}
+_PART = {"cpu": 1 << 17}
 _PART_ELSEWHERE = 1 << 28
+
+
+def parts(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+    """Slices of the first dimension that are small enough for a CPU's cache."""
+    per_row = max(1, shape[1:].numel())
+    step = max(1, _PART.get(device.type, _PART_ELSEWHERE) // per_row)
+    return (slice(i, i + step) for i in range(0, shape[0], step))
 
 
 class Blocks(NamedTuple):
@@ -56,16 +63,20 @@ class Blocks(NamedTuple):
         return tuple(1 if i in self.inner else n for i, n in enumerate(self.shape))
 
     def parts(self, device: torch.device) -> Iterator[slice]:
-        """Slices of the first dimension, small enough for the cache."""
-        per_row = max(1, self.shape[1:].numel())
-        step = max(1, _PART.get(device.type, _PART_ELSEWHERE) // per_row)
-        return (slice(i, i + step) for i in range(0, self.shape[0], step))
+        return parts(self.shape, device)
 
     def amax(self, x: Tensor) -> Tensor:
-        """The largest |x| of each block, fp32, in the grid's shape."""
+        """The largest |x| of each block, fp32, in the grid's shape; NaN if there is one."""
         x, result = x.view(self.shape), x.new_empty(self.grid_view, dtype=torch.float32)
         for part in self.parts(x.device):
-            result[part] = x[part].abs().float().amax(self.inner, keepdim=True)
+            largest = x[part].abs()
+            if largest.dim() > 2:
+                largest = largest.amax(1)
+            largest = largest.float()
+            if self.inner[-1] == x.dim() - 1:
+                # Pooling is the fastest way to reduce runs of 16.
+                largest = torch.max_pool1d(largest.view(1, -1), BLOCK)
+            result[part] = largest.view(result[part].shape)
         return result.view(self.grid)
 
 
@@ -86,7 +97,7 @@ def four_over_six_scales(
     row one after the other, over the rows of a 16x16 block as a tree. 6 where they are equal.
     """
     encode = _encode_scale(amax, E4M3_MAX_FOUR_OVER_SIX)
-    base = block_amax / E2M1_MAX * encode
+    base = divide(block_amax, E2M1_MAX) * encode
     candidates = []
     for stretch in (1.5, 1.0):
         scale = _to_e4m3(base * stretch, block_amax)
@@ -98,8 +109,14 @@ def four_over_six_scales(
     return torch.where(use_4, scale_4, scale_6), torch.where(use_4, factor_4, factor_6)
 
 
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once; on a GPU, PyTorch multiplies by 1 / by if that is a Python number."""
+    return x / torch.full((), by, device=x.device)
+
+
 def _encode_scale(amax: Tensor, e4m3_max: float) -> Tensor:
-    encode = (E2M1_MAX * e4m3_max / amax).clamp_max_(FLT_MAX)
+    # PyTorch calculates number / tensor as the number times 1 / tensor, which is not the same.
+    encode = (torch.full_like(amax, E2M1_MAX * e4m3_max) / amax).clamp_max_(FLT_MAX)
     return torch.where((amax == 0) | (encode == 0), 1.0, encode)
 
 
@@ -119,7 +136,7 @@ def _error(x: Tensor, blocks: Blocks, scale: Tensor, factor: Tensor, amax: Tenso
     for part in blocks.parts(x.device):
         y = (x[part] * factor[part]).clamp_(-E2M1_MAX, E2M1_MAX)
         decoded = round_to_nearest_(y).mul_(scale[part]).mul_(amax[part])
-        error = decoded.div_(E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX).sub_(x[part]).abs_()
+        error = divide(decoded, E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX).sub_(x[part]).abs_()
         along = blocks.inner[-1]
         total = torch.zeros_like(error.narrow(along, 0, 1))
         for i in range(BLOCK):
