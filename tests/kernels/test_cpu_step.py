@@ -121,7 +121,7 @@ def test_the_moe_layer_alone(cpu_step: ModuleType, monkeypatch: pytest.MonkeyPat
     for dtype in ("float32", "bfloat16"):
         rows = result["dtypes"][dtype]
         assert len(rows) == 4
-        assert all(row["repeats"] == 4 and row["median_ms"] > 0 for row in rows.values())
+        assert sorted(row["repeats"] for row in rows.values()) == [3, 3, 4, 4]
         peers = [row["median_ms"] for name, row in rows.items() if name != "nemo_hybrid"]
         ratio = min(peers) / rows["nemo_hybrid"]["median_ms"]
         assert result["speedups"][dtype] == pytest.approx(ratio)
