@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from nemo_hybrid.config import (
     NOT_NEGATIVE,
+    POSITIVE,
     BelowOne,
     Bound,
     NotNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     Seed,
     check_bounds,
@@ -106,34 +108,30 @@ class EvalOptions(Options):
 class PlanOptions(Options):
     """Say whether a run fits, and how long a step takes."""
 
-    processes: int = 1
+    processes: PositiveInt = 1
     """Processes of the run, one per device."""
     device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
     """Device of every process; `cpu`: one core. Its data sheet gives the figures below that are
     null."""
-    memory_gb: float | None = None
+    memory_gb: Annotated[float | None, POSITIVE] = None
     """Memory of one device in 1e9 bytes."""
-    reserve_gb: float = 4.0
+    reserve_gb: NotNegativeFloat = 4.0
     """Part of it that the driver, the communication library and fragmentation take: assumed."""
-    matmul_tflops: float | None = None
+    matmul_tflops: Annotated[float | None, POSITIVE] = None
     """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
-    efficiency: float = 0.4
+    efficiency: PositiveFloat = 0.4
     """Share of that rate that a whole forward and backward pass reaches: assumed."""
-    memory_gb_s: float | None = None
+    memory_gb_s: Annotated[float | None, POSITIVE] = None
     """Bandwidth of the device's memory in 1e9 bytes per second."""
-    devices_per_node: int | None = None
+    devices_per_node: Annotated[int | None, POSITIVE] = None
     """Devices that a fast link connects."""
-    link_gb_s: float | None = None
+    link_gb_s: Annotated[float | None, POSITIVE] = None
     """That link's bandwidth per device and direction, in 1e9 bytes per second."""
-    network_gb_s: float = 50.0
+    network_gb_s: PositiveFloat = 50.0
     """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
 
     def validate(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            too_small = value is not None and f.name != "device" and value <= 0
-            if too_small and (f.name != "reserve_gb" or value < 0):
-                raise UserError(f"plan.{f.name} must be positive, got {value}")
+        check_bounds(self, "plan.")
         if self.efficiency > 1:
             raise UserError(f"plan.efficiency must be at most 1, got {self.efficiency}")
 

@@ -62,71 +62,71 @@ class Architecture:
     pattern: str = "MEM*EMEM*E"
     """One letter per layer: M Mamba-2, E LatentMoE, * attention, - dense MLP. From Python a list of
     such letters, or of the names in LAYER_NAMES, becomes that string."""
-    vocab_size: int = 4096
+    vocab_size: PositiveInt = 4096
     """Number of token ids; must cover the tokenizer."""
-    hidden_size: int = 256
+    hidden_size: PositiveInt = 256
     """Width of the residual stream."""
 
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Query heads of an attention layer."""
-    num_key_value_heads: int = 2
+    num_key_value_heads: PositiveInt = 2
     """Key/value heads of an attention layer (grouped-query attention)."""
-    head_dim: int = 64
+    head_dim: PositiveInt = 64
     """Width of one attention head."""
 
-    mamba_num_heads: int = 8
+    mamba_num_heads: PositiveInt = 8
     """Heads of a Mamba-2 layer."""
-    mamba_head_dim: int = 64
+    mamba_head_dim: PositiveInt = 64
     """Width of one Mamba-2 head."""
-    ssm_state_size: int = 32
+    ssm_state_size: PositiveInt = 32
     """State size N of a Mamba-2 head."""
-    n_groups: int = 2
+    n_groups: PositiveInt = 2
     """Groups that share B and C in a Mamba-2 layer."""
-    conv_kernel: int = 4
+    conv_kernel: PositiveInt = 4
     """Width of the causal depthwise convolution."""
-    chunk_size: int = 64
+    chunk_size: PositiveInt = 64
     """Chunk length of the Mamba-2 scan. It changes speed, not results (up to rounding)."""
-    time_step_min: float = 1e-3
+    time_step_min: PositiveFloat = 1e-3
     """Smallest initial Mamba-2 time step."""
-    time_step_max: float = 0.1
+    time_step_max: PositiveFloat = 0.1
     """Largest initial Mamba-2 time step."""
-    time_step_floor: float = 1e-4
+    time_step_floor: PositiveFloat = 1e-4
     """Floor of the initial Mamba-2 time step."""
 
-    n_routed_experts: int = 16
+    n_routed_experts: PositiveInt = 16
     """Routed experts of a MoE layer."""
-    num_experts_per_tok: int = 4
+    num_experts_per_tok: PositiveInt = 4
     """Routed experts that each token visits."""
-    moe_intermediate_size: int = 128
+    moe_intermediate_size: PositiveInt = 128
     """Inner width of one routed expert."""
-    moe_latent_size: int | None = 64
+    moe_latent_size: Annotated[int | None, POSITIVE] = 64
     """Width in which tokens are dispatched and experts work; null: the full hidden size."""
-    moe_shared_expert_intermediate_size: int = 256
+    moe_shared_expert_intermediate_size: NotNegativeInt = 256
     """Inner width of the shared expert, which works in the full hidden size; 0: none."""
-    routed_scaling_factor: float = 2.5
+    routed_scaling_factor: PositiveFloat = 2.5
     """Factor on the normalised routing weights."""
     norm_topk_prob: bool = True
     """Normalise the chosen experts' scores to sum to one before scaling."""
-    intermediate_size: int = 512
+    intermediate_size: PositiveInt = 512
     """Inner width of a dense MLP layer (pattern letter -)."""
 
     mtp_pattern: str = "*E"
     """Layers of the multi-token-prediction block."""
-    mtp_num_depths: int = 2
+    mtp_num_depths: NotNegativeInt = 2
     """How many tokens beyond the next one are predicted; 0: no multi-token-prediction block.
     One physical block is applied once per depth."""
 
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
-    initializer_range: float = 0.02
+    initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial linear weights."""
-    max_position_embeddings: int = 262144
+    max_position_embeddings: PositiveInt = 262144
     """Longest sequence the model is declared for; nothing in the model depends on it."""
-    bos_token_id: int = 1
+    bos_token_id: NotNegativeInt = 1
     """Id of the beginning-of-sequence token."""
-    eos_token_id: int = 2
+    eos_token_id: NotNegativeInt = 2
     """Id of the end-of-sequence token."""
-    pad_token_id: int = 0
+    pad_token_id: NotNegativeInt = 0
     """Id of the padding token."""
 
     def __post_init__(self) -> None:
@@ -153,20 +153,9 @@ class Architecture:
     def validate(self) -> None:
         """Raise UserError for the first field that cannot work, naming it and what would."""
         check_pattern(self.pattern, "model.pattern")
-        if self.mtp_num_depths < 0:
-            raise UserError("model.mtp_num_depths must be 0 or more")
         if self.mtp_num_depths:
             check_pattern(self.mtp_pattern, "model.mtp_pattern", allowed="*E")
-        for f in fields(Architecture):
-            value = getattr(self, f.name)
-            may_be_zero = f.name.endswith("_token_id") or f.name in (
-                "mtp_num_depths",
-                "moe_shared_expert_intermediate_size",
-            )
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                continue
-            if value < 0 or (value == 0 and not may_be_zero):
-                raise UserError(f"model.{f.name} must be positive, got {value}")
+        check_bounds(self, "model.")
         for name in ("time_step_min", "time_step_floor"):
             if getattr(self, name) > self.time_step_max:
                 raise UserError(

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from nemo_hybrid.config import LAYER_NAMES, Architecture, HybridConfig, check_pattern
 from nemo_hybrid.errors import UserError
@@ -171,6 +171,7 @@ def config_from_hf(
             raise UserError(f"{where}: {', '.join(missing)} is missing")
     _check_shared(raw, where, used="E" in used)
     values: dict[str, Any] = {}
+    types = get_type_hints(Architecture)
     for f in fields(Architecture):
         if f.name in ("pattern", "mtp_pattern", "mtp_num_depths"):
             continue
@@ -180,7 +181,7 @@ def config_from_hf(
         if f.name == "eos_token_id" and isinstance(value, list):
             several = eos_token_ids(value, where)
             value = several[0]  # checkpoint.companions carries the list
-        values[f.name] = _typed(value, str(f.type), f.name, where)
+        values[f.name] = _typed(value, types[f.name], f.name, where)
     cfg = HybridConfig(pattern=pattern, mtp_num_depths=depths, **values)
     if depths:
         cfg.mtp_pattern = mtp_pattern
@@ -353,18 +354,19 @@ def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _typed(value: Any, annotation: str, name: str, where: str) -> Any:
-    """Check value against the annotation of an Architecture field."""
-    kind, _, rest = annotation.partition(" | ")
-    if value is None and rest == "None":
+def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
+    """Check value against the type of an Architecture field."""
+    kind, *rest = get_args(hint) or (hint,)
+    if value is None and rest:
         return None
-    checks: dict[str, Callable[[Any], bool]] = {
-        "bool": lambda v: isinstance(v, bool),
-        "int": lambda v: type(v) is int and abs(v) <= _LARGEST,
-        "float": lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max,
+    checks: dict[type, Callable[[Any], bool]] = {
+        bool: lambda v: isinstance(v, bool),
+        int: lambda v: type(v) is int and abs(v) <= _LARGEST,
+        float: lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max,
     }
     if not checks[kind](value):
-        raise UserError(f"{where}: {name} must be {annotation}, got {value!r}")
+        wanted = f"{kind.__name__} | None" if rest else kind.__name__
+        raise UserError(f"{where}: {name} must be {wanted}, got {value!r}")
     if name == "n_routed_experts" and value > _MOST_EXPERTS:
         raise UserError(f"{where}: {name} is {value}, at most {_MOST_EXPERTS} are supported")
-    return float(value) if kind == "float" else value
+    return float(value) if kind is float else value

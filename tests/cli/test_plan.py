@@ -266,7 +266,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan.processes 0", "plan.processes must be positive, got 0"),
         ("--plan.processes many", "plan.processes: expected an integer, got many"),
         ("--plan.efficiency 1.5", "plan.efficiency must be at most 1"),
-        ("--plan.reserve_gb -1", "plan.reserve_gb must be positive, got -1"),
+        ("--plan.reserve_gb -1", "plan.reserve_gb must be 0 or more, got -1"),
         ("--plan.devise cpu", "unknown option --plan.devise; did you mean --plan.device?"),
         ("--model.pattern MX", "unknown layer letter 'X'"),
         ("--config gone.yaml", "cannot read configuration file gone.yaml"),
