@@ -164,32 +164,37 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[Document | Unusable
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
-            text = _json_text(line, text_field)
-            if isinstance(text, Unusable):
-                yield Unusable(f"{source.path} line {number}", text.why)
+            try:
+                text = _checked(_json_field(line, text_field), text_field)
+            except _NotText as e:
+                yield Unusable(f"{source.path} line {number}", str(e))
             else:
                 yield Document(f"{source.key}#{number}", text, consumed / source.size)
 
 
-def _json_text(line: bytes, text_field: str) -> str | Unusable:
+class _NotText(Exception):
+    """Why a record is not usable."""
+
+
+def _json_field(line: bytes, text_field: str) -> object:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
-        return Unusable("", "not UTF-8")
+        raise _NotText("not UTF-8") from None
     except (ValueError, RecursionError):
-        return Unusable("", "not JSON")
+        raise _NotText("not JSON") from None
     if not isinstance(record, dict):
-        return Unusable("", "not a JSON object")
-    return _checked(record.get(text_field), text_field)
+        raise _NotText("not a JSON object")
+    return record.get(text_field)
 
 
-def _checked(text: object, text_field: str) -> str | Unusable:
+def _checked(text: object, text_field: str) -> str:
     if not isinstance(text, str):
-        return Unusable("", f"no text in field {text_field!r} (--text_field names another)")
+        raise _NotText(f"no text in field {text_field!r} (--text_field names another)")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return Unusable("", f"field {text_field!r} holds half a surrogate pair")
+        raise _NotText(f"field {text_field!r} holds half a surrogate pair") from None
     return text
 
 
@@ -244,9 +249,10 @@ def _read_table(
             value = value.as_py() if hasattr(value, "as_py") else value
         except UnicodeDecodeError:
             value = None  # bytes that claim to be text
-        text = _checked(value, text_field)
-        if isinstance(text, Unusable):
-            yield Unusable(f"{source.path} row {number}", text.why)
+        try:
+            text = _checked(value, text_field)
+        except _NotText as e:
+            yield Unusable(f"{source.path} row {number}", str(e))
         else:
             yield Document(f"{source.key}#{number}", text, (number + 1) / rows)
 

@@ -27,29 +27,16 @@ class Progress:
     ) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn
-        from rich.progress import Progress as Bar
 
         self._max_steps, self._start_step, self._log_every = max_steps, start_step, log_every
         self._console = console or Console()
         self._seconds: deque[float] = deque(maxlen=_AVERAGED_STEPS)
+        self._elapsed = 0.0
         self._heldout: tuple[int, list[float]] | None = None
         self._live: Live | None = None
         if self._console.is_terminal:
-            self._bar = Bar(
-                TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TextColumn("elapsed {task.fields[elapsed_text]}, left {task.fields[left]}"),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._bar.add_task(
-                "", total=max_steps, completed=start_step, elapsed_text="0:00", left="?"
-            )
-            self._elapsed = 0.0
-            self._live = Live(self._bar, console=self._console, refresh_per_second=4)
+            bar = self._bar(start_step)
+            self._live = Live(bar, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -69,17 +56,11 @@ class Progress:
     def update(self, metrics: StepMetrics) -> None:
         """Take in one finished step."""
         self._seconds.append(metrics.step_seconds)
+        self._elapsed += metrics.step_seconds
         held_out = evaluations([metrics])
         if held_out:
             self._heldout = held_out[-1]
         if self._live:
-            self._elapsed += metrics.step_seconds
-            self._bar.update(
-                self._task,
-                completed=metrics.step,
-                elapsed_text=clock(self._elapsed),
-                left=clock(self.eta_seconds(metrics.step)),
-            )
             self._live.update(self._table(metrics))
         elif (
             metrics.step % self._log_every == 0
@@ -100,6 +81,21 @@ class Progress:
             parts.append(f"held-out {_losses(losses)}{when}")
         return "  ".join([*parts, f"eta {clock(self.eta_seconds(metrics.step))}"])
 
+    def _bar(self, step: int) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        left = clock(self.eta_seconds(step))
+        row = Table.grid(padding=(0, 1), expand=True)
+        row.add_column()
+        row.add_column(ratio=1)
+        row.add_row(
+            f"[bold]step[/bold] {step}/{self._max_steps}",
+            ProgressBar(self._max_steps, step),
+            f"{step / self._max_steps:.0%} elapsed {clock(self._elapsed)}, left {left}",
+        )
+        return row
+
     def _table(self, metrics: StepMetrics) -> RenderableType:
         from rich.console import Group
         from rich.table import Table
@@ -112,7 +108,7 @@ class Progress:
         cells = [f"[dim]{name}[/dim] {value}" for name, value in figures.items()]
         for start in range(0, len(cells), 3):
             table.add_row(*cells[start : start + 3])
-        return Group(self._bar, table)
+        return Group(self._bar(metrics.step), table)
 
 
 def clock(seconds: float) -> str:
