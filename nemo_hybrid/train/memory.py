@@ -261,47 +261,47 @@ def moments(at: Layout) -> Iterator[Memory]:
     if at.host_copy:
         copy = base.optimizer + sum(g.width * g.numel for g in groups)
         base = replace(base, host_copy=copy)
-    reduction = Reduction(at, groups)
+    reduction = Reduction(at, groups, base)
     d, vocab, depths = cfg.hidden_size, cfg.vocab_size, cfg.mtp_num_depths
     stream, head = b * T * d, vocab * d
 
     # Forward: layers, final norms, inputs of every depth, and the loss, which makes gradients.
     block = sum(saved(at, letter) for letter in cfg.mtp_pattern) + 5 * stream if depths else 0
     kept = sum(saved(at, letter) for letter in cfg.pattern) + stream + depths * block
-    losses = (1 + depths) * stream
+    held = (1 + depths) * stream  # gradients of the hidden states that the loss reads
     chunk = 2 * max(_LOSS_CHUNK[at.cpu], 16 * 4 * vocab)
     cast = 4 * head if b != 4 else 0
-    yield reduction.memory(base, "loss", kept, 2 * losses + 4 * head + cast + chunk)
-    yield reduction.memory(base, "loss, backward", kept, 2 * losses + (4 + b) * head)
-    yield from reduction.arrive(base, "head", [head], kept, losses)
-    held = losses
-    table = 0
-    for depth in range(depths, 0, -1):
-        last = depth == 1
-        for letter in reversed(cfg.mtp_pattern):
+    yield reduction.memory("loss", kept, 2 * held + 4 * head + cast + chunk)
+    yield reduction.memory("loss, backward", kept, 2 * held + (4 + b) * head)
+    yield from reduction.arrive("head", [head], kept, held)
+
+    def backward(pattern: str, depth: int) -> Iterator[Memory]:
+        """The layers of the MTP block at a depth, or with 0 those of the backbone."""
+        nonlocal kept
+        for letter in reversed(pattern):
             own = at.sizes(letter)
-            waiting = 0 if depth == depths else b * sum(own)
+            # The block's gradients are summed over its depths before they arrive.
+            waiting = b * sum(own) if 0 < depth < depths else 0
             again = _saved(at, letter) - stream if letter in at.recompute else 0
-            work = held + table + scratch(at, letter) + again + waiting
-            yield reduction.memory(base, f"MTP {depth}, {letter} backward", kept, work)
-            if last:
-                yield from reduction.arrive(base, "MTP", own, kept, held + table)
+            work = held + scratch(at, letter) + again + waiting
+            name = f"MTP {depth}, {letter}" if depth else letter
+            yield reduction.memory(f"{name} backward", kept, work)
+            if depth < 2:
+                yield from reduction.arrive("MTP" if depth else letter, own, kept, held)
             kept -= saved(at, letter)
+
+    for depth in range(depths, 0, -1):
+        yield from backward(cfg.mtp_pattern, depth)
         kept -= 5 * stream
-        table = b * head  # the embedding's gradient waits for the other uses of it
         held -= stream
+        if depth == depths:
+            held += b * head  # the embedding's gradient waits for the other uses of it
     if depths:
-        yield from reduction.arrive(base, "MTP", [2 * d * d], kept, held + table)
-    for letter in reversed(cfg.pattern):
-        again = _saved(at, letter) - stream if letter in at.recompute else 0
-        work = stream + table + scratch(at, letter) + again
-        yield reduction.memory(base, f"{letter} backward", kept, work)
-        own = at.sizes(letter)
-        yield from reduction.arrive(base, letter, own, kept, stream + table)
-        kept -= saved(at, letter)
-    yield reduction.memory(base, "embedding backward", kept, table + b * head + stream)
-    yield from reduction.arrive(base, "embedding", [head], 0, 0)
-    yield from reduction.finish(base)
+        yield from reduction.arrive("MTP", [2 * d * d], kept, held)
+    yield from backward(cfg.pattern, 0)
+    yield reduction.memory("embedding backward", kept, held + b * head)
+    yield from reduction.arrive("embedding", [head], 0, 0)
+    yield from reduction.finish()
 
 
 class Reduction:
@@ -312,8 +312,8 @@ class Reduction:
     belong here are copied out. Reduction flattens into a further copy.
     """
 
-    def __init__(self, at: Layout, groups: list[Group]) -> None:
-        self.at, self.groups = at, groups
+    def __init__(self, at: Layout, groups: list[Group], base: Memory) -> None:
+        self.at, self.groups, self.base = at, groups, base
         widths = {g.width for g in groups}
         # The engine puts bf16 first for ZeRO-1 and fp32 for ZeRO-2; only bf16 in front makes
         # DeepSpeed add up in flat fp32 partitions.
@@ -328,7 +328,7 @@ class Reduction:
             self.before = 4 * self.numel if at.zero == 1 else self.own
         self.arrived = self.pending = self.staged = self.reduced = 0
 
-    def memory(self, base: Memory, moment: str, kept: float, work: float) -> Memory:
+    def memory(self, moment: str, kept: float, work: float) -> Memory:
         """All kinds at a moment of the forward or backward pass."""
         at = self.at
         own = self.own if not at.cpu else self.own * self.reduced / self.numel
@@ -341,37 +341,35 @@ class Reduction:
             gradients = self.before + (own if self.reduced else 0)
         buffer = self.bucket if not at.cpu and self.arrived else self.staged
         return replace(
-            base,
+            self.base,
             moment=moment,
             gradients=gradients,
             activations=kept,
             buffers=self.staging * buffer + work,
         )
 
-    def arrive(
-        self, base: Memory, moment: str, sizes: list[int], kept: float, work: float
-    ) -> Iterator[Memory]:
+    def arrive(self, moment: str, sizes: list[int], kept: float, work: float) -> Iterator[Memory]:
         """Gradients of ``sizes`` come; yields the moment of each reduction that they cause."""
         for size in reversed(sizes):
             self.arrived += size
             if self.at.zero == 1:
                 continue
             if self.pending + size > self.bucket:
-                yield self._reduce(base, moment, kept, work)
+                yield self._reduce(moment, kept, work)
             self.pending += size
             self.staged = max(self.staged, self.pending)
 
-    def _reduce(self, base: Memory, moment: str, kept: float, work: float) -> Memory:
+    def _reduce(self, moment: str, kept: float, work: float) -> Memory:
         flat = (4 + 2 * (self.staging == 2)) * self.pending
         self.reduced += self.pending
         self.pending = 0
-        return self.memory(base, f"reduction, {moment}", kept, work + flat)
+        return self.memory(f"reduction, {moment}", kept, work + flat)
 
-    def finish(self, base: Memory) -> Iterator[Memory]:
+    def finish(self) -> Iterator[Memory]:
         """The last reduction, the norm, and the optimizer's step."""
-        at = self.at
+        at, base = self.at, self.base
         if at.zero == 2:
-            yield self._reduce(base, "all", 0, 0)
+            yield self._reduce("all", 0, 0)
         else:
             largest = self.numel
             if at.ep > 1:  # experts and the others are reduced one after the other
