@@ -155,6 +155,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory and those above it so that their names survive a power cut. Raises
+    OSError."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
+
+
 def side_by_side(action: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results of action for every item, in their order, by several threads: reading, copying
     and hashing keep more than one core busy, and most disks. Raises what the first item raises."""

@@ -9,7 +9,14 @@ from typing import Any, Protocol, TypeVar
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import TEMPORARY, FileRecord, naming, sync_directory, write_file
+from nemo_hybrid.files import (
+    TEMPORARY,
+    FileRecord,
+    make_directories,
+    naming,
+    sync_directory,
+    write_file,
+)
 
 T = TypeVar("T")
 
@@ -100,28 +107,44 @@ def on_rank_0(world: World, action: Callable[[], T]) -> T:
 
 
 def verify_together(world: World, directory: Path) -> None:
-    """`files.verify`, in which every rank hashes its share. Raises UserError on every rank."""
-    together(world, lambda: files.verify(directory, share=(world.rank, world.size)))
+    """`files.verify`, in which every rank hashes its share: one alone would take minutes for a
+    large model. Raises UserError on every rank."""
+    records = on_rank_0(world, lambda: files.verify(directory, deep=False))
+    damaged = _hash_together(world, directory, records)
+    if damaged is not None:
+        raise files.CheckpointError(files.mismatch(damaged))
 
 
 def find_latest_together(world: World, checkpoints_dir: Path) -> Path | None:
-    """`files.find_latest`, in which every rank hashes its share: one alone would take minutes for
-    a large model. Raises UserError on every rank."""
+    """`files.find_latest`, in which every rank hashes its share.
+
+    What is there says rank 0 alone, and only a wrong checksum counts as damage afterwards: another
+    rank that cannot read a file shall not send the run back to an older checkpoint. Raises
+    UserError on every rank.
+    """
     damaged: set[Path] = set()
 
-    def newest() -> Path | None:
-        return files.find_latest(checkpoints_dir, deep=False, damaged=damaged)
+    def newest() -> tuple[Path, dict[str, FileRecord]] | None:
+        directory = files.find_latest(checkpoints_dir, deep=False, damaged=damaged)
+        return None if directory is None else (directory, files.read_manifest(directory))
 
-    while (directory := on_rank_0(world, newest)) is not None:
-        try:
-            verify_together(world, directory)
-        except UserError as error:
-            damaged.add(directory)
-            if world.rank == 0:
-                files.skip(directory, error)
-        else:
-            break
-    return directory
+    while (found := on_rank_0(world, newest)) is not None:
+        file = _hash_together(world, *found)
+        if file is None:
+            return found[0]
+        damaged.add(found[0])
+        if world.rank == 0:
+            files.skip(found[0], files.mismatch(file))
+    return None
+
+
+def _hash_together(world: World, directory: Path, records: dict[str, FileRecord]) -> Path | None:
+    """The first file that one of the ranks found damaged. Raises UserError on every rank if one
+    cannot read its share."""
+    names = list(records)[world.rank :: world.size]
+    share = {name: records[name] for name in names}
+    found = together(world, lambda: files.damaged_file(directory, share))
+    return next((path for path in found if path is not None), None)
 
 
 def write_directory(
@@ -142,7 +165,7 @@ def write_directory(
 
     def create() -> None:
         with naming("create", final.parent):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(final.parent)
         with naming("write into", final.parent):
             if temporary.exists():  # left by a writer that was killed
                 files.remove_directory(temporary)

@@ -82,10 +82,10 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     return files
 
 
-def verify(directory: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> None:
-    """Compare a checkpoint directory with its manifest: presence and size, and hashes if deep.
+def verify(directory: Path, deep: bool = True) -> dict[str, FileRecord]:
+    """Compare a checkpoint directory with its manifest, which is returned: presence and size of
+    every file, and hashes if deep.
 
-    With ``share`` (i, n) only every n-th file is hashed, from the i-th on: others hash the rest.
     Raises CheckpointError naming the damaged file.
     """
     records = read_manifest(directory)
@@ -101,14 +101,24 @@ def verify(directory: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) 
             raise CheckpointError(
                 f"damaged checkpoint: {path} has {found.st_size} bytes, should have {record.size}"
             )
-    if not deep:
-        return
-    names = list(records)[share[0] :: share[1]]
-    hashes = side_by_side(lambda name: hash_file(directory / name), names)
-    for name, sha256 in zip(names, hashes, strict=True):
-        if sha256 != records[name].sha256:
-            path = directory / name
-            raise CheckpointError(f"damaged checkpoint: {path} does not match its checksum")
+    damaged = damaged_file(directory, records) if deep else None
+    if damaged is not None:
+        raise CheckpointError(mismatch(damaged))
+    return records
+
+
+def damaged_file(directory: Path, records: Mapping[str, FileRecord]) -> Path | None:
+    """The first file whose hash is not that of its record. Raises UserError for one that cannot be
+    read."""
+    hashes = side_by_side(lambda name: hash_file(directory / name), records)
+    for (name, record), sha256 in zip(records.items(), hashes, strict=True):
+        if sha256 != record.sha256:
+            return directory / name
+    return None
+
+
+def mismatch(path: Path) -> str:
+    return f"damaged checkpoint: {path} does not match its checksum"
 
 
 def step_name(step: int) -> str:

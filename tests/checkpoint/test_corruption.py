@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,43 @@ def test_every_rank_hashes_a_share(
         (newest / name).write_bytes(content)
 
 
+def test_only_a_wrong_checksum_leads_to_an_older_checkpoint(
+    three: Path, in_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank that cannot read a file, or sees no manifest, is no reason to lose steps."""
+    newest = files.list_steps(three)[0]
+
+    def read_manifest(directory: Path) -> Any:
+        assert threading.current_thread().name == "rank 0"
+        return whole(directory)
+
+    def unreadable(path: Path) -> str:
+        raise UserError(f"cannot read {path}: Input/output error")
+
+    def find(world: World) -> Path | None:
+        threading.current_thread().name = f"rank {world.rank}"
+        return find_latest_together(world, three)
+
+    whole = files.read_manifest
+    monkeypatch.setattr(files, "read_manifest", read_manifest)
+    assert in_ranks(2, find) == [newest] * 2
+    monkeypatch.setattr(files, "hash_file", unreadable)
+    assert all("Input/output error" in str(error) for error in in_ranks(2, find))
+
+
 def test_a_start_passes_by_what_is_damaged_or_refuses_it(
     three: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As `pretrain` does it: by itself, and with a checkpoint that is named."""
     config = RunConfig(run_dir=str(tmp_path / "run"))
     checkpoints = tmp_path / "run/checkpoints"
-    shutil.copytree(three, checkpoints)
 
     def newest() -> Path | None:
         return find_latest_together(OneProcess(), checkpoints)
 
     with RunLock(config) as lock:
         claim_run(config, lock)
+        shutil.copytree(three, checkpoints)
         assert open_run(config, lock) is None
         assert newest() == checkpoints / "step_00000003"
         damaged = checkpoints / "step_00000003/rank-00001.safetensors"
