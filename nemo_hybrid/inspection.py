@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, read_manifest, resolve, verify
+from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve, verify
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.state import RUN_STATE, check_state
@@ -25,6 +25,7 @@ from nemo_hybrid.command_options import InspectOptions
 from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import FileRecord
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.flops import parameter_counts, without_storage
@@ -100,10 +101,10 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     that is not whole.
     """
     path = path.expanduser()
-    source = verified = None
+    source = records = None
     if not path.exists() or path.is_dir() or path.name == LATEST:
         path = resolve(path)
-        verified = _verified(path, deep)
+        records = _verify(path, deep)
         if any(path.glob("*.safetensors*")) or pickles(path):
             source, model = read_source(path)
         else:
@@ -114,7 +115,7 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         model = _without_storage(_shape_in_yaml(path), path)
     else:
         raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
-    if deep and verified is None:
+    if deep and records is None:
         raise UserError(f"{path} has no {MANIFEST} to compare with; leave out --deep")
     config = model.config
     return Inspection(
@@ -129,22 +130,26 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         ),
         files=_sizes(path, source.stored.headers) if source else None,
         report=source.report if source else None,
-        verified=verified,
+        verified=None if records is None else _verified(path, model, records, deep),
     )
 
 
-def _verified(directory: Path, deep: bool) -> Verified | None:
+def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
     """Compare a directory with its manifest. One without training state may have been edited since
     it was written, so that it is compared only where ``deep`` asks for it."""
-    trains = (directory / RUN_STATE).exists()
-    if not trains and not (deep and (directory / MANIFEST).exists()):
-        return None
-    verify(directory, deep)
-    state = check_state(directory) if trains else {}
-    records = read_manifest(directory).values()
-    return Verified(
-        len(records), sum(r.size for r in records), deep, state.get("step"), state.get("layout")
-    )
+    if (directory / RUN_STATE).exists() or (deep and (directory / MANIFEST).exists()):
+        return verify(directory, deep)
+    return None
+
+
+def _verified(
+    directory: Path, model: HybridLM, records: dict[str, FileRecord], deep: bool
+) -> Verified:
+    state: dict[str, Any] = {}
+    if (directory / RUN_STATE).exists():
+        state = check_state(directory, (name for name, _ in model.named_parameters()))
+    size = sum(record.size for record in records.values())
+    return Verified(len(records), size, deep, state.get("step"), state.get("layout"))
 
 
 def as_json(found: Inspection) -> dict[str, Any]:

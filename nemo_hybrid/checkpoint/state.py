@@ -20,8 +20,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
-from itertools import product
+from dataclasses import astuple, dataclass, field, fields
+from itertools import chain, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -313,13 +313,16 @@ def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
     return state
 
 
-def check_state(directory: Path) -> dict[str, Any]:
-    """Check that masters and moments of every parameter are there, from headers alone; return the
-    run state. Raises UserError, naming the parameter or the file."""
-    state = _read_run_state(directory)
+def check_state(directory: Path, parameters: Iterable[str]) -> dict[str, Any]:
+    """Check that masters and moments of all these parameters are there, from headers alone; return
+    the run state. Raises UserError, naming the parameter or the file."""
+    state, index = _read_run_state(directory), _read_optimizer_index(directory)
+    for name in parameters:
+        if name not in index:
+            raise CheckpointError(f"{directory} holds no optimizer state of {name}")
     opened: dict[tuple[int, str], TensorFile] = {}
     with ExitStack() as stack:
-        for name, (shape, pieces) in _read_optimizer_index(directory).items():
+        for name, (shape, pieces) in index.items():
             gap = _first_gap(pieces, 0, prod(shape))
             if gap is not None:
                 raise CheckpointError(f"{directory} holds no optimizer state of {name}[{gap}]")
@@ -339,7 +342,8 @@ def _read_optimizer_index(directory: Path) -> dict[str, tuple[tuple[int, ...], l
             name: (tuple(entry["shape"]), [_Saved(*piece) for piece in entry["fragments"]])
             for name, entry in read_json(path).items()
         }
-        numbers = (n for _, ps in index.values() for p in ps for n in (p.start, p.numel, p.rank))
+        pieces = (astuple(piece) for _, found in index.values() for piece in found)
+        numbers = chain(chain.from_iterable(shape for shape, _ in index.values()), *pieces)
         valid = all(type(n) is int and n >= 0 for n in numbers)
     except (KeyError, TypeError):
         valid = False

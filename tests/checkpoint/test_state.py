@@ -177,6 +177,10 @@ def test_an_index_of_anything_else_is_refused(tmp_path, toy, piece) -> None:
     (path / "optimizer.index.json").write_text(files.to_json(index))
     with pytest.raises(CheckpointError, match="is not an optimizer index"):
         load_state(path, [Fragment("lm_head.weight", 0, 3, (32, 12))])
+    index["lm_head.weight"] = {"shape": ["a"], "fragments": []}
+    (path / "optimizer.index.json").write_text(files.to_json(index))
+    with pytest.raises(CheckpointError, match="is not an optimizer index"):
+        load_state(path, [Fragment("lm_head.weight", 0, 3, (32, 12))])
 
 
 def test_masters_that_are_not_the_weights_are_noticed(toy) -> None:

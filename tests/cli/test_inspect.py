@@ -362,20 +362,35 @@ def test_a_damaged_checkpoint_is_named(
     assert str(copy / name) in capsys.readouterr().err
 
 
-def test_a_missing_moment_is_named(
-    training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Although every file is what the manifest says."""
-    copy = Path(shutil.copytree(training, tmp_path / training.name))
+def drop_moment(copy: Path) -> str:
     path = copy / "optimizer-r00000-exp_avg_sq.safetensors"
     moments = load_file(path)
     del moments["lm_head.weight|0"]
     save_file(moments, path)
-    records = read_manifest(copy)
-    records[path.name] = FileRecord(path.stat().st_size, hash_file(path))
+    return f"{path} has no exp_avg_sq of lm_head.weight"
+
+
+def drop_from_index(copy: Path) -> str:
+    path = copy / "optimizer.index.json"
+    index = json.loads(path.read_text())
+    del index["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    return f"{copy} holds no optimizer state of lm_head.weight"
+
+
+@pytest.mark.parametrize("damage", [drop_moment, drop_from_index])
+def test_missing_state_is_named(
+    damage: Callable[[Path], str], training: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Although every file is what the manifest says."""
+    copy = Path(shutil.copytree(training, tmp_path / training.name))
+    expected = damage(copy)
+    records = {name: FileRecord((copy / name).stat().st_size, hash_file(copy / name))
+               for name in read_manifest(copy)}  # fmt: skip
     (copy / MANIFEST).write_text(manifest_text(records))
     assert cli.main(["inspect", str(copy), "--deep"]) == 2
-    assert f"{path} has no exp_avg_sq of lm_head.weight" in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_deep_looks_at_other_directories_too(
