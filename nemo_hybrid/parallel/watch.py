@@ -27,7 +27,7 @@ class Watch:
     As a context manager, for the main thread, while the process trains:
 
     - SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) only set ``stop_requested``: the loop ends at
-      the next step boundary. A second SIGINT interrupts at once.
+      the next step boundary. A second SIGINT ends the process at once, with status 130.
     - Without a beat for ``hang_timeout_s`` (0: never) the process prints the stacks of all its
       threads and exits with status 1, also where it hangs inside a library.
     """
@@ -61,7 +61,7 @@ class Watch:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _interrupt)
 
     def _poll(self) -> None:
         while True:
@@ -87,6 +87,12 @@ class Watch:
                 _end()
             except OSError:
                 pass  # slow or not resolved here: the connection that counts will tell
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # Not by an exception: Python would wait for the thread that writes a checkpoint.
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 def _end() -> NoReturn:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import time
+import uuid
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -16,6 +19,7 @@ from nemo_hybrid.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process."""
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class World:
             _keep_freed_memory()
         if not dist.is_initialized():
             dist.init_process_group(
-                backend, store=_store(), rank=rank, world_size=size, timeout=TIMEOUT
+                backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
             )
         return World(rank, size, device)
 
@@ -81,7 +85,7 @@ class World:
         return tensor
 
 
-def _store() -> dist.Store | None:
+def _store(rank: int, size: int) -> dist.Store | None:
     """Where processes find each other: torchrun's store, or none for a world of one.
 
     A restarted group must not find the addresses of the one that died, so every attempt has names
@@ -89,12 +93,42 @@ def _store() -> dist.Store | None:
     """
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # needs no environment variables and no port
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None:
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    return dist.PrefixStore(attempt_name(store, rank, size), store)
+
+
+def attempt_name(store: dist.Store, rank: int, size: int) -> str:
+    """A name on which the processes of this attempt agree, and none of an earlier one.
+
+    The agents' restart counts do not serve: after a fault on one node only that node's goes up
+    (https://github.com/pytorch/pytorch/issues/108158). So everyone leaves a token; rank 0 answers
+    with all that it sees, again and again, until all have confirmed an answer with their own token
+    in it. Raises RuntimeError after TIMEOUT.
+    """
+    own, others = uuid.uuid4().hex, range(1, size)
+    store.set(f"token/{rank}", own)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        if rank:
+            answer = json.loads(store.get("answer"))
+            if answer[rank] == own:
+                store.set(f"confirmed/{rank}", answer[0])
+                if store.check(["complete"]) and store.get("complete").decode() == answer[0]:
+                    return str(answer[0])
+        else:
+            tokens = [own, *(store.get(f"token/{other}").decode() for other in others)]
+            store.set("answer", json.dumps(tokens))
+            confirmed = [f"confirmed/{other}" for other in others]
+            if not confirmed or (
+                store.check(confirmed) and all(store.get(c).decode() == own for c in confirmed)
+            ):
+                store.set("complete", own)
+                return own
+        time.sleep(_POLL_S)
+    raise RuntimeError(f"not all of the {size} processes have appeared within {TIMEOUT}")
 
 
 def _keep_freed_memory() -> None:

@@ -11,7 +11,8 @@ happens (default: every rank)::
     {"late_write": 1.0}        the thread that writes checkpoints begins so many seconds late
     {"file_size": [5, 65536]}  from this batch on, and when a checkpoint stands, no file may grow
                                beyond this many bytes
-    {"slow_step": 0.2}         every batch takes this many seconds longer
+    {"slow_step": 0.2}         every batch takes this many seconds longer; with "until": 7 the first
+                               seven that a process reads
     {"slow_write": 0.2}        every file of a checkpoint does
     {"events": "FILE"}         rank 0 appends "batch N" and "write NAME" there as they come
 """
@@ -97,7 +98,7 @@ class LateExecutor(ThreadPoolExecutor):
 
 
 def before_step(faults: dict[str, Any], current: int, run_dir: Path) -> None:
-    time.sleep(faults.get("slow_step", 0))
+    time.sleep(faults.get("slow_step", 0) if current <= faults.get("until", current) else 0)
     at, value = faults.get("signal", (None, None))
     if at == current:
         os.kill(os.getpid(), value)
