@@ -62,7 +62,6 @@ def build(directory: Path, gib: float) -> Run:
     hybrid = config.model.hybrid()
     world = World.start()
     run = build_run(config, hybrid, world, open_blend(config.data, hybrid), 1)
-    run.engine.allocate_state(1)
     for fragment in run.engine.fragments():
         for kind in ("exp_avg", "exp_avg_sq"):
             fragment.tensors[kind].uniform_()

@@ -80,6 +80,9 @@ class Engine:
             dist_init_required=False,
         )
         self.zero = deepspeed_private.ZeroOptimizer(self.engine.optimizer)
+        # From the start, so that there is something to save before the first update.
+        for master in self.zero.masters:
+            self.zero.state[master] = first_state(master)
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -127,8 +130,12 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Updates made so far, as the optimizer counts them for its bias correction."""
-        state = self.zero.state.get(self.zero.masters[0], {})
-        return int(state.get("step", 0))
+        return int(self.zero.state[self.zero.masters[0]]["step"])
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for master in self.zero.masters:
+            self.zero.state[master]["step"].fill_(steps)
 
     def fragments(self) -> Iterator[Fragment]:
         """The parts of masters and moments that this rank owns: views, not copies."""
@@ -154,19 +161,16 @@ class Engine:
             *shape[1:],
         )
 
-    def allocate_state(self, steps: int) -> None:
-        """Make moments where there are none, and set the step count, so that ``fragments`` can be
-        filled."""
-        for master in self.zero.masters:
-            state = self.zero.state[master]
-            for name in MOMENTS:
-                if name not in state:
-                    state[name] = torch.zeros_like(master)
-            state["step"] = torch.tensor(float(steps))
-
     def publish_masters(self) -> None:
         """Round the (restored) masters into the model's weights, on every rank."""
         self.zero.publish_masters()
+
+
+def first_state(master: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a parameter, before its first update. A fused optimizer wants the count
+    beside the parameter."""
+    moments = {name: torch.zeros_like(master) for name in MOMENTS}
+    return {"step": torch.zeros((), device=master.device), **moments}
 
 
 def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:

@@ -34,7 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be equal for a checkpoint to continue the same sequence of samples."""
+    """What must be equal for a checkpoint to continue the same sequence of samples, and to hold the
+    rounding of its masters that this run makes."""
 
     data: list[str]  # digests of the token stores
     weights: list[float]  # with which they are drawn
@@ -42,6 +43,7 @@ class Identity:
     sequence_length: int
     global_batch_size: int
     seed: int
+    weight_dtype: str
 
 
 @dataclass
@@ -124,6 +126,7 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
         sequence_length=config.data.sequence_length,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
+        weight_dtype=str(DTYPES[config.precision.recipe]).removeprefix("torch."),
     )
 
 

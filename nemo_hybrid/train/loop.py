@@ -87,7 +87,7 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
             _announce(config, world, run, checkpoint)
             stack.enter_context(display)
         stack.enter_context(watch)
-        Loop(run, position, display, watch).run_to_end()
+        Loop(run, position, display, watch, checkpoint).run_to_end()
     on_rank_0(world, lambda: write_plots(config.run_dir))
     if first:
         print(_summary(config, "finished"))
@@ -148,10 +148,19 @@ class Display:
 
 
 class Loop:
-    """The steps of a run. All ranks take the same way through it; ``display`` is rank 0's."""
+    """The steps of a run. All ranks take the same way through it; ``display`` is rank 0's, and
+    ``start`` the checkpoint that it went on from."""
 
-    def __init__(self, run: Run, position: Position, display: Display | None, watch: Watch) -> None:
+    def __init__(
+        self,
+        run: Run,
+        position: Position,
+        display: Display | None,
+        watch: Watch,
+        start: Path | None,
+    ) -> None:
         self.run, self.position, self.display, self.watch = run, position, display, watch
+        self.start = start
         self.saver = Saver(run)
         self.saved: Position | None = None
         self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
@@ -249,7 +258,7 @@ class Loop:
         if counters.in_a_row < options.rollback_after:
             return
         self.saver.wait()
-        checkpoint = find_latest_together(self.run.world, self.checkpoints)
+        checkpoint = find_latest_together(self.run.world, self.checkpoints) or self.start
         if checkpoint is None or counters.rollbacks_in_a_row >= options.stop_after:
             self._give_up(outcome, checkpoint)
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.directory import each, together
+from nemo_hybrid.checkpoint.directory import each
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
@@ -81,7 +81,6 @@ class Saver:
                 "world_size": run.world.size,
                 "ep": run.config.parallel.ep,
                 "zero": run.config.parallel.zero,
-                "precision": run.config.precision.recipe,
             },
         }
         weights, fragments = _owned(run.engine, run.model), run.engine.fragments()
@@ -146,21 +145,20 @@ def restore(directory: Path, run: Run) -> Position:
     """
     engine, model = run.engine, run.model
 
-    def read() -> dict[str, Any]:
+    def read() -> tuple[dict[str, Any], dict[str, Any] | None]:
         state = check_resumable(directory, model.config, asdict(run.identity))
         targets, experts = tensors_by_name(model), model.owned_experts
         load_weights(directory, targets, experts, n_experts=model.config.n_routed_experts)
-        engine.allocate_state(int(state["optimizer_steps"]))
+        engine.optimizer_steps = int(state["optimizer_steps"])
         fragments = list(engine.fragments())
         load_state(directory, fragments)
         weights = [(name, tensor, _first_expert(name, model)) for name, tensor in targets.items()]
         check_masters(weights, fragments)
-        return state
+        return state, load_rank_state(directory, engine.world.rank)
 
-    state = together(engine.world, read)[0]
+    state, own = each(engine.world, read)
     engine.publish_masters()
     run.guard.restore(state["guard"])
-    own = load_rank_state(directory, engine.world.rank)
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
     return Position(int(state["step"]), int(state["batches"]))

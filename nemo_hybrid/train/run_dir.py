@@ -51,6 +51,10 @@ MAY_CHANGE = (
 checkpoints know it by its checksums. So of data.blend only the weights are compared."""
 
 
+# How often torchrun's agent and Slurm have started this job again.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
 class RunLock:
     """Holds a run's directory for this process; a context manager.
 
@@ -68,10 +72,11 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def take(self) -> None:
-        """Lock the directory, which exists. Raises UserError if another process holds it."""
+    def take(self) -> bool:
+        """Lock the directory, which exists; whether it was not locked by this before. Raises
+        UserError if another process holds it."""
         if self._descriptor is not None:
-            return
+            return False
         path = self._run_dir / _LOCK
         with naming("use run_dir", self._run_dir):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,20 +92,24 @@ class RunLock:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         self._descriptor = descriptor
+        return True
 
 
 def open_run(config: RunConfig, lock: RunLock) -> Path | None:
     """The checkpoint that is asked for, None for the newest one; nothing is written but the lock.
 
-    For rank 0 alone. Raises UserError if the directory cannot be used, holds something that is
-    not a run, or a different run.
+    Where torchrun or Slurm starts the same command once more, ``resume`` says how it began: the
+    run then goes on from its own newest checkpoint, if it has one. For rank 0 alone. Raises
+    UserError if the directory cannot be used, holds something that is not a run, or a different
+    run.
     """
     run_dir = Path(config.run_dir)
     try:
         present = _contents(run_dir)
     except OSError as error:
         raise UserError(f"cannot use run_dir {run_dir}: {error.strerror or error}") from error
-    if present and config.resume == "never":
+    restarted = any(int(os.environ.get(name) or 0) for name in _RESTARTS)
+    if present and config.resume == "never" and not restarted:
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
     if CONFIG_FILE in present:
         _same_run(config, run_dir / CONFIG_FILE)
@@ -110,7 +119,8 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
             f"run_dir {run_dir} holds {present[0]} but no {CONFIG_FILE}, so it is not a run; "
             "choose another directory"
         )
-    if config.resume in ("auto", "never"):
+    own = files.list_steps(run_dir / CHECKPOINTS)
+    if config.resume in ("auto", "never") or (own and restarted):
         return None
     checkpoint = files.resolve(Path(config.resume))
     _nothing_beyond(files.step_of(checkpoint), run_dir / CHECKPOINTS)
@@ -126,7 +136,12 @@ def claim_run(config: RunConfig, lock: RunLock) -> None:
     run_dir = Path(config.run_dir)
     with naming("use run_dir", run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    lock.take()
+    if lock.take() and (present := _contents(run_dir)):
+        raise UserError(
+            f"run_dir {run_dir} was empty when this run began to start, and now holds "
+            f"{present[0]}, of a run that was faster: start again to go on from it, or choose "
+            "another directory"
+        )
     replace_file(run_dir / CONFIG_FILE, dump_config(config))
 
 

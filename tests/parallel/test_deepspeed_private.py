@@ -9,6 +9,7 @@ import torch
 
 import nemo_hybrid.parallel
 from nemo_hybrid.parallel import deepspeed_private as private
+from nemo_hybrid.parallel.engine import first_state
 
 ROOM = Path(nemo_hybrid.parallel.__file__).parent
 PRIVATE = re.compile(
@@ -63,6 +64,19 @@ def test_a_changed_optimizer_is_named(name: str) -> None:
     delattr(owner, name)
     with pytest.raises(RuntimeError, match=f"lacks {name} .* tested with DeepSpeed 0.19"):
         private.ZeroOptimizer(raw)
+
+
+def test_state_is_that_of_the_optimizer_and_lies_beside_the_parameter() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    theirs, ours = optimizer.state[parameter], first_state(parameter)
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
+        n: (t.shape, t.dtype) for n, t in theirs.items()
+    }
+    elsewhere = first_state(torch.empty(3, device="meta"))
+    assert {t.device.type for t in elsewhere.values()} == {"meta"}
 
 
 def test_changed_group_functions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

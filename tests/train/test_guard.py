@@ -169,6 +169,27 @@ def test_a_run_that_stays_bad_gives_up_with_what_replays_it(
     assert [row.step for row in read_metrics(tmp_path / "again/metrics.jsonl")] == [5, 6, 7, 8]
 
 
+def test_a_run_that_is_bad_from_the_start_gives_up_too(store: Path, tmp_path: Path) -> None:
+    """Before its first update, and so without a checkpoint of its own; one that it went on from
+    is gone back to."""
+    config = tiny_run(store, train={"max_steps": 4, "micro_batch_size": 8, "eval_sequences": 0})
+    config.guard.rollback_after, config.guard.stop_after = 2, 1
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    words = ["pretrain", "--config", tmp_path / "run.yaml", "--run_dir"]
+    bad = json.dumps({"nan": [1, 2, 3]})
+    (finished,) = run_python([FAULTY, bad, *words, tmp_path / "run"], succeed=False)
+    assert finished.status == 3, finished.stderr
+    assert "batch 2 after step 0" in finished.stderr
+    assert "there is no checkpoint to go back to" in finished.stderr
+    dump = tmp_path / "run/diagnosis/step_00000000"
+    assert f"The state before that batch is in {dump.parent}" in finished.stderr
+    again = [FAULTY, json.dumps({"nan": [2, 3]}), *words, tmp_path / "again", "--resume", dump]
+    (finished,) = run_python(again)
+    assert "batch 2 passed over" in finished.stdout
+    assert "back to step_00000000; the data goes on behind batch 3" in finished.stdout
+    assert [row.step for row in read_metrics(tmp_path / "again/metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_a_spike_is_passed_over_in_a_run(store: Path, tmp_path: Path) -> None:
     config = tiny_run(store, train={"max_steps": 18, "micro_batch_size": 8, "eval_sequences": 0})
     (tmp_path / "run.yaml").write_text(dump_config(config))

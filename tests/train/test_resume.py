@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from helpers.corpus import flip_byte, write_corpus
 from helpers.processes import Finished, run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.config import DataOptions, RunConfig
+from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train import build
@@ -162,6 +164,40 @@ def test_moved_data_and_older_configurations_are_the_same_run(store: Path, tmp_p
     config.train.weight_decay = 0.2
     with pytest.raises(UserError, match=r"train.weight_decay: 0.1 there, 0.2 here"):
         open_run(config, lock)
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restarted_job_goes_on_whatever_it_was_told_at_first(
+    unbroken: Unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    run_dir = unbroken.copy(tmp_path / "run")
+    config = load_config([unbroken.config], ["--run_dir", str(run_dir), *LAYOUT])
+    for resume in ("never", str(run_dir / "checkpoints/step_00000004")):
+        config.resume = resume
+        for attempts, error in (("0", UserError), ("1", None)):
+            monkeypatch.setenv(launcher, attempts)
+            with RunLock(config) as lock, pytest.raises(error) if error else nullcontext():
+                assert open_run(config, lock) is None
+    # Nothing of its own yet: once more from there.
+    config.run_dir, config.resume = str(tmp_path / "new"), resume
+    with RunLock(config) as lock:
+        assert open_run(config, lock) == Path(resume)
+
+
+def test_a_run_made_meanwhile_is_not_overwritten(store: Path, tmp_path: Path) -> None:
+    """The second of two starts on an empty directory, when the first has ended already."""
+    config = tiny_run(store)
+    config.run_dir = str(tmp_path / "run")
+    with RunLock(config) as slow:
+        assert open_run(config, slow) is None
+        with RunLock(config) as fast:
+            assert open_run(config, fast) is None
+            claim_run(config, fast)
+        with pytest.raises(UserError, match=r"now holds config\.yaml, of a run that was faster"):
+            claim_run(config, slow)
+    with RunLock(config) as lock:
+        assert open_run(config, lock) is None
+        claim_run(config, lock)
 
 
 def test_stores_of_a_blend_may_move_but_not_change_their_weights(tmp_path: Path) -> None:
