@@ -105,7 +105,7 @@ def test_every_difference_on_bf16_data_is_a_tie(library, ours) -> None:
         assert (distance_from_ties(wanted, E2M1) < NEAR).all()
         n_scales, n_codes = n_scales + int(scales.sum()), n_codes + int(codes.sum())
     assert n_scales < 0.01 * 4 * x.numel() / 16
-    assert n_codes < 0.0005 * 4 * x.numel()
+    assert n_codes < 0.002 * 4 * x.numel()
     if ours is quantize_modelopt and library is modelopt:
         assert (n_scales, n_codes) == (0, 0)
 
