@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.command_options import (
@@ -29,12 +29,9 @@ from nemo_hybrid.command_options import (
 )
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import (
-    check_words,
     dump_config,
-    load_config,
-    new_parser,
+    load_with,
     options_parser,
-    parse_words,
     read_config,
     read_options,
     run_parser,
@@ -66,8 +63,7 @@ class Command(NamedTuple):
     options: type[Any]
     """The first line of its docstring says what the command does."""
     run: Callable[..., int | None]
-    """Gets the options: of `pretrain` a RunConfig, of `plan` that and its own. Gives the exit
-    status, None meaning 0."""
+    """Gets the options, of `plan` a RunConfig before them; gives the exit status, or None for 0."""
 
     @property
     def summary(self) -> str:
@@ -118,8 +114,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     command = COMMANDS[name]
     if command.options in (RunConfig, PlanOptions):
-        given = _read_run(rest, planned=command.options is PlanOptions)
-        return command.run(*given) or 0 if given else 0
+        return _run_with_config(command, rest)
     if rest and not fields(command.options):
         raise UserError(f"{name} takes no options, got {' '.join(rest)}")
     options = read_options(command.options, _command_parser(name), rest)
@@ -177,27 +172,15 @@ def _report(error: UserError | TrainingError) -> None:
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
 
 
-def _read_run(words: list[str], planned: bool) -> tuple[RunConfig | PlanOptions, ...]:
-    """The configuration in the words, and where it is planned for; nothing if it was to be printed
-    only."""
-    hints = {f"plan.{k}": hint for k, hint in get_type_hints(PlanOptions).items() if planned}
-    if planned:
-        check_words([w for w in words if w.startswith("--plan.")], {f"--{key}" for key in hints})
-    own, overrides = take_words(
-        words,
-        repeated=["--config", *(f"--{key}" for key in hints)],
-        switches=["--print_config"],
-    )
-    config = load_config(own["--config"], overrides)
+def _run_with_config(command: Command, words: list[str]) -> int:
+    """`pretrain` gets the configuration, `plan` its own options as well."""
+    own, overrides = take_words(words, repeated=["--config"], switches=["--print_config"])
+    further = {"plan": PlanOptions} if command.options is PlanOptions else {}
+    config, beside = load_with(own["--config"], overrides, **further)
     if own["--print_config"]:
         print(dump_config(config), end="")
-        return ()
-    if not planned:
-        return (config,)
-    parser = new_parser("", "")
-    parser.add_class_arguments(PlanOptions, "plan")
-    given = [word for key in hints for value in own[f"--{key}"] for word in (f"--{key}", value)]
-    return config, PlanOptions(**parse_words(parser, given, hints)["plan"])
+        return 0
+    return command.run(config, *beside.values()) or 0
 
 
 def _pretrain(config: RunConfig) -> None:

@@ -99,18 +99,29 @@ def load_config(files: Iterable[str | Path], overrides: Sequence[str] = ()) -> R
     after all configuration files. The result has absolute paths; call ``validate()`` on it.
     Raises UserError for a missing or malformed file, an unknown key or a value of a wrong type.
     """
+    return load_with(files, overrides)[0]
+
+
+def load_with(
+    files: Iterable[str | Path], overrides: Sequence[str], **further: type
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The same, and the options of further sections, for which there are words alone."""
     chosen, words = take_words(overrides, repeated=[f"--{name}" for name in sections()])
-    parser = run_parser("", "")
+    parser, types = run_parser("", ""), dict(key_types())
+    for name, section in further.items():
+        parser.add_class_arguments(section, name)
+        types |= {f"{name}.{key}": hint for key, hint in get_type_hints(section).items()}
     merged: dict[str, Any] = {}
     for file in files:
         merged |= _checked(parser, read_config(Path(file)), file)
     for name in sections():
         for file in chosen[f"--{name}"]:
             merged |= _checked(parser, read_section(Path(file), name), file)
-    check_words(words, {f"--{key}" for key in key_types()})
+    check_words(words, {f"--{key}" for key in types})
     parser.set_defaults(merged)
-    config = _build(flatten(parse_words(parser, words, key_types())))
-    return _absolute(config)
+    parsed = parse_words(parser, words, types)
+    beside = {name: section(**parsed.pop(name)) for name, section in further.items()}
+    return _absolute(_build(flatten(parsed))), beside
 
 
 def dump_config(config: RunConfig) -> str:

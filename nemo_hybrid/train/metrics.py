@@ -291,8 +291,9 @@ class _Appender:
         self._file: IO[bytes] = path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
-        text = json.dumps(_to_json(record), separators=(",", ":"), allow_nan=False)
-        left = memoryview(text.encode() + b"\n")
+        # json writes NaN and the infinities as bare words; reading them back as texts quotes them.
+        quoted = json.loads(json.dumps(record), parse_constant=str)
+        left = memoryview(json.dumps(quoted, separators=(",", ":")).encode() + b"\n")
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -331,16 +332,6 @@ def _records(
                 raise UserError(
                     f"{path}: line {i + 1} is damaged; restore the file or move it away"
                 )
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def _from_json(value: Any) -> Any:

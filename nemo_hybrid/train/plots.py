@@ -85,17 +85,16 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
 def _losses(rows: list[StepMetrics]) -> Figure:
     figure, (axes,) = _figure(1, height=5.0)
     steps = [m.step for m in rows]
-    depths = max(len(m.mtp_losses) for m in rows)
-    axes.plot(steps, [m.loss for m in rows], color=_TRAIN, lw=0.8, alpha=0.3)
+    train = [[m.loss, *m.mtp_losses] for m in rows]
+    axes.plot(steps, [losses[0] for losses in train], color=_TRAIN, lw=0.8, alpha=0.3)
     held_out = evaluations(rows)
-    for k in range(-1, depths):  # -1: the next-token loss
-        color = _TRAIN if k < 0 else _MTP[k % len(_MTP)]
-        label = "train, next token" if k < 0 else f"train, MTP depth {k + 1} (token t+{k + 2})"
-        values = smooth([_loss(m, k) for m in rows], len(rows) // 50)
-        axes.plot(steps, values, color=color, lw=1.6 if k < 0 else 1.3, label=label)
+    for k in range(max(map(len, train))):
+        color = _MTP[(k - 1) % len(_MTP)] if k else _TRAIN
+        label = f"train, MTP depth {k} (token t+{k + 1})" if k else "train, next token"
+        values = smooth(_column(train, k), len(rows) // 50)
+        axes.plot(steps, values, color=color, lw=1.3 if k else 1.6, label=label)
         axes.plot(
-            [step for step, _ in held_out],
-            [losses[k + 1] if k + 1 < len(losses) else np.nan for _, losses in held_out],
+            [step for step, _ in held_out], _column([losses for _, losses in held_out], k),
             color=color, ls="none", marker="o", ms=5.5, mec="white", mew=0.8, zorder=4,
         )  # fmt: skip
     if held_out:
@@ -112,10 +111,8 @@ def _losses(rows: list[StepMetrics]) -> Figure:
     return figure
 
 
-def _loss(m: StepMetrics, depth: int) -> float:
-    if depth < 0:
-        return m.loss
-    return m.mtp_losses[depth] if depth < len(m.mtp_losses) else np.nan
+def _column(rows: list[list[float]], k: int) -> list[float]:
+    return [row[k] if k < len(row) else np.nan for row in rows]
 
 
 def _learning_rate(rows: list[StepMetrics]) -> Figure:
