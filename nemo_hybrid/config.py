@@ -263,7 +263,8 @@ class TrainOptions:
     router_bias_rate: NotNegativeFloat = 1e-3
     """Step of the router bias update, once per global batch; 0 freezes the bias."""
     recompute: str = ""
-    """Pattern letters whose layers recompute activations in the backward pass, such as "ME"."""
+    """Pattern letters whose layers recompute activations in the backward pass, such as "ME"; e: of
+    LatentMoE layers the experts' inner activations alone."""
     deterministic: bool = False
     """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical there
     too. Not run on a GPU yet."""
@@ -341,6 +342,8 @@ class KernelOptions:
     """Causal depthwise convolution."""
     attention: Literal["auto", "reference", "flash_attn"] = "auto"
     """Softmax attention (reference: torch's scaled_dot_product_attention)."""
+    moe: Literal["auto", "reference", "triton", "grouped_mm"] = "auto"
+    """Router, sorting of routed slots, and experts; triton: Hopper GPUs and newer."""
 
 
 @dataclass
@@ -391,7 +394,7 @@ class RunConfig:
                 raise UserError(
                     f"data.blend: the weight of {path} must be positive and finite, got {weight}"
                 )
-        check_pattern(t.recompute, "train.recompute", empty=True)
+        check_pattern(t.recompute, "train.recompute", "ME*-e", empty=True)
         if self.parallel.zero not in (1, 2):
             reason = ZERO_REFUSED.get(self.parallel.zero, "there is no other stage")
             raise UserError(f"parallel.zero must be 1 or 2, got {self.parallel.zero}: {reason}")
@@ -426,7 +429,8 @@ def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = 
         raise UserError(f"{name} must be a string of layer letters, got {pattern!r}")
     for i, letter in enumerate(pattern):
         if letter not in allowed:
-            known = ", ".join(f"{a} ({LAYER_LETTERS[a]})" for a in allowed)
+            names = LAYER_LETTERS | {"e": "experts alone"}
+            known = ", ".join(f"{a} ({names[a]})" for a in allowed)
             raise UserError(f"{name}: unknown layer letter {letter!r} at place {i}; known: {known}")
 
 

@@ -123,6 +123,9 @@ def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> P
     layers = shape.pattern + shape.mtp_num_depths * shape.mtp_pattern
     again = [letter for letter in layers if letter in at.recompute]
     done = flops + forward_flops_per_token(shape, again, at.length)
+    if "e" in at.recompute:  # the experts' first product
+        expert = 2 * shape.num_experts_per_tok * shape.expert_size * shape.moe_intermediate_size
+        done += layers.count("E") * expert
     rate = device.matmul_tflops * 1e12
     # Adam reads and writes master and moments and reads the gradient, all of them in fp32.
     moved = 28 * sum(g.part for g in groups_of(at))
@@ -209,7 +212,7 @@ def _candidates(
         micro //= 2
         yield f"--train.micro_batch_size {micro}", {"train.micro_batch_size": micro}
     for letters in ("E", "ME", "ME*-"):
-        if set(letters) > set(config.train.recompute):
+        if set(letters) > set(config.train.recompute) - {"e"}:
             yield f'--train.recompute "{letters}"', {"train.recompute": letters}
     ep, processes = config.parallel.ep, options.processes
     while shape.n_routed_experts % (2 * ep) == 0 and processes % (2 * ep) == 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.model.init import initialize
-from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
+from nemo_hybrid.model.latent_moe import Dispatcher, Experts, LocalDispatcher
 from nemo_hybrid.model.layer import Layer, LayerCache, Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
@@ -49,7 +49,7 @@ class HybridLM(nn.Module):
     ``dispatcher`` brings tokens to experts (all local by default) and says which experts this
     process owns. Weights depend on ``seed`` only, not on the layout; on the meta device none are
     drawn. ``recompute`` names the layer letters whose activations are recomputed in backward,
-    in the backbone and in the MTP block.
+    in the backbone and in the MTP block; e: the experts' inner activations alone.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class HybridLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.recompute = module.letter in recompute
+            elif isinstance(module, Experts):
+                module.recompute = "e" in recompute
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
 

@@ -26,6 +26,7 @@ class Experts(nn.Module):
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(experts, intermediate, size))
         self.down_proj = nn.Parameter(torch.empty(experts, size, intermediate))
+        self.recompute = False  # the pre-activation in the backward pass
 
 
 class Dispatcher(Protocol):
@@ -48,7 +49,8 @@ class LocalDispatcher(nn.Module):
     def forward(
         self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
     ) -> Tensor:
-        return moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, experts.up_proj, experts.down_proj)
+        up, down = experts.up_proj, experts.down_proj
+        return moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, up, down, experts.recompute)
 
 
 class LatentMoE(nn.Module):

@@ -91,6 +91,7 @@ class AllToAllDispatcher(MoE):
             arrived_SE.sum(0),
             experts.up_proj,
             experts.down_proj,
+            experts.recompute,
         )
         y_QL = y_QL[_inverse(by_expert_Q)]
         y_RL = _AllToAll.apply(y_QL, receive, send, self.group)

@@ -159,7 +159,7 @@ def groups_of(at: Layout) -> list[Group]:
 def saved(at: Layout, letter: str) -> int:
     """Bytes that autograd keeps of one layer for one micro-batch, its input included.
 
-    A recomputed layer keeps its input alone.
+    A recomputed layer keeps its input alone; "e" leaves out the experts' pre-activation.
     """
     if letter in at.recompute:
         return at.tokens * at.width * at.cfg.hidden_size
@@ -186,7 +186,8 @@ def _saved(at: Layout, letter: str) -> int:
     fixed = 4 * experts * cfg.hidden_size if cast else 0
     token += 4 * cfg.hidden_size if cast else 0
     token += 4 * experts + 12 * k + 8  # scores, choice, chosen scores, two sums
-    token += b * k * inner + 4 * k  # pre-activation, weights
+    token += 4 * k  # weights
+    token += b * k * inner if "e" not in at.recompute else 0  # pre-activation
     if cfg.moe_latent_size:
         token += b * cfg.moe_latent_size  # fc2's input
     if at.ep > 1:
@@ -239,6 +240,7 @@ def scratch(at: Layout, letter: str) -> int:
     k, expert = cfg.num_experts_per_tok, cfg.expert_size
     weights = 2 * (cfg.n_routed_experts // at.ep) * expert * cfg.moe_intermediate_size
     token = stream + k * expert * (2 * b + 4)  # gathered rows, their gradients in and out
+    token += b * k * cfg.moe_intermediate_size if "e" in at.recompute else 0
     if at.cpu:
         weights *= 4 + (b if b != 4 else 0)  # in fp32, then rounded
     else:

@@ -76,6 +76,8 @@ def counted(letter: str, at: Layout, dispatcher: Any, recompute: bool) -> int:
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
     layer.to(DTYPES[at.width]).recompute = recompute
+    if letter == "E":
+        layer.mixer.experts.recompute = "e" in at.recompute
     own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     starts_BS = torch.zeros(at.rows, at.length, dtype=torch.bool)
     starts_BS[:, 13] = True
@@ -123,6 +125,12 @@ def test_saved_activations(
     letter = letter[0]
     real = counted(letter, at, dispatcher, recompute=False)
     assert saved(at, letter) == pytest.approx(real, rel=0.01)
+    if letter == "E":
+        inner = replace(at, recompute="e")
+        assert saved(inner, letter) == pytest.approx(
+            counted(letter, inner, dispatcher, False), rel=0.01
+        )
+        assert saved(inner, letter) < 0.9 * real
     again = replace(at, recompute=letter)
     assert saved(again, letter) == pytest.approx(counted(letter, at, dispatcher, True), rel=0.01)
     assert saved(again, letter) < real / 3
@@ -224,6 +232,11 @@ def test_recomputation_costs_a_forward_pass() -> None:
         for letters in ("", "ME*-")
     )
     assert 1.1 < again / plain < 4 / 3
+    inner, layers = (
+        make_plan(run(recompute=letters), CONFIG, PlanOptions(processes=4)).compute_s
+        for letters in ("e", "E")
+    )
+    assert plain < inner < layers
 
 
 def test_changes_lead_to_a_run_that_fits() -> None:

@@ -33,7 +33,7 @@ def step(model: HybridLM) -> tuple[LossParts, dict[str, Tensor], dict[str, list[
     return parts, {n: p.grad for n, p in model.named_parameters()}, calls
 
 
-@pytest.mark.parametrize("letters", ["M", "E", "*", "ME*", "ME*-"])
+@pytest.mark.parametrize("letters", ["M", "E", "*", "ME*", "ME*-", "e", "Me"])
 def test_recomputation_is_exact_and_counts_once(letters: str) -> None:
     config = tiny_config(PATTERN, mtp_num_depths=2)
     expected, expected_gradients, once = step(loud_model(config))
@@ -51,6 +51,25 @@ def test_recomputation_is_exact_and_counts_once(letters: str) -> None:
         assert torch.equal(parts.counts[name], counts_E)
     tokens = 2 * 20  # windows of 21 tokens
     assert int(parts.counts["backbone.layers.1"].sum()) == tokens * config.num_experts_per_tok
+
+
+def test_the_experts_inner_activations_are_recomputed_alone() -> None:
+    """What autograd keeps of a layer is less by these, [T * K, F], and by nothing else."""
+    config = tiny_config("E")
+    kept = []
+    for letters in ("", "e"):
+        model = loud_model(config, recompute=letters)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.ones(2, 5, dtype=torch.int64))
+        kept.append(sum(sizes))
+    slots = 10 * config.num_experts_per_tok
+    assert kept[0] - kept[1] == 4 * slots * config.moe_intermediate_size
 
 
 def test_nothing_is_recomputed_without_gradients() -> None:
