@@ -60,3 +60,8 @@ def test_signs_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_signs_are_transformer_engines() -> None:
     assert "".join("+" if sign > 0 else "-" for sign in hadamard.SIGNS) == TE_SIGNS
+
+
+def test_a_dimension_that_is_no_multiple_of_16_is_refused() -> None:
+    with pytest.raises(ValueError, match="dimension -2 divisible by 16, got 24"):
+        hadamard.transform(torch.ones(2, 24, 8), -2)

@@ -17,10 +17,13 @@ _MINUS = sum(1 << place for place, sign in enumerate(SIGNS) if sign < 0)
 
 
 def transform(x: Tensor, dim: int) -> Tensor:
-    """The transform of every 16 consecutive values along a dimension (a multiple of 16).
+    """The transform of every 16 consecutive values along a dimension.
 
     Calculated in fp32 in this order, and rounded once to x's dtype: x_k sign_k / 4, then for
     h = 1, 2, 4, 8 each pair whose places differ by h becomes (sum, difference).
+
+    Raises:
+        ValueError: the dimension is not divisible by 16.
     """
     blocks, signs = _blocks(x, dim), _signs(x)
     result = torch.empty_like(blocks)
@@ -37,6 +40,11 @@ def inverse(x: Tensor, dim: int) -> Tensor:
 
 def _blocks(x: Tensor, dim: int) -> Tensor:
     """x as [before, 16, after]: places within a block along the middle dimension."""
+    if x.shape[dim] % BLOCK:
+        raise ValueError(
+            f"x: expected dimension {dim} divisible by {BLOCK}, got {x.shape[dim]} "
+            f"(shape {list(x.shape)})"
+        )
     return x.contiguous().view(-1, BLOCK, x.shape[dim % x.dim() + 1 :].numel())
 
 

@@ -28,6 +28,12 @@ def decode(codes: Tensor) -> Tensor:
     return torch.where(codes > 7, -values, values)
 
 
+def decode_packed(data: Tensor) -> Tensor:
+    """fp32 values [..., K] of packed codes [..., K/2]."""
+    pairs = decode(unpack(torch.arange(256, dtype=torch.uint8, device=data.device)))
+    return torch.embedding(pairs.view(256, 2), data.int()).flatten(-2)
+
+
 def pack(codes: Tensor) -> Tensor:
     """uint8 [..., K] to bytes [..., K/2]: the even element's code in the low nibble."""
     return codes[..., 0::2] | codes[..., 1::2] << 4

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.nvfp4 import hadamard
-from nemo_kernels.nvfp4.packing import decode, encode, pack, unpack
+from nemo_kernels.nvfp4.packing import decode_packed, encode, pack
 from nemo_kernels.nvfp4.rounding import (
     E2M1_MAX,
     random_bits,
@@ -124,16 +124,16 @@ def fake_quantize(
     scaled = _scale(x, tile, columnwise, rht, four_over_six, seed, amax)
     values = torch.empty_like(scaled.x, dtype=torch.bfloat16)
     for part, y in scaled.rounded(seed):
-        torch.mul(y, scaled.scale[part], out=values[part])
+        values[part] = y.mul_(scaled.scale[part])
     return values.view(x.shape), scaled.tensor_scale
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """``code * block_scale * tensor_scale`` [..., K]: the first product is exact, the second is
     rounded to fp32, the result to dtype."""
-    codes = unpack(q.data).unflatten(-1, (-1, BLOCK))
-    tensor_scale = q.tensor_scale.unsqueeze(-1) if q.tensor_scale.dim() else q.tensor_scale
-    values = decode(codes) * q.block_scale.float().unsqueeze(-1) * tensor_scale
+    values = decode_packed(q.data).unflatten(-1, (-1, BLOCK))
+    values.mul_(q.block_scale.float().unsqueeze(-1))
+    values.mul_(q.tensor_scale.unsqueeze(-1) if q.tensor_scale.dim() else q.tensor_scale)
     return values.flatten(-2).to(dtype)
 
 
