@@ -60,10 +60,6 @@ class ParameterCounts:
     """The one physical MTP block; 0 without one. Its embedding and head are the backbone's."""
     active: int
     """Backbone parameters that one token meets: k of E routed experts, embedding and head in."""
-    embedding: int
-    """The embedding matrix."""
-    head: int
-    """The output matrix, which is not tied to the embedding."""
 
 
 def without_storage(cfg: Architecture, ep: int = 1, dtype: torch.dtype = torch.float32) -> HybridLM:
@@ -95,10 +91,7 @@ def parameter_counts(cfg: Architecture) -> ParameterCounts:
     backbone = {name: p for name, p in parameters.items() if not name.startswith("mtp.")}
     total = sum(p.numel() for p in parameters.values())
     outside_mtp = sum(p.numel() for p in backbone.values())
-    embedding = head = cfg.vocab_size * cfg.hidden_size
-    return ParameterCounts(
-        total, outside_mtp, total - outside_mtp, _active(cfg, backbone), embedding, head
-    )
+    return ParameterCounts(total, outside_mtp, total - outside_mtp, _active(cfg, backbone))
 
 
 def _active(cfg: Architecture, parameters: Mapping[str, torch.Tensor]) -> int:

@@ -187,12 +187,10 @@ def _relative(counts: np.ndarray) -> np.ndarray:
 def _figure(
     rows: int, height: float, sharex: bool = False, grid: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of our own, drawn by Agg: pyplot would keep it in a global list."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure of our own: pyplot would keep it in a global list."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0])
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)

@@ -232,8 +232,6 @@ def test_parameter_counts_on_the_meta_device(case: str) -> None:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert counts.total == sum(sizes.values())
     assert counts.mtp == sum(n for name, n in sizes.items() if name.startswith("mtp."))
-    assert counts.embedding == sizes["backbone.embeddings.weight"]
-    assert counts.head == sizes["lm_head.weight"]
     cfg = COUNTED[case]
     unused = sum(
         n // cfg.n_routed_experts * (cfg.n_routed_experts - cfg.num_experts_per_tok)
