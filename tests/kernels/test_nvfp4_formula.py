@@ -212,6 +212,13 @@ def test_parts_with_their_own_amax_equal_separate_tensors() -> None:
     segments = quantize(together, columnwise=True, amax=amax.repeat_interleave(8))
     assert torch.equal(segments.data, torch.cat([q.data for q in alone], dim=1))
     assert torch.equal(dequantize(segments), torch.cat([dequantize(q) for q in alone], dim=1))
+    for option in ({}, {"rht": True}, {"four_over_six": True}):
+        short = quantize(together, columnwise=True, amax=segments.tensor_scale * 2688, **option)
+        for full in (torch.empty(256, 24), torch.empty(24, 256).mT):
+            full[:] = segments.tensor_scale * 2688
+            long = quantize(together, columnwise=True, amax=full, **option)
+            assert torch.equal(long.data, short.data)
+            assert torch.equal(dequantize(long), dequantize(short))
     # Stacked matrices.
     for tile in ((1, 16), (16, 16)):
         stacked = quantize(torch.stack(parts), tile=tile, amax=amax.view(3, 1, 1))

@@ -215,10 +215,8 @@ def _scale(
     else:
         scale, factor = block_scales(block_amax, amax_in_grid)
         tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
-    shape = blocks.grid_view
-    return _Scaled(
-        x.view(blocks.shape), blocks, scale.view(shape), factor.view(shape), tensor_scale
-    )
+    scale, factor = (t.reshape(blocks.grid_view) for t in (scale, factor))
+    return _Scaled(x.view(blocks.shape), blocks, scale, factor, tensor_scale)
 
 
 def _expect_blocks(x: Tensor, tile: tuple[int, int], columnwise: bool) -> None:
