@@ -52,19 +52,12 @@ _PUBLISHED = {
 """By number of parameters."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one process sends per optimizer step, and seconds that this takes."""
+class Part(NamedTuple):
+    """A part of one step of one process."""
 
-    dispatch: float
-    """All-to-all of routed slots: latent rows and weights, forward, backward and recomputed."""
-    dispatch_s: float
-    reduction: float
-    """All-reduce of fp32 gradients, every micro-batch with ZeRO-2, once with ZeRO-1."""
-    reduction_s: float
-    gather: float
-    """All-gather of the updated weights."""
-    gather_s: float
+    seconds: float
+    sent: float | None = None
+    """Bytes that the process sends."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +70,10 @@ class Plan:
     memory: Memory
     capacity: float
     """Bytes of the device that are left after the reserve."""
-    traffic: Traffic
     flops: float
     """Useful operations per token; recomputation is not among them."""
-    compute_s: float
-    optimizer_s: float
     device_flops: float
+    parts: dict[str, Part]
 
     @property
     def needed(self) -> float:
@@ -96,8 +87,7 @@ class Plan:
     @property
     def step_s(self) -> float:
         """Nothing overlaps, as in the engine."""
-        t = self.traffic
-        return self.compute_s + self.optimizer_s + t.dispatch_s + t.reduction_s + t.gather_s
+        return sum(part.seconds for part in self.parts.values())
 
 
 def plan_command(config: RunConfig, options: PlanOptions) -> int:
@@ -134,11 +124,13 @@ def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> P
         tokens=tokens,
         memory=peak(at),
         capacity=(device.memory_gb - options.reserve_gb) * 1e9,
-        traffic=_traffic(at, device, options.network_gb_s),
         flops=flops,
-        compute_s=done * tokens / (rate * options.efficiency),
-        optimizer_s=moved / (device.memory_gb_s * 1e9),
         device_flops=rate,
+        parts={
+            "compute": Part(done * tokens / (rate * options.efficiency)),
+            **_traffic(at, device, options.network_gb_s),
+            "optimizer": Part(moved / (device.memory_gb_s * 1e9)),
+        },
     )
 
 
@@ -147,7 +139,10 @@ def _device(options: PlanOptions) -> Device:
     return DEVICES[options.device]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def _traffic(at: Layout, device: Device, network_gb_s: float) -> Traffic:
+def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]:
+    """What travels in a step: routed slots (latent rows and weights, forward, backward and
+    recomputed), fp32 gradients (every micro-batch with ZeRO-2, once with ZeRO-1), and the updated
+    weights."""
     cfg, ep, node = at.cfg, at.ep, device.devices_per_node
     link, network = device.link_gb_s * 1e9, network_gb_s * 1e9
     passes = cfg.pattern.count("E") + cfg.mtp_num_depths * cfg.mtp_pattern.count("E")
@@ -171,7 +166,11 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> Traffic:
         gathered = share * group.width * group.numel
         reduction, gather = reduction + reduced, gather + gathered
         reduction_s, gather_s = reduction_s + reduced / rate, gather_s + gathered / rate
-    return Traffic(dispatch, dispatch_s, reduction, reduction_s, gather, gather_s)
+    return {
+        "all-to-all of routed slots": Part(dispatch_s, dispatch),
+        "all-reduce of gradients": Part(reduction_s, reduction),
+        "all-gather of weights": Part(gather_s, gather),
+    }
 
 
 def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Iterator[str]:
@@ -236,7 +235,7 @@ def _candidates(
 def _lines(
     found: Plan, config: RunConfig, shape: Architecture, options: PlanOptions
 ) -> Iterator[str]:
-    at, memory, traffic = found.at, found.memory, found.traffic
+    at, memory = found.at, found.memory
     counts = parameter_counts(shape)
     local = sum(g.numel for g in groups_of(at))
     yield (
@@ -262,16 +261,9 @@ def _lines(
         yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
         yield from (f"  {line}" for line in changes(config, options, shape))
     yield "one step of one process, nothing overlapping:"
-    parts = {
-        f"compute at {options.efficiency:.0%} of {found.device_flops / 1e12:g} TFLOP/s": (
-            None, found.compute_s
-        ),
-        "all-to-all of routed slots": (traffic.dispatch, traffic.dispatch_s),
-        "all-reduce of gradients": (traffic.reduction, traffic.reduction_s),
-        "all-gather of weights": (traffic.gather, traffic.gather_s),
-        "optimizer": (None, found.optimizer_s),
-    }  # fmt: skip
-    for name, (sent, seconds) in parts.items():
+    for name, (seconds, sent) in found.parts.items():
+        if name == "compute":
+            name += f" at {options.efficiency:.0%} of {found.device_flops / 1e12:g} TFLOP/s"
         yield f"  {name:38} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
     rate = found.tokens / found.step_s
     yield (

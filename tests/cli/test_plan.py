@@ -24,7 +24,7 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layer
 from nemo_hybrid.parallel import dispatch, engine
-from nemo_hybrid.plan import DEVICES, changes, make_plan
+from nemo_hybrid.plan import DEVICES, Part, changes, make_plan
 from nemo_hybrid.train import flops, memory
 from nemo_hybrid.train.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
 from nemo_hybrid.train.optim import parameter_groups
@@ -147,7 +147,7 @@ def test_rows_sent(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run(recompute=recompute, ep=4, micro_batch_size=4, global_batch_size=16)
     plan = make_plan(config, CONFIG, PlanOptions(processes=4))
     # Of evenly chosen experts three in four are elsewhere.
-    assert plan.traffic.dispatch == pytest.approx(sum(sent) * 3 / 4)
+    assert plan.parts["all-to-all of routed slots"].sent == pytest.approx(sum(sent) * 3 / 4)
 
 
 def run(
@@ -217,23 +217,27 @@ def test_collectives() -> None:
     step; a group within a node does not use the network."""
     options = PlanOptions(processes=4)
     numel = sum(g.numel for g in groups_of(layout()))
-    two, one = (make_plan(run(zero=zero), CONFIG, options).traffic for zero in (2, 1))
-    assert one.reduction == pytest.approx(2 * 3 / 4 * 4 * numel)
-    assert two.reduction == pytest.approx(2 * one.reduction)  # two micro-batches
-    slow = make_plan(run(), CONFIG, replace(options, network_gb_s=0.1)).traffic
-    assert slow == two
-    nodes = make_plan(run(), CONFIG, replace(options, devices_per_node=2, network_gb_s=0.1)).traffic
-    assert nodes.reduction_s == pytest.approx(two.reduction_s * 450 / 0.2)
+
+    def parts(zero: int = 2, **figures: Any) -> dict[str, Part]:
+        return make_plan(run(zero=zero), CONFIG, replace(options, **figures)).parts
+
+    name = "all-reduce of gradients"
+    two, one = parts(2), parts(1)
+    assert one[name].sent == pytest.approx(2 * 3 / 4 * 4 * numel)
+    assert two[name].sent == pytest.approx(2 * one[name].sent)  # two micro-batches
+    assert parts(network_gb_s=0.1) == two
+    nodes = parts(devices_per_node=2, network_gb_s=0.1)
+    assert nodes[name].seconds == pytest.approx(two[name].seconds * 450 / 0.2)
 
 
 def test_recomputation_costs_a_forward_pass() -> None:
     plain, again = (
-        make_plan(run(recompute=letters), CONFIG, PlanOptions(processes=4)).compute_s
+        make_plan(run(recompute=letters), CONFIG, PlanOptions(processes=4)).parts["compute"].seconds
         for letters in ("", "ME*-")
     )
     assert 1.1 < again / plain < 4 / 3
     inner, layers = (
-        make_plan(run(recompute=letters), CONFIG, PlanOptions(processes=4)).compute_s
+        make_plan(run(recompute=letters), CONFIG, PlanOptions(processes=4)).parts["compute"].seconds
         for letters in ("e", "E")
     )
     assert plain < inner < layers
