@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -128,7 +128,7 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
             tensor.numel() * (4 if name.rpartition(".")[2] in FP32_NAMES else 2)
             for name, tensor in tensors_by_name(model).items()
         ),
-        files=_sizes(path, source.stored.headers) if source else None,
+        files={f: (path / f).stat().st_size for f in source.stored.headers} if source else None,
         report=source.report if source else None,
         verified=None if records is None else _verified(path, model, records, deep),
     )
@@ -190,10 +190,6 @@ def _without_storage(config: HybridConfig, path: Path) -> HybridLM:
         return without_storage(config)
     except (RuntimeError, TypeError):  # a product, or a number, beyond 64 bits
         raise UserError(f"{path} describes a model of impossible size") from None
-
-
-def _sizes(directory: Path, names: Iterable[str]) -> dict[str, int]:
-    return {name: (directory / name).stat().st_size for name in names}
 
 
 def _by_component(config: HybridConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -14,9 +14,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nemo_hybrid.config import LAYER_LETTERS, Architecture, RunConfig, TrainOptions
@@ -51,20 +51,11 @@ class Group(NamedTuple):
 
     def touched(self) -> int:
         """Whole sizes of the parameters that one share touches, at the process with most."""
-        ends = list(accumulate(self.sizes))
-        starts = [0, *ends[:-1]]
-        most = first = last = 0
-        held = 0
-        for rank in range(self.ranks):
-            low, high = rank * self.part, (rank + 1) * self.part
-            while last < len(starts) and starts[last] < high:
-                held += self.sizes[last]
-                last += 1
-            while first < last and ends[first] <= low:
-                held -= self.sizes[first]
-                first += 1
-            most = max(most, held)
-        return most
+        bounds = np.concatenate([[0], np.cumsum(self.sizes)])
+        low = np.arange(self.ranks) * self.part
+        first = np.searchsorted(bounds[1:], low, side="right")
+        last = np.searchsorted(bounds[:-1], low + self.part)
+        return int((bounds[last] - bounds[first]).max())
 
 
 @dataclass(frozen=True)
