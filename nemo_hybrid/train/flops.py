@@ -28,24 +28,24 @@ MFU_FORMULA = (
 
 # Published dense (no sparsity) bf16 rates in FLOP/s: NVIDIA's data sheets. The first entry whose
 # words all stand in the device's name counts, so the narrower names come first.
-_CUDA_BF16_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("GB300",), 2500e12),
-    (("GB200",), 2500e12),
-    (("B300",), 2250e12),
-    (("B200",), 2250e12),
-    (("GH200",), 989e12),
-    (("H200", "NVL"), 835e12),
-    (("H200",), 989e12),
-    (("H100", "NVL"), 835e12),
-    (("H100", "PCIe"), 756e12),
-    (("H100",), 989e12),
-    (("H800", "PCIe"), 756e12),
-    (("H800",), 989e12),
-    (("H20",), 148e12),
-    (("A100",), 312e12),
-    (("A800",), 312e12),
-    (("L40S",), 362e12),
-)
+_CUDA_BF16_PEAKS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIE": 756e12,
+    "H100": 989e12,
+    "H800 PCIE": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+}
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,8 @@ def _published_peak(device_name: str) -> float | None:
     words = device_name.upper().replace("-", " ").split()
     if "MIG" in words:  # a slice of a device
         return None
-    for needed, rate in _CUDA_BF16_PEAKS:
-        if all(word.upper() in words for word in needed):
-            return rate
-    return None
+    fitting = (rate for name, rate in _CUDA_BF16_PEAKS.items() if set(name.split()) <= set(words))
+    return next(fitting, None)
 
 
 @functools.cache
