@@ -106,8 +106,6 @@ def test_every_difference_on_bf16_data_is_a_tie(library, ours) -> None:
         n_scales, n_codes = n_scales + int(scales.sum()), n_codes + int(codes.sum())
     assert n_scales < 0.01 * 4 * x.numel() / 16
     assert n_codes < 0.002 * 4 * x.numel()
-    if ours is quantize_modelopt and library is modelopt:
-        assert (n_scales, n_codes) == (0, 0)
 
 
 def test_a_wrong_constant_is_no_tie() -> None:
@@ -116,6 +114,14 @@ def test_a_wrong_constant_is_no_tie() -> None:
     assert (distance_from_ties(wanted, E4M3) > NEAR).float().mean() > 0.99
     _, scales = differing(quantize(x), quantize(x, amax=x.abs().max().float() * 1.001))
     assert scales.float().mean() > 0.005
+
+
+def test_modelopt_has_the_same_bytes_at_ties() -> None:
+    # Ties of scales come with some amax only, hence many tensors.
+    for seed in range(64):
+        x = data(torch.bfloat16, seed)[:32]
+        codes, scales = differing(quantize_modelopt(x), modelopt(x))
+        assert (int(codes.sum()), int(scales.sum())) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
