@@ -11,10 +11,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.drawn import drawn, st
 from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels.moe import expert_kernel, kernel, reference
@@ -45,8 +44,8 @@ def run(
     return [t.cpu() for t in (y, *gradients)]
 
 
-@settings(max_examples=12, deadline=None)
-@given(
+@drawn(
+    12,
     seed=st.integers(0, 2**31),
     n_tokens=st.integers(0, 12),
     n_experts=st.integers(1, 6),

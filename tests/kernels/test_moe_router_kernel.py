@@ -8,10 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.drawn import drawn, st
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels.moe import reference
 from nemo_kernels.moe import router_kernel as kernel
@@ -49,8 +48,8 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=3e-6 * scale)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+@drawn(
+    25,
     seed=st.integers(0, 2**31),
     n_tokens=st.integers(0, 6),
     width=st.integers(1, 9),

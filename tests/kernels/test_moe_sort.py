@@ -7,10 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.drawn import drawn, st
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels import checks
 from nemo_kernels.moe import reference
@@ -43,8 +42,8 @@ def assert_sorted(ids_TK: Tensor, n_experts: int) -> None:
         assert torch.equal(tensor, wanted)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+@drawn(
+    25,
     seed=st.integers(0, 2**31),
     n_tokens=st.integers(0, 80),
     n_experts=st.integers(1, 40),
@@ -87,8 +86,7 @@ def test_many_tokens_give_the_same_each_time(n_experts: int, k: int, skew: float
         assert_sorted(ids_TK, n_experts)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.sampled_from([0, 1, 2, 3, -1, 4, -(2**40), 2**40, 2**32]), max_size=70))
+@drawn(15, st.lists(st.sampled_from([0, 1, 2, 3, -1, 4, -(2**40), 2**40, 2**32]), max_size=70))
 def test_ids_out_of_range_stand_at_the_end_and_are_written_nowhere_else(ids: list[int]) -> None:
     """As on a GPU, where values are not checked."""
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 1)
@@ -118,8 +116,8 @@ def tile_table(counts: list[int], n_rows: int, rows_per_tile: int) -> list[tuple
     return list(zip(*(t.tolist() for t in tiles), strict=True))
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+@drawn(
+    25,
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 3, 8, 9, 50]), min_size=1, max_size=40),
     rows_per_tile=st.sampled_from([1, 2, 3, 8, 64]),
 )
@@ -138,8 +136,8 @@ def test_tiles_of_many_rows_and_experts() -> None:
     assert tiles == naive_tiles(counts, n_rows, 2**15)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
+@drawn(
+    15,
     st.lists(st.sampled_from([0, 3, 11, -5, 2**31, 2**40, -(2**40)]), min_size=1, max_size=20),
     st.integers(0, 40),
 )
