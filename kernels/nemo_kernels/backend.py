@@ -10,7 +10,8 @@ for example ``PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}``. Such a modul
 * has ``self_check(device_type) -> float``: the largest deviation of its outputs and gradients from
   the reference on a small input, relative to the reference's largest value.
 
-A path that does not take every shape has ``supports(*tensors) -> bool`` as well.
+A path that does not take everything has ``supports(*what) -> bool`` as well, with arguments that
+the op's folder chooses.
 
 ``auto`` takes the first path that runs on the tensor's device, imports, and passes its self-check;
 otherwise, and for shapes that this path does not take, the reference. Probe and self-check happen
@@ -20,6 +21,8 @@ at the first use and once per process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -69,12 +72,12 @@ def path(op: str, device_type: str) -> Path:
     return _resolve(op, device_type)[0]
 
 
-def implementation(op: str, device_type: str, *tensors: Tensor) -> ModuleType:
-    """The module that implements op on tensors of a device type; see :func:`path`. ``tensors`` are
-    those whose shapes decide whether a path that ``auto`` took can serve this call."""
+def implementation(op: str, device_type: str, *what: Any) -> ModuleType:
+    """The module that implements op on tensors of a device type; see :func:`path`. ``what`` decides
+    whether a path that ``auto`` took can serve this call."""
     module = _resolve(op, device_type)[1]
-    may_leave = tensors and _choices.get(op, "auto") == "auto" and hasattr(module, "supports")
-    if may_leave and not module.supports(*tensors):
+    may_leave = what and _choices.get(op, "auto") == "auto" and hasattr(module, "supports")
+    if may_leave and not module.supports(*what):
         return import_module(f"nemo_kernels.{op}.reference")
     return module
 
@@ -145,7 +148,7 @@ def _probe(module_name: str) -> str:
     """Why a path's module does not import; empty if it does."""
     try:
         import_module(module_name)
-    except (ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # a library with other dependencies than ours raises what it likes
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -157,9 +160,22 @@ def _check(module_name: str, device_type: str) -> str:
     if device_type not in module.DEVICE_TYPES:
         return f"does not run on {device_type} tensors"
     try:
-        deviation = float(module.self_check(device_type))
-    except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, OSError) as error:
+        deviation = _in_fresh_thread(lambda: float(module.self_check(device_type)))
+    except Exception as error:  # also a compiler's, which have no type in common
         return f"failed its self-check: {type(error).__name__}: {error}"
     if not deviation <= TOLERANCE:  # also true for NaN
         return f"deviates from the reference by {deviation:.2g} (limit {TOLERANCE})"
     return ""
+
+
+def _in_fresh_thread(action: Callable[[], float]) -> float:
+    """The result of action in a thread, where whatever the caller has set does not hold: inference
+    mode, autocast, hooks of a checkpoint."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> float:
+        with nullcontext() if device is None else torch.cuda.device(device):
+            return action()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()

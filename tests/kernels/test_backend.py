@@ -72,15 +72,35 @@ def test_a_library_that_deviates_is_not_taken(library, deviation):
     assert "deviates" in path.reason
 
 
-def test_a_library_that_fails_its_self_check_is_not_taken(library):
+class CompilerError(Exception):
+    """As Triton's are: of no type that others know."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, CompilerError])
+def test_a_library_that_fails_its_self_check_is_not_taken(library, error):
     module = library(0)
 
     def fail(device_type):
-        raise RuntimeError("no kernel image")
+        raise error("no kernel image")
 
     module.self_check = fail
     assert "no kernel image" in backend.path("norm", "cuda").reason
     assert backend.path("norm", "cuda").name == "reference"
+
+
+def test_a_self_check_does_not_see_what_its_caller_has_set(library):
+    module = library(0)
+
+    def check(device_type):
+        x = torch.ones(3, requires_grad=True)
+        (x * x).sum().backward()
+        assert x.grad is not None
+        assert not torch.is_autocast_enabled("cpu")
+        return 0.0
+
+    module.self_check = check
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert backend.path("norm", "cuda").name == "fake"
 
 
 def test_a_forced_path_is_an_error_where_it_does_not_run(library):
