@@ -292,7 +292,8 @@ def test_auto_leaves_widths_that_cannot_be_aligned_to_the_reference(
     generator = torch.Generator().manual_seed(7)
     x_TL, weights_TK, up, down = draw_inputs(generator, 12, 2, 3, width, inner, torch.bfloat16)
     ids_TK = draw_ids(generator, 12, 3, 2, skew=0.0)
-    assert (backend.implementation("moe", "cpu", up) is grouped_mm) == served
+    what = (torch.bfloat16, 3, 2, inner, width)
+    assert (backend.implementation("moe", "cpu", *what) is grouped_mm) == served
     expected_TL = reference.moe_mlp(x_TL, ids_TK, weights_TK, up, down)
     y_TL = moe_mlp(x_TL, ids_TK, weights_TK, up, down)
     torch.testing.assert_close(y_TL, expected_TL, rtol=2e-2, atol=2e-2)

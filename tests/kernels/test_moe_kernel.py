@@ -246,7 +246,7 @@ def test_plans() -> None:
     assert expert_kernel.plan(bf16, 704 * 512, 512, 1024, 2688) is PLANS[False, True]
     assert expert_kernel.plan(bf16, 511 * 512, 512, 2688, 1856) is PLANS[True, False]
     assert expert_kernel.plan(bf16, 704 * 512, 512, 1024, 40) is expert_kernel.PLAIN
-    assert expert_kernel.plan(torch.float32, 9, 3, 1024, 2688) is expert_kernel.PLAIN
+    assert expert_kernel.plan(torch.float32, 9, 3, 1024, 2688) is expert_kernel.FP32
     assert set(PLANS) == {(few, wide) for few in (False, True) for wide in (False, True)}
 
 
@@ -273,5 +273,50 @@ def test_bad_input_is_named() -> None:
         moe_mlp(x, ids, w, up.new_empty(1, 2**16, 2**15), down)
     with pytest.raises(ValueError, match=r"w_up_EFL: expected 1 to 1024 experts, got 1025"):
         moe_mlp(x, ids, w, up.new_empty(1025, 2, 2), down)
-    assert kernel.supports(up)
-    assert not kernel.supports(up.double())
+    assert kernel.supports(torch.bfloat16, 1024, 32, 2688, 1024)
+    for unsupported in (
+        (torch.float64, 8, 2, 64, 64),
+        (torch.bfloat16, 1025, 2, 64, 64),
+        (torch.bfloat16, 64, 33),
+        (torch.bfloat16, 8, 2, 2**16, 2**15),
+    ):
+        assert not kernel.supports(*unsupported)
+
+
+@pytest.mark.parametrize("where", ["token", "up", "down"])
+def test_nan_goes_where_the_reference_lets_it_go(where: str) -> None:
+    """A fault must not look healthy: into outputs and gradients alike."""
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = draw_ids(generator, 9, 4, 2, 0.0)
+    x, w, up, down = (t.detach() for t in draw_inputs(generator, 9, 2, 4, 16, 16))
+    {"token": x, "up": up[1], "down": down[1]}[where][3] = torch.nan
+    results = []
+    for mlp in (moe_mlp, reference.moe_mlp):
+        device = DEVICE if mlp is moe_mlp else "cpu"
+        inputs = [t.to(device).requires_grad_() for t in (x, w, up, down)]
+        y = mlp(inputs[0], ids_TK.to(device), *inputs[1:])
+        grads = torch.autograd.grad(y, inputs, torch.ones_like(y))
+        results.append([t.detach().isnan().cpu() for t in (y, *grads)])
+    assert results[1][0].any()
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_without_gradients_the_pre_activation_is_not_even_written() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = draw_ids(generator, 9, 4, 2, 0.0).to(DEVICE)
+    x, w, up, down = (t.detach().to(DEVICE) for t in draw_inputs(generator, 9, 2, 4, 16, 16))
+    written = []
+    launch = kernel._launch
+
+    def watched(function: object, blocks: int, tile: Tile, *arguments: object) -> None:
+        if function is expert_kernel.up_kernel:
+            written.append(arguments[4] is not None)
+        launch(function, blocks, tile, *arguments)
+
+    with mock.patch.object(kernel, "_launch", watched):
+        moe_mlp(x, ids_TK, w, up, down)
+        with torch.no_grad():
+            moe_mlp(x, ids_TK, w, up.requires_grad_(), down)
+        moe_mlp(x, ids_TK, w, up, down)
+    assert written == [False, False, True]

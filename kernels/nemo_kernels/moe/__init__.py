@@ -50,7 +50,7 @@ def topk_router(
     expect_device(x_TD, weight_ED=weight_ED, bias_E=bias_E)
     if not 0 < k <= weight_ED.shape[0]:
         raise ValueError(f"k: expected 1 to {weight_ED.shape[0]} (experts), got {k}")
-    impl = backend.implementation("moe", x_TD.device.type)
+    impl = backend.implementation("moe", x_TD.device.type, x_TD.dtype, weight_ED.shape[0], k)
     return impl.topk_router(x_TD, weight_ED, bias_E, k, scaling_factor, normalize)
 
 
@@ -71,7 +71,8 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     """
     expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
-    return backend.implementation("moe", topk_ids_TK.device.type).sort_slots(topk_ids_TK, n_experts)
+    impl = backend.implementation("moe", topk_ids_TK.device.type, torch.float32, n_experts)
+    return impl.sort_slots(topk_ids_TK, n_experts)
 
 
 def grouped_mlp(
@@ -110,7 +111,7 @@ def grouped_mlp(
     if may_read(counts_E) and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
-    impl = backend.implementation("moe", x_RL.device.type, w_up_EFL)
+    impl = backend.implementation("moe", x_RL.device.type, *_size(w_up_EFL, x_RL))
     return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
 
 
@@ -155,7 +156,7 @@ def moe_mlp(
     if not 0 < k <= n_experts:
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
-    impl = backend.implementation("moe", x_TL.device.type, w_up_EFL)
+    impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
     return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
 
 
@@ -164,3 +165,9 @@ def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
     expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=dtype)
     n_experts, width, _ = w_up_EFL.shape
     expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=dtype)
+
+
+def _size(w_up_EFL: Tensor, x: Tensor) -> tuple[torch.dtype, int, int, int, int]:
+    """What a path's ``supports`` asks for: dtype, experts, choices per token, F and L."""
+    n_experts, inner, width = w_up_EFL.shape
+    return x.dtype, n_experts, 1, inner, width

@@ -51,6 +51,12 @@ def _block(
 
 
 @triton.jit
+def _relu(x):
+    """NaN stays NaN, as in PyTorch: a fault must not look healthy."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def up_kernel(
     x_TL, token_R, w_EFL, weight_R, h_RF, act_RF, expert_M, first_M, end_M, L, F,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -76,7 +82,7 @@ def up_kernel(
         tl.store(h_RF + place_MN, h_MN, mask=ok_MN)
     if act_RF is not None:
         weight_M = tl.load(weight_R + row_M, mask=ok_M, other=0.0).to(tl.float32)
-        relu_MN = tl.maximum(h_MN.to(tl.float32), 0.0)
+        relu_MN = _relu(h_MN.to(tl.float32))
         act_MN = relu_MN * relu_MN * weight_M[:, None]
         tl.store(act_RF + place_MN, act_MN.to(act_RF.dtype.element_ty), mask=ok_MN)
 
@@ -107,7 +113,7 @@ def rows_kernel(
 def _relu2_dgrad(dact_MN, h_RF, dh_RF, act_RF, weight_M, row_M, ok_M, f_N, F):
     place_MN = row_M[:, None] * F + f_N[None, :]
     ok_MN = ok_M[:, None] & (f_N < F)[None, :]
-    relu_MN = tl.maximum(tl.load(h_RF + place_MN, mask=ok_MN, other=0.0).to(tl.float32), 0.0)
+    relu_MN = _relu(tl.load(h_RF + place_MN, mask=ok_MN, other=0.0).to(tl.float32))
     dact_MN *= relu_MN
     dweight_M = tl.sum(relu_MN * dact_MN, axis=1)
     dh_MN = dact_MN * (2.0 * weight_M[:, None])
@@ -233,65 +239,76 @@ PLANS = {
     (True, True): Plan(Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 8, 4), Tile(128, 256, 64, 8, 5)),
 }
 PLAIN = Plan(*[Tile(64, 64, 32, 4, 3)] * 3)
-"""For fp32, which matrix instructions would round, and for widths that are no multiples of 16:
-their rows are not aligned, and registers must suffice for what else is copied past them."""
+"""For widths that are no multiples of 16: their rows are not aligned, and registers must suffice
+for what else is copied past them."""
+FP32 = Plan(*[Tile(32, 64, 32, 4, 3)] * 3)
+"""For fp32, which matrix instructions would round."""
 COMBINED = 1024
 """Columns that a program of ``combine_kernel`` sums."""
 
 
 def plan(dtype: torch.dtype, rows: int, experts: int, *widths: int) -> Plan:
     """Tiles for ``rows`` over ``experts`` of widths L and F; from what the host knows."""
-    if dtype == torch.float32 or any(width % 16 for width in widths):
+    if dtype == torch.float32:
+        return FP32
+    if any(width % 16 for width in widths):
         return PLAIN
     return PLANS[rows < FEW_ROWS * experts, widths[0] % WIDE == 0]
 
 
 def shipped() -> list[Shipped]:
-    """Each kernel with each of its tiles, in bf16, with weights' gradients also in fp32; combining
-    as many slots as published models have. fp32 operands do without matrix instructions."""
-    plans = (*PLANS.values(), PLAIN)
-    x, sum32, widths = "*bf16", "*fp32", {"L": "i32", "F": "i32"}
-    tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32"}
-    instruction: dict[int, str | None] = {90: "wgmma", 100: "tcgen05"}
-    gathered = {"token_R": "*i32", "w_EFL": x, "weight_R": sum32}
+    """Each kernel with each of its tiles: in bf16, with weights' gradients also in fp32, and in
+    fp32; combining as many slots as published models have."""
+    matrix: dict[int, str | None] = {90: "wgmma", 100: "tcgen05"}
+    plain: dict[int, str | None] = dict.fromkeys(matrix, "fma.rn.f32")
+    kernels = _shipped("*bf16", {*PLANS.values()}, matrix, aligned=True)
+    kernels += _shipped("*bf16", {PLAIN}, matrix, aligned=False)
+    kernels += _shipped("*fp32", {FP32}, plain, aligned=False)
+    combine = {"y_RL": "*bf16", "inverse_R": "*i64", "out_TL": "*bf16", "L": "i32"}
+    none: dict[int, str | None] = {90: None, 100: None}
+    for slots in (6, 22):
+        constants = {"n_slots": slots, "BLOCK_N": COMBINED}
+        kernels.append(Shipped(combine_kernel, combine, constants, none, 4, 3, ("L",)))
+    return kernels
+
+
+def _shipped(
+    x: str, plans: set[Plan], instruction: dict[int, str | None], aligned: bool
+) -> list[Shipped]:
+    """Products of operands of type x; ``aligned``: of widths that are multiples of 16."""
+    tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32", "L": "i32", "F": "i32"}
+    gathered = {"token_R": "*i32", "w_EFL": x, "weight_R": "*fp32"}
+    up = {"x_TL": x, **gathered, "h_RF": x, "act_RF": x, **tiles}
+    down = {"dy_TL": x, "w_ELF": x, "token_R": "*i32", "weight_R": "*fp32", "h_RF": x, "dh_RF": x}
+    down = {**down, "act_RF": x, "dweight_RN": "*fp32", **tiles}
+    product = {"a_RP": x, "b_EPQ": x, "out_RQ": x, "P": "i32", "Q": "i32", "stride_P": "i32"}
+    product = {**product, "stride_Q": "i32", "expert_M": "*i32", "first_M": "*i32", "end_M": "*i32"}
+    wgrad = {"row_RF": x, "gathered_TL": x, "token_R": "*i32", "end_E": "*i32", "L": "i32"}
+    wgrad = {**wgrad, "F": "i32", "stride_F": "i32", "stride_L": "i32"}
 
     def declare(
         kernel: object, tile: Tile, signature: dict[str, str], **fixed: int | None
     ) -> Shipped:
         kept = {name: kind for name, kind in signature.items() if name not in fixed}
         blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        sizes = (name for name, kind in kept.items() if kind[0] != "*")
-        divisible = () if tile in PLAIN else tuple(sizes)
-        return Shipped(
-            kernel, kept, {**fixed, **blocks}, instruction, tile.warps, tile.stages, divisible
-        )
+        sizes = tuple(name for name, kind in kept.items() if kind[0] != "*") if aligned else ()
+        constants = {**fixed, **blocks}
+        return Shipped(kernel, kept, constants, instruction, tile.warps, tile.stages, sizes)
 
-    up = {"x_TL": x, **gathered, "h_RF": x, "act_RF": x, **tiles, **widths}
-    product = {"a_RP": x, "b_EPQ": x, "out_RQ": x, **tiles, "P": "i32", "Q": "i32"}
-    product = {**product, "stride_P": "i32", "stride_Q": "i32"}
-    down = {"dy_TL": x, "w_ELF": x, "token_R": "*i32", "weight_R": sum32, "h_RF": x, "dh_RF": x}
-    down = {**down, "act_RF": x, "dweight_RN": sum32, **tiles, **widths}
-    wgrad = {"row_RF": x, "gathered_TL": x, "token_R": "*i32", "end_E": "*i32", **widths}
-    wgrad = {**wgrad, "stride_F": "i32", "stride_L": "i32"}
     kernels = []
-    for tile in sorted({p.up for p in plans}):
+    for tile in sorted({plan.up for plan in plans}):
         kernels += [
             declare(up_kernel, tile, up),
             declare(up_kernel, tile, up, h_RF=None),
             declare(up_kernel, tile, up, act_RF=None),
             declare(down_dgrad_kernel, tile, down),
         ]
-    for tile in sorted({p.down for p in plans}):
+    for tile in sorted({plan.down for plan in plans}):
         kernels += [declare(rows_kernel, tile, product, **{s: 1}) for s in ("stride_P", "stride_Q")]
-    for tile in sorted({p.wgrad for p in plans}):
+    for tile in sorted({plan.wgrad for plan in plans}):
         kernels += [
             declare(wgrad_kernel, tile, {**wgrad, "out_EFL": kind}, **{stride: 1})
-            for kind in (x, sum32)
+            for kind in sorted({x, "*fp32"})
             for stride in ("stride_F", "stride_L")
         ]
-    combine = {"y_RL": x, "inverse_R": "*i64", "out_TL": x, "L": "i32"}
-    none: dict[int, str | None] = {90: None, 100: None}
-    for slots in (6, 22):
-        constants = {"n_slots": slots, "BLOCK_N": COMBINED}
-        kernels.append(Shipped(combine_kernel, combine, constants, none, 4, 3, ("L",)))
     return kernels

@@ -77,7 +77,7 @@ def grouped_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
 ) -> Tensor:
-    _check_alignment(w_up_EFL)
+    _check_alignment(x_RL, w_up_EFL)
     return GroupedMLP.apply(
         GroupedMMExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
     )
@@ -91,7 +91,7 @@ def moe_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
 ) -> Tensor:
-    _check_alignment(w_up_EFL)
+    _check_alignment(x_TL, w_up_EFL)
     slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
     return MoeMLP.apply(
         GroupedMMExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute
@@ -103,16 +103,16 @@ def self_check(device_type: str) -> float:
     return function.self_check(moe_mlp, reference.moe_mlp, device_type)
 
 
-def supports(w_up_EFL: Tensor) -> bool:
-    """Whether rows of these experts' widths can be aligned."""
-    unit = _ALIGNMENT // w_up_EFL.element_size()
-    return w_up_EFL.shape[1] % unit == 0 and w_up_EFL.shape[2] % unit == 0
+def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
+    """Whether rows of these widths (F and L, or none) can be aligned."""
+    return all(width % (_ALIGNMENT // dtype.itemsize) == 0 for width in widths)
 
 
-def _check_alignment(w_up_EFL: Tensor) -> None:
-    if not supports(w_up_EFL):
-        unit = _ALIGNMENT // w_up_EFL.element_size()
+def _check_alignment(x: Tensor, w_up_EFL: Tensor) -> None:
+    n_experts, *widths = w_up_EFL.shape
+    if not supports(x.dtype, n_experts, 1, *widths):
         raise ValueError(
-            f"w_up_EFL: expected widths in multiples of {unit} for {w_up_EFL.dtype} (path "
-            f"grouped_mm of op moe), got {list(w_up_EFL.shape)}; path reference takes any"
+            f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // x.dtype.itemsize} for "
+            f"{x.dtype} (path grouped_mm of op moe), got {list(w_up_EFL.shape)}; path reference "
+            "takes any"
         )

@@ -13,6 +13,8 @@ work, F expert inner width, N column blocks.
 
 from __future__ import annotations
 
+from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from nemo_kernels import backend
 from nemo_kernels.checks import expect_device
 from nemo_kernels.moe import expert_kernel, function, reference
-from nemo_kernels.moe.expert_kernel import Tile
-from nemo_kernels.moe.router_kernel import topk_router
+from nemo_kernels.moe.expert_kernel import Plan, Tile
+from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
 from nemo_kernels.moe.routing import Slots
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, sort_slots, tile_table
 
@@ -70,14 +72,13 @@ class _Experts(torch.autograd.Function):
         counts_E: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-        recompute: bool,
+        plan: Plan,
+        keep: bool,
     ) -> Tensor:
-        n_experts, inner, width = w_up_EFL.shape
-        plan = expert_kernel.plan(x_TL.dtype, weights.numel(), n_experts, width, inner)
         inverse_R = None if slots is None else slots.inverse_R
         rows = _rows(weights, slots, counts_E, plan.up.m)
-        act_RF = x_TL.new_empty(weights.numel(), inner)
-        h_RF = None if recompute else torch.empty_like(act_RF)
+        act_RF = x_TL.new_empty(weights.numel(), w_up_EFL.shape[1])
+        h_RF = torch.empty_like(act_RF) if keep else None
         _up(plan.up, x_TL, rows, w_up_EFL, h_RF, act_RF)
         y_RL = _product(plan.down, act_RF, rows, w_down_ELF.mT)
         ctx.plan = plan
@@ -103,7 +104,23 @@ class _Experts(torch.autograd.Function):
         if inverse_R is not None:
             dx_TL = _combine(dx_TL, inverse_R, weights.shape[1])
             dweights = dweights.index_select(0, inverse_R).view_as(weights)
-        return dx_TL, dweights.to(weights.dtype), None, None, dup_EFL, ddown_ELF, None
+        return dx_TL, dweights.to(weights.dtype), None, None, dup_EFL, ddown_ELF, None, None
+
+
+def _apply(
+    x_TL: Tensor,
+    weights: Tensor,
+    slots: Slots | None,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool,
+) -> Tensor:
+    n_experts, inner, width = w_up_EFL.shape
+    plan = expert_kernel.plan(x_TL.dtype, weights.numel(), n_experts, width, inner)
+    differentiable = any(t.requires_grad for t in (x_TL, weights, w_up_EFL, w_down_ELF))
+    keep = not recompute and torch.is_grad_enabled() and differentiable
+    return _Experts.apply(x_TL, weights, slots, counts_E, w_up_EFL, w_down_ELF, plan, keep)
 
 
 def grouped_mlp(
@@ -122,7 +139,7 @@ def grouped_mlp(
     slots = {"weights_R": weights_R, "counts_E": counts_E}
     _check({"x_RL": x_RL}, slots, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
     with torch.cuda.device_of(x_RL):
-        return _Experts.apply(x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute)
+        return _apply(x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute)
 
 
 def moe_mlp(
@@ -145,19 +162,18 @@ def moe_mlp(
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     with torch.cuda.device_of(x_TL):
         slots = sort_slots(topk_ids_TK, n_experts)
-        return _Experts.apply(
-            x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute
-        )
+        return _apply(x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute)
 
 
-def supports(w_up_EFL: Tensor) -> bool:
-    """Whether these experts are of a dtype and size that the kernels take."""
-    return not _problem(w_up_EFL)
+def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
+    """Whether the kernels take tokens of this dtype, so many experts, so many choices per token,
+    and matrices of these widths (F and L, or none)."""
+    return dtype in _DTYPES and k <= MAX_CHOICES and not _problem(n_experts, prod(widths))
 
 
 def self_check(device_type: str) -> float:
-    """Largest deviation of experts and router from the reference, relative to its largest value, of
-    outputs and gradients.
+    """Largest deviation of experts, with each plan of tiles, and router from the reference,
+    relative to its largest value, of outputs and gradients.
 
     Raises RuntimeError on a GPU that the kernels are not made for.
     """
@@ -170,16 +186,24 @@ def self_check(device_type: str) -> float:
         (topk_router, reference.topk_router),
         (x_TD, weight_ED),
     )
-    return max(router, function.self_check(moe_mlp, reference.moe_mlp, device_type))
+    experts = [
+        function.self_check(partial(_moe, plan), reference.moe_mlp, device_type)
+        for plan in {*expert_kernel.PLANS.values()}
+    ]
+    return max(router, *experts)
 
 
-def _problem(w_up_EFL: Tensor) -> str:
-    """What the kernels do not take in these weights: expected ..., got ...; empty if nothing."""
-    n_experts, inner, width = w_up_EFL.shape
-    if w_up_EFL.dtype not in _DTYPES:
-        return f"expected one of {_DTYPES}, got {w_up_EFL.dtype}"
-    if not 0 < inner * width < _MAX_MATRIX:
-        return f"expected 1 to 2**31 - 1 elements per expert, got {inner * width}"
+def _moe(
+    plan: Plan, x_TL: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFL: Tensor, down_ELF: Tensor
+) -> Tensor:
+    slots = sort_slots(ids_TK, up_EFL.shape[0])
+    return _Experts.apply(x_TL, weights_TK, slots, slots.counts_E, up_EFL, down_ELF, plan, True)
+
+
+def _problem(n_experts: int, elements: int) -> str:
+    """What the kernels do not take: expected ..., got ...; empty if nothing."""
+    if not 0 < elements < _MAX_MATRIX:
+        return f"expected 1 to 2**31 - 1 elements per expert, got {elements}"
     if not 0 < n_experts <= MAX_EXPERTS:
         return f"expected 1 to {MAX_EXPERTS} experts, got {n_experts}"
     return ""
@@ -188,19 +212,21 @@ def _problem(w_up_EFL: Tensor) -> str:
 def _check(x: dict[str, Tensor], slots: dict[str, Tensor], **others: Tensor) -> None:
     """Raise ValueError for what the kernels do not take, from shapes, dtypes and devices alone. The
     first of ``slots`` has an element per slot."""
-    (x_name, x_TL), (slot_name, slot_TK) = *x.items(), next(iter(slots.items()))
+    (x_TL,), (slot_name, slot_TK) = x.values(), next(iter(slots.items()))
     tensors = {**slots, **others}
     expect_device(x_TL, **tensors)
     for name, t in {**x, **tensors}.items():
         if not t.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
-    if x_TL.dtype not in _DTYPES:
-        raise ValueError(f"{x_name}: expected one of {_DTYPES}, got {x_TL.dtype}")
+    for name, t in {**x, **others}.items():
+        if t.dtype not in _DTYPES:
+            raise ValueError(f"{name}: expected one of {_DTYPES}, got {t.dtype}")
     if slot_TK.numel() > MAX_ROWS:
         raise ValueError(
             f"{slot_name}: expected at most {MAX_ROWS} elements, got {slot_TK.numel()}"
         )
-    problem = _problem(others["w_up_EFL"])
+    n_experts, inner, width = others["w_up_EFL"].shape
+    problem = _problem(n_experts, inner * width)
     if problem:
         raise ValueError(f"w_up_EFL: {problem} (path triton of op moe)")
 

@@ -55,9 +55,10 @@ def topk_router(
         raise ValueError(f"weight_ED: expected at most {MAX_EXPERTS} experts, got {n_experts}")
     if not 0 < k <= min(MAX_CHOICES, n_experts):
         raise ValueError(f"k: expected 1 to {min(MAX_CHOICES, n_experts)}, got {k}")
-    ids, weights, scores = _Router.apply(
-        x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
-    )
+    with torch.cuda.device_of(x_TD):
+        ids, weights, scores = _Router.apply(
+            x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
+        )
     return ids, weights, scores
 
 
@@ -73,7 +74,7 @@ class _Router(torch.autograd.Function):
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         (n_tokens, _), n_experts = x_TD.shape, weight_ED.shape[0]
-        logits_TE = torch.mm(x_TD.float(), weight_ED.float().t())
+        logits_TE = _logits(x_TD, weight_ED)
         ids_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
         weights_TK = torch.empty_like(ids_TK, dtype=torch.float32)
         scores_TE = torch.empty_like(logits_TE)
@@ -136,6 +137,14 @@ class _Router(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight_ED = torch.mm(dlogits_TE.t(), x_TD.float()).to(weight_ED.dtype)
         return dx_TD, dweight_ED, None, None, None, None
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """In fp32. Products of bf16 numbers are exact there, so a GPU's matrix units serve as well: the
+    order of the sums is all that differs."""
+    if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+    return torch.mm(x_TD.float(), weight_ED.float().t())
 
 
 @triton.jit(do_not_specialize=["k", "normalize"])

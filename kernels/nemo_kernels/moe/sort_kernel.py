@@ -57,7 +57,11 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
     _expect_sizes(n_experts, "topk_ids_TK", topk_ids_TK.numel())
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
-    ids_R = topk_ids_TK.reshape(-1)
+    with torch.cuda.device_of(topk_ids_TK):
+        return _sort(topk_ids_TK.reshape(-1), n_experts)
+
+
+def _sort(ids_R: Tensor, n_experts: int) -> Slots:
     n_slots, device = ids_R.numel(), ids_R.device
     n_blocks = triton.cdiv(n_slots, _SLOTS)
     counts_E = torch.empty(n_experts, dtype=torch.int64, device=device)
@@ -126,18 +130,19 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
         raise ValueError(f"rows_per_tile: expected 1 to {_MAX_TILE}, got {rows_per_tile}")
     n_tiles = triton.cdiv(n_rows, rows_per_tile) + n_experts
     tiles = Tiles(*(counts_E.new_empty(n_tiles, dtype=torch.int32) for _ in Tiles._fields))
-    _tile_kernel[(triton.cdiv(n_tiles, _TILES[0]),)](
-        counts_E.contiguous(),
-        *tiles,
-        n_experts,
-        n_rows,
-        n_tiles,
-        rows_per_tile,
-        TILES=_TILES[0],
-        EXPERTS=_TILES[1],
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
+    with torch.cuda.device_of(counts_E):
+        _tile_kernel[(triton.cdiv(n_tiles, _TILES[0]),)](
+            counts_E.contiguous(),
+            *tiles,
+            n_experts,
+            n_rows,
+            n_tiles,
+            rows_per_tile,
+            TILES=_TILES[0],
+            EXPERTS=_TILES[1],
+            num_warps=_WARPS,
+            num_stages=_STAGES,
+        )
     return tiles
 
 
