@@ -57,10 +57,12 @@ def routing_stats(scores_TE: Tensor, topk_ids_TK: Tensor, rows: int) -> RoutingS
     """
     experts = scores_TE.shape[1]
     slots_per_row = topk_ids_TK.numel() // rows
-    row = torch.arange(rows, device=topk_ids_TK.device).repeat_interleave(slots_per_row)
-    counts_BE = torch.bincount(
-        topk_ids_TK.flatten() + row * experts, minlength=rows * experts
-    ).view(rows, experts)
+    ids_BR = topk_ids_TK.view(rows, slots_per_row)
+    row_B1 = torch.arange(rows, device=ids_BR.device)[:, None]
+    # Not by bincount, which waits for a GPU.
+    place_R, one_R = (ids_BR + row_B1 * experts).flatten(), torch.ones_like(ids_BR).flatten()
+    counts_BE = ids_BR.new_zeros(rows * experts).scatter_add_(0, place_R, one_R)
+    counts_BE = counts_BE.view(rows, experts)
     share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     mean_share_BE = share_TE.view(rows, -1, experts).mean(1)
     aux = (experts / slots_per_row) * (counts_BE * mean_share_BE).sum()

@@ -84,7 +84,9 @@ class AllToAllDispatcher(MoE):
         # Rows arrive by source rank, then by expert; the experts want them by expert.
         arrived_SE = received_counts_E.view(self.ep_size, self.num_local_experts)
         local = torch.arange(self.num_local_experts, device=counts_E.device).repeat(self.ep_size)
-        by_expert_Q = torch.repeat_interleave(local, arrived_SE.flatten()).argsort(stable=True)
+        # The number of rows is known here, so that nothing waits for a GPU once more.
+        owner_Q = torch.repeat_interleave(local, arrived_SE.flatten(), output_size=sum(receive))
+        by_expert_Q = owner_Q.argsort(stable=True)
         y_QL = grouped_mlp(
             x_QL[by_expert_Q],
             weights_Q[by_expert_Q],
