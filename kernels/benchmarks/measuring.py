@@ -15,22 +15,55 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 FLUSH_BYTES = 1 << 30
 """Written before every timed call: empties the L2 cache, and keeps the GPU busy while the host
 queues the call, so that launch latency is not timed."""
-WARM_UP = 3
+WARM_UP = {"cuda": 10, "cpu": 3}
+"""Calls of each contender before the first that is timed."""
+LEAST = {"cuda": 30, "cpu": 10}
+"""Timed calls of each contender, if the deadline allows."""
 TOLERANCE = 0.05
 """Largest accepted deviation; see :func:`deviation`. bf16 keeps 8 bits; a slot that is lost or
 counted twice moves a token's sum of K slots by about 1 / sqrt(K), 0.21 for K = 22."""
 
 
+UNUSABLE: tuple[type[Exception], ...] = (
+    ImportError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    OSError,
+)
+"""What libraries raise that are missing, broken, or made for other versions and GPUs, or that have
+too little memory."""
+try:
+    from triton import TritonError
+
+    UNUSABLE = (*UNUSABLE, TritonError)
+except ImportError:
+    pass
+
+
 class DeviceLost(Exception):
     """The GPU runs nothing any more in this process."""
+
+
+class CallFailed(Exception):
+    """One of several calls raised an error that concerns it alone."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 class Meter:
@@ -55,53 +88,91 @@ class Meter:
             return False
         return True
 
+    def reason(self, error: Exception) -> str:
+        """An error in one line. Raises DeviceLost when the device works no more."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        if not self.works():
+            raise DeviceLost(text) from error
+        return text
+
+    def first(self, build: Callable[[], Callable[[], T]]) -> tuple[Callable[[], T], T, float]:
+        """What ``build`` makes, the result of its first call, and the seconds that both took: with
+        imports, compilation and tuning, as far as no cache on the disk had them."""
+        self._wait()
+        start = time.monotonic()
+        call = build()
+        found = call()
+        self._wait()
+        return call, found, time.monotonic() - start
+
     def times(
-        self, calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 10
+        self, calls: Mapping[str, Callable[[], object]], seconds: float, least: int | None = None
     ) -> dict[str, dict[str, Any]]:
-        """Median, 10th and 90th percentile of each call in ms. The calls take turns until they
-        have run for ``seconds`` together and each ``least`` times, or the deadline has come; at
-        least once."""
-        for _ in range(WARM_UP):
-            for call in calls.values():
-                call()
-        taken: dict[str, list[float]] = {name: [] for name in calls}
+        """Median, 10th and 90th percentile of each call in ms. The calls take turns, each round
+        begins with the next of them, until they have run for ``seconds`` together and each
+        ``least`` times (default: LEAST), or the deadline has come; at least once.
+
+        Raises:
+            CallFailed: a call raised one of UNUSABLE.
+            DeviceLost: the device works no more.
+        """
+        least = LEAST[self.device] if least is None else least
+        names = list(calls)
+        for _ in range(WARM_UP[self.device] if self.left() > 0 else 0):
+            for name in names:
+                self._run(name, calls[name])
+        taken: dict[str, list[float]] = {name: [] for name in names}
         rounds, spent = 0, 0.0
         while calls and (not rounds or ((rounds < least or spent < seconds) and self.left() > 0)):
-            start = time.monotonic()
-            for name, ms in self._round(calls):
+            start, at = time.monotonic(), rounds % len(names)
+            for name, ms in self._round({n: calls[n] for n in names[at:] + names[:at]}):
                 taken[name].append(ms)
             rounds, spent = rounds + 1, spent + time.monotonic() - start
         return {name: summary(ms) for name, ms in taken.items()}
 
     def _round(self, calls: Mapping[str, Callable[[], object]]) -> list[tuple[str, float]]:
         if not self.on_gpu:
-            return [(name, self._host_ms(call)) for name, call in calls.items()]
+            return [(name, self._host_ms(name, call)) for name, call in calls.items()]
         events = []
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
             start.record()
-            call()
+            self._run(name, call)
             end.record()
             events.append((name, start, end))
-        torch.cuda.synchronize()
+        self._wait()
         return [(name, start.elapsed_time(end)) for name, start, end in events]
 
-    def _host_ms(self, call: Callable[[], object]) -> float:
+    def _host_ms(self, name: str, call: Callable[[], object]) -> float:
         self._flush.zero_()
         start = time.perf_counter()
-        call()
+        self._run(name, call)
         return (time.perf_counter() - start) * 1e3
+
+    def _run(self, name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except UNUSABLE as error:
+            raise CallFailed(name, self.reason(error)) from error
+
+    def _wait(self) -> None:
+        """Until the GPU is done. What it reports only now has broken it."""
+        if self.on_gpu:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceLost(" ".join(str(error).split())[:200]) from error
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """Most memory that a call allocates above what is there; None on a CPU."""
         if not self.on_gpu:
             return None
-        torch.cuda.synchronize()
+        self._wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        torch.cuda.synchronize()
+        self._wait()
         return torch.cuda.max_memory_allocated() - before
 
     def limits(self) -> dict[str, float]:

@@ -61,7 +61,7 @@ class Parts:
         from nemo_kernels.moe import expert_kernel, kernel
 
         s = self.p.shape
-        plan = expert_kernel.plan(self.p.x_TL.dtype, s.slots, s.experts, s.width)
+        plan = expert_kernel.plan(self.p.x_TL.dtype, s.slots, s.experts, s.width, s.inner)
         weights_TK = self.p.weights_TK.detach()
         return kernel, plan, kernel._rows(weights_TK, self.slots, self.slots.counts_E, plan.up.m)
 
@@ -137,7 +137,7 @@ def parts(p: Problem) -> Iterator[dict[str, Any]]:
     """What :class:`moe_rows.Row` needs to know of each part."""
     s, made = p.shape, Parts(p)
     product = 2 * s.slots * s.width * s.inner
-    weights = 2 * s.experts * s.inner * s.width
+    weights = 2 * p.used() * s.inner * s.width
     yield {
         "name": "dispatch: sort, combine",
         "builders": {"triton": made.dispatch, "torch, with gather": made.dispatch_of_torch},

@@ -1,7 +1,7 @@
 """Ways to compute a MoE layer: the paths of nemo_kernels, and libraries where they are there.
 
 A builder takes a problem and returns a function without arguments that runs the layer forward. It
-raises one of ``UNUSABLE`` where the way is not open; the benchmark reports that as the reason.
+raises one of ``measuring.UNUSABLE`` where the way is not open; the benchmark reports the reason.
 None of these libraries is needed, and none is part of this project.
 """
 
@@ -17,24 +17,6 @@ from torch import Tensor
 from nemo_kernels import backend, moe
 
 Layer = Callable[[], Tensor]
-
-UNUSABLE: tuple[type[Exception], ...] = (
-    ImportError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    AssertionError,
-    OSError,
-)
-"""What libraries raise that are missing, broken, or made for other versions and GPUs."""
-try:
-    from triton import TritonError
-
-    UNUSABLE = (*UNUSABLE, TritonError)
-except ImportError:
-    pass
 
 
 def on_path(name: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -34,13 +34,15 @@ NANO = Shape("Nano, 768 per expert", 16384, 2688, 128, 6, 2688, 1856)
 SUPER_64 = Shape("Super, 64 experts, 5632 per expert", 16384, 4096, 64, 22, 1024, 2688)
 TINY = Shape("tiny", 48, 40, 8, 3, 16, 24)
 
-UNIFORM, SKEWED = "uniform", "skewed"
-"""Routing: all experts alike, or chosen in proportion to 1 / rank (Zipf)."""
+UNIFORM, SKEWED, HALF = "uniform", "skewed", "half unused"
+"""Routing: all experts alike, or chosen in proportion to 1 / rank (Zipf), or one half alike and the
+other half never."""
 
-CASES = tuple(
-    (shape, routing) for routing in (UNIFORM, SKEWED) for shape in (SUPER, NANO, SUPER_64)
+CASES = (
+    *((shape, routing) for routing in (UNIFORM, SKEWED) for shape in (SUPER, NANO, SUPER_64)),
+    (SUPER, HALF),
 )
-TINY_CASES = ((TINY, UNIFORM), (TINY, SKEWED))
+TINY_CASES = ((TINY, UNIFORM), (TINY, SKEWED), (TINY, HALF))
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,17 @@ class Problem:
     def leaves(self) -> tuple[Tensor, ...]:
         return self.x_TL, self.weights_TK, self.up_EFL, self.down_ELF
 
+    def counts_E(self) -> Tensor:
+        return self.ids_TK.flatten().bincount(minlength=self.shape.experts)
+
     def busiest(self) -> float:
         """Slots of the busiest expert over the mean."""
-        counts_E = self.ids_TK.flatten().bincount(minlength=self.shape.experts)
+        counts_E = self.counts_E()
         return (counts_E.max() / counts_E.float().mean()).item()
+
+    def used(self) -> int:
+        """Experts that get any token."""
+        return int(self.counts_E().count_nonzero())
 
 
 def draw(shape: Shape, routing: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Problem:
@@ -79,7 +88,11 @@ def draw(shape: Shape, routing: str, device: str, dtype: torch.dtype = torch.bfl
     T, K, E, D = shape.tokens, shape.k, shape.experts, shape.hidden
     L, F = shape.width, shape.inner
     rank_E = torch.randperm(E, device=device, generator=generator) + 1
-    popularity_E = torch.ones(E, device=device) if routing == UNIFORM else 1 / rank_E
+    popularity_E = {
+        UNIFORM: torch.ones(E, device=device),
+        SKEWED: 1 / rank_E,
+        HALF: (rank_E <= E // 2).float(),
+    }[routing]
     # K draws without replacement at these odds are the K largest of logarithm + Gumbel noise.
     noise_TE = torch.rand(T, E, device=device, generator=generator).clamp_min(1e-30)
     ids_TK = (popularity_E.log() - noise_TE.log().neg().log()).topk(K, sorted=False).indices

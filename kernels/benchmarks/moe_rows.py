@@ -1,7 +1,8 @@
 """The rows of the MoE benchmark: who takes part, what must come out, and what the hardware allows.
 
 Byte and FLOP counts are lower bounds: every operand once from memory and every result once to it,
-at 2 bytes per value; the products of E experts' weights count for all experts.
+at 2 bytes per value; of experts without tokens no weights are read, but gradients are written. The
+router's FLOP are those of its logits, as if they were products of bf16.
 
 Shapes as in ``moe_problem``; R = T*K routed slots.
 """
@@ -10,20 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from measuring import TOLERANCE, DeviceLost, Meter, deviation, kept_bytes
+from measuring import TOLERANCE, UNUSABLE, CallFailed, Meter, deviation, kept_bytes
 from moe_parts import Results, parts
-from moe_peers import LAYERS, UNUSABLE, Layer, nemo_kernels_layer, on_path, transformers_config
+from moe_peers import LAYERS, Layer, nemo_kernels_layer, on_path, transformers_config
 from moe_problem import Problem
 
 from nemo_kernels import moe
 from nemo_kernels.moe import reference
 
 SECONDS = {"cuda": 1.0, "cpu": 0.02}
-"""For which each contender runs."""
+"""For which each contender runs at least."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,15 @@ def _layer(p: Problem, ours: str, backward: bool) -> Row:
         return y_TL.detach(), *grads
 
     kind, passes = (with_gradients, 3) if backward else (without, 1)
-    weights, tokens = 4 * s.experts * s.inner * s.width, 4 * s.tokens * s.width
+    expert, tokens = 4 * s.inner * s.width, 4 * s.tokens * s.width
+    moved_experts = 2 * p.used() + s.experts if backward else p.used()
     return Row(
         name="MoE layer forward + backward" if backward else "MoE layer forward",
         ours=ours,
         builders={name: partial(kind, layer) for name, layer in forward.items()},
         expected=expected,
         flops=passes * 4 * s.slots * s.width * s.inner,
-        bytes=passes * (weights + tokens),
+        bytes=moved_experts * expert + passes * tokens,
         forward=forward if backward else {},
         leaves=p.leaves,
     )  # fmt: skip
@@ -107,7 +109,10 @@ def _router(p: Problem, ours: str) -> Row:
     """Which of two experts with almost the same score is chosen is left to rounding, so the scores
     of the chosen are compared, and the weights, each in order of size."""
     s, arguments = p.shape, (p.hidden_TD, p.router_ED, p.bias_E, p.shape.k, p.scaling, True)
-    scores_TE = reference.topk_router(*arguments)[2] + p.bias_E
+
+    @cache
+    def scores() -> torch.Tensor:
+        return reference.topk_router(*arguments)[2] + p.bias_E
 
     def router(name: str) -> Callable[[], Any]:
         return on_path(name, lambda: moe.topk_router(*arguments))
@@ -129,7 +134,7 @@ def _router(p: Problem, ours: str) -> Row:
         return call
 
     def results(found: Any) -> Results:
-        return scores_TE.gather(1, found[0]).sort().values, found[1].sort().values
+        return scores().gather(1, found[0]).sort().values, found[1].sort().values
 
     return Row(
         name="router",
@@ -140,7 +145,7 @@ def _router(p: Problem, ours: str) -> Row:
             "transformers": of_transformers,
         },
         expected=lambda: results(reference.topk_router(*arguments)),
-        flops=0,
+        flops=2 * s.tokens * s.hidden * s.experts,
         bytes=2 * s.tokens * s.hidden + 2 * s.experts * s.hidden
         + 4 * s.tokens * s.experts + 12 * s.slots,
         results=results,
@@ -149,38 +154,40 @@ def _router(p: Problem, ours: str) -> Row:
 
 def measure(row: Row, meter: Meter) -> dict[str, dict[str, Any]]:
     """What was found for each contender: times, deviation, memory; or why there is none, as
-    ``{"unavailable": reason}``. A contender whose results are wrong is not timed.
+    ``{"unavailable": reason}``. A contender that fails, wherever, or whose results are wrong is not
+    timed; the others are.
 
     Raises DeviceLost when the GPU can run nothing any more.
     """
     try:
         expected = row.expected()
     except UNUSABLE as error:
-        reason = _reason(error, meter)
+        reason = meter.reason(error)
         return {name: {"unavailable": f"no reference: {reason}"} for name in row.builders}
     found: dict[str, dict[str, Any]] = {}
     ready = {}
     for name, build in row.builders.items():
         try:
-            call = build()
-            off = deviation(row.results(call()), expected)
+            call, results, seconds = meter.first(build)
+            off = deviation(row.results(results), expected)
+            del results
+            if off > TOLERANCE:
+                found[name] = {"unavailable": f"wrong: deviates by {off:.2g} (limit {TOLERANCE})"}
+                continue
+            about = {"deviation": off, "first_s": seconds, "peak_bytes": meter.peak_bytes(call)}
+            if name in row.forward:
+                about["kept_bytes"] = kept_bytes(row.forward[name](), row.leaves)
         except UNUSABLE as error:
-            found[name] = {"unavailable": _reason(error, meter)}
+            found[name] = {"unavailable": meter.reason(error)}
             continue
-        if off > TOLERANCE:
-            found[name] = {"unavailable": f"wrong: deviates by {off:.2g} (limit {TOLERANCE})"}
-            continue
-        found[name] = {"deviation": off, "peak_bytes": meter.peak_bytes(call)}
-        if name in row.forward:
-            found[name]["kept_bytes"] = kept_bytes(row.forward[name](), row.leaves)
-        ready[name] = call
+        found[name], ready[name] = about, call
     del expected
-    times = meter.times(ready, seconds=SECONDS[meter.device] * len(ready))
-    return {name: about | times.get(name, {}) for name, about in found.items()}
-
-
-def _reason(error: Exception, meter: Meter) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    if not meter.works():
-        raise DeviceLost(text) from error
-    return text
+    while ready:
+        try:
+            times = meter.times(ready, seconds=SECONDS[meter.device] * len(ready))
+        except CallFailed as failure:
+            found[failure.name] = {"unavailable": failure.reason}
+            del ready[failure.name]
+        else:
+            return {name: about | times.get(name, {}) for name, about in found.items()}
+    return found

@@ -4,12 +4,13 @@
 
 First the speed of a copy and of a bf16 matrix product: the limits that rows are compared with. Then
 row by row, the most important first: every contender's results are compared with an fp32 PyTorch
-reference (who is wrong gets no time), then the contenders run in turns. DIR/moe.json and the table
-in DIR/moe.md are rewritten after each row. What the budget (seconds) does not suffice for is listed
-as not measured.
+reference (who is wrong or fails gets no time), then the contenders run in turns, in an order that
+rotates. DIR/moe.json and the table in DIR/moe.md are rewritten after each row. What the budget
+(seconds) does not suffice for is listed as not measured.
 
 Peers: F.grouped_mm, transformers' experts if it is installed, and scattermoe if it is, or if its
-tree stands in the folder given by --peers.
+tree stands in the folder given by --peers: the only other one that is known to take experts of two
+matrices without a gate and to need no build.
 
 ``--device cpu --tiny`` runs the same code on tiny inputs, to test it; the times mean nothing.
 
@@ -30,12 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of an uninstalle
 
 import moe_rows
 import torch
-from measuring import DeviceLost, Meter, machine, write_json, write_whole
+from measuring import UNUSABLE, DeviceLost, Meter, machine, write_json, write_whole
 from moe_problem import CASES, TINY_CASES, Shape, draw
 
 OURS = {"cuda": "triton", "cpu": "reference"}
 SECONDS_OF_A_ROW = 8
 """Left in the budget, or no row is begun."""
+FIRST_CALLS = (
+    "First calls of a second and more: imports, compilation and tuning, as far as no earlier row "
+    "and no cache on the disk saved them:"
+)
 NO_CLAIM = "Tiny inputs on a CPU: shows that the benchmark runs; no time here says anything."
 
 
@@ -79,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--peers", type=Path, help="folder with packages to compare with")
+    parser.add_argument("--peers", type=Path, help="folder with a tree of scattermoe")
     parser.add_argument("--commit", default="", help="where the checkout has no git history")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
@@ -101,8 +106,12 @@ def measure_case(
     if meter.left() < SECONDS_OF_A_ROW:
         result["not_measured"].append(f"{shape.name}, {routing}: no time left")
         return
-    problem = draw(shape, routing, meter.device)
-    busiest = problem.busiest()
+    try:
+        problem = draw(shape, routing, meter.device)
+        busiest, used = problem.busiest(), problem.used()
+    except UNUSABLE as error:
+        result["not_measured"].append(f"{shape.name}, {routing}: {meter.reason(error)}")
+        return
     for row in moe_rows.rows(problem, ours):
         if meter.left() < SECONDS_OF_A_ROW:
             result["not_measured"].append(f"{shape.name}, {routing}, {row.name}: no time left")
@@ -112,6 +121,7 @@ def measure_case(
             "shape": shape.name,
             "routing": routing,
             "busiest_expert": busiest,
+            "experts_used": used,
             "flops": row.flops,
             "bytes": row.bytes,
             "limit_ms": row.limit_ms(result["limits"]),
@@ -136,6 +146,12 @@ def line_of_progress(row: dict[str, Any], ours: str) -> str:
     )
 
 
+def first_calls(row: dict[str, Any]) -> str:
+    """Of the contenders that took a second or more."""
+    seconds = {name: found.get("first_s", 0.0) for name, found in row["found"].items()}
+    return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items() if s >= 1)
+
+
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
     limits, ours = result["limits"], result["ours"]
@@ -146,13 +162,13 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{about}. Measured limits: copy {limits['bytes_per_s'] / 1e12:.2f} TB/s (read + write), "
         f"bf16 matrix product {limits['flops_per_s'] / 1e12:.0f} TFLOP/s. Medians of calls in "
-        "turns, 10th to 90th percentile in brackets; the limit is the time in which the copy or "
-        "the matrix product would move the row's bytes or do its FLOP.",
+        "turns, 10th to 90th percentile in brackets; the limit is the longer of the times in which "
+        "the copy would move the row's bytes and the matrix product do its FLOP.",
         "",
         "| row | shape | routing (busiest / mean) | ours, ms | speed | best peer | peer, ms | "
         "peer / ours | limit, ms | limit / ours | kept, MiB: ours, peer | peak, MiB: ours, peer |",
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-        *(line(row, ours) for row in result["rows"]),
+        *(line(row, ours, limits) for row in result["rows"]),
     ]
     absent = {
         f"- {row['shape']}, {row['routing']}, {row['row']}: {name}: {found['unavailable']}"
@@ -161,6 +177,12 @@ def table(result: dict[str, Any]) -> str:
         if "unavailable" in found
     }
     lines += ["", "Not available:", *sorted(absent)] if absent else []
+    first = [
+        f"- {row['shape']}, {row['routing']}, {row['row']}: {first_calls(row)}"
+        for row in result["rows"]
+        if first_calls(row)
+    ]
+    lines += ["", FIRST_CALLS, "", *first] if first else []
     missing = [f"- {name}" for name in result["not_measured"]]
     if result["lost"]:
         missing.append(f"- all that follows, because the GPU was lost: {result['lost']}")
@@ -168,18 +190,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def line(row: dict[str, Any], ours: str) -> str:
+def line(row: dict[str, Any], ours: str, limits: dict[str, float]) -> str:
     peer = best_peer(row, ours)
     mine, other = row["found"][ours], row["found"].get(peer, {})
     ms = mine.get("median_ms")
-    flops, moved = row["flops"], row["bytes"]
-    unit, amount = ("TFLOP/s", flops) if flops else ("TB/s", moved)
+    # What the limit is about.
+    by_flops = row["flops"] / limits["flops_per_s"] > row["bytes"] / limits["bytes_per_s"]
+    unit, amount = ("TFLOP/s", row["flops"]) if by_flops else ("TB/s", row["bytes"])
     cells = [
         row["row"],
         row["shape"],
         f"{row['routing']} ({row['busiest_expert']:.1f})",
         f"{ms:.3f} [{mine['p10_ms']:.3f}, {mine['p90_ms']:.3f}]" if ms else "n/a",
-        f"{amount / ms / 1e9:.{0 if flops else 2}f} {unit}" if ms else "n/a",
+        f"{amount / ms / 1e9:.{0 if by_flops else 2}f} {unit}" if ms else "n/a",
         peer or "n/a",
         f"{other['median_ms']:.3f}" if peer else "n/a",
         f"{other['median_ms'] / ms:.2f}" if peer and ms else "n/a",
