@@ -2,6 +2,8 @@
 what it runs, where the output goes and what its status says."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,14 @@ PRETENDER = """#!/bin/bash
 case "$*" in
     -) cat >/dev/null; echo 'NVIDIA H000' ;;
     '-c import '*) [[ " $ABSENT " != *" ${2#import } "* ]] ;;
-    *) echo "ran $*"; for part in $BROKEN; do [[ "$*" != *"$part"* ]] || exit 1; done ;;
+    *) echo "ran $*"; for part in $BROKEN; do [[ "$*" != *"$part"* ]] || exit 1; done
+       trap 'echo "1 failed"; exit 2' INT
+       [[ -z "$SLOW" || "$*" != *"$SLOW"* ]] || sleep 60 ;;
 esac
+"""
+HURRY = f"""#!/bin/bash
+set -- "${{@/#[0-9][0-9]*/1}}"
+exec {shutil.which("timeout")} "$@"
 """
 
 
@@ -50,11 +58,20 @@ def test_everything_passes(tmp_path: Path, pretender: str) -> None:
     assert results.keys() == {"summary.txt", "code.txt", "tests.txt", "benchmark.txt"}
     assert results["summary.txt"].count("passed") == 3
     assert "scripts/compile_kernels.py" in results["code.txt"]
-    assert "tests/kernels/test_moe.py" in results["tests.txt"]
-    assert "test_cpu_step" not in results["tests.txt"]
+    tests = re.findall(r"tests/\S+\.py", results["tests.txt"])
+    assert all((ROOT / path).is_file() for path in tests)
+    assert "test_moe_kernel" in tests[0]
+    assert set(tests) == {"tests/kernels/test_moe.py", *run_on_the_gpu()}
     words = results["benchmark.txt"].split()
     assert 500 < float(words[words.index("--budget") + 1]) < 540
     assert words[-4:] == ["--out", str(tmp_path / "results"), "--peers", "somewhere"]
+
+
+def run_on_the_gpu() -> set[str]:
+    """The test files that take their device from the helper."""
+    taken = re.compile(r"^from helpers\.triton_env import .*\bDEVICE\b", re.MULTILINE)
+    files = (ROOT / "tests").rglob("test_*.py")
+    return {p.relative_to(ROOT).as_posix() for p in files if taken.search(p.read_text())}
 
 
 @pytest.mark.parametrize(
@@ -76,12 +93,74 @@ def test_the_status_says_what_failed(
     assert summary.count("passed") == 3 - len(broken.split())
 
 
-def test_what_is_not_installed_is_named(tmp_path: Path, pretender: str) -> None:
-    done = gpu_check(pretender, str(tmp_path / "a"), ABSENT="pytest")
-    assert done.returncode == 0
-    assert "tests: not run, pytest is missing" in (tmp_path / "a" / "summary.txt").read_text()
-    assert gpu_check(pretender, str(tmp_path / "b"), ABSENT="hypothesis").returncode == 0
-    assert "hypothesis is missing" in (tmp_path / "b" / "summary.txt").read_text()
-    tests = (tmp_path / "b" / "tests.txt").read_text()
-    assert "tests/kernels/test_benchmark_run.py" in tests
-    assert "tests/kernels/test_moe.py" not in tests
+def test_without_pytest_it_does_not_pass(tmp_path: Path, pretender: str) -> None:
+    done = gpu_check(pretender, str(tmp_path), ABSENT="pytest")
+    assert done.returncode == 32
+    assert "tests: NOT RUN, pytest is missing" in (tmp_path / "summary.txt").read_text()
+    both = gpu_check(pretender, str(tmp_path), ABSENT="pytest", BROKEN="compile_kernels")
+    assert both.returncode == 36
+
+
+def test_without_hypothesis_the_same_files_are_tested(tmp_path: Path, pretender: str) -> None:
+    for name in ("pytest-xdist", "hypothesis"):
+        assert gpu_check(pretender, str(tmp_path / name), ABSENT=name).returncode == 0
+    with_it, without = (
+        (tmp_path / name / "tests.txt").read_text() for name in ("pytest-xdist", "hypothesis")
+    )
+    assert with_it == without
+    assert "hypothesis is missing" in (tmp_path / "hypothesis" / "summary.txt").read_text()
+
+
+def test_what_takes_too_long_is_interrupted_and_reports(tmp_path: Path, pretender: str) -> None:
+    (tmp_path / "timeout").write_text(HURRY)
+    (tmp_path / "timeout").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_check(pretender, str(tmp_path / "out"), PATH=path, SLOW="no:cacheprovider")
+    assert done.returncode == 8
+    assert "tests: FAILED, took more than" in (tmp_path / "out" / "summary.txt").read_text()
+    assert "1 failed" in (tmp_path / "out" / "tests.txt").read_text()
+
+
+MODULE = """
+import pytest
+from helpers.drawn import drawn, st
+
+seen = []
+
+@pytest.mark.parametrize("other", [1, 2])
+@drawn(30, number=st.integers(0, 2**31))
+def test_drawn(number, other):
+    seen.append(number)
+
+def test_plain():
+    assert len(seen) == {count}
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "gpu", "count", "summary"),
+    [
+        (False, False, 60, "3 passed"),
+        (False, True, 10, "3 passed"),
+        (True, False, 0, "1 passed, 2 skipped"),
+    ],
+)
+def test_only_drawn_tests_need_hypothesis(
+    tmp_path: Path, missing: bool, gpu: bool, count: int, summary: str
+) -> None:
+    """With it all examples are drawn, on a GPU a few."""
+    (tmp_path / "test_it.py").write_text(MODULE.replace("{count}", str(count)))
+    lines = ["import sys, torch, pytest"]
+    lines += ["sys.modules['hypothesis'] = None"] if missing else []
+    lines += [f"torch.cuda.is_available = lambda: {gpu}"]
+    lines += ["sys.exit(pytest.main(sys.argv[1:]))"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), "-q", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary in done.stdout
