@@ -19,7 +19,7 @@ import yaml
 from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve, verify
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
-from nemo_hybrid.checkpoint.state import RUN_STATE, check_state
+from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
 from nemo_hybrid.checkpoint.weights import Report, pickles
 from nemo_hybrid.command_options import InspectOptions
 from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
@@ -137,16 +137,21 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
 def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
     """Compare a directory with its manifest. One without training state may have been edited since
     it was written, so that it is compared only where ``deep`` asks for it."""
-    if (directory / RUN_STATE).exists() or (deep and (directory / MANIFEST).exists()):
+    if _of_a_run(directory) or (deep and (directory / MANIFEST).exists()):
         return verify(directory, deep)
     return None
+
+
+def _of_a_run(directory: Path) -> bool:
+    """Whether this is a run's checkpoint, or what is left of one."""
+    return any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))
 
 
 def _verified(
     directory: Path, model: HybridLM, records: dict[str, FileRecord], deep: bool
 ) -> Verified:
     state: dict[str, Any] = {}
-    if (directory / RUN_STATE).exists():
+    if _of_a_run(directory):
         state = check_state(directory, (name for name, _ in model.named_parameters()))
     size = sum(record.size for record in records.values())
     return Verified(len(records), size, deep, state.get("step"), state.get("layout"))

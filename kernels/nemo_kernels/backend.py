@@ -119,9 +119,10 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
     if choice != "auto":
         module = import_module(declared[choice])
         if device_type not in module.DEVICE_TYPES:
+            names = ["auto", "reference", *(name for name in declared if name != choice)]
             raise ValueError(
                 f"path {choice} of op {op} does not run on {device_type} tensors, only on "
-                f"{', '.join(module.DEVICE_TYPES)}; choose auto or reference"
+                f"{', '.join(module.DEVICE_TYPES)}; choose {', '.join(names)}"
             )
         return Path(choice, "chosen"), module
     # Without a GPU nothing is probed: a library's import can take seconds.

@@ -284,7 +284,7 @@ def resolve(path: str | Path) -> Path:
         if not list_steps(candidate):
             continue
         pointed = read_latest(candidate)
-        if pointed is None:
+        if pointed is None or not (pointed / "config.json").is_file():
             pointed = find_latest(candidate, deep=False)
         if pointed is not None and (pointed / "config.json").is_file():
             return pointed

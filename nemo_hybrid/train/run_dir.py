@@ -18,9 +18,10 @@ import yaml
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config import Architecture, RunConfig
-from nemo_hybrid.config_load import dump_config, flatten
+from nemo_hybrid.config_load import dump_config, flatten, read_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
+from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -120,11 +121,45 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
             "choose another directory"
         )
     own = files.list_steps(run_dir / CHECKPOINTS)
-    if config.resume in ("auto", "never") or (own and restarted):
+    if not own:
+        _nothing_lost(run_dir, config.checkpoint.every)
+    if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
         return None
     checkpoint = files.resolve(Path(config.resume))
-    _nothing_beyond(files.step_of(checkpoint), run_dir / CHECKPOINTS)
+    step = files.step_of(checkpoint)
+    if own and checkpoint.resolve().parent != (run_dir / CHECKPOINTS).resolve():
+        raise UserError(
+            f"run_dir {run_dir} holds checkpoints of its own, the newest {own[0].name}, and "
+            f"{checkpoint} is another run's: go on from the newest with --resume auto, or use "
+            "another run_dir"
+        )
+    later = [d.name for d in reversed(own) if files.step_of(d) > step]
+    if later:
+        raise UserError(
+            f"{run_dir / CHECKPOINTS} holds checkpoints beyond step {step} ({', '.join(later)}), "
+            "one of which the next start would take: go on from the newest with --resume auto, "
+            "use another run_dir, or remove them"
+        )
     return checkpoint
+
+
+def _began_so(config: RunConfig) -> bool:
+    """Whether the last start in this directory was told to go on from the same checkpoint: the same
+    command given again."""
+    saved = Path(config.run_dir) / CONFIG_FILE
+    return saved.is_file() and read_config(saved).get("resume") == config.resume
+
+
+def _nothing_lost(run_dir: Path, every: int) -> None:
+    """Raise UserError where there are no checkpoints, although rows of metrics say that there were:
+    a fresh start would cut those away."""
+    path = run_dir / METRICS_FILE
+    last = max((row.step for row in read_metrics(path)), default=0) if path.is_file() else 0
+    if every and last >= 2 * every:
+        raise UserError(
+            f"run_dir {run_dir} holds metrics up to step {last}, but no checkpoints: were they "
+            "moved, or is a disk missing? Bring them back, or use another run_dir"
+        )
 
 
 def claim_run(config: RunConfig, lock: RunLock) -> None:
@@ -159,16 +194,6 @@ def _contents(run_dir: Path) -> list[str]:
         return []
     names = (n for n in os.listdir(run_dir) if n != _LOCK and not n.startswith(TEMPORARY))
     return sorted(names)
-
-
-def _nothing_beyond(step: int, checkpoints: Path) -> None:
-    """Raise UserError for checkpoints of later steps: the next start would take one of those."""
-    later = [d.name for d in reversed(files.list_steps(checkpoints)) if files.step_of(d) > step]
-    if later:
-        raise UserError(
-            f"{checkpoints} holds checkpoints beyond step {step} ({', '.join(later)}): remove "
-            "them, or use another run_dir"
-        )
 
 
 def _same_run(config: RunConfig, saved: Path) -> None:

@@ -315,6 +315,13 @@ def test_prune_spares_what_was_just_written(tmp_path, toy) -> None:
     assert paths[0].is_dir()
 
 
+def test_a_directory_without_a_checkpoint_is_passed_by(tmp_path, toy) -> None:
+    whole = toy.save(tmp_path, 1)[0]
+    (tmp_path / "step_00000002").mkdir()
+    (tmp_path / "latest").write_text("step_00000002\n")
+    assert resolve(tmp_path) == whole
+
+
 def test_unwritable_directories(tmp_path, toy, in_ranks) -> None:
     (tmp_path / "file").write_text("")
     results = toy.save(tmp_path / "file", 1, 2, 2)

@@ -348,6 +348,7 @@ def flip(path: Path) -> None:
         ("optimizer-r00000-exp_avg.safetensors", cut, False),
         ("rank-00000.safetensors", Path.unlink, False),
         (MANIFEST, Path.unlink, False),
+        ("run_state.json", Path.unlink, False),
         ("model-r00000-00001.safetensors", flip, True),
     ],
 )

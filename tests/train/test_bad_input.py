@@ -316,7 +316,8 @@ def test_resume_before_the_newest_checkpoint(
     words = ["--config", unbroken.config, "--run_dir", run_dir, "--resume"]
     assert pretrain(*words, run_dir / "checkpoints/step_00000004") == 2
     message = capsys.readouterr().err
-    assert "beyond step 4 (step_00000008): remove them, or use another run_dir" in message
+    assert "beyond step 4 (step_00000008), one of which the next start would take" in message
+    assert "--resume auto" in message
     assert contents(run_dir) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -182,6 +183,38 @@ def test_a_restarted_job_goes_on_whatever_it_was_told_at_first(
     config.run_dir, config.resume = str(tmp_path / "new"), resume
     with RunLock(config) as lock:
         assert open_run(config, lock) == Path(resume)
+
+
+def test_the_same_command_goes_on_and_another_runs_checkpoint_does_not_mix(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    theirs = unbroken.run_dir / "checkpoints/step_00000008"
+    config = load_config([unbroken.config], ["--resume", str(theirs), *LAYOUT])
+    config.run_dir = str(tmp_path / "run")
+    with RunLock(config) as lock:
+        assert open_run(config, lock) == theirs
+        claim_run(config, lock)
+    shutil.copytree(unbroken.run_dir / "checkpoints", tmp_path / "run/checkpoints")
+    with RunLock(config) as lock:
+        assert open_run(config, lock) is None  # as at first: on from its own newest
+    config.resume = str(unbroken.run_dir / "checkpoints/step_00000012")
+    with RunLock(config) as lock, pytest.raises(UserError, match=r"another run's: go on from"):
+        open_run(config, lock)
+
+
+def test_lost_checkpoints_are_not_taken_for_a_fresh_start(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """12 rows, and checkpoints every 4 steps; 7 rows may well be there without one."""
+    run_dir = unbroken.copy(tmp_path / "run")
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    config = load_config([unbroken.config], ["--run_dir", str(run_dir), *LAYOUT])
+    with RunLock(config) as lock, pytest.raises(UserError, match=r"up to step 12, but no check"):
+        open_run(config, lock)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:7]))
+    with RunLock(config) as lock:
+        assert open_run(config, lock) is None
 
 
 def test_a_run_made_meanwhile_is_not_overwritten(store: Path, tmp_path: Path) -> None:
