@@ -122,7 +122,7 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
             names = ["auto", "reference", *(name for name in declared if name != choice)]
             raise ValueError(
                 f"path {choice} of op {op} does not run on {device_type} tensors, only on "
-                f"{', '.join(module.DEVICE_TYPES)}; choose {', '.join(names)}"
+                f"{', '.join(module.DEVICE_TYPES)}; choose {', '.join(names[:-1])} or {names[-1]}"
             )
         return Path(choice, "chosen"), module
     # Without a GPU nothing is probed: a library's import can take seconds.
