@@ -121,8 +121,8 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
             "choose another directory"
         )
     own = files.list_steps(run_dir / CHECKPOINTS)
-    if not own:
-        _nothing_lost(run_dir, config.checkpoint.every)
+    if not own and CONFIG_FILE in present:
+        _nothing_lost(run_dir)
     if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
         return None
     checkpoint = files.resolve(Path(config.resume))
@@ -150,10 +150,12 @@ def _began_so(config: RunConfig) -> bool:
     return saved.is_file() and read_config(saved).get("resume") == config.resume
 
 
-def _nothing_lost(run_dir: Path, every: int) -> None:
+def _nothing_lost(run_dir: Path) -> None:
     """Raise UserError where there are no checkpoints, although rows of metrics say that there were:
     a fresh start would cut those away."""
     path = run_dir / METRICS_FILE
+    # How often it saved, which may change now.
+    every = int(read_config(run_dir / CONFIG_FILE).get("checkpoint.every", 0))
     last = max((row.step for row in read_metrics(path)), default=0) if path.is_file() else 0
     if every and last >= 2 * every:
         raise UserError(

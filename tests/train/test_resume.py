@@ -213,6 +213,7 @@ def test_lost_checkpoints_are_not_taken_for_a_fresh_start(
         open_run(config, lock)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join(lines[:7]))
+    config.checkpoint.every = 1  # from now on
     with RunLock(config) as lock:
         assert open_run(config, lock) is None
 
