@@ -4,11 +4,11 @@ Values are rounded as fp32 numbers, in place; nothing is encoded here. E2M1 hold
 2, 3, 4, 6 and their negatives. Its step at y is half of the power of two below |y|, of 1 at least:
 0.5 below 2, 1 below 4, then 2.
 
-Random bits are those of Philox4x32-10 (Salmon et al., SC 2011), ``tl.randint4x(seed, i)`` in
-Triton. One call serves 8 elements, 16 bits each. Elements 8i to 8i+7 of a tensor, counted in its
-row-major order, have the counter (i mod 2^32, i div 2^32, 0, 0) and the key (seed mod 2^32,
-seed div 2^32); element 8i+j takes word j div 2 of the four, of it the low half for even j and the
-high half for odd j.
+Random bits are those of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which counts and mixes:
+word i, i from 0, is mix(seed + (i + 1) * 0x9E3779B97F4A7C15) modulo 2^64. Elements 4i to 4i+3 of a
+tensor, counted in its row-major order, share word i: element 4i+j has its bits 16j to 16j+15. Each
+tensor needs a seed of its own that was drawn from all 2^64, such as a hash: of tensors of n
+elements whose seeds differ by fewer than n/4 times that constant, one repeats bits of the other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 E2M1_MAX = 6.0
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _EXPONENT = 0x7F800000
 _ONE = 127 << 23  # the bits of 1.0
 # Less the bits of 2^n: those of 2^(1-n), one over the step of E2M1.
@@ -63,37 +62,26 @@ def random_bits(n: int, seed: int, device: torch.device | str = "cpu", start: in
     Which they are is said at the top of this file.
 
     Args:
-        n, start: multiples of 8.
-        seed: 64 bits, another one for every tensor.
+        n, start: multiples of 4.
+        seed: 64 bits, signed or not; another one for every tensor.
     """
-    calls = torch.arange(start // 8, (start + n) // 8, dtype=torch.int64, device=device)
-    zero = torch.zeros_like(calls)
-    words = philox((calls & _MASK, calls >> 32, zero, zero), seed)
-    bits = torch.empty(n // 8, 2, dtype=torch.int64, device=device)
-    torch.bitwise_or(words[0], words[1] << 32, out=bits[:, 0])
-    torch.bitwise_or(words[2], words[3] << 32, out=bits[:, 1])
-    return bits.view(torch.int16).view(n)
+    z = torch.arange(start // 4 + 1, (start + n) // 4 + 1, dtype=torch.int64, device=device)
+    z.mul_(_signed(_GAMMA)).add_(_signed(seed))  # int64 wraps around
+    high = torch.empty_like(z)
+    for shift, factor in _MIX:
+        z.bitwise_xor_(_shifted(z, shift, high)).mul_(_signed(factor))
+    return z.bitwise_xor_(_shifted(z, 31, high)).view(torch.int16)
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four random 32-bit words per counter of four, int64 tensors of one shape."""
-    c0, c1, c2, c3 = (word.clone() for word in counter)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    high = torch.empty_like(c0)
-    for _ in range(10):
-        # int64 products wrap, so they hold the right 64 bits. Their low words go on as they are,
-        # with the high words as junk, and the shift brings in signs: the mask removes both.
-        c0.mul_(_MULTIPLIERS[0])
-        c2.mul_(_MULTIPLIERS[1])
-        torch.bitwise_right_shift(c2, 32, out=high)
-        c1.bitwise_xor_(high).bitwise_xor_(k0).bitwise_and_(_MASK)
-        torch.bitwise_right_shift(c0, 32, out=high)
-        c3.bitwise_xor_(high).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c0, c1, c2, c3 = c1, c2, c3, c0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+def _shifted(z: Tensor, places: int, out: Tensor) -> Tensor:
+    # The shift brings in signs; the mask removes them.
+    torch.bitwise_right_shift(z, places, out=out)
+    return out.bitwise_and_((1 << (64 - places)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 number with the same bits modulo 2^64."""
+    return (word + 2**63) % 2**64 - 2**63
 
 
 def _round_to_nearest_(y: Tensor, least_exponent: int, mantissa_bits: int) -> Tensor:
