@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("ssd", "conv1d", "attention", "moe", "loss", "norm")
+OPS = ("ssd", "conv1d", "attention", "moe", "loss", "norm", "nvfp4")
 TOLERANCE = 2e-2
 """Largest accepted deviation in a self-check; those run in bf16, whose rounding is 4e-3."""
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.nvfp4 import hadamard
+from nemo_kernels.nvfp4.emulation import grouped_product, grouped_wgrad, product
+from nemo_kernels.nvfp4.operand import Operand, Rounding
 from nemo_kernels.nvfp4.packing import decode_packed, encode, pack
 from nemo_kernels.nvfp4.rounding import (
     E2M1_MAX,
@@ -42,6 +44,14 @@ from nemo_kernels.nvfp4.scales import (
     divide,
     four_over_six_scales,
 )
+
+__all__ = [
+    "SEGMENT_ALIGNMENT", "Quantized", "dequantize", "fake_quantize", "grouped_product",
+    "grouped_wgrad", "operands", "product", "quantize", "quantize_modelopt",
+]  # fmt: skip
+
+SEGMENT_ALIGNMENT = BLOCK
+"""Of experts' rows: so that no block holds those of two."""
 
 
 class Quantized(NamedTuple):
@@ -122,10 +132,40 @@ def fake_quantize(
     Args and errors: as :func:`quantize`.
     """
     scaled = _scale(x, tile, columnwise, rht, four_over_six, seed, amax)
-    values = torch.empty_like(scaled.x, dtype=torch.bfloat16)
-    for part, y in scaled.rounded(seed):
-        values[part] = y.mul_(scaled.scale[part])
-    return values.view(x.shape), scaled.tensor_scale
+    return scaled.decoded(seed).view(x.shape), scaled.tensor_scale
+
+
+def operands(
+    x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
+) -> tuple[Operand | None, Operand | None]:
+    """x, quantized for products that sum over its last dimension, and over the one before.
+
+    Args:
+        x: fp32, bf16 or fp16 [M, N]; or experts' weights [E, M, N], each with a tensor scale.
+        rows: how to quantize it in blocks along N; columns: along M. None: not.
+        ends_E: x holds experts' rows, those of expert e end before row ends_E[e] (int32, multiples
+            of 16), and each expert's have a tensor scale. Rows after the last end must be zeros.
+
+    Raises:
+        ValueError: a dimension is not divisible by 16, or a dtype or a shape is not as described.
+    """
+    if x.dim() not in (2, 3) or (x.dim() == 3 and ends_E is not None):
+        raise ValueError(f"x: expected [M, N], or [E, M, N] without ends_E, got {list(x.shape)}")
+    if x.dim() == 3:
+        n_experts, m, _ = x.shape
+        ends_E = torch.arange(1, n_experts + 1, dtype=torch.int32, device=x.device) * m
+    made = [
+        None if how is None else _operand(x, how, columnwise, ends_E)
+        for how, columnwise in ((rows, False), (columns, True))
+    ]
+    return made[0], made[1]
+
+
+def _operand(x: Tensor, how: Rounding, columnwise: bool, ends_E: Tensor | None) -> Operand:
+    scaled = _scale(
+        x, how.tile, columnwise, how.rht, four_over_six=False, seed=how.seed, ends_E=ends_E
+    )
+    return Operand(scaled.decoded(how.seed).view(x.shape), scaled.tensor_scale, columnwise)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -182,6 +222,13 @@ class _Scaled(NamedTuple):
                 bits = random_bits(y.numel(), seed, y.device, start=part.start * per_row)
                 yield part, round_stochastically_(y, bits)
 
+    def decoded(self, seed: int | None) -> Tensor:
+        """Codes times block scales, which bf16 holds exactly."""
+        values = torch.empty_like(self.x, dtype=torch.bfloat16)
+        for part, y in self.rounded(seed):
+            values[part] = y.mul_(self.scale[part])
+        return values
+
     def scale_as_e4m3(self) -> Tensor:
         """The bytes of the block scales, in the grid's shape."""
         return self.scale.view(self.blocks.grid).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -194,7 +241,8 @@ def _scale(
     rht: bool,
     four_over_six: bool,
     seed: int | None,
-    amax: Tensor | None,
+    amax: Tensor | None = None,
+    ends_E: Tensor | None = None,
 ) -> _Scaled:
     if rht and tile[0] > 1:
         raise ValueError("rht: expected tile (1, 16), got (16, 16)")
@@ -206,9 +254,12 @@ def _scale(
         x = hadamard.transform(x, -2 if columnwise else -1)
     blocks = Blocks.of(x, tile, columnwise)
     block_amax = blocks.amax(x)
-    amax = _tensor_amax(amax, block_amax, tile, columnwise)
-    # A part's amax has the place that its blocks have in block_scale, which is transposed.
-    amax_in_grid = torch.atleast_2d(amax).mT if columnwise and amax.dim() else amax
+    if ends_E is None:
+        amax = _tensor_amax(amax, block_amax, tile, columnwise)
+        # A part's amax has the place that its blocks have in block_scale, which is transposed.
+        amax_in_grid = torch.atleast_2d(amax).mT if columnwise and amax.dim() else amax
+    else:
+        amax, amax_in_grid = _amax_of_segments(block_amax, ends_E, x.shape[:-1].numel())
     if four_over_six:
         scale, factor = four_over_six_scales(x, blocks, block_amax, amax_in_grid)
         tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX)
@@ -237,6 +288,19 @@ def _expect_blocks(x: Tensor, tile: tuple[int, int], columnwise: bool) -> None:
                 f"x: expected a {name} dimension divisible by {BLOCK}, got {x.shape[dim]} "
                 f"(shape {list(x.shape)})"
             )
+
+
+def _amax_of_segments(block_amax: Tensor, ends_E: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Per segment [E], and per row of the grid, where it can be broadcast to the grid."""
+    n_groups, last = n_rows // BLOCK, ends_E.numel() - 1
+    first_rows = torch.arange(n_groups, dtype=torch.int32, device=ends_E.device) * BLOCK
+    segment = torch.searchsorted(ends_E, first_rows, right=True).clamp_max_(last)
+    group_amax = block_amax.reshape(n_groups, -1).amax(1)
+    amax = group_amax.new_zeros(last + 1).scatter_reduce_(0, segment, group_amax, "amax")
+    amax = torch.where(amax.isfinite(), amax, torch.nan)
+    grid = block_amax.shape[:-1]
+    in_grid = amax[segment].repeat_interleave(grid.numel() // max(1, n_groups))
+    return amax, in_grid.view(*grid, 1)
 
 
 def _tensor_amax(
