@@ -316,8 +316,57 @@ class ParallelOptions:
 class PrecisionOptions:
     """Number formats."""
 
-    recipe: Literal["bf16", "fp32"] = "bf16"
-    """bf16: bf16 weights and activations with fp32 masters and accumulation; fp32: all fp32."""
+    recipe: Literal["bf16", "fp32", "nvfp4_super", "nvfp4_ultra", "nvfp4_all"] = "bf16"
+    """bf16: bf16 weights and activations with fp32 masters and accumulation; fp32: all fp32;
+    nvfp4_super, nvfp4_ultra: bf16 but for the products that these models were trained in NVFP4
+    and MXFP8 with; nvfp4_all: every linear layer and expert in NVFP4."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Formats of further products, on top of the recipe: glob over module names -> FORMAT or
+    FORWARD/DGRAD/WGRAD, each bf16, fp32, nvfp4 or mxfp8; of several globs the last counts."""
+    last_layers_bf16: Annotated[int | None, NOT_NEGATIVE] = None
+    """Last layers of the backbone that the recipe leaves in bf16; null: the recipe's share of the
+    depth (super 14 of 88, ultra 16 of 108, at least one; all: none)."""
+    rht: bool = True
+    """Random Hadamard transform of both operands of NVFP4 weight gradients."""
+    stochastic_rounding: bool = True
+    """Of gradients that are rounded to NVFP4."""
+    two_dimensional_weights: bool = True
+    """One NVFP4 scale per 16x16 block of a weight, so that both passes see the same weights."""
+    switch_step: Annotated[int | None, POSITIVE] = None
+    """Optimizer steps after which low precision ends; null: never."""
+    switch_passes: Literal["forward", "all"] = "all"
+    """Passes that are in bf16 from then on."""
+    health_every: NotNegativeInt = 100
+    """Steps between samples of the health metrics of low precision; 0: never."""
+
+    @property
+    def low(self) -> bool:
+        """Whether any product may run in low precision."""
+        return self.recipe not in ("bf16", "fp32") or bool(self.formats)
+
+    def validate(self, max_steps: int) -> None:
+        """Raise UserError for options that contradict each other or have no effect."""
+        if self.recipe == "fp32" and self.formats:
+            raise UserError(
+                "precision.formats has no effect with precision.recipe fp32: set the recipe to "
+                "bf16, in which all other products then run"
+            )
+        of_recipe = ("last_layers_bf16",) if self.recipe in ("bf16", "fp32") else ()
+        of_low = ("rht", "stochastic_rounding", "two_dimensional_weights", "switch_step")
+        for f in fields(self):
+            idle = f.name in of_recipe or (f.name in of_low and not self.low)
+            if idle and getattr(self, f.name) != f.default:
+                raise UserError(
+                    f"precision.{f.name} has no effect with precision.recipe {self.recipe}: leave "
+                    "it out, or choose an nvfp4 recipe"
+                )
+        if self.switch_passes != "all" and self.switch_step is None:
+            raise UserError("precision.switch_passes has no effect without precision.switch_step")
+        if self.switch_step is not None and self.switch_step >= max_steps:
+            raise UserError(
+                f"precision.switch_step ({self.switch_step}) must be below train.max_steps "
+                f"({max_steps}), or the switch never comes"
+            )
 
 
 @dataclass
@@ -344,6 +393,8 @@ class KernelOptions:
     """Softmax attention (reference: torch's scaled_dot_product_attention)."""
     moe: Literal["auto", "reference", "triton", "grouped_mm"] = "auto"
     """Router, sorting of routed slots, and experts; triton: Hopper GPUs and newer."""
+    nvfp4: Literal["auto", "reference", "triton", "transformer_engine"] = "auto"
+    """Quantization to NVFP4 and products of it; transformer_engine: Blackwell GPUs."""
 
 
 @dataclass
@@ -373,6 +424,7 @@ class RunConfig:
         m.validate()
         for f in fields(self):
             check_bounds(getattr(self, f.name), f"{f.name}.")
+        self.precision.validate(t.max_steps)
         if d.sequence_length <= m.mtp_num_depths:
             raise UserError(
                 f"data.sequence_length ({d.sequence_length}) must exceed "
