@@ -46,11 +46,18 @@ def _operand(x: Tensor, columnwise: bool) -> Operand:
     blocks = x.view(-1, BLOCK, after)
     values = torch.empty_like(blocks, dtype=torch.bfloat16)
     for part in parts(blocks.shape, x.device):
-        scale = _scale(blocks[part].abs().amax(1, keepdim=True).float())
+        scale = _scale(_amax(blocks[part].abs()))
         # The inverse of 2^127 is subnormal, but a power of two all the same.
         y = (blocks[part] * scale.reciprocal()).clamp_(-E4M3_MAX, E4M3_MAX)
         values[part] = round_to_e4m3_(y).mul_(scale)
     return Operand(values.view(x.shape), None, columnwise)
+
+
+def _amax(magnitudes: Tensor) -> Tensor:
+    if magnitudes.shape[2] > 1:
+        return magnitudes.amax(1, keepdim=True).float()
+    # Pooling is the fastest way to reduce short runs.
+    return torch.max_pool1d(magnitudes.float().view(1, -1), BLOCK).view(-1, 1, 1)
 
 
 def _scale(amax: Tensor) -> Tensor:

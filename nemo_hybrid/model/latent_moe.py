@@ -17,6 +17,7 @@ from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
 from nemo_kernels.moe import moe_mlp
+from nemo_kernels.moe.function import Experts as ExpertProducts
 
 
 class Experts(nn.Module):
@@ -27,6 +28,7 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, intermediate, size))
         self.down_proj = nn.Parameter(torch.empty(experts, size, intermediate))
         self.recompute = False  # the pre-activation in the backward pass
+        self.low_precision: ExpertProducts | None = None  # see nemo_hybrid.precision
 
 
 class Dispatcher(Protocol):
@@ -49,8 +51,15 @@ class LocalDispatcher(nn.Module):
     def forward(
         self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
     ) -> Tensor:
-        up, down = experts.up_proj, experts.down_proj
-        return moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, up, down, experts.recompute)
+        return moe_mlp(
+            x_TL,
+            topk_ids_TK,
+            topk_weights_TK,
+            experts.up_proj,
+            experts.down_proj,
+            experts.recompute,
+            experts.low_precision,
+        )
 
 
 class LatentMoE(nn.Module):

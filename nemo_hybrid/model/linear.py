@@ -6,6 +6,7 @@ in the activations' dtype as ever, but its gradient leaves in fp32: the shares a
 the copy's own backward pass rounds their sum once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,18 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """[.., D_in] -> [.., D_out], y = x W^T."""
+    """[.., D_in] -> [.., D_out], y = x W^T.
+
+    ``low_precision``: what multiplies x by the weight instead, see ``nemo_hybrid.precision``.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.low_precision: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.low_precision is not None:
+            return self.low_precision(x, self.weight)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
         return _WideGradient.apply(x, self.weight)

@@ -94,6 +94,7 @@ class AllToAllDispatcher(MoE):
             experts.up_proj,
             experts.down_proj,
             experts.recompute,
+            experts.low_precision,
         )
         y_QL = y_QL[_inverse(by_expert_Q)]
         y_RL = _AllToAll.apply(y_QL, receive, send, self.group)

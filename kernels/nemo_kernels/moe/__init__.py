@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_kernels import backend
 from nemo_kernels.checks import expect, expect_device, expect_range, may_read
+from nemo_kernels.moe.function import Experts, GroupedMLP, MoeMLP
 from nemo_kernels.moe.routing import Slots
 
 __all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
@@ -82,6 +83,7 @@ def grouped_mlp(
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
     recompute: bool = False,
+    experts: Experts | None = None,
 ) -> Tensor:
     """Experts on rows that are already sorted by expert.
 
@@ -92,6 +94,7 @@ def grouped_mlp(
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
             dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
         recompute: compute the pre-activation once more in the backward pass.
+        experts: calculates the expert MLP instead of the path's, for example in low precision.
 
     Returns:
         y_RL, with gradients for everything but counts_E; exact zeros for experts without rows.
@@ -111,6 +114,8 @@ def grouped_mlp(
     if may_read(counts_E) and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
+    if experts is not None:
+        return GroupedMLP.apply(experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
     impl = backend.implementation("moe", x_RL.device.type, *_size(w_up_EFL, x_RL))
     return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
 
@@ -122,6 +127,7 @@ def moe_mlp(
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
     recompute: bool = False,
+    experts: Experts | None = None,
 ) -> Tensor:
     """Routed experts on unsorted tokens: sort, gather, experts, sum over each token's K results.
 
@@ -132,6 +138,7 @@ def moe_mlp(
         w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
             dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
         recompute: compute the pre-activation once more in the backward pass.
+        experts: calculates the expert MLP instead of the path's, for example in low precision.
 
     Returns:
         y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass
@@ -157,6 +164,9 @@ def moe_mlp(
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
+    if experts is not None:
+        slots = impl.sort_slots(topk_ids_TK, n_experts)
+        return MoeMLP.apply(experts, x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
     return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
 
 

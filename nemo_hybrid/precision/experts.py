@@ -1,0 +1,123 @@
+"""The routed experts' MLP with its six grouped matrix products in low precision.
+
+Each expert's rows are padded with zeros, so that no block holds rows of two experts.
+
+Shapes: R routed slots sorted by expert, P the same padded, E experts, L width in which experts
+work, F expert inner width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.precision.formats import BLOCKS
+from nemo_hybrid.precision.operands import Products
+from nemo_kernels import nvfp4
+
+
+class Segments(NamedTuple):
+    """Experts' rows with room for zeros behind each expert's."""
+
+    place_R: Tensor  # int64: where each row goes
+    ends_E: Tensor  # int32: the row after each expert's last one, zeros included
+    rows: int  # P
+
+    def pad(self, t_R: Tensor) -> Tensor:
+        padded_P = t_R.new_zeros(self.rows, *t_R.shape[1:])
+        return padded_P.index_copy_(0, self.place_R, t_R)
+
+
+class QuantizedExperts(Products):
+    """An implementation of ``nemo_kernels.moe.function.Experts``; what it keeps of the
+    pre-activation is padded: [P, F]. As for linear layers, weights are quantized in every pass."""
+
+    def groups(self, counts_E: Tensor) -> Tensor:
+        return counts_E
+
+    def forward(
+        self,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        segments = self._segments(groups, x_RL.shape[0])
+        h_PF = self._up(x_RL, segments, w_up_EFL)
+        weights_P1 = segments.pad(weights_R)[:, None]
+        act_PF = h_PF.float().relu_().square_().mul_(weights_P1).to(x_RL.dtype)
+        y_PL = self._forward_product(act_PF, w_down_ELF, segments)
+        return y_PL.index_select(0, segments.place_R), h_PF
+
+    def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
+        return self._up(x_RL, self._segments(groups, x_RL.shape[0]), w_up_EFL)
+
+    def backward(
+        self,
+        dy_RL: Tensor,
+        h_PF: Tensor,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: Tensor,
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        segments = self._segments(groups, x_RL.shape[0])
+        use = self.streams.next_use(self.name)
+        weights_P1 = segments.pad(weights_R)[:, None]
+        relu_PF = h_PF.float().relu_()
+        act_PF = (relu_PF.square() * weights_P1).to(x_RL.dtype)
+        dact_PF, ddown_ELF = self._backward_products(
+            segments.pad(dy_RL), act_PF, w_down_ELF, segments, (*use, "down")
+        )
+        dh_PF = dact_PF.float().mul_(relu_PF)
+        dweights_P = torch.linalg.vecdot(dh_PF, relu_PF)
+        dh_PF = dh_PF.mul_(2 * weights_P1).to(x_RL.dtype)
+        dx_PL, dup_EFL = self._backward_products(
+            dh_PF, segments.pad(x_RL), w_up_EFL, segments, (*use, "up")
+        )
+        place_R = segments.place_R
+        dx_RL, dweights_R = dx_PL.index_select(0, place_R), dweights_P.index_select(0, place_R)
+        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+
+    def _up(self, x_RL: Tensor, segments: Segments, w_up_EFL: Tensor) -> Tensor:
+        return self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
+
+    def _forward_product(self, x_P: Tensor, weight_E: Tensor, segments: Segments) -> Tensor:
+        ends_E = segments.ends_E
+        a, b = self.forward_input(x_P, ends_E), self.forward_weight(weight_E)
+        return self.grouped_product(self.formats.forward, a, b, ends_E, x_P.dtype)
+
+    def _backward_products(
+        self,
+        dy_P: Tensor,
+        x_P: Tensor,
+        weight_E: Tensor,
+        segments: Segments,
+        use: tuple[object, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weights."""
+        ends_E = segments.ends_E
+        for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E)
+        weight = self.dgrad_weight(weight_E)
+        dx_P = self.grouped_product(self.formats.dgrad, for_dgrad, weight, ends_E, x_P.dtype)
+        return dx_P, self.grouped_wgrad(for_wgrad, self.wgrad_input(x_P, ends_E), ends_E)
+
+    def _segments(self, counts_E: Tensor, n_rows: int) -> Segments:
+        align = max(BLOCKS[kind] for kind in self.formats)
+        if "nvfp4" in self.formats:
+            align = max(align, nvfp4.segment_alignment(counts_E.device.type))
+        padded_E = (counts_E + (align - 1)).div(align, rounding_mode="floor") * align
+        ends_E = padded_E.cumsum(0)
+        expert_R = torch.repeat_interleave(counts_E, output_size=n_rows)
+        # How many zeros stand before each expert's rows.
+        zeros_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+        place_R = torch.arange(n_rows, device=counts_E.device) + zeros_E[expert_R]
+        if counts_E.is_cuda:  # which must not be asked how many rows there are
+            rows = (n_rows + counts_E.numel() * (align - 1)) // align * align
+        else:
+            rows = int(ends_E[-1])
+        return Segments(place_R, ends_E.int(), rows)
