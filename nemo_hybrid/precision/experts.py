@@ -48,7 +48,7 @@ class QuantizedExperts(Products):
         segments = self._segments(groups, x_RL.shape[0])
         h_PF = self._up(x_RL, segments, w_up_EFL)
         weights_P1 = segments.pad(weights_R)[:, None]
-        act_PF = h_PF.float().relu_().square_().mul_(weights_P1).to(x_RL.dtype)
+        act_PF = h_PF.float().relu().square_().mul_(weights_P1).to(x_RL.dtype)
         y_PL = self._forward_product(act_PF, w_down_ELF, segments)
         return y_PL.index_select(0, segments.place_R), h_PF
 
@@ -68,12 +68,12 @@ class QuantizedExperts(Products):
         segments = self._segments(groups, x_RL.shape[0])
         use = self.streams.next_use(self.name)
         weights_P1 = segments.pad(weights_R)[:, None]
-        relu_PF = h_PF.float().relu_()
+        relu_PF = h_PF.float().relu()
         act_PF = (relu_PF.square() * weights_P1).to(x_RL.dtype)
         dact_PF, ddown_ELF = self._backward_products(
             segments.pad(dy_RL), act_PF, w_down_ELF, segments, (*use, "down")
         )
-        dh_PF = dact_PF.float().mul_(relu_PF)
+        dh_PF = dact_PF.float() * relu_PF
         dweights_P = torch.linalg.vecdot(dh_PF, relu_PF)
         dh_PF = dh_PF.mul_(2 * weights_P1).to(x_RL.dtype)
         dx_PL, dup_EFL = self._backward_products(
