@@ -1,0 +1,434 @@
+"""Triton kernels that quantize to NVFP4, bit for bit as :mod:`.reference` does, and decode it.
+
+Two passes: ``amax_kernel`` finds the largest values of tensors or experts' segments, before and
+after the Hadamard transform; ``quantize_kernel`` then reads a tile once and writes it row-wise,
+column-wise or both. A tile is [16, B, C, 16]: B blocks of 16 rows and C blocks of 16 columns.
+Threads lie along columns, so all 16 rows of a block are in one thread's registers: the transform
+and the largest values along rows need no exchange. Maxima are taken of the bits of |x|, where
+infinity and NaN come after all numbers.
+
+Shapes: E experts, M rows, N columns, S tensor scales; T blocks of 16 rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nemo_kernels.nvfp4 import hadamard, rounding
+from nemo_kernels.nvfp4.layout import ATOM_BLOCKS, ATOM_BYTES, ATOM_ROWS, atoms
+from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.shipped import Shipped
+
+_INFINITY = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(0x7FC00000)
+_FLT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+_MINUS = tl.constexpr(sum(1 << i for i, sign in enumerate(hadamard.SIGNS) if sign < 0))
+_GAMMA = tl.constexpr(rounding._signed(rounding._GAMMA))
+_MIX_1 = tl.constexpr(rounding._signed(rounding._MIX[0][1]))
+_MIX_2 = tl.constexpr(rounding._signed(rounding._MIX[1][1]))
+
+
+@triton.jit
+def _octave(y, LEAST: tl.constexpr):
+    """The bits of the power of two below |y|, of 2^LEAST at least."""
+    return tl.maximum(y.to(tl.int32, bitcast=True) & _INFINITY, (127 + LEAST) << 23)
+
+
+@triton.jit
+def _to_nearest(y, LEAST: tl.constexpr, MANTISSA: tl.constexpr):
+    """See :func:`.rounding.round_to_nearest_`."""
+    magic = _octave(y, LEAST) + (((23 - MANTISSA) << 23) | (1 << 22))
+    magic = magic.to(tl.float32, bitcast=True)
+    return y + magic - magic
+
+
+@triton.jit
+def _stochastically(y, bits):
+    """See :func:`.rounding.round_stochastically_`."""
+    octave = _octave(y, 0)
+    p = y * ((255 << 23) - octave).to(tl.float32, bitcast=True)
+    p = tl.floor((p + 192.0) - 191.5 + bits * 0.0000152587890625)  # 2^-16
+    return p * octave.to(tl.float32, bitcast=True) * 0.5
+
+
+@triton.jit
+def _random_bits(first_RB, seed, B: tl.constexpr, N: tl.constexpr):
+    """As floats, for N elements after the places ``first``: [16, B, N/4, 4]; see :mod:`.rounding`.
+    The counter is multiplied per row and per column, not per word."""
+    row_RB = seed.to(tl.int64) + (first_RB // 4 + 1) * _GAMMA
+    column_W = tl.arange(0, N // 4).to(tl.int64) * _GAMMA
+    z = row_RB[:, :, None] + column_W[None, None, :]
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    shift = (48 - 16 * tl.arange(0, 4)).to(tl.int64)
+    return ((z[:, :, :, None] << shift[None, None, None, :]) >> 48).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def _butterfly(x, H: tl.constexpr, R: tl.constexpr):
+    """(sum, difference) of the rows of [16, R] whose places differ by H."""
+    pairs = tl.permute(tl.reshape(x, (8 // H, 2, H, R)), (0, 2, 3, 1))
+    low, high = tl.split(pairs)
+    pairs = tl.permute(tl.join(low + high, low - high), (0, 3, 1, 2))
+    return tl.reshape(pairs, (16, R))
+
+
+@triton.jit
+def _transform(x, B: tl.constexpr, N: tl.constexpr):
+    """See :func:`.hadamard.transform`: of [16, B, N] along the first dimension, in fp32."""
+    minus = (_MINUS >> tl.arange(0, 16)) & 1
+    t = tl.reshape(x * (0.25 - 0.5 * minus.to(tl.float32))[:, None, None], (16, B * N))
+    t = _butterfly(t, 1, B * N)
+    t = _butterfly(t, 2, B * N)
+    t = _butterfly(t, 4, B * N)
+    t = _butterfly(t, 8, B * N)
+    return tl.reshape(t, (16, B, N))
+
+
+@triton.jit
+def _magnitude(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scales(block_amax, amax_B, B: tl.constexpr):
+    """(E4M3 scale, factor) of blocks, from the bits of their and of the tensors' largest values;
+    see :func:`.scales.block_scales`."""
+    amax_B = tl.where(amax_B >= _INFINITY, _NAN, amax_B).to(tl.float32, bitcast=True)
+    encode_B = tl.minimum(tl.div_rn(2688.0, amax_B), _FLT_MAX, propagate_nan=tl.PropagateNan.ALL)
+    encode_B = tl.where(amax_B == 0, 1.0, encode_B)
+    inverse_B = tl.reshape(tl.div_rn(1.0, encode_B), (1, B, 1, 1))
+    sixth_B = tl.reshape(encode_B * (1.0 / 6.0), (1, B, 1, 1))
+    scale = block_amax.to(tl.float32, bitcast=True) * sixth_B
+    scale = tl.minimum(scale, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.where(block_amax >= _INFINITY, float("nan"), _to_nearest(scale, -6, 3))
+    factor = tl.div_rn(1.0, scale * inverse_B)
+    return scale, tl.minimum(factor, _FLT_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rounded(x, block_amax, amax_B, first_RB, seed, B: tl.constexpr, C: tl.constexpr,
+             RANDOM: tl.constexpr):  # fmt: skip
+    """(E2M1 values, scale) of a tile [16, B, C, 16]."""
+    scale, factor = _scales(block_amax, amax_B, B)
+    y = tl.minimum(x * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, -6.0, propagate_nan=tl.PropagateNan.ALL)
+    if RANDOM:
+        bits = _random_bits(first_RB, seed, B, C * 16)
+        y = tl.reshape(_stochastically(tl.reshape(y, (16, B, C * 4, 4)), bits), (16, B, C, 16))
+    else:
+        y = _to_nearest(y, 0, 1)
+    return y, scale
+
+
+@triton.jit
+def _codes(y, x):
+    """Codes of E2M1 values, of 6 for NaN; the sign is that of x."""
+    # The bits of 2 to 8, but for 7, begin with consecutive numbers.
+    shifted = (tl.minimum(tl.abs(y), 6.0) + 2.0).to(tl.int32, bitcast=True) >> 21
+    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
+    return (tl.minimum(shifted, 519) & 7) | sign
+
+
+@triton.jit
+def _scale_codes(scale):
+    """Bits of fp32 numbers that E4M3 holds, not negative."""
+    bits = scale.to(tl.int32, bitcast=True)
+    code = tl.where(scale < 0.015625, (scale * 512).to(tl.int32), (bits >> 20) - (120 << 3))
+    return tl.where(scale != scale, 0x7F, code)
+
+
+@triton.jit
+def _scale_place(matrix, row, group, rows, groups, SWIZZLED: tl.constexpr):
+    """Where the scale of a row's group of 16 lies; see :mod:`.layout`."""
+    if SWIZZLED:
+        atom_columns = tl.cdiv(groups, 4)
+        atom = (matrix * tl.cdiv(rows, 128) + row // 128) * atom_columns + group // 4
+        return atom * 512 + row % 32 * 16 + row // 32 % 4 * 4 + group % 4
+    return (matrix * rows + row) * groups + group
+
+
+@triton.jit
+def _segments(segment_T, t_B, matrix, M):
+    """Which tensor scale blocks of rows have."""
+    if segment_T is None:
+        return t_B * 0 + matrix
+    return tl.load(segment_T + t_B, mask=t_B * 16 < M, other=2147483647)
+
+
+@triton.jit
+def _write_tensor_scales(amax_S, scale_S, S):
+    for first in range(0, S, 128):
+        s = first + tl.arange(0, 128)
+        amax = tl.load(amax_S + s, mask=s < S, other=0)
+        amax = tl.where(amax >= _INFINITY, _NAN, amax).to(tl.float32, bitcast=True)
+        tl.store(scale_S + s, tl.div_rn(amax, 2688.0), mask=s < S)
+
+
+@triton.jit
+def amax_kernel(
+    x_EMN, amax_S, transformed_amax_S, segment_T, M, N, S,
+    B: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Raises the bits of the largest |x| of each tensor or segment, and of |x| transformed along
+    the rows; one may be None. A program reads STEPS tiles, one beside the other."""
+    n_columns = tl.cdiv(N, STEPS * C * 16)
+    matrix = tl.program_id(1)
+    t_B = tl.program_id(0) // n_columns * B + tl.arange(0, B)
+    row_RB = t_B[None, :] * 16 + tl.arange(0, 16)[:, None]
+    first_RB = (matrix.to(tl.int64) * M + row_RB) * N
+    plain_B = tl.zeros((B,), dtype=tl.int32)
+    transformed_B = tl.zeros((B,), dtype=tl.int32)
+    for step in range(STEPS):
+        column = (tl.program_id(0) % n_columns * STEPS + step) * (C * 16) + tl.arange(0, C * 16)
+        ok = (row_RB < M)[:, :, None] & (column < N)[None, None, :]
+        x = tl.load(x_EMN + first_RB[:, :, None] + column, mask=ok, other=0.0).to(tl.float32)
+        if amax_S is not None:
+            plain_B = tl.maximum(plain_B, tl.max(tl.max(_magnitude(x), 0), 1))
+        if transformed_amax_S is not None:
+            t = _transform(x, B, C * 16).to(x_EMN.dtype.element_ty).to(tl.float32)
+            transformed_B = tl.maximum(transformed_B, tl.max(tl.max(_magnitude(t), 0), 1))
+    segment_B = _segments(segment_T, t_B, matrix, M)
+    if amax_S is not None:
+        tl.atomic_max(amax_S + segment_B, plain_B, mask=segment_B < S)
+    if transformed_amax_S is not None:
+        tl.atomic_max(transformed_amax_S + segment_B, transformed_B, mask=segment_B < S)
+
+
+@triton.jit
+def quantize_kernel(
+    x_EMN, segment_T,
+    row_amax_S, row_data, row_scale, row_tensor_scale_S, row_seed: tl.int64,
+    column_amax_S, column_data, column_scale, column_tensor_scale_S, column_seed: tl.int64,
+    M, N, S,
+    B: tl.constexpr, C: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr,
+    ROW_RANDOM: tl.constexpr, COLUMN_RANDOM: tl.constexpr, SWIZZLED: tl.constexpr,
+):  # fmt: skip
+    """A side whose data is None is not made; where its scale is None, data are decoded values in
+    x's layout, else codes by eights. SQUARE: blocks of 16x16."""
+    WIDTH: tl.constexpr = C * 16
+    n_columns = tl.cdiv(N, WIDTH)
+    matrix = tl.program_id(1).to(tl.int64)
+    t_B = tl.program_id(0) // n_columns * B + tl.arange(0, B)
+    first_column = tl.program_id(0) % n_columns * WIDTH
+    column = first_column + tl.arange(0, WIDTH)
+    row_RB = t_B[None, :] * 16 + tl.arange(0, 16)[:, None]
+    first_RB = (matrix * M + row_RB) * N
+    place = first_RB[:, :, None] + column
+    ok = (row_RB < M)[:, :, None] & (column < N)
+    x = tl.load(x_EMN + place, mask=ok, other=0.0).to(tl.float32)
+    segment_B = _segments(segment_T, t_B, matrix, M)
+    group = first_column // 16 + tl.arange(0, C)
+    square_amax = tl.max(_magnitude(tl.reshape(x, (16, B, C, 16))), 0, keep_dims=True)
+    square_amax = tl.max(square_amax, 3, keep_dims=True)
+
+    if row_data is not None:
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            _write_tensor_scales(row_amax_S, row_tensor_scale_S, S)
+        tile = tl.reshape(x, (16, B, C, 16))
+        if SQUARE:
+            block_amax = square_amax
+        else:
+            block_amax = tl.max(_magnitude(tile), 3, keep_dims=True)
+        amax_B = tl.load(row_amax_S + segment_B, mask=segment_B < S, other=0)
+        y, scale = _rounded(
+            tile, block_amax, amax_B, first_RB + first_column, row_seed, B, C, ROW_RANDOM
+        )
+        if row_scale is None:
+            values = tl.reshape(y * scale, (16, B, WIDTH))
+            tl.store(row_data + place, values.to(row_data.dtype.element_ty), mask=ok)
+        else:
+            codes = tl.reshape(_codes(y, tile), (16, B, C * 2, 8))
+            codes = tl.sum(codes << (4 * tl.arange(0, 8)), 3)
+            eight = first_column // 8 + tl.arange(0, C * 2)
+            ok_eight = (row_RB < M)[:, :, None] & (eight * 8 < N)
+            tl.store(row_data + first_RB[:, :, None] // 8 + eight, codes, mask=ok_eight)
+            scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (16, B, C, 1)), (16, B, C))
+            at = _scale_place(matrix, row_RB[:, :, None], group, M, N // 16, SWIZZLED)
+            ok_group = (row_RB < M)[:, :, None] & (group * 16 < N)
+            tl.store(row_scale + at, scale.to(tl.uint8), mask=ok_group)
+
+    if column_data is not None:
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            _write_tensor_scales(column_amax_S, column_tensor_scale_S, S)
+        if RHT:
+            x = _transform(x, B, WIDTH).to(x_EMN.dtype.element_ty).to(tl.float32)
+        tile = tl.reshape(x, (16, B, C, 16))
+        if SQUARE:
+            block_amax = square_amax
+        else:
+            block_amax = tl.max(_magnitude(tile), 0, keep_dims=True)
+        amax_B = tl.load(column_amax_S + segment_B, mask=segment_B < S, other=0)
+        y, scale = _rounded(
+            tile, block_amax, amax_B, first_RB + first_column, column_seed, B, C, COLUMN_RANDOM
+        )
+        if column_scale is None:
+            values = tl.reshape(y * scale, (16, B, WIDTH))
+            tl.store(column_data + place, values.to(column_data.dtype.element_ty), mask=ok)
+        else:
+            codes = tl.reshape(_codes(y, tile), (2, 8, B, WIDTH))
+            codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None, None], 1)
+            codes = tl.reshape(tl.permute(codes, (2, 1, 0)), (WIDTH, B * 2))
+            eight = tl.program_id(0) // n_columns * (B * 2) + tl.arange(0, B * 2)
+            at = (matrix * N + column)[:, None] * (M // 8) + eight
+            tl.store(column_data + at, codes, mask=(column < N)[:, None] & (eight * 8 < M))
+            scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, WIDTH))
+            at = _scale_place(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
+            ok_group = (column < N)[:, None] & (t_B * 16 < M)
+            tl.store(column_scale + at, tl.trans(scale).to(tl.uint8), mask=ok_group)
+
+
+@triton.jit
+def dequantize_kernel(
+    data, scale_G, tensor_scale, out, G, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Each program decodes some of G blocks, of 8 bytes each."""
+    g = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    byte = g[:, None] * 8 + tl.arange(0, 8)
+    packed = tl.load(data + byte, mask=(g < G)[:, None], other=0).to(tl.int32)
+    codes = tl.reshape(tl.join(packed & 15, packed >> 4), (BLOCKS, 16))
+    index = codes & 7
+    values = tl.where(index < 2, index * 0.5, ((index + 252) << 22).to(tl.float32, bitcast=True))
+    values = tl.where(codes > 7, -values, values)
+    values *= tl.load(scale_G + g, mask=g < G, other=0.0).to(tl.float32)[:, None]
+    values *= tl.load(tensor_scale).to(tl.float32)
+    place = g[:, None] * 16 + tl.arange(0, 16)
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=(g < G)[:, None])
+
+
+class Tile(NamedTuple):
+    """Blocks of 16 rows and of 16 columns of a program, and its warps."""
+
+    b: int
+    c: int
+    warps: int
+
+
+TILES = {
+    # decoded values: rows of 256 columns for each warp; codes: 64 rows, of whose column-wise
+    # results 32 bytes lie together
+    False: Tile(4, 16, 4),
+    True: Tile(4, 16, 4),
+}
+AMAX_TILE, AMAX_STEPS = Tile(4, 16, 4), 4
+DECODED = 128
+"""Blocks that a program of ``dequantize_kernel`` decodes."""
+
+
+class Result(NamedTuple):
+    """A quantized matrix.
+
+    Fields:
+        data: uint8 codes [.., R, K/2], or bf16 code times block scale in x's shape.
+        scale: of codes: float8_e4m3fn [.., R, K/16], or its atoms (:mod:`.layout`); else None.
+        tensor_scale: fp32 [S].
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    tensor_scale: Tensor
+
+
+def quantize(
+    x_EMN: Tensor,
+    rows: Rounding | None,
+    columns: Rounding | None,
+    ends_E: Tensor | None = None,
+    amax: Tensor | None = None,
+    *,
+    packed: bool,
+    swizzled: bool = False,
+) -> tuple[Result | None, Result | None]:
+    """x quantized with blocks along rows, along columns, or both, in two passes over it.
+
+    Args:
+        x_EMN: contiguous fp32, bf16 or fp16; one tensor scale per matrix. N must be divisible by
+            16, and M unless only ``rows`` are wanted, with blocks of 1x16.
+        rows, columns: how; tiles are the same; no Hadamard transform of rows.
+        ends_E: int32, for one matrix: its rows are segments, each with a tensor scale of its own,
+            that end before these multiples of 16. Rows after the last end must be zeros.
+        amax: fp32 with one element, to take instead of the matrix's own; not for segments.
+        packed: codes; else decoded values.
+        swizzled: scales of codes in atoms, padded with zeros; else in plain order.
+    """
+    (n_matrices, m, n), device = x_EMN.shape, x_EMN.device
+    n_scales = n_matrices if ends_E is None else ends_E.numel()
+    segment_T = None
+    if ends_E is not None:
+        first_T = torch.arange(0, m, BLOCK, dtype=torch.int32, device=device)
+        segment_T = torch.searchsorted(ends_E, first_T, right=True, out_int32=True)
+    if amax is None:
+        bits = torch.zeros(2, n_scales, dtype=torch.int32, device=device)
+        transformed = columns is not None and columns.rht
+        plain = rows is not None or not transformed
+        _amax(x_EMN, bits[0] if plain else None, bits[1] if transformed else None, segment_T)
+        row_amax, column_amax = bits[0], bits[int(transformed)]
+    else:
+        row_amax = column_amax = amax.reshape(1).abs().view(torch.int32)
+
+    def result(side: Rounding | None, columnwise: bool) -> Result | None:
+        if side is None:
+            return None
+        tensor_scale = torch.empty(n_scales, dtype=torch.float32, device=device)
+        if not packed:
+            return Result(torch.empty_like(x_EMN, dtype=torch.bfloat16), None, tensor_scale)
+        r, k = (n, m) if columnwise else (m, n)
+        data = torch.empty(n_matrices, r, k // 2, dtype=torch.uint8, device=device)
+        if swizzled:
+            shape = (n_matrices, *atoms(r, k), ATOM_BYTES)
+            scale = torch.zeros(shape, dtype=torch.uint8, device=device)
+        else:
+            scale = torch.empty(n_matrices, r, k // BLOCK, dtype=torch.uint8, device=device)
+        return Result(data, scale.view(torch.float8_e4m3fn), tensor_scale)
+
+    def arguments(side: Rounding | None, made: Result | None, bits: Tensor) -> tuple[Any, ...]:
+        if side is None or made is None:
+            return None, None, None, None, 0
+        data = made.data if made.scale is None else made.data.view(torch.int32)
+        scale = None if made.scale is None else made.scale.view(torch.uint8)
+        return bits, data, scale, made.tensor_scale, rounding._signed(side.seed or 0)
+
+    made = result(rows, False), result(columns, True)
+    tile = TILES[packed]
+    grid = (triton.cdiv(m, BLOCK * tile.b) * triton.cdiv(n, BLOCK * tile.c), n_matrices)
+    if x_EMN.numel():
+        quantize_kernel[grid](
+            x_EMN,
+            segment_T,
+            *arguments(rows, made[0], row_amax),
+            *arguments(columns, made[1], column_amax),
+            m,
+            n,
+            n_scales,
+            B=tile.b,
+            C=tile.c,
+            SQUARE=any(side is not None and side.tile[0] > 1 for side in (rows, columns)),
+            RHT=columns is not None and columns.rht,
+            ROW_RANDOM=rows is not None and rows.seed is not None,
+            COLUMN_RANDOM=columns is not None and columns.seed is not None,
+            SWIZZLED=swizzled,
+            num_warps=tile.warps,
+        )
+    return made
+
+
+def _amax(
+    x_EMN: Tensor, plain: Tensor | None, transformed: Tensor | None, segment_T: Tensor | None
+) -> None:
+    n_matrices, m, n = x_EMN.shape
+    if x_EMN.numel():
+        width = BLOCK * AMAX_TILE.c * AMAX_STEPS
+        grid = (triton.cdiv(m, BLOCK * AMAX_TILE.b) * triton.cdiv(n, width), n_matrices)
+        some = plain if plain is not None else transformed
+        assert some is not None
+        amax_kernel[grid](
+            x_EMN, plain, transformed, segment_T, m, n, some.numel(),
+            B=AMAX_TILE.b, C=AMAX_TILE.c, STEPS=AMAX_STEPS, num_warps=AMAX_TILE.warps,
+        )  # fmt: skip
