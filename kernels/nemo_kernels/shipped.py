@@ -13,6 +13,7 @@ MODULES = (
     "nemo_kernels.moe.sort_kernel",
     "nemo_kernels.moe.router_kernel",
     "nemo_kernels.moe.expert_kernel",
+    "nemo_kernels.nvfp4.gemm_kernel",
 )
 
 

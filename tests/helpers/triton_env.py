@@ -1,8 +1,9 @@
 """Where kernel tests run: on the GPU if there is one, else in Triton's interpreter, repaired.
 
 Every test module that runs a Triton kernel takes its device from here: ``DEVICE``. Importing this
-repairs two faults of the interpreter (seen in Triton 3.6 to 3.9): it truncates fp32 to bf16 and
-rounds it to fp8 in its own way, and it multiplies the bits of bf16 operands in ``tl.dot``.
+repairs three faults of the interpreter (seen in Triton 3.6 to 3.9): it truncates fp32 to bf16 and
+rounds it to fp8 in its own way, it multiplies the bits of bf16 operands in ``tl.dot``, and it lacks
+``tl.dot_scaled`` or takes E4M3 scales for powers of two.
 Arithmetic on bf16 values stays wrong, which is why kernels compute in fp32 only.
 """
 
@@ -60,8 +61,31 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return stock_create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
+def create_dot_scaled(
+    self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_packs_k, b_packs_k, d
+):
+    """``tl.dot_scaled`` of E2M1 codes, packed along K, with E4M3 scales, accumulated in fp32."""
+    e2m1 = interpreter._ir.ScaleDotElemTypeTY.E2M1
+    if not (a_format == b_format == e2m1 and a_packs_k and b_packs_k):
+        raise NotImplementedError("tl.dot_scaled of other operands than packed E2M1")
+    product = e2m1_values(a.data, a_scale) @ e2m1_values(b.data.T, b_scale).T
+    return TensorHandle(product + d.data, tl.float32)
+
+
+def e2m1_values(bytes_MK, scale):
+    """fp32 [M, K]: two codes in each byte of [M, K/2], the first in the low nibble, times the E4M3
+    scales of equally long groups along K."""
+    assert scale.dtype == tl.float8e4nv, scale.dtype
+    codes = np.stack((bytes_MK & 15, bytes_MK >> 4), axis=-1)
+    values = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] * np.where(codes > 7, -1, 1)
+    scales = convert_float(scale.data, scale.dtype, tl.float32, None).view(np.float32)
+    grouped = values.reshape(*scales.shape, -1).astype(np.float32) * scales[..., None]
+    return grouped.reshape(len(bytes_MK), -1)
+
+
 interpreter._convert_float = convert_float
 InterpreterBuilder.create_dot = create_dot
+InterpreterBuilder.create_dot_scaled = create_dot_scaled
 
 
 GUARD = 64  # elements, so that the tensor between two guards stays aligned

@@ -1,7 +1,8 @@
 """Rules that every Triton kernel keeps, read off its source: compute in fp32, cast at the store.
 
 * A loaded float is widened by ``.to(tl.float32)``, or is an operand of ``tl.dot``, or is stored.
-* A narrower float exists only as the value of a store or an operand of ``tl.dot``. It may be
+* A narrower float exists only as the value of a store or an operand of ``tl.dot`` or
+  ``tl.dot_scaled``. It may be
   widened again where the rounded value is what counts.
 * No atomic operation whose result depends on an order, and no tuning at run time.
 
@@ -22,6 +23,9 @@ PACKAGE = Path(shipped.__file__).parent
 NARROW = ("bfloat16", "float16", "float8e4nv", "float8e5")
 EXACT_CAST = {"tl.float32", "tl.int1", "tl.int32", "tl.int64"}
 IN_ANY_ORDER = {"tl.atomic_max", "tl.atomic_min"}
+NARROW_ARGUMENTS = {("tl.dot", 0), ("tl.dot", 1), ("tl.store", 1)} | {
+    ("tl.dot_scaled", place) for place in (0, 1, 3, 4)
+}
 REARRANGING = {"tl.trans", "tl.permute", "tl.reshape"}
 TUNING = ("autotune", "heuristics")
 
@@ -94,7 +98,7 @@ class Kernel:
         place = parent.args.index(node)
         if called(parent) in REARRANGING and place == 0:
             return self.stays_narrow(parent)
-        return (called(parent), place) in {("tl.dot", 0), ("tl.dot", 1), ("tl.store", 1)} or (
+        return (called(parent), place) in NARROW_ARGUMENTS or (
             called(parent).endswith(".store") and place == 1  # of a tensor descriptor
         )
 
