@@ -18,6 +18,8 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton 3.6 aborts where it is to compile ``tl.dot_scaled`` with E4M3 scales for sm_90.
+MULTIPLIES_FP4 = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 10
 
 DTYPES = {
     tl.float64: torch.float64,
@@ -31,6 +33,7 @@ NARROW = {tl.bfloat16, tl.float8e4nv, tl.float8e5}  # stored as integers by the 
 
 stock_convert_float = interpreter._convert_float
 stock_create_dot = InterpreterBuilder.create_dot
+stock_create_dot_scaled = getattr(InterpreterBuilder, "create_dot_scaled", None)
 
 
 def convert_float(data, source, target, rounding_mode):
@@ -89,7 +92,11 @@ InterpreterBuilder.create_dot_scaled = create_dot_scaled
 
 
 GUARD = 64  # elements, so that the tensor between two guards stays aligned
-SENTINEL = -99_991  # in integers, where there is no NaN
+SENTINEL = -99_991  # in integers, where there is no NaN; its last byte in bytes
+
+
+def sentinel(dtype: torch.dtype) -> int:
+    return SENTINEL & 0xFF if dtype == torch.uint8 else SENTINEL
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def guarded_memory() -> Iterator[None]:
     def empty(*size, dtype=torch.float32, device="cpu"):
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         buffer = real_empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
-        buffer.fill_(float("nan") if dtype.is_floating_point else SENTINEL)
+        buffer.fill_(float("nan") if dtype.is_floating_point else sentinel(dtype))
         buffers.append(buffer)
         return buffer[GUARD : GUARD + shape.numel()].view(shape)
 
@@ -119,5 +126,7 @@ def guarded_memory() -> Iterator[None]:
         yield
     for buffer in buffers:
         for guard in (buffer[:GUARD], buffer[-GUARD:]):
-            whole = guard.isnan() if buffer.dtype.is_floating_point else guard == SENTINEL
+            whole = (
+                guard.isnan() if buffer.dtype.is_floating_point else guard == sentinel(buffer.dtype)
+            )
             assert whole.all(), f"written beyond a tensor of {buffer.numel() - 2 * GUARD} elements"

@@ -11,7 +11,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from helpers import triton_env
-from helpers.triton_env import DEVICE
+from helpers.triton_env import DEVICE, MULTIPLIES_FP4
+from nemo_kernels.nvfp4 import reference
 
 BLOCK = 1024
 
@@ -26,6 +27,21 @@ def cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 def dot_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(y_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+E2M1 = tl.constexpr("e2m1")
+
+
+@triton.jit
+def dot_scaled_kernel(a, a_scale, b, b_scale, y_ptr, M: tl.constexpr, K: tl.constexpr):
+    row = tl.arange(0, M)[:, None]
+    codes = row * (K // 2) + tl.arange(0, K // 2)[None, :]
+    scales = row * (K // 16) + tl.arange(0, K // 16)[None, :]
+    y = tl.dot_scaled(
+        tl.load(a + codes), tl.load(a_scale + scales), E2M1,
+        tl.load(b + codes).T, tl.load(b_scale + scales), E2M1,
+    )  # fmt: skip
+    tl.store(y_ptr + row * M + tl.arange(0, M)[None, :], y)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,6 +107,42 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
+def dot_scaled(a: reference.Quantized, b: reference.Quantized) -> Tensor:
+    M, half = a.data.shape
+    y = torch.empty(M, M, device=DEVICE)
+    operands = (t.to(DEVICE) for q in (a, b) for t in (q.data, q.block_scale))
+    dot_scaled_kernel[(1,)](*operands, y, M=M, K=2 * half)
+    return y.cpu()
+
+
+def scaled_operands() -> tuple[reference.Quantized, reference.Quantized]:
+    """All bytes and all finite positive scales."""
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randperm(2 * 128 * 64, generator=generator).to(torch.uint8).view(2, 128, 64)
+    scale = torch.randperm(2 * 128 * 8, generator=generator).remainder(0x7F).to(torch.uint8)
+    scale = scale.view(2, 128, 8).view(torch.float8_e4m3fn)
+    a, b = (reference.Quantized(d, s, torch.ones(())) for d, s in zip(data, scale, strict=True))
+    return a, b
+
+
+def scaled_error(a: reference.Quantized, b: reference.Quantized) -> float:
+    """Largest error relative to the sum of magnitudes."""
+    x, y = (reference.dequantize(q, torch.float64) for q in (a, b))
+    return float(((dot_scaled(a, b) - x @ y.T).abs() / (x.abs() @ y.abs().T)).max())
+
+
+@pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")
+def test_scaled_dot_is_that_of_dequantized_operands() -> None:
+    assert scaled_error(*scaled_operands()) < 128 * 2**-24
+
+
+@pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")
+def test_scaled_dot_keeps_a_nan_scale() -> None:
+    a, b = scaled_operands()
+    a.block_scale.view(torch.uint8)[3, 5] = 0x7F
+    assert dot_scaled(a, b).isnan().any(1).nonzero().tolist() == [[3]]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter")
 def test_the_stock_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails on a new version of Triton, look whether the repair can go."""
@@ -102,3 +154,8 @@ def test_the_stock_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
         assert differing(cast(x, dtype), rounded(x, dtype)) > 100
     a, b = dot_operands(torch.bfloat16)
     assert not torch.allclose(dot(a, b), a.float() @ b.float(), rtol=0.1)
+    if triton_env.stock_create_dot_scaled:
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, "create_dot_scaled", triton_env.stock_create_dot_scaled
+        )
+        assert not scaled_error(*scaled_operands()) < 0.1

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,11 +25,11 @@ from nemo_kernels.nvfp4.layout import (
     ATOM_BYTES,
     ATOM_K,
     ATOM_ROWS,
-    ROW_BYTES,
     SEGMENT_ALIGNMENT,
     Packed,
     atoms,
 )
+from nemo_kernels.nvfp4.scales import BLOCK
 from nemo_kernels.shipped import Shipped
 
 _E2M1 = tl.constexpr("e2m1")  # a string will not do in the interpreter of Triton 3.6
@@ -40,7 +41,7 @@ def gemm(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
 
     Raises:
         ValueError: shapes, dtypes, strides or devices are not as described, or dtype is not
-            bfloat16, float16 or float32. The same holds below.
+            bfloat16, float16 or float32; below also, on CPU tensors and in debug mode, ends.
     """
     _expect_operands(a, b, dtype)
     return _rows(a, b, None, dtype)
@@ -66,9 +67,9 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
         ends_E: int32; expert e's part of P ends before ends_E[e], a multiple of 128.
     """
     _expect_operands(a, b, dtype, ends_E, a.shape[-1])
-    (M, P), N, E = a.shape, b.shape[0], len(ends_E)
+    M, N, E = a.shape[0], b.shape[0], len(ends_E)
     out = torch.empty(E, M, N, dtype=dtype, device=a.data.device)
-    if not out.numel() or not P:
+    if not a.data.numel() or not b.data.numel() or not E:
         return out.zero_()
     tile = _WGRAD[N % 256 == 0]
     with torch.cuda.device_of(out):
@@ -87,7 +88,7 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
 def _rows(a: Packed, b: Packed, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
     (M, K), N = a.shape, b.shape[-2]
     out = torch.empty(M, N, dtype=dtype, device=a.data.device)
-    if not out.numel() or not K:
+    if not a.data.numel() or not b.data.numel():
         return out.zero_()
     tile = _ROWS[N % 256 == 0]
     with torch.cuda.device_of(out):
@@ -108,14 +109,16 @@ def _rows(a: Packed, b: Packed, ends_E: Tensor | None, dtype: torch.dtype) -> Te
 def _arguments(x: Packed, rows: int, depth: int) -> tuple[Any, ...]:
     """An operand for a kernel that takes blocks of so many rows and elements of K. Experts follow
     each other along the rows."""
-    n_rows, columns = x.data.shape[:-1].numel(), x.scale.shape[-2]
-    codes = [n_rows, x.data.shape[-1]], [x.data.stride(-2), 1]
+    half, columns = x.data.shape[-1], x.scale.shape[-2]
+    # A descriptor's rows start at multiples of 16 bytes.
+    data = F.pad(x.data, (0, 8)) if half % 16 else x.data
+    codes = [data.shape[:-1].numel(), half], [data.shape[-1], 1]
     scales = (
         [x.scale.shape[:-2].numel(), columns, 2, ATOM_BYTES // 2],
         [columns * ATOM_BYTES, ATOM_BYTES, ATOM_BYTES // 2, 1],
     )
     return (
-        TensorDescriptor(x.data, *codes, _code_block(rows, depth)),
+        TensorDescriptor(data, *codes, _code_block(rows, depth)),
         TensorDescriptor(x.scale, *scales, _scale_block(rows, depth)),
         x.tensor_scale,
     )
@@ -138,38 +141,40 @@ def _expect_operands(
     n_rows: int = 0,
     experts_of_b: bool = False,
 ) -> None:
-    """``n_rows``: of all segments."""
+    """``n_rows``: those that the segments are cut of."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
     experts: tuple[int, ...] = ()
     if ends_E is not None:
         expect("ends_E", ends_E, (None,), torch.int32)
         expect_device(a.data, ends_E=ends_E)
+        _expect_segments(ends_E, n_rows)
         experts = (len(ends_E),)
-        if may_read(ends_E):
-            ends = ends_E.tolist()
-            if ends != sorted(ends) or any(end % SEGMENT_ALIGNMENT for end in ends):
-                raise ValueError(
-                    f"ends_E: expected rising multiples of {SEGMENT_ALIGNMENT}, got {ends}"
-                )
-            if ends and not 0 <= ends[0] <= ends[-1] <= n_rows:
-                raise ValueError(f"ends_E: expected at most {n_rows} rows, got {ends}")
     half = a.data.shape[-1]
+    if half % (BLOCK // 2):
+        raise ValueError(f"a.data: expected K to be divisible by {BLOCK}, got {2 * half}")
     for name, x, outer in (("a", a, ()), ("b", b, experts if experts_of_b else ())):
         expect(f"{name}.data", x.data, (*outer, None, half), torch.uint8)
-        rows, stride = x.data.shape[-2], x.data.stride(-2)
-        grid = atoms(rows, 2 * half)
-        expect(f"{name}.scale", x.scale, (*outer, *grid, ATOM_BYTES), torch.float8_e4m3fn)
+        scale_shape = (*outer, *atoms(x.data.shape[-2], 2 * half), ATOM_BYTES)
+        expect(f"{name}.scale", x.scale, scale_shape, torch.float8_e4m3fn)
         expect(f"{name}.tensor_scale", x.tensor_scale, experts, torch.float32)
-        expect_device(a.data, **{f"{name}.{field}": t for field, t in x._asdict().items()})
-        even = not outer or x.data.stride(0) == rows * stride
-        if x.data.stride(-1) != 1 or stride % ROW_BYTES or not even:
-            raise ValueError(
-                f"{name}.data: expected rows that follow each other at multiples of {ROW_BYTES} "
-                f"bytes, got strides {x.data.stride()}"
-            )
-        if not x.scale.is_contiguous():
-            raise ValueError(f"{name}.scale: expected a contiguous tensor, got {x.scale.stride()}")
+        for field, tensor in x._asdict().items():
+            expect_device(a.data, **{f"{name}.{field}": tensor})
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}.{field}: expected a contiguous tensor, got strides {tensor.stride()}"
+                )
+
+
+def _expect_segments(ends_E: Tensor, n_rows: int) -> None:
+    if not may_read(ends_E):
+        return
+    ends = [0, *ends_E.tolist(), n_rows]
+    if ends != sorted(ends) or any(end % SEGMENT_ALIGNMENT for end in ends[:-1]):
+        raise ValueError(
+            f"ends_E: expected multiples of {SEGMENT_ALIGNMENT} that rise to {n_rows} at most, "
+            f"got {ends[1:-1]}"
+        )
 
 
 @triton.jit

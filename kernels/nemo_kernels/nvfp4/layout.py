@@ -19,8 +19,6 @@ from nemo_kernels.nvfp4.scales import BLOCK
 ATOM_ROWS, ATOM_BLOCKS = 128, 4
 ATOM_BYTES = ATOM_ROWS * ATOM_BLOCKS
 ATOM_K = ATOM_BLOCKS * BLOCK
-ROW_BYTES = 16
-"""Rows of codes start at multiples of this, which tensor descriptors ask for."""
 SEGMENT_ALIGNMENT = ATOM_ROWS
 """Rows to which each expert's segment must be padded: then no atom holds scales of two experts,
 whether rows or the summed dimension are cut into segments."""
@@ -30,8 +28,8 @@ class Packed(NamedTuple):
     """An operand of a product, ready for the tensor core. Leading dimensions, if any, are experts.
 
     Fields:
-        data: uint8 [.., R, K/2]: two codes per byte, the even element's in the low nibble. Rows
-            start at multiples of 16 bytes and follow each other evenly; see :func:`allocate`.
+        data: uint8 [.., R, K/2], contiguous: two codes per byte, the even element's in the low
+            nibble.
         scale: float8_e4m3fn [.., A, C, 512], contiguous; :func:`swizzle`. The padding is zero.
         tensor_scale: fp32 scalar, or [E]: one per expert.
     """
@@ -49,16 +47,6 @@ class Packed(NamedTuple):
 def atoms(rows: int, k: int) -> tuple[int, int]:
     """(A, C) of a tensor of that many rows and columns."""
     return -(-rows // ATOM_ROWS), -(-k // ATOM_K)
-
-
-def allocate(*shape: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Data and scale of a :class:`Packed` of shape [.., R, K], not written."""
-    *outer, rows, k = shape
-    stride = -(-k // (2 * ROW_BYTES)) * ROW_BYTES
-    data = torch.empty(*outer, rows, stride, dtype=torch.uint8, device=device)
-    scale_shape = (*outer, *atoms(rows, k), ATOM_BYTES)
-    scale = torch.empty(scale_shape, dtype=torch.float8_e4m3fn, device=device)
-    return data[..., : k // 2], scale
 
 
 def swizzle(block_scale: Tensor) -> Tensor:
