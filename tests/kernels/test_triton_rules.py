@@ -190,6 +190,7 @@ GOOD = {
     "copied": "tl.store(y + at, tl.load(x + at))",
     "operands": "a = tl.load(x)\nb = tl.load(x)\nacc = tl.dot(tl.trans(a), b, acc)\nb.dtype",
     "cast operand": "acc = tl.dot(p.to(x.dtype.element_ty), tl.load(x).T, acc)",
+    "scaled": "a = tl.load(x)\nacc = tl.dot_scaled(a, tl.load(x), f, a.T, tl.load(x), f, acc)",
     "integers": "row = ids + 3\ni = tl.load(row + at) + 1\na = tl.load(x + i).to(tl.float32)",
     "index within an address": "a = tl.load(x + tl.load(ids) * 2).to(tl.float32)",
     "bits": "b = a.to(tl.int32, bitcast=True) >> 1",
@@ -211,6 +212,7 @@ BAD = {
     "returned": "return tl.load(x)",
     "descriptor": "a = desc.load([0, 0]) * 2",
     "atomic sum": "tl.atomic_add(y + at, a)",
+    "narrow accumulator of scaled": "acc = tl.dot_scaled(a, s, f, b, s, f, acc.to(tl.float16))",
     "narrow accumulator": "acc = tl.dot(a, b, acc.to(tl.float16))",
 }
 
