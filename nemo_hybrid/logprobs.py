@@ -27,9 +27,9 @@ from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.inspection import inspect
+from nemo_hybrid.precision.policy import DTYPES
 from nemo_hybrid.terminal import print_table, progress_bar
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
 
 

@@ -15,6 +15,7 @@ from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.command_options import PlanOptions
 from nemo_hybrid.config import Architecture, RunConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.train.build import check_precision
 from nemo_hybrid.train.flops import (
     forward_flops_per_token,
     parameter_counts,
@@ -98,6 +99,7 @@ def plan_command(config: RunConfig, options: PlanOptions) -> int:
         config.data.path = "not needed"
     shape = model_shape(config.model)
     config.validate(shape)
+    check_precision(config, shape)
     config.validate_world(options.processes)
     found = make_plan(config, shape, options)
     print("\n".join(_lines(found, config, shape, options)))
@@ -241,7 +243,8 @@ def _lines(
     yield (
         f"{counts.total:,} parameters, {counts.active:,} active, {local:,} in each process; "
         f"{at.processes} x {options.device}, EP {at.ep}, ZeRO-{at.zero}, "
-        f"{config.precision.recipe}, recompute {at.recompute or 'nothing'}"
+        f"{config.precision.recipe}{' (planned as bf16)' if config.precision.low else ''}, "
+        f"recompute {at.recompute or 'nothing'}"
     )
     yield (
         f"{at.rows} x {at.length} tokens per micro-batch, {at.accumulation} micro-batches per step"

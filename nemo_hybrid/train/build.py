@@ -24,12 +24,11 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.flops import peak_flops
+from nemo_hybrid.precision import policy
+from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
 from nemo_hybrid.train.optim import parameter_groups
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Run:
     objective: PretrainObjective
     engine: Engine
     guard: Guard
+    precision: policy.Precision
     identity: Identity
     peak: float | None  # matmul FLOP/s of one process's device
 
@@ -85,6 +85,14 @@ def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
     return each(world, open_stores)
 
 
+def check_precision(config: RunConfig, hybrid: HybridConfig) -> None:
+    """Raise UserError where the formats do not fit the model; nothing is built for it."""
+    if config.precision.low:
+        tokens = config.train.micro_batch_size * config.data.sequence_length
+        model = without_storage(hybrid, config.parallel.ep)
+        policy.check(model, config.precision, hybrid, tokens)
+
+
 def build_run(
     config: RunConfig,
     hybrid: HybridConfig,
@@ -105,7 +113,16 @@ def build_run(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
     loaded = each(world, lambda: _load_from_hf(config, model, blend, world)) if from_hf else {}
-    model.to(world.device, DTYPES[config.precision.recipe])
+    dtype = policy.weight_dtype(config.precision)
+    model.to(world.device, dtype)
+    precision = policy.apply(
+        model,
+        config.precision,
+        hybrid,
+        seed=config.train.seed,
+        rank=world.rank,
+        device_type=world.device.type,
+    )
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
     engine = Engine(
@@ -113,9 +130,9 @@ def build_run(
     )
     engine.seed_masters(loaded)
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
-    peak = peak_flops(world.device.type, DTYPES[config.precision.recipe])
+    peak = peak_flops(world.device.type, dtype)
     guard, identity = Guard(config.guard), identity_of(config, blend)
-    return Run(config, world, blend, model, objective, engine, guard, identity, peak)
+    return Run(config, world, blend, model, objective, engine, guard, precision, identity, peak)
 
 
 def identity_of(config: RunConfig, blend: Blend) -> Identity:
@@ -126,7 +143,7 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
         sequence_length=config.data.sequence_length,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
-        weight_dtype=str(DTYPES[config.precision.recipe]).removeprefix("torch."),
+        weight_dtype=str(policy.weight_dtype(config.precision)).removeprefix("torch."),
     )
 
 

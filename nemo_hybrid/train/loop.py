@@ -27,7 +27,9 @@ from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run, identity_of, open_data
+from nemo_hybrid.precision import policy
+from nemo_hybrid.terminal import print_table
+from nemo_hybrid.train.build import Run, build_run, check_precision, identity_of, open_data
 from nemo_hybrid.train.evaluate import evaluate
 from nemo_hybrid.train.flops import peak_source
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
@@ -57,6 +59,7 @@ def pretrain(config: RunConfig, launcher: int) -> None:
 def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
     hybrid = model_shape(config.model)
     config.validate(hybrid)
+    check_precision(config, hybrid)
     accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
     _set_determinism(config.train.deterministic)
     world = World.start()
@@ -176,6 +179,7 @@ class Loop:
             batches = next(data)
             waited = time.monotonic() - began
             lr = learning_rate(at.step, train)
+            self.run.precision.start_step(at.step, at.batch)
             outcome = train_step(
                 self.run, batches, lr, stop=self.watch.stop_requested or self.saver.failed
             )
@@ -310,10 +314,24 @@ def _announce(config: RunConfig, world: World, run: Run, checkpoint: Path | None
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
         f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
+    _announce_precision(run)
     for op, name, reason in backend.report(world.device.type):
         print(f"kernel {op}: {name} ({reason})")
     print(f"MFU relative to {peak_source(world.device.type)}")
     print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
+
+
+def _announce_precision(run: Run) -> None:
+    """Which products run in which format, where not all run in the weights' own."""
+    options, rows = run.config.precision, run.precision.table
+    if not rows:
+        return
+    print_table(policy.HEADER, rows, right=policy.HEADER[1:4:2])
+    if any(row[-1] == "emulated" for row in rows):
+        print(policy.EMULATED)
+    if options.switch_step is not None:
+        passes = "forward passes" if options.switch_passes == "forward" else "all passes"
+        print(f"after step {options.switch_step}: {passes} in bf16")
 
 
 def _summary(config: RunConfig, how: str) -> str:

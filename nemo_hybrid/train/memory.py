@@ -21,6 +21,7 @@ import torch
 
 from nemo_hybrid.config import LAYER_LETTERS, Architecture, RunConfig, TrainOptions
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
+from nemo_hybrid.precision.policy import weight_dtype
 from nemo_hybrid.train.flops import layer_parameters, without_storage
 from nemo_hybrid.train.optim import parameter_groups
 
@@ -101,7 +102,7 @@ def layout_of(config: RunConfig, cfg: Architecture, processes: int, cpu: bool) -
         processes=processes,
         ep=config.parallel.ep,
         zero=config.parallel.zero,
-        width={"bf16": 2, "fp32": 4}[config.precision.recipe],
+        width=weight_dtype(config.precision).itemsize,
         rows=config.train.micro_batch_size,
         length=config.data.sequence_length,
         recompute=config.train.recompute,

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.config import Architecture, RunConfig
+from nemo_hybrid.config import Architecture, PrecisionOptions, RunConfig
 from nemo_hybrid.config_load import dump_config, flatten, read_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "guard",
     "kernels",
     "parallel",
+    *(f"precision.{f.name}" for f in fields(PrecisionOptions) if f.name != "recipe"),
     "data.path",
     "data.workers",
     "data.default_corpus",
@@ -49,7 +50,9 @@ MAY_CHANGE = (
     "train.hang_timeout_s",
 )
 """Options that may differ when a run goes on; all others make it a different run. Data may move:
-checkpoints know it by its checksums. So of data.blend only the weights are compared."""
+checkpoints know it by its checksums. So of data.blend only the weights are compared; and of
+precision.recipe only the dtype of the weights, because all else of it leaves no trace in the state.
+"""
 
 
 # How often torchrun's agent and Slurm have started this job again.
@@ -235,8 +238,10 @@ def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(content: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys; of data.blend the weights."""
+    """Dotted keys; of data.blend the weights, of precision.recipe their dtype."""
     flat = flatten(content)
+    if recipe := flat.get("precision.recipe"):
+        flat["precision.recipe"] = f"{'fp32' if recipe == 'fp32' else 'bf16'} weights"
     if isinstance(flat.get("data.blend"), dict):
         flat["data.blend"] = [*flat["data.blend"].values()]
     return flat

@@ -48,6 +48,7 @@ def train_step(run: Run, batches: list[Batch], lr: float, stop: bool = False) ->
     sums = torch.zeros(3 + depths, device=world.device)
     counter = LoadCounter()
     for number, batch in enumerate(batches, 1):
+        run.precision.start_micro_batch(number)
         parts = engine(batch, normalizer)
         engine.backward(parts.loss)
         sums[:-1] += torch.cat([parts.ce_sums_N, parts.aux_sum[None]])

@@ -1,0 +1,372 @@
+"""Which product of a model runs in which format: presets, the user's globs, the late switch.
+
+A product is a module that can take low precision: a linear layer, or the routed experts of a layer.
+Rules are globs over module names; of those that match a product the last one counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+from torch import nn
+
+from nemo_hybrid.config import Architecture, PrecisionOptions
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.precision.experts import QuantizedExperts
+from nemo_hybrid.precision.formats import BLOCKS, Format, Ingredients, PassFormats
+from nemo_hybrid.precision.linear import QuantizedLinear
+from nemo_hybrid.precision.operands import Probe
+from nemo_hybrid.precision.streams import Streams
+from nemo_kernels import backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+Rules = tuple[tuple[str, str], ...]
+
+
+class Preset(NamedTuple):
+    """Rules, and the share of the backbone's layers, from its end, that they leave out."""
+
+    rules: Rules = ()
+    last_layers: float = 0.0
+
+
+_NEMOTRON_3: Rules = (
+    ("backbone.layers.*.mixer.in_proj", "nvfp4"),
+    # In NVFP4 up to 40 % of its values became zero on Nano.
+    ("backbone.layers.*.mixer.out_proj", "mxfp8"),
+    ("backbone.layers.*.mixer.experts", "nvfp4"),
+    ("backbone.layers.*.mixer.shared_experts.*", "nvfp4"),
+    ("backbone.layers.*.mixer.up_proj", "nvfp4"),
+    ("backbone.layers.*.mixer.down_proj", "nvfp4"),
+)
+"""Nemotron 3 Super and Ultra, pre-training: attention, latent projections and MTP stay bf16. Dense
+MLP layers, which they do not have, are treated as shared experts are."""
+
+PRESETS = {
+    "bf16": Preset(),
+    "fp32": Preset(),
+    "nvfp4_super": Preset(_NEMOTRON_3, 14 / 88),
+    "nvfp4_ultra": Preset(_NEMOTRON_3, 16 / 108),
+    "nvfp4_all": Preset((("*", "nvfp4"),)),
+}
+
+
+class _Group(NamedTuple):
+    glob: str
+    words: str
+    options: str
+    """Of the model, that its dimensions follow from."""
+
+
+# The first that matches counts.
+_GROUPS = (
+    _Group("*.mixer.in_proj", "Mamba-2 in_proj",
+           "hidden_size, mamba_num_heads, mamba_head_dim, n_groups or ssm_state_size"),
+    _Group("*.mixer.out_proj", "Mamba-2 out_proj",
+           "hidden_size, mamba_num_heads or mamba_head_dim"),
+    _Group("*.mixer.[qkvo]_proj", "attention",
+           "hidden_size, num_attention_heads, num_key_value_heads or head_dim"),
+    _Group("*.fc?_latent_proj", "latent projections", "hidden_size or moe_latent_size"),
+    _Group("*.experts", "routed experts", "moe_latent_size or moe_intermediate_size"),
+    _Group("*.shared_experts.*", "shared experts",
+           "hidden_size or moe_shared_expert_intermediate_size"),
+    _Group("*.gate", "router", ""),
+    _Group("*.mixer.*", "dense MLP", "hidden_size or intermediate_size"),
+    _Group("mtp.*", "MTP block", "hidden_size"),
+    _Group("lm_head", "head", ""),
+)  # fmt: skip
+
+
+class Product(NamedTuple):
+    """A module whose matrix products can take low precision."""
+
+    name: str
+    module: Any
+    formats: PassFormats
+
+
+class Precision:
+    """The formats of a model's products in the course of a run."""
+
+    def __init__(
+        self,
+        products: Sequence[Product],
+        options: PrecisionOptions,
+        streams: Streams,
+        table: list[tuple[str, ...]],
+        probe: Probe | None = None,
+    ) -> None:
+        self._options, self._streams = options, streams
+        self.table = table
+        """Rows below HEADER; none where all products run in the run's own format."""
+        self._batch = 0
+        ingredients = _ingredients(options)
+        self._products = []
+        for product in products:
+            low = QuantizedLinear if _is_linear(product.module) else QuantizedExperts
+            quantized = low(product.name, product.formats, ingredients, streams, probe)
+            self._products.append((product, quantized))
+        self.start_step(0, 0)
+
+    def start_step(self, step: int, batch: int) -> None:
+        """Before the work on a global batch: ``step`` optimizer steps are done, ``batch`` batches
+        read. Formats depend on ``step`` alone, so they are right behind a resume or a return."""
+        self._batch = batch
+        at = self._options.switch_step
+        switched = at is not None and step >= at
+        for product, quantized in self._products:
+            formats = _switched(product.formats, self._options) if switched else product.formats
+            quantized.formats = formats
+            product.module.low_precision = None if formats == _all("bf16") else quantized
+
+    def start_micro_batch(self, number: int) -> None:
+        """Before the forward pass of a micro-batch; they count within the global batch."""
+        self._streams.start(self._batch, number)
+
+
+HEADER = ("products", "modules", "format", "share of multiply-adds", "runs")
+EMULATED = "emulated: the values that units for these formats would compute, without their speed"
+
+
+def weight_dtype(options: PrecisionOptions) -> torch.dtype:
+    """Of the weights and activations of a run: low precision works on bf16 ones."""
+    return DTYPES["fp32" if options.recipe == "fp32" else "bf16"]
+
+
+def check(model: nn.Module, options: PrecisionOptions, shape: Architecture, tokens: int) -> None:
+    """Raise UserError for what cannot be done, naming the option and the layer.
+
+    ``model`` may be on the meta device; ``tokens`` are those of a micro-batch.
+    """
+    products = _changed(model, options, shape)
+    if not products:
+        raise UserError(
+            "precision leaves every product of this model in bf16: choose recipe bf16 without "
+            "formats, or another recipe, precision.formats or precision.last_layers_bf16"
+        )
+    for product in products:
+        _check_dimensions(product, options, tokens)
+    passes = {
+        "rht": ("wgrad",),
+        "stochastic_rounding": ("dgrad", "wgrad"),
+        "two_dimensional_weights": ("forward", "dgrad"),
+    }
+    for option, names in passes.items():
+        used = any(getattr(p.formats, name) == "nvfp4" for p in products for name in names)
+        if not getattr(options, option) and not used:
+            raise UserError(
+                f"precision.{option} has no effect: no {' or '.join(names)} product is in nvfp4"
+            )
+    if options.switch_step and all(_switched(p.formats, options) == p.formats for p in products):
+        raise UserError(
+            "precision.switch_passes forward has no effect: all forward products are in bf16"
+        )
+
+
+def apply(
+    model: nn.Module,
+    options: PrecisionOptions,
+    shape: Architecture,
+    *,
+    seed: int,
+    rank: int,
+    device_type: str,
+    probe: Probe | None = None,
+) -> Precision:
+    """Give every product the format that the options choose for it; the model has its dtype.
+
+    ``probe`` is shown what is quantized. Raises UserError as :func:`resolve` does.
+    """
+    changed = _changed(model, options, shape)
+    table = _table(model, resolve(model, options, shape), shape, device_type) if changed else []
+    return Precision(changed, options, Streams(seed, rank), table, probe)
+
+
+def resolve(model: nn.Module, options: PrecisionOptions, shape: Architecture) -> list[Product]:
+    """All products of a model with their formats, in the model's order. Raises UserError."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if hasattr(module, "low_precision")]
+    for glob in options.formats:
+        _check_glob(glob, list(modules), names)
+    base, preset = _base(options), PRESETS[options.recipe]
+    depth, last = len(shape.pattern), options.last_layers_bf16
+    if last is None:
+        last = max(1, int(preset.last_layers * depth + 0.5)) if preset.last_layers else 0
+    if last > depth:
+        raise UserError(
+            f"precision.last_layers_bf16 ({last}) exceeds the number of layers, {depth}"
+        )
+    rules = (
+        *preset.rules,
+        *((f"backbone.layers.{i}.*", base) for i in range(depth - last, depth)),
+        *options.formats.items(),
+    )
+    parsed = [(glob, _parse(glob, text)) for glob, text in rules]
+    return [
+        Product(
+            name,
+            modules[name],
+            next((f for glob, f in reversed(parsed) if fnmatchcase(name, glob)), _all(base)),
+        )
+        for name in names
+    ]
+
+
+def _changed(model: nn.Module, options: PrecisionOptions, shape: Architecture) -> list[Product]:
+    """Those that run in another format than the run's own."""
+    base = _all(_base(options))
+    return [p for p in resolve(model, options, shape) if p.formats != base]
+
+
+def _base(options: PrecisionOptions) -> Format:
+    return "fp32" if options.recipe == "fp32" else "bf16"
+
+
+def _all(format: Format) -> PassFormats:
+    return PassFormats(format, format, format)
+
+
+def _parse(glob: str, text: str) -> PassFormats:
+    """``FORMAT`` or ``FORWARD/DGRAD/WGRAD``."""
+    parts = str(text).split("/")
+    for part in parts:
+        if part not in get_args(Format):
+            raise UserError(
+                f"precision.formats: {glob}: unknown format {part!r}; known: "
+                f"{', '.join(get_args(Format))}"
+            )
+    if len(parts) not in (1, 3):
+        raise UserError(
+            f"precision.formats: {glob}: expected FORMAT or FORWARD/DGRAD/WGRAD, got {text!r}"
+        )
+    return PassFormats(*cast(list[Format], parts * (3 // len(parts))))
+
+
+def _switched(formats: PassFormats, options: PrecisionOptions) -> PassFormats:
+    return _all("bf16") if options.switch_passes == "all" else formats._replace(forward="bf16")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features")
+
+
+def _ingredients(options: PrecisionOptions) -> Ingredients:
+    return Ingredients(**{name: getattr(options, name) for name in Ingredients._fields})
+
+
+def _check_glob(glob: str, modules: list[str], products: list[str]) -> None:
+    """Raise UserError unless it matches a product."""
+    if any(fnmatchcase(name, glob) for name in products):
+        return
+    others = [name for name in modules if fnmatchcase(name, glob)]
+    if not others:
+        # Compared by as many last parts as are given.
+        wanted = glob.removeprefix("*").strip(".")
+        last = -len(wanted.split("."))
+        known = {".".join(_general(n).split(".")[last:]): _general(n) for n in reversed(products)}
+        nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)
+        hint = f"; did you mean {known[nearest[0]]}?" if nearest else ""
+        raise UserError(f"precision.formats: {glob} matches no module{hint}")
+    if any(name.startswith(f"{other}.") for name in products for other in others):
+        raise UserError(
+            f"precision.formats: {glob} matches {others[0]}, which holds products but is none: "
+            f"write {glob}.*"
+        )
+    why = ": it is one operation with the loss" if others == ["lm_head"] else ""
+    raise UserError(
+        f"precision.formats: {glob} matches {others[0]}, whose format cannot be chosen{why}; "
+        "linear layers and experts can take one"
+    )
+
+
+def _check_dimensions(product: Product, options: PrecisionOptions, tokens: int) -> None:
+    """Raise UserError where a dimension is not made of whole blocks."""
+    name, module, formats = product
+    outer, inner = BLOCKS[formats.dgrad], BLOCKS[formats.forward]
+    if options.two_dimensional_weights and "nvfp4" in formats[:2]:
+        outer, inner = max(outer, BLOCKS["nvfp4"]), max(inner, BLOCKS["nvfp4"])
+    if _is_linear(module):
+        sizes = ((module.in_features, "inputs", inner), (module.out_features, "outputs", outer))
+    else:  # the second product takes what the first one gives
+        width, size = module.up_proj.shape[1:]
+        both = max(inner, outer)
+        sizes = ((size, "inputs", both), (width, "inner channels", both))
+    for number, words, block in sizes:
+        if number % block:
+            raise UserError(
+                f"{name} has {number} {words}, which is not divisible by {block}, the block of "
+                f"{_low(formats)}: change model.{_group(name).options}, or set precision.formats "
+                f'"{_general(name)}: bf16"'
+            )
+    if _is_linear(module) and tokens % BLOCKS[formats.wgrad]:
+        raise UserError(
+            f"train.micro_batch_size x data.sequence_length ({tokens}) is not divisible by "
+            f"{BLOCKS[formats.wgrad]}, the block of {formats.wgrad}, in which the weight gradient "
+            f"of {name} sums over tokens"
+        )
+
+
+def _low(formats: Iterable[str]) -> str:
+    return "/".join(dict.fromkeys(f for f in formats if BLOCKS[f] > 1))
+
+
+def _group(name: str) -> _Group:
+    return next(group for group in _GROUPS if fnmatchcase(name, group.glob))
+
+
+def _general(name: str) -> str:
+    """The glob for the same product of every layer."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _table(
+    model: nn.Module, products: Sequence[Product], shape: Architecture, device_type: str
+) -> list[tuple[str, ...]]:
+    """See HEADER. Counted are multiply-adds of all weight matrices per token; attention scores and
+    the scan are no products with weights."""
+    work: dict[tuple[str, str], list[int]] = {}
+    for name, words, macs in _work(model, products, shape):
+        in_mtp, group = name.startswith("mtp."), _group(name).words
+        group = "MTP block" if in_mtp and group != "router" else group
+        work.setdefault((group, words), []).append(macs * (shape.mtp_num_depths if in_mtp else 1))
+    total = sum(map(sum, work.values()))
+    order = [group.words for group in _GROUPS]
+    return [
+        (group, str(len(macs)), words, f"{sum(macs) / total:.1%}", _runs(words, device_type))
+        for (group, words), macs in sorted(work.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
+def _work(
+    model: nn.Module, products: Sequence[Product], shape: Architecture
+) -> Iterator[tuple[str, str, int]]:
+    """Name, format and multiply-adds per token and pass of all modules with weight matrices."""
+    for name, module in model.named_modules():
+        if name == "lm_head":
+            yield name, "bf16", module.weight.numel() * (1 + shape.mtp_num_depths)
+        elif name.endswith(".gate"):
+            yield name, "fp32", module.weight.numel()
+    for name, module, formats in products:
+        if _is_linear(module):
+            macs = module.in_features * module.out_features
+        else:
+            macs = 2 * shape.num_experts_per_tok * module.up_proj[0].numel()
+        yield name, formats[0] if len(set(formats)) == 1 else "/".join(formats), macs
+
+
+def _runs(words: str, device_type: str) -> str:
+    """Natively or emulated; empty for what is in no low precision."""
+    low = _low(words.split("/"))
+    native = low == "nvfp4" and device_type == "cuda" and _has_fp4_units()
+    return low and ("native" if native else "emulated")
+
+
+def _has_fp4_units() -> bool:
+    on_path = backend.path("nvfp4", "cuda").name != "reference"
+    return on_path and torch.cuda.get_device_capability() >= (10, 0)
