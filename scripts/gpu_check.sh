@@ -5,17 +5,18 @@
 #
 # Needs a Python with torch, Triton and pytest ($PYTHON, else .venv, else python3); nothing is
 # installed. Without hypothesis, transformers or DeepSpeed the tests that need them are skipped. OUT
-# (default gpu_results) gets summary.txt, code.txt, tests.txt, benchmark.txt, and moe.json and moe.md
-# after each row.
+# (default gpu_results) gets summary.txt, code.txt, tests.txt, nvfp4.txt, benchmark.txt, and
+# nvfp4.json, nvfp4.md, moe.json and moe.md after each row.
 #
 # Exit status: 0, all passed; 2, no such GPU or Python: nothing was run; else the sum of
-# 4 (the generated code is not accepted), 8 (tests failed), 16 (the benchmark failed),
-# 32 (the kernel tests were not run, pytest is missing).
+# 4 (the generated code is not accepted), 8 (tests failed), 16 (the benchmark of MoE failed),
+# 32 (the kernel tests were not run, pytest is missing), 64 (the benchmark of NVFP4 failed).
 set -euo pipefail
 
 LIMIT_S=540
 CODE_S=90
 TESTS_S=220
+NVFP4_S=100
 MARGIN_S=15
 KILL_S=10
 
@@ -74,7 +75,8 @@ files=(
     tests/model/test_moe_paths.py
     tests/kernels/test_triton_env.py
     tests/kernels/test_benchmark_run.py
-    tests/kernels/test_nvfp4_rounding.py
+    tests/kernels/test_nvfp4_kernel.py
+    tests/kernels/test_nvfp4_gemm.py
     tests/kernels/test_moe.py
 )
 if imports pytest; then
@@ -85,6 +87,8 @@ else
     status=$((status + 32))
 fi
 
+step nvfp4 64 "$((NVFP4_S + MARGIN_S))" \
+    "$PYTHON" kernels/benchmarks/nvfp4.py --budget "$NVFP4_S" --out "$OUT"
 left=$((LIMIT_S - SECONDS - MARGIN_S))
 step benchmark 16 "$((left + MARGIN_S / 2))" \
     "$PYTHON" kernels/benchmarks/run.py --budget "$left" --out "$OUT" "$@"

@@ -55,8 +55,11 @@ def test_everything_passes(tmp_path: Path, pretender: str) -> None:
     done = gpu_check(pretender, str(tmp_path / "results"), "--peers", "somewhere", ABSENT="")
     assert done.returncode == 0, done.stdout + done.stderr
     results = {p.name: p.read_text() for p in (tmp_path / "results").iterdir()}
-    assert results.keys() == {"summary.txt", "code.txt", "tests.txt", "benchmark.txt"}
-    assert results["summary.txt"].count("passed") == 3
+    assert results.keys() == {
+        "summary.txt", "code.txt", "tests.txt", "nvfp4.txt", "benchmark.txt",
+    }  # fmt: skip
+    assert results["summary.txt"].count("passed") == 4
+    assert "kernels/benchmarks/nvfp4.py" in results["nvfp4.txt"]
     assert "scripts/compile_kernels.py" in results["code.txt"]
     tests = re.findall(r"tests/\S+\.py", results["tests.txt"])
     assert all((ROOT / path).is_file() for path in tests)
@@ -80,6 +83,7 @@ def run_on_the_gpu() -> set[str]:
         ("compile_kernels", 4),
         ("no:cacheprovider", 8),
         ("benchmarks/run.py", 16),
+        ("benchmarks/nvfp4.py", 64),
         ("compile_kernels benchmarks/run.py", 20),
     ],
 )
@@ -90,7 +94,7 @@ def test_the_status_says_what_failed(
     assert done.returncode == status
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert summary.count("FAILED, status 1") == len(broken.split())
-    assert summary.count("passed") == 3 - len(broken.split())
+    assert summary.count("passed") == 4 - len(broken.split())
 
 
 def test_without_pytest_it_does_not_pass(tmp_path: Path, pretender: str) -> None:

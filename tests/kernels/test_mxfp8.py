@@ -36,7 +36,8 @@ def test_values_are_those_of_torchao(dtype: torch.dtype) -> None:
             side, torch.float8_e4m3fn, 32, config.ScaleCalculationMode.RCEIL
         ).dequantize(torch.float32)
         ours = mxfp8.operands(x, rows=not columnwise, columns=columnwise)[columnwise]
-        assert ours is not None and ours.columnwise == columnwise
+        assert ours is not None
+        assert ours.columnwise == columnwise
         assert torch.equal(ours.matrix.float(), theirs)
 
 
@@ -58,7 +59,8 @@ def test_weights_of_experts_are_quantized_one_by_one() -> None:
     together = mxfp8.operands(x, rows=True, columns=True)
     for e in range(2):
         for whole, alone in zip(together, mxfp8.operands(x[e], True, True), strict=True):
-            assert whole is not None and alone is not None
+            assert whole is not None
+            assert alone is not None
             assert torch.equal(whole.values[e], alone.values)
 
 
@@ -67,7 +69,8 @@ def test_nan_and_infinity_make_their_blocks_nan(bad: float) -> None:
     x = data(torch.float32)
     x[3, 40] = bad
     (rows, columns) = mxfp8.operands(x, rows=True, columns=True)
-    assert rows is not None and columns is not None
+    assert rows is not None
+    assert columns is not None
     wanted = torch.zeros_like(x, dtype=torch.bool)
     wanted[3, 32:64] = True
     assert torch.equal(rows.values.isnan(), wanted)

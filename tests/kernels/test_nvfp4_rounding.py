@@ -1,4 +1,4 @@
-"""Rounding to E2M1 and E4M3, and SplitMix64, each against tables, enumeration or published numbers."""
+"""Rounding to E2M1 and E4M3, and SplitMix64: against tables, enumeration or published numbers."""
 
 import math
 
