@@ -36,39 +36,43 @@ _MIX_2 = tl.constexpr(rounding._signed(rounding._MIX[1][1]))
 
 @triton.jit
 def _octave(y, LEAST: tl.constexpr):
-    """The bits of the power of two below |y|, of 2^LEAST at least."""
-    return tl.maximum(y.to(tl.int32, bitcast=True) & _INFINITY, (127 + LEAST) << 23)
+    """The power of two below |y|, 2^LEAST at least."""
+    bits = y.to(tl.int32, bitcast=True) & _INFINITY
+    return tl.maximum(bits, (127 + LEAST) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _to_nearest(y, LEAST: tl.constexpr, MANTISSA: tl.constexpr):
-    """See :func:`.rounding.round_to_nearest_`."""
-    magic = _octave(y, LEAST) + (((23 - MANTISSA) << 23) | (1 << 22))
-    magic = magic.to(tl.float32, bitcast=True)
+def _to_nearest(y, LEAST: tl.constexpr, UP: tl.constexpr):
+    """To multiples of 2^-UP of y's octave, as in :func:`.rounding.round_to_nearest_`."""
+    magic = _octave(y, LEAST) * (1.5 * (1 << (23 - UP)))
     return y + magic - magic
 
 
 @triton.jit
 def _stochastically(y, bits):
-    """See :func:`.rounding.round_stochastically_`."""
+    """See :func:`.rounding.round_stochastically_`; without conversions between int and float, which
+    are slow."""
     octave = _octave(y, 0)
-    p = y * ((255 << 23) - octave).to(tl.float32, bitcast=True)
-    p = tl.floor((p + 192.0) - 191.5 + bits * 0.0000152587890625)  # 2^-16
-    return p * octave.to(tl.float32, bitcast=True) * 0.5
+    inverse_step = ((255 << 23) - octave.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    p = y * inverse_step + 192.0  # its last place is 2^-16
+    p += (-0x3DA20000 - 4 * bits).to(tl.float32, bitcast=True)  # -55.5 + bits * 2^-16
+    # Around 136.5 + y / step, the last 16 places are the fraction.
+    floor = (p.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return (floor * 0.5 - 68.0) * octave
 
 
 @triton.jit
-def _random_bits(first_RB, seed, B: tl.constexpr, N: tl.constexpr):
-    """As floats, for N elements after the places ``first``: [16, B, N/4, 4]; see :mod:`.rounding`.
-    The counter is multiplied per row and per column, not per word."""
-    row_RB = seed.to(tl.int64) + (first_RB // 4 + 1) * _GAMMA
-    column_W = tl.arange(0, N // 4).to(tl.int64) * _GAMMA
-    z = row_RB[:, :, None] + column_W[None, None, :]
+def _random_bits(first, seed, row_AB, N, WIDTH: tl.constexpr):
+    """Of the elements of WIDTH columns from place ``first`` on: int32 [A, B, WIDTH/4, 4]; see
+    :mod:`.rounding`. The counter is multiplied per row and per column, not per word."""
+    row_AB = (first // 4 + 1) * _GAMMA + seed + row_AB * ((N // 4).to(tl.int64) * _GAMMA)
+    column_W = tl.arange(0, WIDTH // 4).to(tl.int64) * _GAMMA
+    z = row_AB[:, :, None] + column_W
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
     shift = (48 - 16 * tl.arange(0, 4)).to(tl.int64)
-    return ((z[:, :, :, None] << shift[None, None, None, :]) >> 48).to(tl.int32).to(tl.float32)
+    return ((z[:, :, :, None] << shift) >> 48).to(tl.int32)
 
 
 @triton.jit
@@ -114,27 +118,11 @@ def _scales(block_amax, amax_B, B: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, block_amax, amax_B, first_RB, seed, B: tl.constexpr, C: tl.constexpr,
-             RANDOM: tl.constexpr):  # fmt: skip
-    """(E2M1 values, scale) of a tile [16, B, C, 16]."""
-    scale, factor = _scales(block_amax, amax_B, B)
-    y = tl.minimum(x * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.maximum(y, -6.0, propagate_nan=tl.PropagateNan.ALL)
-    if RANDOM:
-        bits = _random_bits(first_RB, seed, B, C * 16)
-        y = tl.reshape(_stochastically(tl.reshape(y, (16, B, C * 4, 4)), bits), (16, B, C, 16))
-    else:
-        y = _to_nearest(y, 0, 1)
-    return y, scale
-
-
-@triton.jit
 def _codes(y, x):
     """Codes of E2M1 values, of 6 for NaN; the sign is that of x."""
     # The bits of 2 to 8, but for 7, begin with consecutive numbers.
     shifted = (tl.minimum(tl.abs(y), 6.0) + 2.0).to(tl.int32, bitcast=True) >> 21
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    return (tl.minimum(shifted, 519) & 7) | sign
+    return (tl.minimum(shifted, 519) & 7) | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
 @triton.jit
@@ -151,25 +139,28 @@ def _scale_place(matrix, row, group, rows, groups, SWIZZLED: tl.constexpr):
     if SWIZZLED:
         atom_columns = tl.cdiv(groups, 4)
         atom = (matrix * tl.cdiv(rows, 128) + row // 128) * atom_columns + group // 4
-        return atom * 512 + row % 32 * 16 + row // 32 % 4 * 4 + group % 4
-    return (matrix * rows + row) * groups + group
+        place = atom * 512 + row % 32 * 16 + row // 32 % 4 * 4 + group % 4
+    else:
+        place = (matrix * rows + row) * groups + group
+    return place
 
 
 @triton.jit
 def _segments(segment_T, t_B, matrix, M):
     """Which tensor scale blocks of rows have."""
     if segment_T is None:
-        return t_B * 0 + matrix
-    return tl.load(segment_T + t_B, mask=t_B * 16 < M, other=2147483647)
+        segment_B = t_B * 0 + matrix.to(tl.int32)
+    else:
+        segment_B = tl.load(segment_T + t_B, mask=t_B * 16 < M, other=2147483647)
+    return segment_B
 
 
 @triton.jit
-def _write_tensor_scales(amax_S, scale_S, S):
-    for first in range(0, S, 128):
-        s = first + tl.arange(0, 128)
-        amax = tl.load(amax_S + s, mask=s < S, other=0)
-        amax = tl.where(amax >= _INFINITY, _NAN, amax).to(tl.float32, bitcast=True)
-        tl.store(scale_S + s, tl.div_rn(amax, 2688.0), mask=s < S)
+def _write_tensor_scales(amax_S, scale_S, first, S):
+    s = first + tl.arange(0, 128)
+    amax = tl.load(amax_S + s, mask=s < S, other=0)
+    amax = tl.where(amax >= _INFINITY, _NAN, amax).to(tl.float32, bitcast=True)
+    tl.store(scale_S + s, tl.div_rn(amax, 2688.0), mask=s < S)
 
 
 @triton.jit
@@ -181,15 +172,17 @@ def amax_kernel(
     the rows; one may be None. A program reads STEPS tiles, one beside the other."""
     n_columns = tl.cdiv(N, STEPS * C * 16)
     matrix = tl.program_id(1)
-    t_B = tl.program_id(0) // n_columns * B + tl.arange(0, B)
-    row_RB = t_B[None, :] * 16 + tl.arange(0, 16)[:, None]
-    first_RB = (matrix.to(tl.int64) * M + row_RB) * N
+    first_t = tl.program_id(0) // n_columns * B
+    t_B = first_t + tl.arange(0, B)
+    row_RB = tl.arange(0, B)[None, :] * 16 + tl.arange(0, 16)[:, None]
+    ok_RB = first_t * 16 + row_RB < M
+    x_EMN += (matrix.to(tl.int64) * M + first_t * 16) * N
     plain_B = tl.zeros((B,), dtype=tl.int32)
     transformed_B = tl.zeros((B,), dtype=tl.int32)
     for step in range(STEPS):
         column = (tl.program_id(0) % n_columns * STEPS + step) * (C * 16) + tl.arange(0, C * 16)
-        ok = (row_RB < M)[:, :, None] & (column < N)[None, None, :]
-        x = tl.load(x_EMN + first_RB[:, :, None] + column, mask=ok, other=0.0).to(tl.float32)
+        place = (row_RB * N)[:, :, None] + column
+        x = tl.load(x_EMN + place, mask=ok_RB[:, :, None] & (column < N), other=0.0).to(tl.float32)
         if amax_S is not None:
             plain_B = tl.maximum(plain_B, tl.max(tl.max(_magnitude(x), 0), 1))
         if transformed_amax_S is not None:
@@ -203,86 +196,120 @@ def amax_kernel(
 
 
 @triton.jit
+def _quantize_tile(
+    x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, first_row, first_column, M, N,
+    COLUMNWISE: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr, RANDOM: tl.constexpr,
+    SWIZZLED: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A tile [A, B, C, 16] from row ``first_row`` of its blocks of 16 rows on: one side of it."""
+    # Places count from the tile's first, so that int32 holds them.
+    first = (matrix * M + first_t * 16 + first_row) * N + first_column
+    row_AB = tl.arange(0, B)[None, :] * 16 + tl.arange(0, A)[:, None]
+    ok_AB = first_t * 16 + first_row + row_AB < M
+    # 64 elements for each thread of a tile of 16 rows: registers must suffice.
+    offset = tl.max_contiguous(tl.arange(0, C * 16), 64 // A)
+    place = (row_AB * N)[:, :, None] + offset
+    ok = ok_AB[:, :, None] & (first_column + offset < N)
+    x = tl.load(x_EMN + first + place, mask=ok, other=0.0).to(tl.float32)
+    if RHT:
+        x = _transform(x, B, C * 16).to(x_EMN.dtype.element_ty).to(tl.float32)
+    x = tl.reshape(x, (A, B, C, 16))
+    block_amax = _magnitude(x)
+    if COLUMNWISE or SQUARE:
+        block_amax = tl.max(block_amax, 0, keep_dims=True)
+    if SQUARE or not COLUMNWISE:
+        block_amax = tl.max(block_amax, 3, keep_dims=True)
+    scale, factor = _scales(block_amax, amax_B, B)
+    y = tl.minimum(x * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(y, -6.0, propagate_nan=tl.PropagateNan.ALL)
+    if RANDOM:
+        bits = _random_bits(first, seed, row_AB, N, C * 16)
+        y = _stochastically(y, tl.reshape(bits, (A, B, C, 16)))
+    else:
+        y = _to_nearest(y, 0, 1)
+
+    t_B = first_t + tl.arange(0, B)
+    if scale_ptr is None:
+        values = tl.reshape(y * scale, (A, B, C * 16))
+        tl.store(data + first + place, values.to(data.dtype.element_ty), mask=ok)
+    elif COLUMNWISE:
+        column = first_column + tl.arange(0, C * 16)
+        codes = tl.reshape(_codes(y, x), (2, 8, B, C * 16))
+        codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None, None], 1)
+        codes = tl.reshape(tl.permute(codes, (2, 1, 0)), (C * 16, B * 2))
+        eight = first_t * 2 + tl.arange(0, B * 2)
+        at = (matrix * N + column)[:, None] * (M // 8) + eight
+        tl.store(data + at, codes, mask=(column < N)[:, None] & (eight * 8 < M))
+        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, C * 16))
+        at = _scale_place(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
+        ok_block = (column < N)[:, None] & (t_B * 16 < M)
+        tl.store(scale_ptr + at, tl.trans(scale).to(tl.uint8), mask=ok_block)
+    else:
+        codes = tl.reshape(_codes(y, x), (A, B, C * 2, 8))
+        codes = tl.sum(codes << (4 * tl.arange(0, 8)), 3)
+        eight = tl.arange(0, C * 2)
+        at = first // 8 + ((row_AB * (N // 8))[:, :, None] + eight)
+        ok_eight = ok_AB[:, :, None] & (first_column + eight * 8 < N)
+        tl.store(data + at, codes, mask=ok_eight)
+        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (A, B, C, 1)), (A, B, C))
+        row = (first_t * 16 + first_row + row_AB)[:, :, None]
+        group = first_column // 16 + tl.arange(0, C)
+        at = _scale_place(matrix, row, group, M, N // 16, SWIZZLED)
+        tl.store(scale_ptr + at, scale.to(tl.uint8), mask=ok_AB[:, :, None] & (group * 16 < N))
+
+
+@triton.jit
+def _quantize_side(
+    x_EMN, segment_T, amax_S, data, scale_ptr, tensor_scale_S, seed, M, N, S,
+    COLUMNWISE: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr, RANDOM: tl.constexpr,
+    SWIZZLED: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """16 B rows of 16 C columns, four rows or half of the columns at a time."""
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        for s in range(0, S, 128):
+            _write_tensor_scales(amax_S, tensor_scale_S, s, S)
+    n_columns = tl.cdiv(N, C * 16)
+    matrix = tl.program_id(1).to(tl.int64)
+    first_t = tl.program_id(0) // n_columns * B
+    first_column = tl.program_id(0) % n_columns * (C * 16)
+    segment_B = _segments(segment_T, first_t + tl.arange(0, B), matrix, M)
+    amax_B = tl.load(amax_S + segment_B, mask=segment_B < S, other=0)
+    if COLUMNWISE or SQUARE:
+        for column in range(0, C * 16, C * 8):
+            _quantize_tile(
+                x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, 0, first_column + column,
+                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 16, B, C // 2,
+            )  # fmt: skip
+    else:
+        for row in range(0, 16, 4):
+            _quantize_tile(
+                x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, row, first_column,
+                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 4, B, C,
+            )  # fmt: skip
+
+
+@triton.jit
 def quantize_kernel(
     x_EMN, segment_T,
     row_amax_S, row_data, row_scale, row_tensor_scale_S, row_seed: tl.int64,
     column_amax_S, column_data, column_scale, column_tensor_scale_S, column_seed: tl.int64,
     M, N, S,
-    B: tl.constexpr, C: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr,
-    ROW_RANDOM: tl.constexpr, COLUMN_RANDOM: tl.constexpr, SWIZZLED: tl.constexpr,
+    SQUARE: tl.constexpr, RHT: tl.constexpr, ROW_RANDOM: tl.constexpr,
+    COLUMN_RANDOM: tl.constexpr, SWIZZLED: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A side whose data is None is not made; where its scale is None, data are decoded values in
-    x's layout, else codes by eights. SQUARE: blocks of 16x16."""
-    WIDTH: tl.constexpr = C * 16
-    n_columns = tl.cdiv(N, WIDTH)
-    matrix = tl.program_id(1).to(tl.int64)
-    t_B = tl.program_id(0) // n_columns * B + tl.arange(0, B)
-    first_column = tl.program_id(0) % n_columns * WIDTH
-    column = first_column + tl.arange(0, WIDTH)
-    row_RB = t_B[None, :] * 16 + tl.arange(0, 16)[:, None]
-    first_RB = (matrix * M + row_RB) * N
-    place = first_RB[:, :, None] + column
-    ok = (row_RB < M)[:, :, None] & (column < N)
-    x = tl.load(x_EMN + place, mask=ok, other=0.0).to(tl.float32)
-    segment_B = _segments(segment_T, t_B, matrix, M)
-    group = first_column // 16 + tl.arange(0, C)
-    square_amax = tl.max(_magnitude(tl.reshape(x, (16, B, C, 16))), 0, keep_dims=True)
-    square_amax = tl.max(square_amax, 3, keep_dims=True)
-
+    x's layout, else codes by eights. SQUARE: blocks of 16x16. The second side finds x in a cache.
+    """
     if row_data is not None:
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            _write_tensor_scales(row_amax_S, row_tensor_scale_S, S)
-        tile = tl.reshape(x, (16, B, C, 16))
-        if SQUARE:
-            block_amax = square_amax
-        else:
-            block_amax = tl.max(_magnitude(tile), 3, keep_dims=True)
-        amax_B = tl.load(row_amax_S + segment_B, mask=segment_B < S, other=0)
-        y, scale = _rounded(
-            tile, block_amax, amax_B, first_RB + first_column, row_seed, B, C, ROW_RANDOM
-        )
-        if row_scale is None:
-            values = tl.reshape(y * scale, (16, B, WIDTH))
-            tl.store(row_data + place, values.to(row_data.dtype.element_ty), mask=ok)
-        else:
-            codes = tl.reshape(_codes(y, tile), (16, B, C * 2, 8))
-            codes = tl.sum(codes << (4 * tl.arange(0, 8)), 3)
-            eight = first_column // 8 + tl.arange(0, C * 2)
-            ok_eight = (row_RB < M)[:, :, None] & (eight * 8 < N)
-            tl.store(row_data + first_RB[:, :, None] // 8 + eight, codes, mask=ok_eight)
-            scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (16, B, C, 1)), (16, B, C))
-            at = _scale_place(matrix, row_RB[:, :, None], group, M, N // 16, SWIZZLED)
-            ok_group = (row_RB < M)[:, :, None] & (group * 16 < N)
-            tl.store(row_scale + at, scale.to(tl.uint8), mask=ok_group)
-
+        _quantize_side(
+            x_EMN, segment_T, row_amax_S, row_data, row_scale, row_tensor_scale_S, row_seed,
+            M, N, S, False, SQUARE, False, ROW_RANDOM, SWIZZLED, B, C,
+        )  # fmt: skip
     if column_data is not None:
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            _write_tensor_scales(column_amax_S, column_tensor_scale_S, S)
-        if RHT:
-            x = _transform(x, B, WIDTH).to(x_EMN.dtype.element_ty).to(tl.float32)
-        tile = tl.reshape(x, (16, B, C, 16))
-        if SQUARE:
-            block_amax = square_amax
-        else:
-            block_amax = tl.max(_magnitude(tile), 0, keep_dims=True)
-        amax_B = tl.load(column_amax_S + segment_B, mask=segment_B < S, other=0)
-        y, scale = _rounded(
-            tile, block_amax, amax_B, first_RB + first_column, column_seed, B, C, COLUMN_RANDOM
-        )
-        if column_scale is None:
-            values = tl.reshape(y * scale, (16, B, WIDTH))
-            tl.store(column_data + place, values.to(column_data.dtype.element_ty), mask=ok)
-        else:
-            codes = tl.reshape(_codes(y, tile), (2, 8, B, WIDTH))
-            codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None, None], 1)
-            codes = tl.reshape(tl.permute(codes, (2, 1, 0)), (WIDTH, B * 2))
-            eight = tl.program_id(0) // n_columns * (B * 2) + tl.arange(0, B * 2)
-            at = (matrix * N + column)[:, None] * (M // 8) + eight
-            tl.store(column_data + at, codes, mask=(column < N)[:, None] & (eight * 8 < M))
-            scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, WIDTH))
-            at = _scale_place(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
-            ok_group = (column < N)[:, None] & (t_B * 16 < M)
-            tl.store(column_scale + at, tl.trans(scale).to(tl.uint8), mask=ok_group)
+        _quantize_side(
+            x_EMN, segment_T, column_amax_S, column_data, column_scale, column_tensor_scale_S,
+            column_seed, M, N, S, True, SQUARE, RHT, COLUMN_RANDOM, SWIZZLED, B, C,
+        )  # fmt: skip
 
 
 @triton.jit
