@@ -249,7 +249,9 @@ def _parse(glob: str, text: str) -> PassFormats:
 
 
 def _switched(formats: PassFormats, options: PrecisionOptions) -> PassFormats:
-    return _all("bf16") if options.switch_passes == "all" else formats._replace(forward="bf16")
+    """What stays of the formats after the switch."""
+    high = PassFormats(*(f if BLOCKS[f] == 1 else "bf16" for f in formats))
+    return high if options.switch_passes == "all" else formats._replace(forward=high.forward)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -145,6 +145,7 @@ def test_null_and_bare_switch(tmp_path: Path) -> None:
         ("model: {moe_latent_size: a}", "model.moe_latent_size: expected an integer or null"),
         ("data: {blend: {a: b}}", "data.blend: expected a mapping of paths to numbers"),
         ("data: {blend: 3}", "data.blend: expected a mapping of paths to numbers"),
+        ("precision: {formats: {a: 3}}", "precision.formats: expected a mapping of globs to f"),
         ("model: {mtp_pattern: *E}", 'put text that starts with * in quotes: "*E"'),
         ("model: [1]", "model must be a mapping of keys or the path of a YAML file"),
         ("model: gone.yaml", "gone.yaml: No such file"),

@@ -202,6 +202,10 @@ def test_switch_follows_the_step_in_both_directions() -> None:
         formats.append("/".join(module.low_precision.formats))  # type: ignore[union-attr]
     assert formats == ["nvfp4/nvfp4/nvfp4", "bf16/nvfp4/nvfp4", "nvfp4/nvfp4/nvfp4"]
 
+    options = {"formats": {"*.in_proj": "fp32/nvfp4/mxfp8"}, "switch_step": 7}
+    apply(model, **options).start_step(7, batch=7)
+    assert module.low_precision.formats == ("fp32", "bf16", "bf16")  # type: ignore[union-attr]
+
 
 def test_streams_know_batch_micro_batch_and_rank() -> None:
     model = on_meta(SHAPE)

@@ -28,7 +28,7 @@ from nemo_hybrid.train import loop
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
 """By 16, and the inner width of Mamba-2 layers by 32."""
 STEPS, SAVED = 4, 2
-SHORT = ("--train.max_steps", "2", "--train.eval_sequences", "0", "--checkpoint.every", "0")
+SHORT = ("--train.max_steps", "2", "--train.eval_sequences", "0", "--checkpoint.every", "1")
 
 
 def low_run(store: Path) -> RunConfig:
@@ -92,6 +92,12 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...], Callable[[], Any] | None]] = 
     ),
     "branch": ("plain", ("--precision.recipe", "bf16"), None),
     "formats": (None, (*SHORT, "--precision.formats", "{'*.o_proj': nvfp4}"), None),
+    "all": (None, (*SHORT, "--precision.recipe", "nvfp4_all"), None),
+    "all recomputed": (
+        None,
+        (*SHORT, "--precision.recipe", "nvfp4_all", "--train.recompute", "ME*-"),
+        None,
+    ),
     **{
         f"nan in {where}": (None, SHORT, lambda where=where: poisoned(where))  # type: ignore[misc]
         for where in ("activation", "weight", "gradient")
