@@ -115,5 +115,8 @@ def test_one_rounding_after_the_tensor_scales() -> None:
     b = Operand(torch.tensor([[43.0]]).bfloat16(), torch.tensor(0.999), False)
     y = emulation.product(a, b, torch.bfloat16)
     assert y == torch.tensor(3 * 43 * 1.001 * 0.999).bfloat16()
+    tiny = Operand(a.values, torch.tensor(1e-30), False)
+    huge = Operand(a.values * 2.0**100, torch.tensor(1e-20), False)
+    assert emulation.product(tiny, huge, torch.float32) > 1e-20  # 1e-50 would be 0
     plain = Operand(a.values, None, False)
     assert emulation.product(plain, plain, torch.float32) == 9

@@ -19,17 +19,15 @@ from nemo_kernels.nvfp4.operand import Operand
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """a b^T [M, N] of operands over [M, K] and [N, K]."""
-    return _scaled(_mm(a.matrix, b.matrix.mT), _scale(a, b), dtype)
+    return _scaled(_mm(a.matrix, b.matrix.mT), a, b).to(dtype)
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Row p of expert e times b[e]^T: [P, N], of a over [P, K] and b over [E, N, K]. Zeros after
     the last end. Waits for a GPU, which has to tell the ends."""
     out_PN = a.matrix.new_zeros(a.matrix.shape[0], b.matrix.shape[1], dtype=dtype)
-    scale = _scale(a, b)
     for e, (rows, weight) in enumerate(zip(_segments(ends_E), b.matrix, strict=True)):
-        result = _mm(a.matrix[rows], weight.mT)
-        out_PN[rows] = _scaled(result, None if scale is None else scale[e], dtype)
+        out_PN[rows] = _scaled(_mm(a.matrix[rows], weight.mT), a, b, e)
     return out_PN
 
 
@@ -38,10 +36,8 @@ def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) ->
     [N, P]. Waits for a GPU, which has to tell the ends."""
     (m, _), (n, _) = a.matrix.shape, b.matrix.shape
     out_EMN = a.matrix.new_empty(ends_E.numel(), m, n, dtype=dtype)
-    scale = _scale(a, b)
     for e, rows in enumerate(_segments(ends_E)):
-        result = _mm(a.matrix[:, rows], b.matrix[:, rows].mT)
-        out_EMN[e] = _scaled(result, None if scale is None else scale[e], dtype)
+        out_EMN[e] = _scaled(_mm(a.matrix[:, rows], b.matrix[:, rows].mT), a, b, e)
     return out_EMN
 
 
@@ -51,14 +47,12 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
-def _scale(a: Operand, b: Operand) -> Tensor | None:
-    if a.tensor_scale is None or b.tensor_scale is None:
-        return a.tensor_scale if b.tensor_scale is None else b.tensor_scale
-    return a.tensor_scale * b.tensor_scale
-
-
-def _scaled(result: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (result if scale is None else result.mul_(scale)).to(dtype)
+def _scaled(result: Tensor, a: Operand, b: Operand, expert: int | None = None) -> Tensor:
+    """Times both tensor scales, one after the other: their product may be too small for fp32."""
+    for scale in (a.tensor_scale, b.tensor_scale):
+        if scale is not None:
+            result.mul_(scale if expert is None else scale[expert])
+    return result
 
 
 def _segments(ends_E: Tensor) -> list[slice]:
