@@ -55,7 +55,8 @@ def by_the_table(
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.detach().double() - wanted.detach()).norm() / wanted.norm())
+    got, wanted = got.detach().double(), wanted.detach()
+    return float((got - wanted).norm() / wanted.norm())
 
 
 def test_the_three_products_are_those_of_the_operand_table() -> None:
