@@ -16,6 +16,7 @@ from nemo_hybrid.cli import main
 from nemo_hybrid.config_load import dump_config, load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.precision import policy
+from nemo_hybrid.train.build import check_precision
 from nemo_hybrid.train.metrics import StepMetrics, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import RunLock, open_run
 from train.low_precision import SAVED, low_run
@@ -198,6 +199,18 @@ def test_plan_refuses_the_same_and_says_how_it_plans(
     assert "nvfp4_super (planned as bf16)" in capsys.readouterr().out
     assert main([*command, "--model.moe_intermediate_size", "24"]) == 2
     assert "experts has 24 inner channels" in capsys.readouterr().err
+
+
+def test_configuration_of_the_tiny_run_fits_its_recipe() -> None:
+    runs = Path(__file__).parents[2] / "configs/run"
+    names = ("pretrain_tiny_cpu.yaml", "pretrain_tiny_nvfp4.yaml")
+    config = load_config([runs / name for name in names])
+    config.validate()
+    assert config.precision.low
+    check_precision(config, config.model.hybrid())
+    config = load_config([runs / names[0]], ["--precision.recipe", config.precision.recipe])
+    with pytest.raises(UserError, match=r"in_proj has 902 outputs, .* by 16"):
+        check_precision(config, config.model.hybrid())
 
 
 def test_configuration_with_globs_is_read_back(tmp_path: Path) -> None:
