@@ -14,6 +14,7 @@ MODULES = (
     "nemo_kernels.moe.router_kernel",
     "nemo_kernels.moe.expert_kernel",
     "nemo_kernels.nvfp4.gemm_kernel",
+    "nemo_kernels.nvfp4.quantize_kernel",
 )
 
 

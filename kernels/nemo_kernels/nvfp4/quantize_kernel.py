@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nemo_kernels.nvfp4 import hadamard, rounding
-from nemo_kernels.nvfp4.layout import ATOM_BLOCKS, ATOM_BYTES, ATOM_ROWS, atoms
+from nemo_kernels.nvfp4.layout import ATOM_BYTES, atoms
 from nemo_kernels.nvfp4.operand import Rounding
 from nemo_kernels.nvfp4.scales import BLOCK
 from nemo_kernels.shipped import Shipped
@@ -180,7 +180,8 @@ def amax_kernel(
     plain_B = tl.zeros((B,), dtype=tl.int32)
     transformed_B = tl.zeros((B,), dtype=tl.int32)
     for step in range(STEPS):
-        column = (tl.program_id(0) % n_columns * STEPS + step) * (C * 16) + tl.arange(0, C * 16)
+        offset = tl.max_contiguous(tl.arange(0, C * 16), C // 2)
+        column = (tl.program_id(0) % n_columns * STEPS + step) * (C * 16) + offset
         place = (row_RB * N)[:, :, None] + column
         x = tl.load(x_EMN + place, mask=ok_RB[:, :, None] & (column < N), other=0.0).to(tl.float32)
         if amax_S is not None:
@@ -206,8 +207,8 @@ def _quantize_tile(
     first = (matrix * M + first_t * 16 + first_row) * N + first_column
     row_AB = tl.arange(0, B)[None, :] * 16 + tl.arange(0, A)[:, None]
     ok_AB = first_t * 16 + first_row + row_AB < M
-    # 64 elements for each thread of a tile of 16 rows: registers must suffice.
-    offset = tl.max_contiguous(tl.arange(0, C * 16), 64 // A)
+    # A warp takes whole rows.
+    offset = tl.max_contiguous(tl.arange(0, C * 16), C // 2)
     place = (row_AB * N)[:, :, None] + offset
     ok = ok_AB[:, :, None] & (first_column + offset < N)
     x = tl.load(x_EMN + first + place, mask=ok, other=0.0).to(tl.float32)
@@ -264,7 +265,7 @@ def _quantize_side(
     COLUMNWISE: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr, RANDOM: tl.constexpr,
     SWIZZLED: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """16 B rows of 16 C columns, four rows or half of the columns at a time."""
+    """16 B rows of 16 C columns, some rows or columns at a time, for which registers suffice."""
     if tl.program_id(0) + tl.program_id(1) == 0:
         for s in range(0, S, 128):
             _write_tensor_scales(amax_S, tensor_scale_S, s, S)
@@ -275,10 +276,11 @@ def _quantize_side(
     segment_B = _segments(segment_T, first_t + tl.arange(0, B), matrix, M)
     amax_B = tl.load(amax_S + segment_B, mask=segment_B < S, other=0)
     if COLUMNWISE or SQUARE:
-        for column in range(0, C * 16, C * 8):
+        PARTS: tl.constexpr = 2 if scale_ptr is None and not RANDOM else 4
+        for column in range(0, C * 16, C * 16 // PARTS):
             _quantize_tile(
                 x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, 0, first_column + column,
-                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 16, B, C // 2,
+                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 16, B, C // PARTS,
             )  # fmt: skip
     else:
         for row in range(0, 16, 4):
@@ -313,48 +315,34 @@ def quantize_kernel(
 
 
 @triton.jit
-def dequantize_kernel(
-    data, scale_G, tensor_scale, out, G, BLOCKS: tl.constexpr
-):  # fmt: skip
+def dequantize_kernel(data, scale_G, tensor_scale, out, G, BLOCKS: tl.constexpr):
     """Each program decodes some of G blocks, of 8 bytes each."""
     g = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    byte = g[:, None] * 8 + tl.arange(0, 8)
-    packed = tl.load(data + byte, mask=(g < G)[:, None], other=0).to(tl.int32)
-    codes = tl.reshape(tl.join(packed & 15, packed >> 4), (BLOCKS, 16))
+    ok = (g < G)[:, None]
+    byte = tl.load(data + g[:, None] * 8 + tl.arange(0, 8), mask=ok, other=0).to(tl.int32)
+    codes = tl.reshape(tl.join(byte & 15, byte >> 4), (BLOCKS, 16))
     index = codes & 7
     values = tl.where(index < 2, index * 0.5, ((index + 252) << 22).to(tl.float32, bitcast=True))
     values = tl.where(codes > 7, -values, values)
     values *= tl.load(scale_G + g, mask=g < G, other=0.0).to(tl.float32)[:, None]
     values *= tl.load(tensor_scale).to(tl.float32)
     place = g[:, None] * 16 + tl.arange(0, 16)
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=(g < G)[:, None])
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=ok)
 
 
-class Tile(NamedTuple):
-    """Blocks of 16 rows and of 16 columns of a program, and its warps."""
-
-    b: int
-    c: int
-    warps: int
-
-
-TILES = {
-    # decoded values: rows of 256 columns for each warp; codes: 64 rows, of whose column-wise
-    # results 32 bytes lie together
-    False: Tile(4, 16, 4),
-    True: Tile(4, 16, 4),
-}
-AMAX_TILE, AMAX_STEPS = Tile(4, 16, 4), 4
-DECODED = 128
-"""Blocks that a program of ``dequantize_kernel`` decodes."""
+_TILE = {"B": 4, "C": 16, "num_warps": 4}
+"""Column-wise, 32 bytes of codes lie together."""
+_AMAX = {"B": 4, "C": 8, "STEPS": 8, "num_warps": 4}
+_DECODED = {"BLOCKS": 128, "num_warps": 4}
 
 
 class Result(NamedTuple):
-    """A quantized matrix.
+    """Quantized matrices.
 
     Fields:
-        data: uint8 codes [.., R, K/2], or bf16 code times block scale in x's shape.
-        scale: of codes: float8_e4m3fn [.., R, K/16], or its atoms (:mod:`.layout`); else None.
+        data: uint8 codes [E, R, K/2], K being the dimension along which blocks lie; or bf16 code
+            times block scale, in x's layout.
+        scale: of codes: float8_e4m3fn [E, R, K/16], or its atoms (:mod:`.layout`); else None.
         tensor_scale: fp32 [S].
     """
 
@@ -381,81 +369,168 @@ def quantize(
         rows, columns: how; tiles are the same; no Hadamard transform of rows.
         ends_E: int32, for one matrix: its rows are segments, each with a tensor scale of its own,
             that end before these multiples of 16. Rows after the last end must be zeros.
-        amax: fp32 with one element, to take instead of the matrix's own; not for segments.
+        amax: fp32 with one element, to take instead of one matrix's own; not for segments.
         packed: codes; else decoded values.
         swizzled: scales of codes in atoms, padded with zeros; else in plain order.
     """
+    with torch.cuda.device_of(x_EMN):
+        return _quantize(x_EMN, rows, columns, ends_E, amax, packed, swizzled)
+
+
+def dequantize(
+    data: Tensor, block_scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """:func:`.reference.dequantize` of contiguous tensors; one tensor scale."""
+    out = torch.empty(*data.shape[:-1], 2 * data.shape[-1], dtype=dtype, device=data.device)
+    n = block_scale.numel()
+    if n:
+        with torch.cuda.device_of(data):
+            dequantize_kernel[(triton.cdiv(n, _DECODED["BLOCKS"]),)](
+                data, block_scale, tensor_scale, out, n, **_DECODED
+            )
+    return out
+
+
+def _quantize(
+    x_EMN: Tensor,
+    rows: Rounding | None,
+    columns: Rounding | None,
+    ends_E: Tensor | None,
+    amax: Tensor | None,
+    packed: bool,
+    swizzled: bool,
+) -> tuple[Result | None, Result | None]:
     (n_matrices, m, n), device = x_EMN.shape, x_EMN.device
     n_scales = n_matrices if ends_E is None else ends_E.numel()
     segment_T = None
     if ends_E is not None:
         first_T = torch.arange(0, m, BLOCK, dtype=torch.int32, device=device)
         segment_T = torch.searchsorted(ends_E, first_T, right=True, out_int32=True)
+    rht = columns is not None and columns.rht
+    n_row_tiles = triton.cdiv(m, BLOCK * _TILE["B"])
     if amax is None:
-        bits = torch.zeros(2, n_scales, dtype=torch.int32, device=device)
-        transformed = columns is not None and columns.rht
-        plain = rows is not None or not transformed
-        _amax(x_EMN, bits[0] if plain else None, bits[1] if transformed else None, segment_T)
-        row_amax, column_amax = bits[0], bits[int(transformed)]
+        bits_2S = torch.zeros(2, n_scales, dtype=torch.int32, device=device)
+        if x_EMN.numel():
+            grid = (n_row_tiles * triton.cdiv(n, BLOCK * _AMAX["C"] * _AMAX["STEPS"]), n_matrices)
+            plain = bits_2S[0] if rows is not None or not rht else None
+            transformed = bits_2S[1] if rht else None
+            amax_kernel[grid](x_EMN, plain, transformed, segment_T, m, n, n_scales, **_AMAX)
+        row_amax, column_amax = bits_2S[0], bits_2S[int(rht)]
     else:
-        row_amax = column_amax = amax.reshape(1).abs().view(torch.int32)
-
-    def result(side: Rounding | None, columnwise: bool) -> Result | None:
-        if side is None:
-            return None
-        tensor_scale = torch.empty(n_scales, dtype=torch.float32, device=device)
-        if not packed:
-            return Result(torch.empty_like(x_EMN, dtype=torch.bfloat16), None, tensor_scale)
-        r, k = (n, m) if columnwise else (m, n)
-        data = torch.empty(n_matrices, r, k // 2, dtype=torch.uint8, device=device)
-        if swizzled:
-            shape = (n_matrices, *atoms(r, k), ATOM_BYTES)
-            scale = torch.zeros(shape, dtype=torch.uint8, device=device)
-        else:
-            scale = torch.empty(n_matrices, r, k // BLOCK, dtype=torch.uint8, device=device)
-        return Result(data, scale.view(torch.float8_e4m3fn), tensor_scale)
-
-    def arguments(side: Rounding | None, made: Result | None, bits: Tensor) -> tuple[Any, ...]:
-        if side is None or made is None:
-            return None, None, None, None, 0
-        data = made.data if made.scale is None else made.data.view(torch.int32)
-        scale = None if made.scale is None else made.scale.view(torch.uint8)
-        return bits, data, scale, made.tensor_scale, rounding._signed(side.seed or 0)
-
-    made = result(rows, False), result(columns, True)
-    tile = TILES[packed]
-    grid = (triton.cdiv(m, BLOCK * tile.b) * triton.cdiv(n, BLOCK * tile.c), n_matrices)
+        row_amax = column_amax = amax.reshape(1).view(torch.int32)
+    made = [
+        None if how is None else _empty(x_EMN, shape, n_scales, packed, swizzled)
+        for how, shape in ((rows, (m, n)), (columns, (n, m)))
+    ]
     if x_EMN.numel():
+        grid = (n_row_tiles * triton.cdiv(n, BLOCK * _TILE["C"]), n_matrices)
         quantize_kernel[grid](
             x_EMN,
             segment_T,
-            *arguments(rows, made[0], row_amax),
-            *arguments(columns, made[1], column_amax),
+            *_side(rows, made[0], row_amax),
+            *_side(columns, made[1], column_amax),
             m,
             n,
             n_scales,
-            B=tile.b,
-            C=tile.c,
-            SQUARE=any(side is not None and side.tile[0] > 1 for side in (rows, columns)),
-            RHT=columns is not None and columns.rht,
+            SQUARE=any(how is not None and how.tile[0] > 1 for how in (rows, columns)),
+            RHT=rht,
             ROW_RANDOM=rows is not None and rows.seed is not None,
             COLUMN_RANDOM=columns is not None and columns.seed is not None,
             SWIZZLED=swizzled,
-            num_warps=tile.warps,
+            **_TILE,
         )
-    return made
+    return made[0], made[1]
 
 
-def _amax(
-    x_EMN: Tensor, plain: Tensor | None, transformed: Tensor | None, segment_T: Tensor | None
-) -> None:
-    n_matrices, m, n = x_EMN.shape
-    if x_EMN.numel():
-        width = BLOCK * AMAX_TILE.c * AMAX_STEPS
-        grid = (triton.cdiv(m, BLOCK * AMAX_TILE.b) * triton.cdiv(n, width), n_matrices)
-        some = plain if plain is not None else transformed
-        assert some is not None
-        amax_kernel[grid](
-            x_EMN, plain, transformed, segment_T, m, n, some.numel(),
-            B=AMAX_TILE.b, C=AMAX_TILE.c, STEPS=AMAX_STEPS, num_warps=AMAX_TILE.warps,
-        )  # fmt: skip
+def _empty(
+    x_EMN: Tensor, shape: tuple[int, int], n_scales: int, packed: bool, swizzled: bool
+) -> Result:
+    n_matrices, device = x_EMN.shape[0], x_EMN.device
+    # Where there is nothing to quantize, no program writes them.
+    make = torch.empty if x_EMN.numel() else torch.zeros
+    tensor_scale = make(n_scales, dtype=torch.float32, device=device)
+    if not packed:
+        return Result(torch.empty_like(x_EMN, dtype=torch.bfloat16), None, tensor_scale)
+    r, k = shape
+    data = torch.empty(n_matrices, r, k // 2, dtype=torch.uint8, device=device)
+    if swizzled:
+        size = (n_matrices, *atoms(r, k), ATOM_BYTES)
+        scale = torch.zeros(size, dtype=torch.uint8, device=device)
+    else:
+        scale = torch.empty(n_matrices, r, k // BLOCK, dtype=torch.uint8, device=device)
+    return Result(data, scale.view(torch.float8_e4m3fn), tensor_scale)
+
+
+def _side(how: Rounding | None, made: Result | None, amax: Tensor) -> tuple[Any, ...]:
+    """Arguments of ``quantize_kernel``. Codes are written by eights."""
+    if how is None or made is None:
+        return None, None, None, None, 0
+    seed = rounding._signed(how.seed or 0)
+    if made.scale is None:
+        return amax, made.data, None, made.tensor_scale, seed
+    codes, scale = made.data.view(torch.int32), made.scale.view(torch.uint8)
+    return amax, codes, scale, made.tensor_scale, seed
+
+
+def shipped() -> list[Shipped]:
+    """The operands of training's products, decoded and as codes: of activations, of gradients, of
+    weights, and without the transform, random bits or 16x16 blocks."""
+    plain, tile = dict.fromkeys((90, 100)), {"B": _TILE["B"], "C": _TILE["C"]}
+    sizes = {"M": "i32", "N": "i32", "S": "i32"}
+    kernels = []
+
+    def declare(kernel: Any, values: dict[str, Any], types: dict[str, str], *archs: int) -> None:
+        """Arguments without a type are None or constexpr."""
+        kernels.append(
+            Shipped(kernel, types, values, plain, _TILE["num_warps"], 3, ("M", "N"), archs)
+        )
+
+    for x in ("*bf16", "*fp32"):
+        types = {"x_EMN": x, "segment_T": "*i32", **sizes}
+        both = {"amax_S": "*i32", "transformed_amax_S": "*i32"}
+        for missing in (None, *both):
+            kinds = {**types, **{name: k for name, k in both.items() if name != missing}}
+            steps = {name: _AMAX[name] for name in ("B", "C", "STEPS")}
+            values = {**steps, **({missing: None} if missing else {})}
+            declare(amax_kernel, values, kinds, 90, 100)
+        for how in _COMBINATIONS:
+            for packed, arch in ((False, 90), (True, 100)):
+                kinds, values = {**types, "row_seed": "i64", "column_seed": "i64"}, {**tile}
+                for side, wanted in (("row", how.rows), ("column", how.columns)):
+                    data = "*i32" if packed else "*bf16"
+                    names = {"amax_S": "*i32", "data": data, "scale": "*u8"}
+                    for name, kind in {**names, "tensor_scale_S": "*fp32"}.items():
+                        if wanted and (packed or name != "scale"):
+                            kinds[f"{side}_{name}"] = kind
+                        else:
+                            values[f"{side}_{name}"] = None
+                values |= {"SQUARE": how.square, "RHT": how.rht, "SWIZZLED": packed}
+                values |= {"ROW_RANDOM": how.random and how.rows, "COLUMN_RANDOM": how.random}
+                declare(quantize_kernel, values, kinds, arch)
+    for out in ("*bf16", "*fp32"):
+        types = {"data": "*u8", "scale_G": "*fp8e4nv", "tensor_scale": "*fp32", "out": out}
+        types["G"] = "i32"
+        constants = {"BLOCKS": _DECODED["BLOCKS"]}
+        kernels.append(
+            Shipped(dequantize_kernel, types, constants, plain, _DECODED["num_warps"], 3)
+        )
+    return kernels
+
+
+class _Combination(NamedTuple):
+    rows: bool
+    columns: bool
+    square: bool = False
+    rht: bool = False
+    random: bool = False
+
+
+_COMBINATIONS = (
+    _Combination(True, True, rht=True),
+    _Combination(True, True, rht=True, random=True),
+    _Combination(True, False, square=True),
+    _Combination(True, True, square=True),
+    _Combination(True, False),
+    _Combination(True, True),
+    _Combination(True, True, random=True),
+)
