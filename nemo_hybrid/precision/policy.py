@@ -7,10 +7,9 @@ Rules are globs over module names; of those that match a product the last one co
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, cast, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import nn
@@ -21,8 +20,15 @@ from nemo_hybrid.precision.experts import QuantizedExperts
 from nemo_hybrid.precision.formats import BLOCKS, Format, Ingredients, PassFormats
 from nemo_hybrid.precision.linear import QuantizedLinear
 from nemo_hybrid.precision.operands import Probe
+from nemo_hybrid.precision.products import (
+    Product,
+    glob_of,
+    group_of,
+    is_linear,
+    low_formats,
+    table_of,
+)
 from nemo_hybrid.precision.streams import Streams
-from nemo_kernels import backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,40 +63,6 @@ PRESETS = {
 }
 
 
-class _Group(NamedTuple):
-    glob: str
-    words: str
-    options: str
-    """Of the model, that its dimensions follow from."""
-
-
-# The first that matches counts.
-_GROUPS = (
-    _Group("*.mixer.in_proj", "Mamba-2 in_proj",
-           "hidden_size, mamba_num_heads, mamba_head_dim, n_groups or ssm_state_size"),
-    _Group("*.mixer.out_proj", "Mamba-2 out_proj",
-           "hidden_size, mamba_num_heads or mamba_head_dim"),
-    _Group("*.mixer.[qkvo]_proj", "attention",
-           "hidden_size, num_attention_heads, num_key_value_heads or head_dim"),
-    _Group("*.fc?_latent_proj", "latent projections", "hidden_size or moe_latent_size"),
-    _Group("*.experts", "routed experts", "moe_latent_size or moe_intermediate_size"),
-    _Group("*.shared_experts.*", "shared experts",
-           "hidden_size or moe_shared_expert_intermediate_size"),
-    _Group("*.gate", "router", ""),
-    _Group("*.mixer.*", "dense MLP", "hidden_size or intermediate_size"),
-    _Group("mtp.*", "MTP block", "hidden_size"),
-    _Group("lm_head", "head", ""),
-)  # fmt: skip
-
-
-class Product(NamedTuple):
-    """A module whose matrix products can take low precision."""
-
-    name: str
-    module: Any
-    formats: PassFormats
-
-
 class Precision:
     """The formats of a model's products in the course of a run."""
 
@@ -109,7 +81,7 @@ class Precision:
         ingredients = _ingredients(options)
         self._products = []
         for product in products:
-            low = QuantizedLinear if _is_linear(product.module) else QuantizedExperts
+            low = QuantizedLinear if is_linear(product.module) else QuantizedExperts
             quantized = low(product.name, product.formats, ingredients, streams, probe)
             self._products.append((product, quantized))
         self.start_step(0, 0)
@@ -184,7 +156,7 @@ def apply(
     ``probe`` is shown what is quantized. Raises UserError as :func:`resolve` does.
     """
     changed = _changed(model, options, shape)
-    table = _table(model, resolve(model, options, shape), shape, device_type) if changed else []
+    table = table_of(model, resolve(model, options, shape), shape, device_type) if changed else []
     return Precision(changed, options, Streams(seed, rank), table, probe)
 
 
@@ -254,10 +226,6 @@ def _switched(formats: PassFormats, options: PrecisionOptions) -> PassFormats:
     return high if options.switch_passes == "all" else formats._replace(forward=high.forward)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features")
-
-
 def _ingredients(options: PrecisionOptions) -> Ingredients:
     return Ingredients(**{name: getattr(options, name) for name in Ingredients._fields})
 
@@ -271,7 +239,7 @@ def _check_glob(glob: str, modules: list[str], products: list[str]) -> None:
         # Compared by as many last parts as are given.
         wanted = glob.removeprefix("*").strip(".")
         last = -len(wanted.split("."))
-        known = {".".join(_general(n).split(".")[last:]): _general(n) for n in reversed(products)}
+        known = {".".join(glob_of(n).split(".")[last:]): glob_of(n) for n in reversed(products)}
         nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)
         hint = f"; did you mean {known[nearest[0]]}?" if nearest else ""
         raise UserError(f"precision.formats: {glob} matches no module{hint}")
@@ -293,7 +261,7 @@ def _check_dimensions(product: Product, options: PrecisionOptions, tokens: int) 
     outer, inner = BLOCKS[formats.dgrad], BLOCKS[formats.forward]
     if options.two_dimensional_weights and "nvfp4" in formats[:2]:
         outer, inner = max(outer, BLOCKS["nvfp4"]), max(inner, BLOCKS["nvfp4"])
-    if _is_linear(module):
+    if is_linear(module):
         sizes = ((module.in_features, "inputs", inner), (module.out_features, "outputs", outer))
     else:  # the second product takes what the first one gives
         width, size = module.up_proj.shape[1:]
@@ -303,72 +271,12 @@ def _check_dimensions(product: Product, options: PrecisionOptions, tokens: int) 
         if number % block:
             raise UserError(
                 f"{name} has {number} {words}, which is not divisible by {block}, the block of "
-                f"{_low(formats)}: change model.{_group(name).options}, or set precision.formats "
-                f'"{_general(name)}: bf16"'
+                f"{low_formats(formats)}: change model.{group_of(name).options}, or set "
+                f'precision.formats "{glob_of(name)}: bf16"'
             )
-    if _is_linear(module) and tokens % BLOCKS[formats.wgrad]:
+    if is_linear(module) and tokens % BLOCKS[formats.wgrad]:
         raise UserError(
             f"train.micro_batch_size x data.sequence_length ({tokens}) is not divisible by "
             f"{BLOCKS[formats.wgrad]}, the block of {formats.wgrad}, in which the weight gradient "
-            f"of {name} sums over tokens"
+            f"of {name} sums over tokens: change one of them"
         )
-
-
-def _low(formats: Iterable[str]) -> str:
-    return "/".join(dict.fromkeys(f for f in formats if BLOCKS[f] > 1))
-
-
-def _group(name: str) -> _Group:
-    return next(group for group in _GROUPS if fnmatchcase(name, group.glob))
-
-
-def _general(name: str) -> str:
-    """The glob for the same product of every layer."""
-    return re.sub(r"\.\d+\.", ".*.", name)
-
-
-def _table(
-    model: nn.Module, products: Sequence[Product], shape: Architecture, device_type: str
-) -> list[tuple[str, ...]]:
-    """See HEADER. Counted are multiply-adds of all weight matrices per token; attention scores and
-    the scan are no products with weights."""
-    work: dict[tuple[str, str], list[int]] = {}
-    for name, words, macs in _work(model, products, shape):
-        in_mtp, group = name.startswith("mtp."), _group(name).words
-        group = "MTP block" if in_mtp and group != "router" else group
-        work.setdefault((group, words), []).append(macs * (shape.mtp_num_depths if in_mtp else 1))
-    total = sum(map(sum, work.values()))
-    order = [group.words for group in _GROUPS]
-    return [
-        (group, str(len(macs)), words, f"{sum(macs) / total:.1%}", _runs(words, device_type))
-        for (group, words), macs in sorted(work.items(), key=lambda item: order.index(item[0][0]))
-    ]
-
-
-def _work(
-    model: nn.Module, products: Sequence[Product], shape: Architecture
-) -> Iterator[tuple[str, str, int]]:
-    """Name, format and multiply-adds per token and pass of all modules with weight matrices."""
-    for name, module in model.named_modules():
-        if name == "lm_head":
-            yield name, "bf16", module.weight.numel() * (1 + shape.mtp_num_depths)
-        elif name.endswith(".gate"):
-            yield name, "fp32", module.weight.numel()
-    for name, module, formats in products:
-        if _is_linear(module):
-            macs = module.in_features * module.out_features
-        else:
-            macs = 2 * shape.num_experts_per_tok * module.up_proj[0].numel()
-        yield name, formats[0] if len(set(formats)) == 1 else "/".join(formats), macs
-
-
-def _runs(words: str, device_type: str) -> str:
-    """Natively or emulated; empty for what is in no low precision."""
-    low = _low(words.split("/"))
-    native = low == "nvfp4" and device_type == "cuda" and _has_fp4_units()
-    return low and ("native" if native else "emulated")
-
-
-def _has_fp4_units() -> bool:
-    on_path = backend.path("nvfp4", "cuda").name != "reference"
-    return on_path and torch.cuda.get_device_capability() >= (10, 0)

@@ -15,7 +15,7 @@ from nemo_hybrid.config import HybridConfig, PrecisionOptions
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.precision import policy
+from nemo_hybrid.precision import policy, products
 from nemo_hybrid.precision.experts import QuantizedExperts
 from nemo_hybrid.precision.formats import PassFormats
 from nemo_hybrid.precision.linear import QuantizedLinear
@@ -35,8 +35,8 @@ def on_meta(shape: HybridConfig) -> HybridLM:
 
 
 def chosen(shape: HybridConfig = SHAPE, **options: Any) -> dict[str, PassFormats]:
-    products = policy.resolve(on_meta(shape), PrecisionOptions(**options), shape)
-    return {p.name: p.formats for p in products}
+    found = policy.resolve(on_meta(shape), PrecisionOptions(**options), shape)
+    return {p.name: p.formats for p in found}
 
 
 def check(shape: HybridConfig = SHAPE, tokens: int = 64, **options: Any) -> None:
@@ -106,11 +106,11 @@ def test_work_is_the_matmul_work_of_the_model() -> None:
     from nemo_hybrid.train.flops import train_flops_per_token
 
     model = on_meta(SHAPE)
-    products = policy.resolve(model, PrecisionOptions(), SHAPE)
+    found = policy.resolve(model, PrecisionOptions(), SHAPE)
     passes = SHAPE.mtp_num_depths
     macs = sum(
         n * (passes if name.startswith("mtp.") else 1)
-        for name, _, n in policy._work(model, products, SHAPE)
+        for name, _, n in products.work_of(model, found, SHAPE)
     )
     # Scan and attention scores are what is left, at the shortest sequence nearly nothing.
     rest = train_flops_per_token(SHAPE, 1) / 6 - macs
@@ -225,7 +225,9 @@ def test_streams_know_batch_micro_batch_and_rank() -> None:
 def test_native_units_are_blackwells(monkeypatch: pytest.MonkeyPatch) -> None:
     capability, path = [(9, 0)], ["triton"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
-    monkeypatch.setattr(policy.backend, "path", lambda op, device: policy.backend.Path(path[0], ""))
+    monkeypatch.setattr(
+        products.backend, "path", lambda op, device: products.backend.Path(path[0], "")
+    )
     formats = {"*.q_proj": "nvfp4/bf16/bf16", "*.k_proj": "nvfp4/mxfp8/bf16"}
     given = PrecisionOptions(recipe="nvfp4_super", formats=formats)
 
