@@ -64,10 +64,9 @@ def _stochastically(y, bits):
 @triton.jit
 def _random_bits(first, seed, row_AB, N, WIDTH: tl.constexpr):
     """Of the elements of WIDTH columns from place ``first`` on: int32 [A, B, WIDTH/4, 4]; see
-    :mod:`.rounding`. The counter is multiplied per row and per column, not per word."""
-    row_AB = (first // 4 + 1) * _GAMMA + seed + row_AB * ((N // 4).to(tl.int64) * _GAMMA)
-    column_W = tl.arange(0, WIDTH // 4).to(tl.int64) * _GAMMA
-    z = row_AB[:, :, None] + column_W
+    :mod:`.rounding`."""
+    word = (row_AB * (N // 4))[:, :, None] + tl.arange(0, WIDTH // 4)
+    z = word.to(tl.int64) * _GAMMA + ((first // 4 + 1) * _GAMMA + seed)
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
     z = z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,229 @@
+"""NVFP4 in Triton: quantizers that equal :mod:`.reference` bit for bit, and products.
+
+On chips with units for NVFP4 (sm_100, sm_103), operands are packed and products are native; on
+others an operand holds decoded values in bf16, which are exact, and products are emulated. What the
+quantizers do not take goes to the reference: four-over-six, a transform along rows, an amax per
+part, and stacked matrices with one tensor scale.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nemo_kernels.nvfp4 import emulation, gemm_kernel, layout, quantize_kernel, reference
+from nemo_kernels.nvfp4.layout import Packed
+from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.quantize_kernel import Result
+from nemo_kernels.nvfp4.reference import Quantized
+from nemo_kernels.nvfp4.scales import BLOCK
+
+DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+"""CPU tensors only in Triton's interpreter."""
+NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
+SEGMENT_ALIGNMENT = layout.SEGMENT_ALIGNMENT if NATIVE else BLOCK
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_COLUMNS = 2**31 // 64
+"""Within a program's rows, places are int32."""
+
+
+def quantize(
+    x: Tensor,
+    *,
+    tile: tuple[int, int] = (1, 16),
+    columnwise: bool = False,
+    rht: bool = False,
+    four_over_six: bool = False,
+    seed: int | None = None,
+    amax: Tensor | None = None,
+) -> Quantized:
+    """:func:`.reference.quantize`."""
+    how = Rounding(tile, rht, seed)
+    made = _alone(x, how, columnwise, four_over_six, amax, packed=True)
+    if made is None:
+        return reference.quantize(
+            x,
+            tile=tile,
+            columnwise=columnwise,
+            rht=rht,
+            four_over_six=four_over_six,
+            seed=seed,
+            amax=amax,
+        )
+    assert made.scale is not None
+    outer = x.shape[-1:] if columnwise else x.shape[:-1]
+    data, scale = (t.view(*outer, t.shape[-1]) for t in (made.data, made.scale))
+    return Quantized(data, scale, made.tensor_scale.view(()))
+
+
+def fake_quantize(
+    x: Tensor,
+    *,
+    tile: tuple[int, int] = (1, 16),
+    columnwise: bool = False,
+    rht: bool = False,
+    four_over_six: bool = False,
+    seed: int | None = None,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.fake_quantize`."""
+    how = Rounding(tile, rht, seed)
+    made = _alone(x, how, columnwise, four_over_six, amax, packed=False)
+    if made is None:
+        return reference.fake_quantize(
+            x,
+            tile=tile,
+            columnwise=columnwise,
+            rht=rht,
+            four_over_six=four_over_six,
+            seed=seed,
+            amax=amax,
+        )
+    return made.data.view(x.shape), made.tensor_scale.view(())
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """:func:`.reference.dequantize`."""
+    if q.tensor_scale.numel() != 1:
+        return reference.dequantize(q, dtype)
+    data, scale = q.data.contiguous(), q.block_scale.contiguous()
+    return quantize_kernel.dequantize(data, scale, q.tensor_scale, dtype)
+
+
+def operands(
+    x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
+) -> tuple[Operand | Packed | None, Operand | Packed | None]:
+    """:func:`nemo_kernels.nvfp4.operands`; x is read once for maxima and once for all results."""
+    takes = x.dim() in (2, 3) and (x.dim() == 2 or ends_E is None)
+    if not takes or not _takes(x, rows, columns):
+        return reference.operands(x, rows, columns, ends_E)
+    x_EMN = x.detach().contiguous().view(-1, *x.shape[-2:])
+    if rows is not None and columns is not None and rows.tile != columns.tile:
+        return operands(x, rows, None, ends_E)[0], operands(x, None, columns, ends_E)[1]
+    shared = rows == columns and rows is not None and rows.tile[0] > 1 and not NATIVE
+    made = quantize_kernel.quantize(
+        x_EMN, rows, None if shared else columns, ends_E, packed=NATIVE, swizzled=NATIVE
+    )
+    if shared:  # the same values in the same places
+        made = made[0], made[0]
+    scalar = x.dim() == 2 and ends_E is None
+    return _operand(made[0], x, False, scalar), _operand(made[1], x, True, scalar)
+
+
+def product(a: Operand | Packed, b: Operand | Packed, dtype: torch.dtype) -> Tensor:
+    """:func:`nemo_kernels.nvfp4.product`."""
+    if isinstance(a, Packed) and isinstance(b, Packed):
+        return gemm_kernel.gemm(a, b, dtype)
+    return emulation.product(_emulated(a), _emulated(b), dtype)
+
+
+def grouped_product(
+    a: Operand | Packed, b: Operand | Packed, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """:func:`nemo_kernels.nvfp4.grouped_product`."""
+    if isinstance(a, Packed) and isinstance(b, Packed):
+        return gemm_kernel.grouped_rows(a, b, ends_E, dtype)
+    return emulation.grouped_product(_emulated(a), _emulated(b), ends_E, dtype)
+
+
+def grouped_wgrad(
+    a: Operand | Packed, b: Operand | Packed, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
+    if isinstance(a, Packed) and isinstance(b, Packed):
+        return gemm_kernel.grouped_wgrad(a, b, ends_E, dtype)
+    return emulation.grouped_wgrad(_emulated(a), _emulated(b), ends_E, dtype)
+
+
+def self_check(device_type: str) -> float:
+    """Deviation of products from the reference's; infinity where codes or scales differ."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 256, generator=generator).to(device_type, torch.bfloat16)
+    w_ENK = torch.randn(2, 96, 256, generator=generator).to(device_type, torch.bfloat16)
+    ends_E = torch.tensor([0, 128], dtype=torch.int32, device=device_type)
+    rows, columns = Rounding(seed=1), Rounding(rht=True, seed=2)
+    for (tile, rht, seed), columnwise in (
+        (rows, False),
+        (columns, True),
+        (Rounding((16, 16)), False),
+    ):
+        found, wanted = (
+            f(x, tile=tile, columnwise=columnwise, rht=rht, seed=seed)
+            for f in (quantize, reference.quantize)
+        )
+        same_scales = torch.equal(found.block_scale.float(), wanted.block_scale.float())
+        if not same_scales or not torch.equal(found.data, wanted.data):
+            return torch.inf
+
+    def products(path: Any) -> list[Tensor]:
+        a, transposed = path.operands(x, rows, columns)
+        b, _ = path.operands(w_ENK[0], Rounding(), None)
+        grouped, for_wgrad = path.operands(x, rows, columns, ends_E)
+        weights, _ = path.operands(w_ENK, Rounding((16, 16)), None)
+        return [
+            path.product(a, b, torch.float32),
+            path.product(transposed, transposed, torch.float32),
+            path.grouped_product(grouped, weights, ends_E, torch.float32),
+            path.grouped_wgrad(for_wgrad, for_wgrad, ends_E, torch.float32),
+        ]
+
+    pairs = zip(products(sys.modules[__name__]), products(reference), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _takes(x: Tensor, *sides: Rounding | None) -> bool:
+    """Whether the kernels quantize a matrix, or several, so; sides are rows and columns."""
+    rows, columns = sides
+    hows = [how for how in sides if how is not None]
+    in_blocks = columns is not None or any(how.tile[0] > 1 for how in hows)
+    return (
+        x.dtype in _DTYPES
+        and x.shape[-1] % BLOCK == 0
+        and x.shape[-1] <= _MAX_COLUMNS
+        and not (in_blocks and x.shape[-2] % BLOCK)
+        and all(tuple(how.tile) in ((1, BLOCK), (BLOCK, BLOCK)) for how in hows)
+        and not (rows is not None and rows.rht)
+        and not (columns is not None and columns.rht and columns.tile[0] > 1)
+    )
+
+
+def _alone(
+    x: Tensor,
+    how: Rounding,
+    columnwise: bool,
+    four_over_six: bool,
+    amax: Tensor | None,
+    packed: bool,
+) -> Result | None:
+    """One side of x with one tensor scale; None if the kernels do not take it."""
+    if not columnwise and how.tile == (1, BLOCK) and x.dim() and x.shape[-1]:
+        x = x.reshape(-1, x.shape[-1])
+    sides = (None, how) if columnwise else (how, None)
+    if four_over_six or x.dim() != 2 or not _takes(x, *sides):
+        return None
+    if amax is not None and (amax.numel() != 1 or amax.dim() or amax.dtype != torch.float32):
+        return None
+    x_1MN = x.detach().contiguous().unsqueeze(0)
+    return quantize_kernel.quantize(x_1MN, *sides, amax=amax, packed=packed)[columnwise]
+
+
+def _operand(
+    made: Result | None, x: Tensor, columnwise: bool, scalar: bool
+) -> Operand | Packed | None:
+    if made is None:
+        return None
+    tensor_scale = made.tensor_scale.view(()) if scalar else made.tensor_scale
+    if made.scale is None:
+        return Operand(made.data.view(x.shape), tensor_scale, columnwise)
+    data, scale = (made.data, made.scale) if x.dim() == 3 else (made.data[0], made.scale[0])
+    return Packed(data, scale, tensor_scale)
+
+
+def _emulated(x: Operand | Packed) -> Operand:
+    if isinstance(x, Packed):
+        raise ValueError("operands: expected both packed or both decoded, got one of each")
+    return x
