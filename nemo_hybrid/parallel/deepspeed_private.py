@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -102,6 +103,16 @@ class ZeroOptimizer:
                     continue  # this rank owns no part of it
                 here, there = (getattr(mapping, name) for name in _ADDRESSES)
                 yield Part(parameter, here.start, here.numel, master, there.start)
+
+    def gradients(self) -> Iterator[tuple[Part, Tensor]]:
+        """Every part with its elements of the accumulated and reduced gradient, flat: a view."""
+        pieces = {
+            master: dict(zip(accumulate((p.numel() for p in held), initial=0), held, strict=False))
+            for i, master in enumerate(self.masters)
+            for held in [self._zero.averaged_gradients[i]]
+        }
+        for part in self.parts():
+            yield part, pieces[part.master][part.master_start].reshape(-1)
 
     def grad_norm(self) -> float:
         """Global norm of the accumulated and reduced gradient; NaN where it is not finite."""

@@ -107,6 +107,13 @@ class Engine:
         """
         return self.zero.grad_norm()
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name of every parameter of which this rank owns a part, and that part of the global
+        batch's gradient, flat. Every element is on one rank. To be asked when :meth:`grad_norm` is.
+        """
+        for part, gradient in self.zero.gradients():
+            yield self.names[part.parameter], gradient
+
     def update(self, lr: float) -> None:
         """Update the weights with the gradient of the global batch."""
         self.zero.set_lr(lr)

@@ -25,6 +25,7 @@ from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
+from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
@@ -57,6 +58,7 @@ class Run:
     engine: Engine
     guard: Guard
     precision: policy.Precision
+    probe: Probe
     identity: Identity
     peak: float | None  # matmul FLOP/s of one process's device
 
@@ -115,6 +117,8 @@ def build_run(
     loaded = each(world, lambda: _load_from_hf(config, model, blend, world)) if from_hf else {}
     dtype = policy.weight_dtype(config.precision)
     model.to(world.device, dtype)
+    products = [name for name, m in model.named_modules() if hasattr(m, "low_precision")]
+    probe = Probe(products, config.precision.health_every, world.device)
     precision = policy.apply(
         model,
         config.precision,
@@ -122,6 +126,7 @@ def build_run(
         seed=config.train.seed,
         rank=world.rank,
         device_type=world.device.type,
+        probe=probe,
     )
     objective = PretrainObjective(model, config.train)
     groups = parameter_groups(model, config.train)
@@ -132,7 +137,9 @@ def build_run(
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
     peak = peak_flops(world.device.type, dtype)
     guard, identity = Guard(config.guard), identity_of(config, blend)
-    return Run(config, world, blend, model, objective, engine, guard, precision, identity, peak)
+    return Run(
+        config, world, blend, model, objective, engine, guard, precision, probe, identity, peak
+    )
 
 
 def identity_of(config: RunConfig, blend: Blend) -> Identity:

@@ -180,6 +180,7 @@ class Loop:
             waited = time.monotonic() - began
             lr = learning_rate(at.step, train)
             self.run.precision.start_step(at.step, at.batch)
+            self.run.probe.start_step(at.step + 1)
             outcome = train_step(
                 self.run, batches, lr, stop=self.watch.stop_requested or self.saver.failed
             )

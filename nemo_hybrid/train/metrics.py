@@ -81,6 +81,9 @@ class StepMetrics:
     """Batches that the guard passed over since the run began."""
     rollbacks: int = 0
     """Returns to a checkpoint since the run began."""
+    low_precision: dict[str, dict[str, float]] | None = None
+    """By layer group, shares of what NVFP4 lost and of zero gradients (precision.health.Probe);
+    None: this step was not sampled."""
     heldout_loss: float | None = None
     """Held-out cross-entropy of the weights after this step, where they were evaluated."""
     heldout_mtp_losses: list[float] | None = None
@@ -152,6 +155,7 @@ class Meter:
             dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
             skipped_batches=counters.skipped,
             rollbacks=counters.rollbacks,
+            low_precision=outcome.low_precision,
             heldout_loss=heldout[0] if heldout else None,
             heldout_mtp_losses=heldout[1:] if heldout else None,
             heldout_loss_before=before[0] if before else None,
@@ -362,4 +366,6 @@ def _scalars(m: StepMetrics) -> dict[str, float]:
     curves = {name: getattr(m, field) for name, field in _CURVES.items()}
     curves |= {f"loss/mtp_{k}": loss for k, loss in enumerate(m.mtp_losses, 1)}
     curves |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
+    for group, shares in (m.low_precision or {}).items():
+        curves |= {f"precision/{group}/{name}": share for name, share in shares.items()}
     return {name: value for name, value in curves.items() if value is not None}

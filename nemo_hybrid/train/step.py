@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.precision.health import Shares
 from nemo_hybrid.train.build import Run
 from nemo_hybrid.train.losses import Normalizer, count_targets
 from nemo_hybrid.train.optim import LoadCounter, update_router_bias
@@ -25,6 +26,7 @@ class Outcome:
     sample_hash: int
     objection: str | None  # why the guard passed the batch over; None: the weights were updated
     stop: bool  # a rank asked to stop
+    low_precision: Shares | None = None  # where the step was sampled
 
     def loads(self) -> dict[str, list[int]]:
         return {name: counts_E.tolist() for name, counts_E in self.counts.items()}
@@ -56,6 +58,8 @@ def train_step(run: Run, batches: list[Batch], lr: float, stop: bool = False) ->
         if number < len(batches):
             engine.end_micro_batch()
     sums[-1] = engine.grad_norm() / world.size
+    probe = run.probe
+    health = probe.read(engine.gradients(), world.sum) if probe.active else None
     world.sum(sums)  # from here on the same numbers on every rank, to the last bit
     losses = (sums[:-2] / normalizer.targets_N.clamp(min=1)).tolist()
     grad_norm = float(sums[-1])
@@ -68,7 +72,7 @@ def train_step(run: Run, batches: list[Batch], lr: float, stop: bool = False) ->
         update_router_bias(run.model, counts, train.router_bias_rate)
     aux = float(sums[-2]) / (train.global_batch_size * max(1, len(counts)))
     samples, stops = totals[-2:].tolist()
-    return Outcome(losses, aux, grad_norm, counts, samples, objection, stops > 0)
+    return Outcome(losses, aux, grad_norm, counts, samples, objection, stops > 0, health)
 
 
 def _hash(batches: list[Batch]) -> int:
