@@ -65,8 +65,8 @@ PUBLISHED = (
 )  # fmt: skip
 """What, gap, source."""
 DONE = "done.json"
-FULL, QUICK = (3, 1_048_576), (2, 524_288)
-"""Seeds, and tokens of a run."""
+FULL, QUICK = (3, 1_000_000), (2, 500_000)
+"""Seeds, and least tokens of a run."""
 POLL_S, REPORT_S = 1.0, 30.0
 POINTS = 100
 """Of a curve in the result."""
@@ -239,6 +239,9 @@ def analyse(jobs: Mapping[str, Sequence[Job]]) -> dict[str, Any]:
                     "seed": job.seed,
                     **{f"{kind}_loss": found[i] for kind, found in losses[name].items()},
                     "seconds": sum(m.step_seconds for m in rows[name][i]),
+                    "low_precision": next(
+                        (m.low_precision for m in reversed(rows[name][i]) if m.low_precision), None
+                    ),  # the last sample
                     "environment": json.loads((job.run_dir / DONE).read_text()),
                 }
                 for i, job in enumerate(own)

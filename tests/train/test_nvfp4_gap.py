@@ -17,7 +17,7 @@ SMALL = (
     "--tokens", "1536", "--seeds", "2", "--model.vocab_size", "96", "--model.hidden_size", "32",
     "--data.sequence_length", "32", "--model.pattern", "MEE", "--train.eval_sequences", "8",
     "--model.moe_intermediate_size", "32", "--model.moe_shared_expert_intermediate_size", "32",
-    "--train.log_every", "1", "--model.mtp_num_depths", "0",
+    "--train.log_every", "1", "--model.mtp_num_depths", "0", "--precision.health_every", "2",
 )  # fmt: skip
 """Options of three steps of 512 tokens of a minute model, in two seeds."""
 
@@ -102,6 +102,9 @@ def test_the_experiment_and_its_continuation(work):
         losses = [loss["held_out_loss"] for loss in found["runs"]]
         base = [loss["held_out_loss"] for loss in result["variants"]["bf16"]["runs"]]
         assert losses[0] != losses[1]
+        sample = found["runs"][0]["low_precision"]
+        assert "zero_gradients" in sample["in_proj"]
+        assert ("dy_flushed" in sample["in_proj"]) == (name != "bf16")
         if name != "bf16":
             assert all(0 < abs(a - b) < 0.1 for a, b in zip(losses, base, strict=True))
             gaps = found["to bf16"]["held_out"]["per_seed"]
