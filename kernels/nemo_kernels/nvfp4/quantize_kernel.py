@@ -62,37 +62,46 @@ def _stochastically(y, bits):
 
 
 @triton.jit
-def _random_bits(first, seed, row_AB, N, WIDTH: tl.constexpr):
-    """Of the elements of WIDTH columns from place ``first`` on: int32 [A, B, WIDTH/4, 4]; see
+def _places(N, A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    """(row [A, W], column [W], place [A, W]) of every UNIT-th element of a tile, counted from its
+    first; columns and places in units, N of which make a row. W is B * WIDTH / UNIT: threads lie
+    along it, a warp's in one row, and so not along A."""
+    w = tl.arange(0, B * WIDTH // UNIT)
+    column_W = tl.max_contiguous(w % (WIDTH // UNIT), max(1, WIDTH // UNIT // 32))
+    row_AW = (w // (WIDTH // UNIT) * 16)[None, :] + tl.arange(0, A)[:, None]
+    return row_AW, column_W, row_AW * N + column_W
+
+
+@triton.jit
+def _random_bits(
+    first, seed, N, A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of a tile whose first element has the place ``first``: int32 [A, W/4, 4]; see
     :mod:`.rounding`."""
-    word = (row_AB * (N // 4))[:, :, None] + tl.arange(0, WIDTH // 4)
+    _, _, word = _places(N // 4, A, B, WIDTH, 4)
     z = word.to(tl.int64) * _GAMMA + ((first // 4 + 1) * _GAMMA + seed)
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
     shift = (48 - 16 * tl.arange(0, 4)).to(tl.int64)
-    return ((z[:, :, :, None] << shift) >> 48).to(tl.int32)
+    return ((z[:, :, None] << shift) >> 48).to(tl.int32)
 
 
 @triton.jit
-def _butterfly(x, H: tl.constexpr, R: tl.constexpr):
-    """(sum, difference) of the rows of [16, R] whose places differ by H."""
-    pairs = tl.permute(tl.reshape(x, (8 // H, 2, H, R)), (0, 2, 3, 1))
+def _butterfly(x, H: tl.constexpr, W: tl.constexpr):
+    """(sum, difference) of the rows of [16, W] whose places differ by H."""
+    pairs = tl.permute(tl.reshape(x, (8 // H, 2, H, W)), (0, 2, 3, 1))
     low, high = tl.split(pairs)
     pairs = tl.permute(tl.join(low + high, low - high), (0, 3, 1, 2))
-    return tl.reshape(pairs, (16, R))
+    return tl.reshape(pairs, (16, W))
 
 
 @triton.jit
-def _transform(x, B: tl.constexpr, N: tl.constexpr):
-    """See :func:`.hadamard.transform`: of [16, B, N] along the first dimension, in fp32."""
+def _transform(x, W: tl.constexpr):
+    """See :func:`.hadamard.transform`: of [16, W] along the first dimension, in fp32."""
     minus = (_MINUS >> tl.arange(0, 16)) & 1
-    t = tl.reshape(x * (0.25 - 0.5 * minus.to(tl.float32))[:, None, None], (16, B * N))
-    t = _butterfly(t, 1, B * N)
-    t = _butterfly(t, 2, B * N)
-    t = _butterfly(t, 4, B * N)
-    t = _butterfly(t, 8, B * N)
-    return tl.reshape(t, (16, B, N))
+    t = x * (0.25 - 0.5 * minus.to(tl.float32))[:, None]
+    return _butterfly(_butterfly(_butterfly(_butterfly(t, 1, W), 2, W), 4, W), 8, W)
 
 
 @triton.jit
@@ -133,15 +142,18 @@ def _scale_codes(scale):
 
 
 @triton.jit
-def _scale_place(matrix, row, group, rows, groups, SWIZZLED: tl.constexpr):
-    """Where the scale of a row's group of 16 lies; see :mod:`.layout`."""
+def _scale_places(matrix, row, group, rows, groups, SWIZZLED: tl.constexpr):
+    """(first place of the matrix, place in it) of the scale of a row's group of 16; see
+    :mod:`.layout`. A matrix has fewer than 2^31 of them."""
     if SWIZZLED:
-        atom_columns = tl.cdiv(groups, 4)
-        atom = (matrix * tl.cdiv(rows, 128) + row // 128) * atom_columns + group // 4
-        place = atom * 512 + row % 32 * 16 + row // 32 % 4 * 4 + group % 4
+        columns = tl.cdiv(groups, 4)
+        first = matrix * tl.cdiv(rows, 128) * columns * 512
+        place = (row // 128 * columns + group // 4) * 512
+        place += row % 32 * 16 + row // 32 % 4 * 4 + group % 4
     else:
-        place = (matrix * rows + row) * groups + group
-    return place
+        first = matrix * rows * groups
+        place = row * groups + group
+    return first, place
 
 
 @triton.jit
@@ -169,30 +181,32 @@ def amax_kernel(
 ):  # fmt: skip
     """Raises the bits of the largest |x| of each tensor or segment, and of |x| transformed along
     the rows; one may be None. A program reads STEPS tiles, one beside the other."""
-    n_columns = tl.cdiv(N, STEPS * C * 16)
+    WIDTH: tl.constexpr = C * 16
+    n_columns = tl.cdiv(N, STEPS * WIDTH)
     matrix = tl.program_id(1)
     first_t = tl.program_id(0) // n_columns * B
-    t_B = first_t + tl.arange(0, B)
-    row_RB = tl.arange(0, B)[None, :] * 16 + tl.arange(0, 16)[:, None]
-    ok_RB = first_t * 16 + row_RB < M
+    first_column = tl.program_id(0) % n_columns * (STEPS * WIDTH)
+    row, column, place = _places(N, 16, B, WIDTH, 1)
+    ok_row = first_t * 16 + row < M
     x_EMN += (matrix.to(tl.int64) * M + first_t * 16) * N
-    plain_B = tl.zeros((B,), dtype=tl.int32)
-    transformed_B = tl.zeros((B,), dtype=tl.int32)
+    plain = tl.zeros((B * WIDTH,), dtype=tl.int32)
+    transformed = tl.zeros((B * WIDTH,), dtype=tl.int32)
     for step in range(STEPS):
-        offset = tl.max_contiguous(tl.arange(0, C * 16), C // 2)
-        column = (tl.program_id(0) % n_columns * STEPS + step) * (C * 16) + offset
-        place = (row_RB * N)[:, :, None] + column
-        x = tl.load(x_EMN + place, mask=ok_RB[:, :, None] & (column < N), other=0.0).to(tl.float32)
+        before = first_column + step * WIDTH
+        ok = ok_row & (before + column < N)
+        x = tl.load(x_EMN + before + place, mask=ok, other=0.0).to(tl.float32)
         if amax_S is not None:
-            plain_B = tl.maximum(plain_B, tl.max(tl.max(_magnitude(x), 0), 1))
+            plain = tl.maximum(plain, tl.max(_magnitude(x), 0))
         if transformed_amax_S is not None:
-            t = _transform(x, B, C * 16).to(x_EMN.dtype.element_ty).to(tl.float32)
-            transformed_B = tl.maximum(transformed_B, tl.max(tl.max(_magnitude(t), 0), 1))
-    segment_B = _segments(segment_T, t_B, matrix, M)
+            t = _transform(x, B * WIDTH).to(x_EMN.dtype.element_ty).to(tl.float32)
+            transformed = tl.maximum(transformed, tl.max(_magnitude(t), 0))
+    segment_B = _segments(segment_T, first_t + tl.arange(0, B), matrix, M)
     if amax_S is not None:
-        tl.atomic_max(amax_S + segment_B, plain_B, mask=segment_B < S)
+        amax_B = tl.max(tl.reshape(plain, (B, WIDTH)), 1)
+        tl.atomic_max(amax_S + segment_B, amax_B, mask=segment_B < S)
     if transformed_amax_S is not None:
-        tl.atomic_max(transformed_amax_S + segment_B, transformed_B, mask=segment_B < S)
+        amax_B = tl.max(tl.reshape(transformed, (B, WIDTH)), 1)
+        tl.atomic_max(transformed_amax_S + segment_B, amax_B, mask=segment_B < S)
 
 
 @triton.jit
@@ -202,17 +216,15 @@ def _quantize_tile(
     SWIZZLED: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A tile [A, B, C, 16] from row ``first_row`` of its blocks of 16 rows on: one side of it."""
+    WIDTH: tl.constexpr = C * 16
     # Places count from the tile's first, so that int32 holds them.
-    first = (matrix * M + first_t * 16 + first_row) * N + first_column
-    row_AB = tl.arange(0, B)[None, :] * 16 + tl.arange(0, A)[:, None]
-    ok_AB = first_t * 16 + first_row + row_AB < M
-    # A warp takes whole rows.
-    offset = tl.max_contiguous(tl.arange(0, C * 16), C // 2)
-    place = (row_AB * N)[:, :, None] + offset
-    ok = ok_AB[:, :, None] & (first_column + offset < N)
+    first_row += first_t * 16
+    first = (matrix * M + first_row) * N + first_column
+    row, column, place = _places(N, A, B, WIDTH, 1)
+    ok = (first_row + row < M) & (first_column + column < N)
     x = tl.load(x_EMN + first + place, mask=ok, other=0.0).to(tl.float32)
     if RHT:
-        x = _transform(x, B, C * 16).to(x_EMN.dtype.element_ty).to(tl.float32)
+        x = _transform(x, B * WIDTH).to(x_EMN.dtype.element_ty).to(tl.float32)
     x = tl.reshape(x, (A, B, C, 16))
     block_amax = _magnitude(x)
     if COLUMNWISE or SQUARE:
@@ -223,39 +235,40 @@ def _quantize_tile(
     y = tl.minimum(x * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
     y = tl.maximum(y, -6.0, propagate_nan=tl.PropagateNan.ALL)
     if RANDOM:
-        bits = _random_bits(first, seed, row_AB, N, C * 16)
+        bits = _random_bits(first, seed, N, A, B, WIDTH)
         y = _stochastically(y, tl.reshape(bits, (A, B, C, 16)))
     else:
         y = _to_nearest(y, 0, 1)
 
-    t_B = first_t + tl.arange(0, B)
     if scale_ptr is None:
-        values = tl.reshape(y * scale, (A, B, C * 16))
+        values = tl.reshape(y * scale, (A, B * WIDTH))
         tl.store(data + first + place, values.to(data.dtype.element_ty), mask=ok)
     elif COLUMNWISE:
-        column = first_column + tl.arange(0, C * 16)
-        codes = tl.reshape(_codes(y, x), (2, 8, B, C * 16))
-        codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None, None], 1)
-        codes = tl.reshape(tl.permute(codes, (2, 1, 0)), (C * 16, B * 2))
-        eight = first_t * 2 + tl.arange(0, B * 2)
-        at = (matrix * N + column)[:, None] * (M // 8) + eight
-        tl.store(data + at, codes, mask=(column < N)[:, None] & (eight * 8 < M))
-        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, C * 16))
-        at = _scale_place(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
-        ok_block = (column < N)[:, None] & (t_B * 16 < M)
-        tl.store(scale_ptr + at, tl.trans(scale).to(tl.uint8), mask=ok_block)
+        codes = tl.reshape(_codes(y, x), (2, 8, B * WIDTH))
+        codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None], 1)
+        codes = tl.permute(tl.reshape(codes, (2, B, WIDTH)), (2, 1, 0))
+        column, eight = tl.arange(0, WIDTH), tl.arange(0, B * 2)
+        data += (matrix * N + first_column) * (M // 8) + first_t * 2
+        place = (column * (M // 8))[:, None] + eight
+        column += first_column
+        ok = (column < N)[:, None] & (first_t * 16 + eight * 8 < M)
+        tl.store(data + place, tl.reshape(codes, (WIDTH, B * 2)), mask=ok)
+        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, WIDTH))
+        t_B = first_t + tl.arange(0, B)
+        at, place = _scale_places(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
+        ok = (column < N)[:, None] & (t_B * 16 < M)
+        tl.store(scale_ptr + at + place, tl.trans(scale).to(tl.uint8), mask=ok)
     else:
-        codes = tl.reshape(_codes(y, x), (A, B, C * 2, 8))
-        codes = tl.sum(codes << (4 * tl.arange(0, 8)), 3)
-        eight = tl.arange(0, C * 2)
-        at = first // 8 + ((row_AB * (N // 8))[:, :, None] + eight)
-        ok_eight = ok_AB[:, :, None] & (first_column + eight * 8 < N)
-        tl.store(data + at, codes, mask=ok_eight)
-        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (A, B, C, 1)), (A, B, C))
-        row = (first_t * 16 + first_row + row_AB)[:, :, None]
-        group = first_column // 16 + tl.arange(0, C)
-        at = _scale_place(matrix, row, group, M, N // 16, SWIZZLED)
-        tl.store(scale_ptr + at, scale.to(tl.uint8), mask=ok_AB[:, :, None] & (group * 16 < N))
+        codes = tl.reshape(_codes(y, x), (A, B * WIDTH // 8, 8))
+        row, eight, place = _places(N // 8, A, B, WIDTH, 8)
+        ok = (first_row + row < M) & (first_column + eight * 8 < N)
+        tl.store(data + first // 8 + place, tl.sum(codes << (4 * tl.arange(0, 8)), 2), mask=ok)
+        scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (A, B, C, 1)), (A, B * C))
+        row, group, _ = _places(N // 16, A, B, WIDTH, 16)
+        group += first_column // 16
+        at, place = _scale_places(matrix, first_row + row, group, M, N // 16, SWIZZLED)
+        ok = (first_row + row < M) & (group * 16 < N)
+        tl.store(scale_ptr + at + place, scale.to(tl.uint8), mask=ok)
 
 
 @triton.jit
@@ -275,7 +288,7 @@ def _quantize_side(
     segment_B = _segments(segment_T, first_t + tl.arange(0, B), matrix, M)
     amax_B = tl.load(amax_S + segment_B, mask=segment_B < S, other=0)
     if COLUMNWISE or SQUARE:
-        PARTS: tl.constexpr = 2 if scale_ptr is None and not RANDOM else 4
+        PARTS: tl.constexpr = 4 if RANDOM or (SQUARE and scale_ptr is not None) else 2
         for column in range(0, C * 16, C * 16 // PARTS):
             _quantize_tile(
                 x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, 0, first_column + column,
