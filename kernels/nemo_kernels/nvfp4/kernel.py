@@ -15,7 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import emulation, gemm_kernel, layout, quantize_kernel, reference
+from nemo_kernels.nvfp4 import (
+    emulation,
+    gemm_kernel,
+    grouped,
+    layout,
+    quantize_kernel,
+    reference,
+)
 from nemo_kernels.nvfp4.layout import Packed
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 from nemo_kernels.nvfp4.quantize_kernel import Result
@@ -127,7 +134,7 @@ def grouped_product(
     """:func:`nemo_kernels.nvfp4.grouped_product`."""
     if isinstance(a, Packed) and isinstance(b, Packed):
         return gemm_kernel.grouped_rows(a, b, ends_E, dtype)
-    return emulation.grouped_product(_emulated(a), _emulated(b), ends_E, dtype)
+    return grouped.grouped_product(_emulated(a), _emulated(b), ends_E, dtype)
 
 
 def grouped_wgrad(
@@ -136,7 +143,7 @@ def grouped_wgrad(
     """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
     if isinstance(a, Packed) and isinstance(b, Packed):
         return gemm_kernel.grouped_wgrad(a, b, ends_E, dtype)
-    return emulation.grouped_wgrad(_emulated(a), _emulated(b), ends_E, dtype)
+    return grouped.grouped_wgrad(_emulated(a), _emulated(b), ends_E, dtype)
 
 
 def self_check(device_type: str) -> float:
@@ -175,10 +182,9 @@ def self_check(device_type: str) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def _takes(x: Tensor, *sides: Rounding | None) -> bool:
-    """Whether the kernels quantize a matrix, or several, so; sides are rows and columns."""
-    rows, columns = sides
-    hows = [how for how in sides if how is not None]
+def _takes(x: Tensor, rows: Rounding | None, columns: Rounding | None) -> bool:
+    """Whether the kernels quantize a matrix, or several, so."""
+    hows = [how for how in (rows, columns) if how is not None]
     in_blocks = columns is not None or any(how.tile[0] > 1 for how in hows)
     return (
         x.dtype in _DTYPES
@@ -202,13 +208,13 @@ def _alone(
     """One side of x with one tensor scale; None if the kernels do not take it."""
     if not columnwise and how.tile == (1, BLOCK) and x.dim() and x.shape[-1]:
         x = x.reshape(-1, x.shape[-1])
-    sides = (None, how) if columnwise else (how, None)
-    if four_over_six or x.dim() != 2 or not _takes(x, *sides):
+    rows, columns = (None, how) if columnwise else (how, None)
+    if four_over_six or x.dim() != 2 or not _takes(x, rows, columns):
         return None
     if amax is not None and (amax.numel() != 1 or amax.dim() or amax.dtype != torch.float32):
         return None
     x_1MN = x.detach().contiguous().unsqueeze(0)
-    return quantize_kernel.quantize(x_1MN, *sides, amax=amax, packed=packed)[columnwise]
+    return quantize_kernel.quantize(x_1MN, rows, columns, amax=amax, packed=packed)[columnwise]
 
 
 def _operand(

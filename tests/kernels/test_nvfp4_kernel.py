@@ -1,0 +1,330 @@
+"""NVFP4 by Triton against the reference, bit for bit.
+
+In the interpreter the shapes are just larger than a tile; on a GPU there are a million values.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.nvfp4_formula import decades
+from helpers.triton_env import DEVICE, MULTIPLIES_FP4, guarded_memory
+from nemo_kernels.nvfp4 import kernel, layout, quantize_kernel, reference
+from nemo_kernels.nvfp4.layout import Packed
+from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.reference import Quantized
+
+# Division by a scale of zero, and casts of NaN that are not used, are meant.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS, COLUMNS = (80, 272) if DEVICE == "cpu" else (1040, 1040)
+SQUARE = Rounding((16, 16))
+BIG_SEED = 0xF123456789ABCDEF
+SIDES: dict[str, tuple[Rounding | None, Rounding | None]] = {
+    "rows": (Rounding(), None),
+    "columns": (None, Rounding()),
+    "both": (Rounding(), Rounding()),
+    "activations": (Rounding(), Rounding(rht=True)),
+    "gradients": (Rounding(seed=3), Rounding(rht=True, seed=BIG_SEED)),
+    "weights": (SQUARE, SQUARE),
+    "random weights": (Rounding((16, 16), seed=-5), Rounding((16, 16), seed=6)),
+    "transformed columns": (None, Rounding(rht=True)),
+}
+ENDS = [0, 16, 16, 64]
+"""Of four experts' rows, the first and the third without any; 16 more rows are zeros."""
+
+
+def data(dtype: torch.dtype, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+    return decades(rows, columns, dtype).to(DEVICE)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal numbers, NaN where NaN; zeros may differ in sign."""
+    a, b = a.float(), b.float()
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def same_quantized(a: Quantized, b: Quantized) -> bool:
+    scales = all(same(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+    return torch.equal(a.data, b.data) and scales
+
+
+def same_operands(found: Any, wanted: Any) -> bool:
+    return all(
+        a is b is None
+        or (
+            same(a.values, b.values)
+            and same(a.tensor_scale, b.tensor_scale)
+            and a.columnwise == b.columnwise
+        )
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def arguments(how: Rounding, columnwise: bool) -> dict[str, Any]:
+    return {**how._asdict(), "columnwise": columnwise}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIDES)
+def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dtype) -> None:
+    x, sides = data(dtype), SIDES[name]
+    for how, columnwise in zip(sides, (False, True), strict=True):
+        if how is not None and (name in ("rows", "columns") or dtype == torch.float32):
+            with guarded_memory():
+                found = kernel.quantize(x, **arguments(how, columnwise))
+            assert same_quantized(found, reference.quantize(x, **arguments(how, columnwise)))
+    with guarded_memory():
+        operands = kernel.operands(x, *sides)
+    if not kernel.NATIVE:
+        assert same_operands(operands, reference.operands(x, *sides))
+
+
+@pytest.mark.parametrize("name", ["rows", "activations", "gradients", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_both_sides_of_packed_operands_with_swizzled_scales(name: str, dtype: torch.dtype) -> None:
+    x = data(dtype)
+    with guarded_memory():
+        made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True, swizzled=True)
+    for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):
+        if how is None or side is None:
+            assert how is side is None
+            continue
+        q = reference.quantize(x, **arguments(how, columnwise))
+        assert side.scale is not None
+        plain = layout.unswizzle(side.scale[0], *q.block_scale.shape)
+        assert same_quantized(Quantized(side.data[0], plain, side.tensor_scale[0]), q)
+        padded = torch.equal(
+            side.scale[0].view(torch.uint8), layout.swizzle(q.block_scale.view(torch.uint8))
+        )
+        assert padded
+
+
+@pytest.mark.parametrize("name", ["activations", "gradients", "weights"])
+def test_segments_have_their_own_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data(torch.bfloat16, 80, 48)
+    x[16:64] *= 30
+    x[64:] = 0
+    ends_E = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
+    wanted = reference.operands(x, *SIDES[name], ends_E)
+    monkeypatch.setattr(kernel, "NATIVE", False)
+    with guarded_memory():
+        found = kernel.operands(x, *SIDES[name], ends_E)
+    assert same_operands(found, wanted)
+    assert not same_operands(kernel.operands(x, *SIDES[name], ends_E[-1:]), wanted)
+    # Packed for the same segments.
+    made = quantize_kernel.quantize(x[None], *SIDES[name], ends_E, packed=True)
+    for side, operand in zip(made, wanted, strict=True):
+        assert side is not None
+        assert operand is not None
+        assert side.scale is not None
+        exact = Quantized(side.data[0], side.scale[0], torch.ones((), device=DEVICE))
+        assert same(reference.dequantize(exact), operand.matrix)
+        assert same(side.tensor_scale, operand.tensor_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_each_expert_s_weights_have_a_scale(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w_ENK = data(dtype, 96, 48).view(3, 32, 48) * torch.tensor([1, 50, 0.1], device=DEVICE).to(
+        dtype
+    ).view(3, 1, 1)
+    monkeypatch.setattr(kernel, "NATIVE", False)
+    for sides in (SIDES["weights"], SIDES["gradients"]):
+        with guarded_memory():
+            found = kernel.operands(w_ENK, *sides)
+        assert same_operands(found, reference.operands(w_ENK, *sides))
+    assert found[0].values is not found[1].values
+    rows, columns = kernel.operands(w_ENK, *SIDES["weights"])
+    assert rows is not None
+    assert columns is not None
+    assert rows.values.data_ptr() == columns.values.data_ptr()  # made once
+    for sides in (SIDES["weights"], (Rounding(), Rounding(rht=True))):
+        made = quantize_kernel.quantize(w_ENK, *sides, packed=True, swizzled=True)
+        for how, columnwise, side in zip(sides, (False, True), made, strict=True):
+            for e in range(3):
+                q = reference.quantize(w_ENK[e], **arguments(how, columnwise))
+                scale = layout.unswizzle(side.scale[e], *q.block_scale.shape)
+                assert same_quantized(Quantized(side.data[e], scale, side.tensor_scale[e]), q)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (1, 48), (2, 3, 32), (16, 16), (0, 32), (32, 0)])
+def test_other_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for seed in (None, 2):
+        wanted = reference.quantize(x, seed=seed)
+        with guarded_memory():
+            found = kernel.quantize(x, seed=seed)
+        assert same_quantized(found, wanted)
+        assert found.block_scale.shape == wanted.block_scale.shape
+        values, scale = kernel.fake_quantize(x, seed=seed)
+        assert same(values, reference.fake_quantize(x, seed=seed)[0])
+        assert same(scale, wanted.tensor_scale)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ties_and_neighbours(sign: int) -> None:
+    # With amax 2688 and 6 in every block, both scales are 1: y is x.
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    ties = (grid[1:] + grid[:-1]) / 2
+    above, below = (ties.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf))
+    x = torch.zeros(4, 16)
+    x[:, :8] = torch.stack((grid, *(torch.cat((t, grid[-1:])) for t in (ties, above, below))))
+    x = (sign * x).to(DEVICE)
+    amax = torch.tensor(2688.0, device=DEVICE)
+    for seed in (None, 1):
+        found = kernel.quantize(x, amax=amax, seed=seed)
+        assert same_quantized(found, reference.quantize(x, amax=amax, seed=seed))
+    assert kernel.quantize(-0.0 * x.abs()).data.unique().tolist() == [0x88]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["both", "gradients", "weights"])
+def test_nan_and_infinity_become_nan(
+    name: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "NATIVE", False)
+    x = data(torch.bfloat16, 64, 48)
+    x[40, 20] = bad
+    for operand in kernel.operands(x, *SIDES[name]):
+        assert isinstance(operand, Operand)
+        assert operand.values.isnan().all()
+        assert operand.tensor_scale.isnan()
+    # Of segments, the one with the bad value.
+    ends_E = torch.tensor([32, 64], dtype=torch.int32, device=DEVICE)
+    found = kernel.operands(x, *SIDES[name], ends_E)
+    assert same_operands(found, reference.operands(x, *SIDES[name], ends_E))
+    assert found[0].values.isnan().sum() == 32 * 48
+    # With a given amax, the block with it.
+    amax = torch.tensor(9.0, device=DEVICE)
+    for how, columnwise in zip(SIDES[name], (False, True), strict=True):
+        q = kernel.quantize(x, **arguments(how, columnwise), amax=amax)
+        assert same_quantized(q, reference.quantize(x, **arguments(how, columnwise), amax=amax))
+
+
+@pytest.mark.parametrize("amax", [0.0, 1e-3, 1e-37, 1e-42, 4.0, 3e38, math.inf])
+def test_a_given_amax(amax: float) -> None:
+    x, given = data(torch.float32, 16, 48), torch.tensor(amax, device=DEVICE)
+    assert same_quantized(kernel.quantize(x, amax=given), reference.quantize(x, amax=given))
+
+
+def test_tiny_and_large_tensors() -> None:
+    x = data(torch.float32, 16, 48)
+    for factor in (1e-44, 1e-38, 1e-20, 1e35):
+        assert same_quantized(kernel.quantize(x * factor), reference.quantize(x * factor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(32, 8)
+    codes = torch.cat([every.roll(i, 0) for i in range(8)]).to(DEVICE)
+    scale = torch.arange(256, dtype=torch.uint8).view(256, 1).to(DEVICE)
+    q = Quantized(codes, scale.view(torch.float8_e4m3fn), torch.tensor(0.37, device=DEVICE))
+    with guarded_memory():
+        found = kernel.dequantize(q, dtype)
+    assert found.dtype == dtype
+    assert same(found, reference.dequantize(q, dtype))
+    q = kernel.quantize(data(torch.bfloat16, 16, 48)[8:11])
+    assert same(kernel.dequantize(q, dtype), reference.dequantize(q, dtype))
+    per_row = q._replace(tensor_scale=torch.rand(3, 1, device=DEVICE))
+    assert same(kernel.dequantize(per_row, dtype), reference.dequantize(per_row, dtype))
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    x = data(torch.bfloat16, 64, 48)
+    stacked, amax = x.view(2, 32, 48), torch.rand(64, 1, device=DEVICE)
+    for argument, options in (
+        (x, {"four_over_six": True}),
+        (x, {"rht": True}),
+        (x, {"amax": amax}),
+        (stacked, {"columnwise": True}),
+        (stacked, {"tile": (16, 16)}),
+    ):
+        wanted = reference.quantize(argument, **options)
+        assert same_quantized(kernel.quantize(argument, **options), wanted)
+        values, _ = kernel.fake_quantize(argument, **options)
+        assert same(values, reference.fake_quantize(argument, **options)[0])
+    rows = Rounding(rht=True)
+    assert same_operands(kernel.operands(x, rows, None), reference.operands(x, rows, None))
+
+
+def test_sides_with_different_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "NATIVE", False)
+    x, sides = data(torch.bfloat16, 64, 48), (SQUARE, Rounding(rht=True))
+    assert same_operands(kernel.operands(x, *sides), reference.operands(x, *sides))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "message"),
+    [
+        ((16, 24), SIDES["rows"], "last dimension divisible by 16, got 24"),
+        ((24, 16), SIDES["columns"], "second to last dimension divisible by 16, got 24"),
+        ((24, 16), SIDES["weights"], "second to last dimension divisible by 16, got 24"),
+        ((16, 16), (None, Rounding((16, 16), rht=True)), "rht: expected tile"),
+        ((16, 16), (Rounding((16, 1)), None), r"tile: expected \(1, 16\) or \(16, 16\)"),
+        ((2, 2, 16, 16), SIDES["rows"], r"x: expected \[M, N\], or"),
+    ],
+)
+def test_wrong_arguments_are_named(shape: tuple[int, ...], sides: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernel.operands(torch.ones(shape, device=DEVICE), *sides)
+
+
+def test_differences_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data(torch.bfloat16, 64, 48)
+    options = {"columnwise": True, "rht": True, "seed": 1}
+    found = kernel.quantize(x, **options)
+    assert same_quantized(found, reference.quantize(x, **options))
+    for change in ({"seed": 2}, {"seed": None}, {"rht": False}):
+        other = reference.quantize(x, **{**options, **change})
+        assert (found.data != other.data).sum() > 100
+    monkeypatch.setattr("nemo_kernels.nvfp4.hadamard._MINUS", 1)
+    assert (found.data != reference.quantize(x, **options).data).sum() > 100
+
+
+@pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")
+def test_native_products_of_packed_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(256, 48, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    w_ENK = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ends_E = torch.tensor([128, 256], dtype=torch.int32, device=DEVICE)
+    sides = (Rounding(), Rounding(rht=True))
+    results = []
+    for native in (False, True):
+        monkeypatch.setattr(kernel, "NATIVE", native)
+        rows, columns = kernel.operands(x, *sides)
+        weight, _ = kernel.operands(w_ENK[0], SQUARE, SQUARE)
+        grouped_rows, grouped_columns = kernel.operands(x, *sides, ends_E)
+        weights, transposed = kernel.operands(w_ENK, SQUARE, SQUARE)
+        wide, _ = kernel.operands(x[:, :32].contiguous(), Rounding(), None, ends_E)
+        made = (rows, columns, weight, grouped_rows, grouped_columns, weights, transposed, wide)
+        assert all(isinstance(operand, Packed if native else Operand) for operand in made)
+        results.append(
+            [
+                kernel.product(rows, weight, torch.float32),
+                kernel.product(columns, columns, torch.float32),
+                kernel.grouped_product(grouped_rows, weights, ends_E, torch.float32),
+                kernel.grouped_product(wide, transposed, ends_E, torch.float32),
+                kernel.grouped_wgrad(grouped_columns, grouped_columns, ends_E, torch.float32),
+            ]
+        )
+    for emulated, native_result in zip(*results, strict=True):
+        torch.testing.assert_close(native_result, emulated, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected both packed or both decoded"):
+        kernel.product(reference.operands(x, Rounding(), None)[0], weight, torch.float32)
+
+
+def test_self_check_passes_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel.self_check(DEVICE) < 1e-5
+    monkeypatch.setattr(quantize_kernel, "_side", without_seed(quantize_kernel._side))
+    assert kernel.self_check(DEVICE) == math.inf
+
+
+def without_seed(side: Any) -> Any:
+    def arguments(how: Rounding | None, *rest: Any) -> Any:
+        return side(None if how is None else how._replace(seed=0), *rest)
+
+    return arguments
