@@ -281,9 +281,9 @@ def test_differences_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_quantized(found, reference.quantize(x, **options))
     for change in ({"seed": 2}, {"seed": None}, {"rht": False}):
         other = reference.quantize(x, **{**options, **change})
-        assert (found.data != other.data).sum() > 100
+        assert (found.data != other.data).sum() > 30
     monkeypatch.setattr("nemo_kernels.nvfp4.hadamard._MINUS", 1)
-    assert (found.data != reference.quantize(x, **options).data).sum() > 100
+    assert (found.data != reference.quantize(x, **options).data).sum() > 30
 
 
 @pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")

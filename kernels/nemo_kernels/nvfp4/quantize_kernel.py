@@ -225,14 +225,14 @@ def _quantize_tile(
     x = tl.load(x_EMN + first + place, mask=ok, other=0.0).to(tl.float32)
     if RHT:
         x = _transform(x, B * WIDTH).to(x_EMN.dtype.element_ty).to(tl.float32)
-    x = tl.reshape(x, (A, B, C, 16))
-    block_amax = _magnitude(x)
+    tile = tl.reshape(x, (A, B, C, 16))
+    block_amax = _magnitude(tile)
     if COLUMNWISE or SQUARE:
         block_amax = tl.max(block_amax, 0, keep_dims=True)
     if SQUARE or not COLUMNWISE:
         block_amax = tl.max(block_amax, 3, keep_dims=True)
     scale, factor = _scales(block_amax, amax_B, B)
-    y = tl.minimum(x * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(tile * factor, 6.0, propagate_nan=tl.PropagateNan.ALL)
     y = tl.maximum(y, -6.0, propagate_nan=tl.PropagateNan.ALL)
     if RANDOM:
         bits = _random_bits(first, seed, N, A, B, WIDTH)
@@ -244,7 +244,7 @@ def _quantize_tile(
         values = tl.reshape(y * scale, (A, B * WIDTH))
         tl.store(data + first + place, values.to(data.dtype.element_ty), mask=ok)
     elif COLUMNWISE:
-        codes = tl.reshape(_codes(y, x), (2, 8, B * WIDTH))
+        codes = tl.reshape(_codes(y, tile), (2, 8, B * WIDTH))
         codes = tl.sum(codes << (4 * tl.arange(0, 8))[None, :, None], 1)
         codes = tl.permute(tl.reshape(codes, (2, B, WIDTH)), (2, 1, 0))
         column, eight = tl.arange(0, WIDTH), tl.arange(0, B * 2)
@@ -259,7 +259,7 @@ def _quantize_tile(
         ok = (column < N)[:, None] & (t_B * 16 < M)
         tl.store(scale_ptr + at + place, tl.trans(scale).to(tl.uint8), mask=ok)
     else:
-        codes = tl.reshape(_codes(y, x), (A, B * WIDTH // 8, 8))
+        codes = tl.reshape(_codes(y, tile), (A, B * WIDTH // 8, 8))
         row, eight, place = _places(N // 8, A, B, WIDTH, 8)
         ok = (first_row + row < M) & (first_column + eight * 8 < N)
         tl.store(data + first // 8 + place, tl.sum(codes << (4 * tl.arange(0, 8)), 2), mask=ok)
