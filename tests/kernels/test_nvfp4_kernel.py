@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.nvfp4_formula import decades
 from helpers.triton_env import DEVICE, MULTIPLIES_FP4, guarded_memory
-from nemo_kernels.nvfp4 import kernel, layout, quantize_kernel, reference
+from nemo_kernels.nvfp4 import kernel, layout, quantizer, reference
 from nemo_kernels.nvfp4.layout import Packed
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 from nemo_kernels.nvfp4.reference import Quantized
@@ -88,7 +88,7 @@ def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dty
 def test_both_sides_of_packed_operands_with_swizzled_scales(name: str, dtype: torch.dtype) -> None:
     x = data(dtype)
     with guarded_memory():
-        made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True, swizzled=True)
+        made = quantizer.quantize(x[None], *SIDES[name], packed=True, swizzled=True)
     for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):
         if how is None or side is None:
             assert how is side is None
@@ -116,7 +116,7 @@ def test_segments_have_their_own_scales(name: str, monkeypatch: pytest.MonkeyPat
     assert same_operands(found, wanted)
     assert not same_operands(kernel.operands(x, *SIDES[name], ends_E[-1:]), wanted)
     # Packed for the same segments.
-    made = quantize_kernel.quantize(x[None], *SIDES[name], ends_E, packed=True)
+    made = quantizer.quantize(x[None], *SIDES[name], ends_E, packed=True)
     for side, operand in zip(made, wanted, strict=True):
         assert side is not None
         assert operand is not None
@@ -144,7 +144,7 @@ def test_each_expert_s_weights_have_a_scale(
     assert columns is not None
     assert rows.values.data_ptr() == columns.values.data_ptr()  # made once
     for sides in (SIDES["weights"], (Rounding(), Rounding(rht=True))):
-        made = quantize_kernel.quantize(w_ENK, *sides, packed=True, swizzled=True)
+        made = quantizer.quantize(w_ENK, *sides, packed=True, swizzled=True)
         for how, columnwise, side in zip(sides, (False, True), made, strict=True):
             for e in range(3):
                 q = reference.quantize(w_ENK[e], **arguments(how, columnwise))
@@ -319,7 +319,7 @@ def test_native_products_of_packed_operands(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_self_check_passes_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.self_check(DEVICE) < 1e-5
-    monkeypatch.setattr(quantize_kernel, "_side", without_seed(quantize_kernel._side))
+    monkeypatch.setattr(quantizer, "_side", without_seed(quantizer._side))
     assert kernel.self_check(DEVICE) == math.inf
 
 

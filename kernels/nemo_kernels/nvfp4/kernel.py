@@ -20,12 +20,12 @@ from nemo_kernels.nvfp4 import (
     gemm_kernel,
     grouped,
     layout,
-    quantize_kernel,
+    quantizer,
     reference,
 )
 from nemo_kernels.nvfp4.layout import Packed
 from nemo_kernels.nvfp4.operand import Operand, Rounding
-from nemo_kernels.nvfp4.quantize_kernel import Result
+from nemo_kernels.nvfp4.quantizer import Result
 from nemo_kernels.nvfp4.reference import Quantized
 from nemo_kernels.nvfp4.scales import BLOCK
 
@@ -98,7 +98,7 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     if q.tensor_scale.numel() != 1:
         return reference.dequantize(q, dtype)
     data, scale = q.data.contiguous(), q.block_scale.contiguous()
-    return quantize_kernel.dequantize(data, scale, q.tensor_scale, dtype)
+    return quantizer.dequantize(data, scale, q.tensor_scale, dtype)
 
 
 def operands(
@@ -112,7 +112,7 @@ def operands(
     if rows is not None and columns is not None and rows.tile != columns.tile:
         return operands(x, rows, None, ends_E)[0], operands(x, None, columns, ends_E)[1]
     shared = rows == columns and rows is not None and rows.tile[0] > 1 and not NATIVE
-    made = quantize_kernel.quantize(
+    made = quantizer.quantize(
         x_EMN, rows, None if shared else columns, ends_E, packed=NATIVE, swizzled=NATIVE
     )
     if shared:  # the same values in the same places
@@ -214,7 +214,7 @@ def _alone(
     if amax is not None and (amax.numel() != 1 or amax.dim() or amax.dtype != torch.float32):
         return None
     x_1MN = x.detach().contiguous().unsqueeze(0)
-    return quantize_kernel.quantize(x_1MN, rows, columns, amax=amax, packed=packed)[columnwise]
+    return quantizer.quantize(x_1MN, rows, columns, amax=amax, packed=packed)[columnwise]
 
 
 def _operand(
