@@ -17,14 +17,14 @@ from torch import Tensor
 from transformer_engine.pytorch import NVFP4Quantizer
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-from nemo_kernels.nvfp4 import layout, reference
-from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels.nvfp4 import emulation, grouped, layout, reference
+from nemo_kernels.nvfp4.operand import Operand, Rounding
 
 DEVICE_TYPES = ("cuda",)
 SEGMENT_ALIGNMENT = layout.SEGMENT_ALIGNMENT
 
 
-class Operand(NamedTuple):
+class Native(NamedTuple):
     """A quantized tensor and which of its sides products take.
 
     Fields:
@@ -39,7 +39,7 @@ class Operand(NamedTuple):
 
 def operands(
     x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
-) -> tuple[Operand | None, Operand | None]:
+) -> tuple[Native | None, Native | None]:
     """:func:`nemo_kernels.nvfp4.operands`. The library transforms bf16 only, so that x is rounded
     to it where ``columns`` has a Hadamard transform.
 
@@ -74,22 +74,28 @@ def operands(
             parts = list(x) if ends_E is None else [x[part] for part in _segments(ends_E)]
             made = [quantizer(part) if part.numel() else None for part in parts]
     return (
-        None if rows is None else Operand(made, x.shape, False),
-        None if columns is None else Operand(made, x.shape, True),
+        None if rows is None else Native(made, x.shape, False),
+        None if columns is None else Native(made, x.shape, True),
     )
 
 
-def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.product`.
-
-    Raises:
-        ValueError: a is blocked along its tensor's columns and b is not, which cuBLAS has not.
-    """
+def product(a: Native | Operand, b: Native | Operand, dtype: torch.dtype) -> Tensor:
+    """:func:`nemo_kernels.nvfp4.product`; see :func:`_product`."""
+    if isinstance(a, Operand) and isinstance(b, Operand):
+        return emulation.product(a, b, dtype)
+    assert isinstance(a, Native)
+    assert isinstance(b, Native)
     return _product(a.tensor, a.columnwise, b.tensor, b.columnwise, dtype)
 
 
-def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_product`; zeros after the last end."""
+def grouped_product(
+    a: Native | Operand, b: Native | Operand, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """:func:`nemo_kernels.nvfp4.grouped_product`."""
+    if isinstance(a, Operand) and isinstance(b, Operand):
+        return grouped.grouped_product(a, b, ends_E, dtype)
+    assert isinstance(a, Native)
+    assert isinstance(b, Native)
     width = b.shape[-1 if b.columnwise else -2]
     out_PN = torch.zeros(a.shape[0], width, dtype=dtype, device=ends_E.device)
     for rows, one, weight in zip(_segments(ends_E), a.tensor, b.tensor, strict=True):
@@ -98,8 +104,14 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
     return out_PN
 
 
-def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_wgrad(
+    a: Native | Operand, b: Native | Operand, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
     """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
+    if isinstance(a, Operand) and isinstance(b, Operand):
+        return grouped.grouped_wgrad(a, b, ends_E, dtype)
+    assert isinstance(a, Native)
+    assert isinstance(b, Native)
     size = (len(a.tensor), a.shape[-1], b.shape[-1])
     out_EMN = torch.zeros(size, dtype=dtype, device=ends_E.device)
     for out_MN, one, other in zip(out_EMN, a.tensor, b.tensor, strict=True):
@@ -141,6 +153,7 @@ def _segments(ends_E: Tensor) -> list[slice]:
 
 
 def _product(a: Any, a_columnwise: bool, b: Any, b_columnwise: bool, dtype: torch.dtype) -> Tensor:
+    """Raises ValueError where a is blocked along its columns and b is not: cuBLAS has no such."""
     if a_columnwise and not b_columnwise:
         raise ValueError("b: expected columnwise like a, got blocks along rows")
     # The library's first operand is our second; "T" is the one whose blocks lie along rows.
