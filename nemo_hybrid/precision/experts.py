@@ -89,7 +89,7 @@ class QuantizedExperts(Products):
     def _forward_product(self, x_P: Tensor, weight_E: Tensor, segments: Segments) -> Tensor:
         ends_E = segments.ends_E
         a, b = self.forward_input(x_P, ends_E), self.forward_weight(weight_E)
-        return self.grouped_product(self.formats.forward, a, b, ends_E, x_P.dtype)
+        return nvfp4.grouped_product(a, b, ends_E, x_P.dtype)
 
     def _backward_products(
         self,
@@ -103,8 +103,9 @@ class QuantizedExperts(Products):
         ends_E = segments.ends_E
         for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E)
         weight = self.dgrad_weight(weight_E)
-        dx_P = self.grouped_product(self.formats.dgrad, for_dgrad, weight, ends_E, x_P.dtype)
-        return dx_P, self.grouped_wgrad(for_wgrad, self.wgrad_input(x_P, ends_E), ends_E)
+        dx_P = nvfp4.grouped_product(for_dgrad, weight, ends_E, x_P.dtype)
+        x = self.wgrad_input(x_P, ends_E)
+        return dx_P, nvfp4.grouped_wgrad(for_wgrad, x, ends_E, torch.float32)
 
     def _segments(self, counts_E: Tensor, n_rows: int) -> Segments:
         align = max(BLOCKS[kind] for kind in self.formats)

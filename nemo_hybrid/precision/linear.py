@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.precision.operands import Products
+from nemo_kernels import nvfp4
 
 
 class QuantizedLinear(Products):
@@ -34,17 +35,15 @@ class _Linear(torch.autograd.Function):
         weight_NK = weight.to(x_TK.dtype)
         ctx.save_for_backward(x_TK, weight_NK)
         a, b = products.forward_input(x_TK), products.forward_weight(weight_NK)
-        return products.product(products.formats.forward, a, b, x_TK.dtype)
+        return nvfp4.product(a, b, x_TK.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         products: QuantizedLinear = ctx.products
         x_TK, weight_NK = ctx.saved_tensors
-        _, dgrad, wgrad = products.formats
         use = products.streams.next_use(products.name)
         for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy")
-        dx_TK = products.product(dgrad, for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
-        x = products.wgrad_input(x_TK)
-        dweight_NK = products.product(wgrad, for_wgrad, x, torch.float32)
+        dx_TK = nvfp4.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
+        dweight_NK = nvfp4.product(for_wgrad, products.wgrad_input(x_TK), torch.float32)
         return dx_TK, dweight_NK.to(ctx.weight_dtype), None

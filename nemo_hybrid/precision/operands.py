@@ -14,7 +14,6 @@ from torch import Tensor
 from nemo_hybrid.precision.formats import Format, Ingredients, PassFormats
 from nemo_hybrid.precision.streams import Streams
 from nemo_kernels import mxfp8, nvfp4
-from nemo_kernels.nvfp4 import emulation
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 
 _NEAREST = Rounding()
@@ -101,20 +100,6 @@ class Products:
                 if side is not None and side.format == "nvfp4":
                     self.probe.operand(self.name, role, x, side.rounding, columnwise, ends_E)
         return operands(x, rows, columns, ends_E)
-
-    def product(self, kind: Format, a: Any, b: Any, dtype: torch.dtype) -> Tensor:
-        return (nvfp4.product if kind == "nvfp4" else emulation.product)(a, b, dtype)
-
-    def grouped_product(
-        self, kind: Format, a: Any, b: Any, ends_E: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        function = nvfp4.grouped_product if kind == "nvfp4" else emulation.grouped_product
-        return function(a, b, ends_E, dtype)
-
-    def grouped_wgrad(self, a: Any, b: Any, ends_E: Tensor) -> Tensor:
-        native = self.formats.wgrad == "nvfp4"
-        function = nvfp4.grouped_wgrad if native else emulation.grouped_wgrad
-        return function(a, b, ends_E, torch.float32)
 
 
 def operands(

@@ -257,8 +257,8 @@ def plan(dtype: torch.dtype, rows: int, experts: int, *widths: int) -> Plan:
 
 
 def shipped() -> list[Shipped]:
-    """Each kernel with each of its tiles: in bf16, with weights' gradients also in fp32, and in
-    fp32; combining as many slots as published models have."""
+    """Each kernel with each of its tiles: in bf16, with products and weights' gradients also in
+    fp32, and in fp32; combining as many slots as published models have."""
     matrix: dict[int, str | None] = {90: "wgmma", 100: "tcgen05"}
     plain: dict[int, str | None] = dict.fromkeys(matrix, "fma.rn.f32")
     kernels = _shipped("*bf16", {*PLANS.values()}, matrix, aligned=True)
@@ -304,7 +304,11 @@ def _shipped(
             declare(down_dgrad_kernel, tile, down),
         ]
     for tile in sorted({plan.down for plan in plans}):
-        kernels += [declare(rows_kernel, tile, product, **{s: 1}) for s in ("stride_P", "stride_Q")]
+        kernels += [
+            declare(rows_kernel, tile, {**product, "out_RQ": kind}, **{stride: 1})
+            for kind in sorted({x, "*fp32"})
+            for stride in ("stride_P", "stride_Q")
+        ]
     for tile in sorted({plan.wgrad for plan in plans}):
         kernels += [
             declare(wgrad_kernel, tile, {**wgrad, "out_EFL": kind}, **{stride: 1})

@@ -28,7 +28,7 @@ from nemo_kernels.moe import expert_kernel, function, reference
 from nemo_kernels.moe.expert_kernel import Plan, Tile
 from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
 from nemo_kernels.moe.routing import Slots
-from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, sort_slots, tile_table
+from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
 
 __all__ = [
     "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
@@ -96,10 +96,10 @@ class _Experts(torch.autograd.Function):
             _up(plan.up, x_TL, rows, w_up_EFL, h_RF, None)
         dh_RF, act_RF, dweights = _down_dgrad(plan.up, dy_TL, h_RF, rows, w_down_ELF)
         ddown_ELF = torch.empty_like(w_down_ELF)
-        _wgrad(plan.wgrad, act_RF, dy_TL, rows, ddown_ELF.mT)
+        _wgrad(plan.wgrad, act_RF, dy_TL, rows.token_R, rows.end_E, ddown_ELF.mT)
         del act_RF
         dup_EFL = torch.empty_like(w_up_EFL)
-        _wgrad(plan.wgrad, dh_RF, x_TL, rows, dup_EFL)
+        _wgrad(plan.wgrad, dh_RF, x_TL, rows.token_R, rows.end_E, dup_EFL)
         dx_TL = _product(plan.down, dh_RF, rows, w_up_EFL)
         if inverse_R is not None:
             dx_TL = _combine(dx_TL, inverse_R, weights.shape[1])
@@ -163,6 +163,25 @@ def moe_mlp(
     with torch.cuda.device_of(x_TL):
         slots = sort_slots(topk_ids_TK, n_experts)
         return _apply(x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute)
+
+
+def rows_products(tile: Tile, a_RP: Tensor, counts_E: Tensor, b_EPQ: Tensor) -> Tensor:
+    """Each row times its expert's matrix, in fp32: [R, Q]. Rows after the last expert's are not
+    written. a is contiguous, one stride of b's matrices is 1; both have one dtype."""
+    out_RQ = a_RP.new_empty(len(a_RP), b_EPQ.shape[2], dtype=torch.float32)
+    with torch.cuda.device_of(a_RP):
+        _product(tile, a_RP, tile_table(counts_E, len(a_RP), tile.m), b_EPQ, out_RQ)
+    return out_RQ
+
+
+def outer_products(tile: Tile, a_RF: Tensor, b_RL: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's sum over its rows of the outer products, in fp32: [E, F, L]. Expert e's rows
+    end before ends_E[e] (int32)."""
+    out_EFL = a_RF.new_empty(ends_E.numel(), a_RF.shape[1], b_RL.shape[1], dtype=torch.float32)
+    token_R = torch.arange(len(a_RF), dtype=torch.int32, device=a_RF.device)
+    with torch.cuda.device_of(a_RF):
+        _wgrad(tile, a_RF, b_RL, token_R, ends_E, out_EFL)
+    return out_EFL
 
 
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
@@ -249,7 +268,9 @@ def _launch(kernel: Any, blocks: int, tile: Tile, *arguments: Any) -> None:
     kernel[(blocks,)](*arguments, **sizes, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _over_tiles(kernel: Any, rows: _Rows, tile: Tile, columns: int, *arguments: Any) -> None:
+def _over_tiles(
+    kernel: Any, rows: _Rows | Tiles, tile: Tile, columns: int, *arguments: Any
+) -> None:
     blocks = rows.expert_M.numel() * triton.cdiv(columns, tile.n)
     _launch(kernel, blocks, tile, *arguments)
 
@@ -268,12 +289,16 @@ def _up(
     _over_tiles(expert_kernel.up_kernel, rows, tile, inner, *arguments, *rows.tiles, width, inner)
 
 
-def _product(tile: Tile, a_RD: Tensor, rows: _Rows, b_EDO: Tensor) -> Tensor:
+def _product(
+    tile: Tile, a_RD: Tensor, rows: _Rows | Tiles, b_EDO: Tensor, out_RO: Tensor | None = None
+) -> Tensor:
     """Each row times its expert's matrix."""
     b_EDO = b_EDO.to(a_RD.dtype)
     _, depth, columns = b_EDO.shape
-    out_RO = a_RD.new_empty(a_RD.shape[0], columns)
-    arguments = (a_RD, b_EDO, out_RO, *rows.tiles, depth, columns, *b_EDO.stride()[1:])
+    if out_RO is None:
+        out_RO = a_RD.new_empty(a_RD.shape[0], columns)
+    tiles = (rows.expert_M, rows.first_M, rows.end_M)
+    arguments = (a_RD, b_EDO, out_RO, *tiles, depth, columns, *b_EDO.stride()[1:])
     _over_tiles(expert_kernel.rows_kernel, rows, tile, columns, *arguments)
     return out_RO
 
@@ -294,11 +319,18 @@ def _down_dgrad(
     return dh_RF, act_RF, parts_RN.sum(1)
 
 
-def _wgrad(tile: Tile, row_RF: Tensor, gathered_TL: Tensor, rows: _Rows, out_EFL: Tensor) -> None:
+def _wgrad(
+    tile: Tile,
+    row_RF: Tensor,
+    gathered_TL: Tensor,
+    token_R: Tensor,
+    end_E: Tensor,
+    out_EFL: Tensor,
+) -> None:
     """Write each expert's sum over its rows of the outer products."""
     n_experts, inner, width = out_EFL.shape
     blocks = n_experts * triton.cdiv(inner, tile.m) * triton.cdiv(width, tile.n)
-    operands = (row_RF, gathered_TL, rows.token_R, rows.end_E, out_EFL)
+    operands = (row_RF, gathered_TL, token_R, end_E, out_EFL)
     strides = out_EFL.stride()[1:]
     _launch(expert_kernel.wgrad_kernel, blocks, tile, *operands, inner, width, *strides)
 

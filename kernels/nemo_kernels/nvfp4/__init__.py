@@ -2,7 +2,8 @@
 
 ``reference`` is the specification of the format. This module is what training takes of it, by the
 path that ``backend`` chooses for op "nvfp4": operands of products, quantized as they are needed,
-and products of them. An operand goes only to products of the path that made it.
+and products of them. An operand goes only to products of the path that made it; but every path
+also multiplies `operand.Operand`, which is how other formats are emulated.
 
 Shapes: M, N dimensions of a product, K that it sums over; P rows of E experts' segments.
 """

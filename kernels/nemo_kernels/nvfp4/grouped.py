@@ -1,0 +1,44 @@
+"""Grouped products of emulated operands by the Triton kernels of ``moe``: as :mod:`.emulation`'s,
+but sizes of segments stay on the device, so that nothing waits for it.
+
+Shapes: P rows of E experts' segments, K and N widths, M and N those of a weight gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_kernels.moe import expert_kernel
+from nemo_kernels.moe.kernel import outer_products, rows_products
+from nemo_kernels.nvfp4.operand import Operand
+
+
+def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`.emulation.grouped_product`; rows after the last end may hold anything."""
+    a_PK, b_EKN = a.matrix.contiguous(), b.matrix.mT
+    (n_rows, _), (n_experts, *widths) = a_PK.shape, b_EKN.shape
+    tile = expert_kernel.plan(a_PK.dtype, n_rows, n_experts, *widths[::-1]).down
+    out_PN = rows_products(tile, a_PK, _counts(ends_E), b_EKN)
+    rows_P = torch.arange(n_rows, dtype=torch.int32, device=ends_E.device)
+    expert_P = torch.searchsorted(ends_E, rows_P, right=True).clamp_max_(n_experts - 1)
+    for scale in (a.tensor_scale, b.tensor_scale):
+        if scale is not None:
+            out_PN *= scale[expert_P][:, None]
+    return out_PN.to(dtype)
+
+
+def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`.emulation.grouped_wgrad`."""
+    a_PM, b_PN = a.matrix.mT.contiguous(), b.matrix.mT.contiguous()
+    n_experts, widths = ends_E.numel(), (b_PN.shape[1], a_PM.shape[1])
+    tile = expert_kernel.plan(a_PM.dtype, len(a_PM), n_experts, *widths).wgrad
+    out_EMN = outer_products(tile, a_PM, b_PN, ends_E)
+    for scale in (a.tensor_scale, b.tensor_scale):
+        if scale is not None:
+            out_EMN *= scale[:, None, None]
+    return out_EMN.to(dtype)
+
+
+def _counts(ends_E: Tensor) -> Tensor:
+    return ends_E.diff(prepend=ends_E.new_zeros(1)).long()
