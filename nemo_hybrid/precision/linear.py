@@ -25,7 +25,7 @@ class QuantizedLinear(Products):
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         y_TN: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, self)
-        return y_TN.view(*x.shape[:-1], -1)
+        return y_TN.view(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):

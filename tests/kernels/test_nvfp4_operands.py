@@ -82,6 +82,25 @@ def test_nan_in_a_segment_stays_there() -> None:
         assert not operand.values[64:].isnan().any()
 
 
+@pytest.mark.parametrize("how", HOW, ids=["1x16", "16x16"])
+def test_no_rows_at_all(how: tuple[Rounding, Rounding]) -> None:
+    for operand in made(draw(0, 64), how, torch.zeros(3, dtype=torch.int32)):
+        assert operand.values.shape == (0, 64)
+        assert operand.tensor_scale is not None
+        assert operand.tensor_scale.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("ends", [[8, 64], [64, 16], [16, 112]])
+def test_wrong_ends_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="ends_E: expected multiples of 16 that rise to 96"):
+        operands(segments(), Rounding(), None, torch.tensor(ends, dtype=torch.int32))
+
+
+def test_experts_weights_must_consist_of_whole_blocks() -> None:
+    with pytest.raises(ValueError, match=r"rows divisible by 16, got \[2, 24, 32\]"):
+        operands(draw(2, 24, 32), Rounding(), None)
+
+
 def test_segments_and_matrices_do_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"without ends_E, got \[2, 16, 16\]"):
         operands(torch.zeros(2, 16, 16), Rounding(), None, ENDS)

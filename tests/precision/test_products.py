@@ -11,6 +11,7 @@ from nemo_hybrid.precision.experts import QuantizedExperts
 from nemo_hybrid.precision.formats import Ingredients, PassFormats
 from nemo_hybrid.precision.linear import QuantizedLinear
 from nemo_hybrid.precision.streams import Streams
+from nemo_kernels import mxfp8
 from nemo_kernels.moe import grouped_mlp, moe_mlp
 from nemo_kernels.nvfp4.reference import dequantize, quantize
 
@@ -78,6 +79,29 @@ def test_the_three_products_are_those_of_the_operand_table() -> None:
         distances = [distance(a, b) for a, b in zip(passes(other, x, w, dy), wanted, strict=True)]
         touched = {"rht": "001", "two_dimensional_weights": "110", "stochastic_rounding": "011"}
         assert ["1" if d > 0.02 else "0" for d in distances] == [*touched[change]]
+
+
+def test_mxfp8_has_blocks_along_what_each_product_sums_over() -> None:
+    def spread(*shape: int, seed: int) -> Tensor:
+        """Over so many powers of two that small numbers of a block become subnormal or zero."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(shape, generator=generator)
+        return x * torch.exp(4 * torch.randn(shape, generator=generator))
+
+    def blocks(t: Tensor) -> Tensor:
+        """Along the last dimension."""
+        made = mxfp8.operands(t.contiguous(), rows=True, columns=False)[0]
+        assert made is not None
+        return made.values.double()
+
+    x, w, dy = spread(64, 96, seed=1), spread(160, 96, seed=2), spread(64, 160, seed=3)
+    formats = PassFormats("mxfp8", "mxfp8", "mxfp8")
+    got = passes(QuantizedLinear("layer", formats, Ingredients(), Streams(0, 0)), x, w, dy)
+    wanted = [blocks(x) @ blocks(w).T, blocks(dy) @ blocks(w.T).T, blocks(dy.T) @ blocks(x.T).T]
+    other = [blocks(x.T).T @ blocks(w.T), blocks(dy.T).T @ blocks(w), blocks(dy).T @ blocks(x)]
+    for result, want, across in zip(got, wanted, other, strict=True):
+        assert distance(result, want) < 2e-6
+        assert distance(result, across) > 1e-5
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -212,7 +236,10 @@ def test_experts_in_fp32_are_the_plain_ones() -> None:
         assert 0.03 < distance(a, b.double()) < 1
 
 
-@pytest.mark.parametrize("formats", [ALL_NVFP4, PassFormats("bf16", "mxfp8", "nvfp4")])
+@pytest.mark.parametrize(
+    "formats",
+    [ALL_NVFP4, PassFormats("bf16", "mxfp8", "nvfp4"), PassFormats("nvfp4", "nvfp4", "mxfp8")],
+)
 def test_recomputed_experts_and_unsorted_tokens_give_the_same_bits(formats: PassFormats) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(33)])
@@ -233,6 +260,27 @@ def test_recomputed_experts_and_unsorted_tokens_give_the_same_bits(formats: Pass
         assert torch.equal(a, b)
         assert a.isfinite().all()
         assert a.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "bf16"])
+def test_experts_of_which_none_has_a_row(kind: str) -> None:
+    formats = PassFormats(kind, kind, kind)  # type: ignore[arg-type]
+    experts = QuantizedExperts("experts", formats, Ingredients(), Streams(0, 0))
+    shapes = (0, 32), (0,), (E, 64, 32), (E, 32, 64)
+    leaves = [torch.ones(shape).bfloat16().requires_grad_() for shape in shapes]
+    counts = torch.zeros(E, dtype=torch.int64)
+    y = grouped_mlp(leaves[0], leaves[1], counts, *leaves[2:], experts=experts)
+    assert y.shape == (0, 32)
+    for leaf, grad in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
+def test_a_layer_without_tokens() -> None:
+    layer = QuantizedLinear("layer", ALL_NVFP4, Ingredients(), Streams(0, 0))
+    y, dx, dw = passes(layer, draw(2, K)[:0], draw(N, K), draw(2, N)[:0])
+    assert (y.shape, dx.shape) == ((0, N), (0, K))
+    assert not dw.any()
 
 
 @pytest.mark.parametrize("where", ["x", "weight", "dy"])

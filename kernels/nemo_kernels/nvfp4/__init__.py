@@ -29,6 +29,11 @@ def segment_alignment(device_type: str) -> int:
     return int(_path(device_type).SEGMENT_ALIGNMENT)
 
 
+def native(device_type: str) -> bool:
+    """Whether products run on units for NVFP4; else they are emulated."""
+    return bool(_path(device_type).NATIVE)
+
+
 def operands(
     x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
 ) -> tuple[Operand | None, Operand | None]:
@@ -59,8 +64,8 @@ def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Row p of expert e times b[e]^T: [P, N], of a over [P, K] and b over [E, N, K]. Rows after
-    the last end may hold anything."""
+    """Row p of expert e times b[e]^T: [P, N], of a over [P, K] and b over [E, N, K]. Zeros after
+    the last end."""
     result: Tensor = _path(ends_E.device.type).grouped_product(a, b, ends_E, dtype)
     return result
 

@@ -21,6 +21,7 @@ from nemo_kernels.nvfp4 import emulation, grouped, layout, reference
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 
 DEVICE_TYPES = ("cuda",)
+NATIVE = True
 SEGMENT_ALIGNMENT = layout.SEGMENT_ALIGNMENT
 
 

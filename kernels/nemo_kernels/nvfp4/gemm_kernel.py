@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_kernels.checks import expect, expect_device, may_read
+from nemo_kernels.checks import expect, expect_device
 from nemo_kernels.nvfp4.layout import (
     ATOM_BYTES,
     ATOM_K,
@@ -29,6 +29,7 @@ from nemo_kernels.nvfp4.layout import (
     Packed,
     atoms,
 )
+from nemo_kernels.nvfp4.operand import expect_ends
 from nemo_kernels.nvfp4.scales import BLOCK
 from nemo_kernels.shipped import Shipped
 
@@ -53,7 +54,7 @@ def grouped_rows(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> Te
     Args:
         a, b: their tensor scales are [E]; those of a belong to the segments.
         ends_E: int32; expert e's rows end before ends_E[e], a multiple of 128. Rows of the result
-            after the last end are not written.
+            after the last end are zeros (NaN if the last expert's tensor scale is).
     """
     _expect_operands(a, b, dtype, ends_E, a.data.shape[0], experts_of_b=True)
     return _rows(a, b, ends_E, dtype)
@@ -146,9 +147,8 @@ def _expect_operands(
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
     experts: tuple[int, ...] = ()
     if ends_E is not None:
-        expect("ends_E", ends_E, (None,), torch.int32)
         expect_device(a.data, ends_E=ends_E)
-        _expect_segments(ends_E, n_rows)
+        expect_ends(ends_E, n_rows, SEGMENT_ALIGNMENT)
         experts = (len(ends_E),)
     half = a.data.shape[-1]
     if half % (BLOCK // 2):
@@ -164,17 +164,6 @@ def _expect_operands(
                 raise ValueError(
                     f"{name}.{field}: expected a contiguous tensor, got strides {tensor.stride()}"
                 )
-
-
-def _expect_segments(ends_E: Tensor, n_rows: int) -> None:
-    if not may_read(ends_E):
-        return
-    ends = [0, *ends_E.tolist(), n_rows]
-    if ends != sorted(ends) or any(end % SEGMENT_ALIGNMENT for end in ends[:-1]):
-        raise ValueError(
-            f"ends_E: expected multiples of {SEGMENT_ALIGNMENT} that rise to {n_rows} at most, "
-            f"got {ends[1:-1]}"
-        )
 
 
 @triton.jit
@@ -231,8 +220,9 @@ def _rows_kernel(
             e = start + tl.arange(0, 128)
             end = tl.load(ends_E + e, mask=e < n_experts, other=2**31 - 1)
             expert += tl.sum((end <= tile * BLOCK_M).to(tl.int32), 0)
-        if expert >= n_experts:
-            return
+        if expert >= n_experts:  # no expert's: zeros
+            K = 0
+            expert = n_experts - 1
     acc_MN = _product(
         a, a_scale, b, b_scale,
         tile * BLOCK_M, expert * N + column_block * BLOCK_N,

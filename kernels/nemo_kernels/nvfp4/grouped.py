@@ -15,7 +15,7 @@ from nemo_kernels.nvfp4.operand import Operand
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`.emulation.grouped_product`; rows after the last end may hold anything."""
+    """:func:`.emulation.grouped_product`."""
     a_PK, b_EKN = a.matrix.contiguous(), b.matrix.mT
     (n_rows, _), (n_experts, *widths) = a_PK.shape, b_EKN.shape
     tile = expert_kernel.plan(a_PK.dtype, n_rows, n_experts, *widths[::-1]).down
@@ -25,7 +25,8 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
     for scale in (a.tensor_scale, b.tensor_scale):
         if scale is not None:
             out_PN *= scale[expert_P][:, None]
-    return out_PN.to(dtype)
+    # Rows after the last end were not written.
+    return torch.where((rows_P < ends_E[-1])[:, None], out_PN, 0).to(dtype)
 
 
 def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:

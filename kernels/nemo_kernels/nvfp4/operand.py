@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from nemo_kernels.checks import expect, may_read
+from nemo_kernels.nvfp4.scales import BLOCK
 
 
 class Rounding(NamedTuple):
@@ -33,3 +37,17 @@ class Operand(NamedTuple):
     def matrix(self) -> Tensor:
         """The values with the dimension that is summed over last."""
         return self.values.mT if self.columnwise else self.values
+
+
+def expect_ends(ends_E: Tensor, n_rows: int, alignment: int = BLOCK) -> None:
+    """Raise ValueError unless these are the ends of segments of so many rows; values are looked at
+    on CPU tensors and in debug mode."""
+    expect("ends_E", ends_E, (None,), torch.int32)
+    if not may_read(ends_E):
+        return
+    ends = [0, *ends_E.tolist(), n_rows]
+    if ends != sorted(ends) or any(end % alignment for end in ends[:-1]):
+        raise ValueError(
+            f"ends_E: expected multiples of {alignment} that rise to {n_rows} at most, "
+            f"got {ends[1:-1]}"
+        )

@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_kernels.checks import expect_device
 from nemo_kernels.nvfp4 import hadamard
 from nemo_kernels.nvfp4.emulation import grouped_product, grouped_wgrad, product
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.operand import Operand, Rounding, expect_ends
 from nemo_kernels.nvfp4.packing import decode_packed, encode, pack
 from nemo_kernels.nvfp4.rounding import (
     E2M1_MAX,
@@ -46,10 +47,12 @@ from nemo_kernels.nvfp4.scales import (
 )
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Quantized", "dequantize", "fake_quantize", "grouped_product",
+    "NATIVE", "SEGMENT_ALIGNMENT", "Quantized", "dequantize", "fake_quantize", "grouped_product",
     "grouped_wgrad", "operands", "product", "quantize", "quantize_modelopt",
 ]  # fmt: skip
 
+NATIVE = False
+"""Products are emulated."""
 SEGMENT_ALIGNMENT = BLOCK
 """Of experts' rows: so that no block holds those of two."""
 
@@ -147,10 +150,16 @@ def operands(
             of 16), and each expert's have a tensor scale. Rows after the last end must be zeros.
 
     Raises:
-        ValueError: a dimension is not divisible by 16, or a dtype or a shape is not as described.
+        ValueError: a dimension is not divisible by 16, or a dtype or a shape is not as described;
+            on CPU tensors and in debug mode, ends are not.
     """
     if x.dim() not in (2, 3) or (x.dim() == 3 and ends_E is not None):
         raise ValueError(f"x: expected [M, N], or [E, M, N] without ends_E, got {list(x.shape)}")
+    if (x.dim() == 3 or ends_E is not None) and x.shape[-2] % BLOCK:
+        raise ValueError(f"x: expected rows divisible by {BLOCK}, got {list(x.shape)}")
+    if ends_E is not None:
+        expect_device(x, ends_E=ends_E)
+        expect_ends(ends_E, len(x))
     if x.dim() == 3:
         n_experts, m, _ = x.shape
         ends_E = torch.arange(1, n_experts + 1, dtype=torch.int32, device=x.device) * m
@@ -295,7 +304,8 @@ def _amax_of_segments(block_amax: Tensor, ends_E: Tensor, n_rows: int) -> tuple[
     n_groups, last = n_rows // BLOCK, ends_E.numel() - 1
     first_rows = torch.arange(n_groups, dtype=torch.int32, device=ends_E.device) * BLOCK
     segment = torch.searchsorted(ends_E, first_rows, right=True).clamp_max_(last)
-    group_amax = block_amax.reshape(n_groups, -1).amax(1)
+    per_group = max(1, block_amax.numel() // max(1, n_groups))
+    group_amax = block_amax.reshape(n_groups, per_group).amax(1)
     amax = group_amax.new_zeros(last + 1).scatter_reduce_(0, segment, group_amax, "amax")
     amax = torch.where(amax.isfinite(), amax, torch.nan)
     grid = block_amax.shape[:-1]
