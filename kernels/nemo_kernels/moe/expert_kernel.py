@@ -214,8 +214,8 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tiles of a call. ``up`` (also for its output's gradient) has F columns, ``down`` has L;
-    both have the same rows. ``wgrad`` has F rows and L columns; its depth are slots."""
+    """The tiles of a call. ``up`` (also for its output's gradient, and for products that stay in
+    fp32) has F columns, ``down`` has L; both have the same rows. ``wgrad`` has F rows and L columns; its depth are slots."""
 
     up: Tile
     down: Tile
@@ -303,12 +303,13 @@ def _shipped(
             declare(up_kernel, tile, up, act_RF=None),
             declare(down_dgrad_kernel, tile, down),
         ]
+        if x != "*fp32":  # with which all products are
+            wide = {**product, "out_RQ": "*fp32"}
+            kernels += [
+                declare(rows_kernel, tile, wide, **{s: 1}) for s in ("stride_P", "stride_Q")
+            ]
     for tile in sorted({plan.down for plan in plans}):
-        kernels += [
-            declare(rows_kernel, tile, {**product, "out_RQ": kind}, **{stride: 1})
-            for kind in sorted({x, "*fp32"})
-            for stride in ("stride_P", "stride_Q")
-        ]
+        kernels += [declare(rows_kernel, tile, product, **{s: 1}) for s in ("stride_P", "stride_Q")]
     for tile in sorted({plan.wgrad for plan in plans}):
         kernels += [
             declare(wgrad_kernel, tile, {**wgrad, "out_EFL": kind}, **{stride: 1})

@@ -18,7 +18,7 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
     """:func:`.emulation.grouped_product`."""
     a_PK, b_EKN = a.matrix.contiguous(), b.matrix.mT
     (n_rows, _), (n_experts, *widths) = a_PK.shape, b_EKN.shape
-    tile = expert_kernel.plan(a_PK.dtype, n_rows, n_experts, *widths[::-1]).down
+    tile = expert_kernel.plan(a_PK.dtype, n_rows, n_experts, *widths).up
     out_PN = rows_products(tile, a_PK, _counts(ends_E), b_EKN)
     rows_P = torch.arange(n_rows, dtype=torch.int32, device=ends_E.device)
     expert_P = torch.searchsorted(ends_E, rows_P, right=True).clamp_max_(n_experts - 1)
