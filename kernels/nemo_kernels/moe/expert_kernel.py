@@ -215,7 +215,8 @@ class Tile(NamedTuple):
 
 class Plan(NamedTuple):
     """The tiles of a call. ``up`` (also for its output's gradient, and for products that stay in
-    fp32) has F columns, ``down`` has L; both have the same rows. ``wgrad`` has F rows and L columns; its depth are slots."""
+    fp32) has F columns, ``down`` has L; both have the same rows. ``wgrad`` has F rows and L
+    columns; its depth are slots."""
 
     up: Tile
     down: Tile
