@@ -89,6 +89,22 @@ def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dty
         assert same_operands(operands, reference.operands(x, *sides))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["activations", "gradients", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_million_values(name: str, dtype: torch.dtype) -> None:
+    """Every layout in which training quantizes; reference and TransformerEngine's formula are
+    compared on as many in test_nvfp4_formula."""
+    x = data(dtype, 1040, 1040)
+    made = quantizer.quantize(x[None], *SIDES[name], packed=True)
+    for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):
+        assert how is not None
+        assert side is not None
+        assert side.scale is not None
+        q = reference.quantize(x, **arguments(how, columnwise))
+        assert same_quantized(Quantized(side.data[0], side.scale[0], side.tensor_scale[0]), q)
+
+
 @pytest.mark.parametrize("name", ["rows", "activations", "gradients", "weights"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_both_sides_of_packed_operands_with_swizzled_scales(name: str, dtype: torch.dtype) -> None:
