@@ -7,6 +7,7 @@ Rules are globs over module names; of those that match a product the last one co
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, cast, get_args
@@ -123,7 +124,7 @@ def check(model: nn.Module, options: PrecisionOptions, shape: Architecture, toke
             "formats, or another recipe, precision.formats or precision.last_layers_bf16"
         )
     for product in products:
-        _check_dimensions(product, options, tokens)
+        _check_dimensions(product, shape, tokens)
     passes = {
         "rht": ("wgrad",),
         "stochastic_rounding": ("dgrad", "wgrad"),
@@ -136,8 +137,10 @@ def check(model: nn.Module, options: PrecisionOptions, shape: Architecture, toke
                 f"precision.{option} has no effect: no {' or '.join(names)} product is in nvfp4"
             )
     if options.switch_step and all(_switched(p.formats, options) == p.formats for p in products):
+        forward = options.switch_passes == "forward"
         raise UserError(
-            "precision.switch_passes forward has no effect: all forward products are in bf16"
+            f"precision.{'switch_passes forward' if forward else 'switch_step'} has no effect: "
+            f"no {'forward ' if forward else ''}product is in nvfp4 or mxfp8"
         )
 
 
@@ -164,10 +167,10 @@ def resolve(model: nn.Module, options: PrecisionOptions, shape: Architecture) ->
     """All products of a model with their formats, in the model's order. Raises UserError."""
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if hasattr(module, "low_precision")]
-    for glob in options.formats:
-        _check_glob(glob, list(modules), names)
-    base, preset = _base(options), PRESETS[options.recipe]
     depth, last = len(shape.pattern), options.last_layers_bf16
+    for glob in options.formats:
+        _check_glob(glob, list(modules), names, depth)
+    base, preset = _base(options), PRESETS[options.recipe]
     if last is None:
         last = max(1, int(preset.last_layers * depth + 0.5)) if preset.last_layers else 0
     if last > depth:
@@ -230,12 +233,22 @@ def _ingredients(options: PrecisionOptions) -> Ingredients:
     return Ingredients(**{name: getattr(options, name) for name in Ingredients._fields})
 
 
-def _check_glob(glob: str, modules: list[str], products: list[str]) -> None:
+def _check_glob(glob: str, modules: list[str], products: list[str], depth: int) -> None:
     """Raise UserError unless it matches a product."""
     if any(fnmatchcase(name, glob) for name in products):
         return
     others = [name for name in modules if fnmatchcase(name, glob)]
     if not others:
+        layer = re.match(r"backbone\.layers\.(\d+)\.", glob)
+        if layer and int(layer[1]) >= depth:
+            raise UserError(
+                f"precision.formats: {glob} matches no module: the model has {depth} layers, "
+                "counted from 0"
+            )
+        if glob.startswith("mtp.") and not any(name.startswith("mtp.") for name in modules):
+            raise UserError(
+                f"precision.formats: {glob} matches no module: the model has no MTP block"
+            )
         # Compared by as many last parts as are given.
         wanted = glob.removeprefix("*").strip(".")
         last = -len(wanted.split("."))
@@ -255,23 +268,26 @@ def _check_glob(glob: str, modules: list[str], products: list[str]) -> None:
     )
 
 
-def _check_dimensions(product: Product, options: PrecisionOptions, tokens: int) -> None:
+def _check_dimensions(product: Product, shape: Architecture, tokens: int) -> None:
     """Raise UserError where a dimension is not made of whole blocks."""
     name, module, formats = product
-    outer, inner = BLOCKS[formats.dgrad], BLOCKS[formats.forward]
-    if options.two_dimensional_weights and "nvfp4" in formats[:2]:
-        outer, inner = max(outer, BLOCKS["nvfp4"]), max(inner, BLOCKS["nvfp4"])
+    # Kernels take whole blocks of NVFP4 in both dimensions, whichever a pass sums over.
+    least = BLOCKS["nvfp4"] if "nvfp4" in formats else 1
+    inner, outer = max(least, BLOCKS[formats.forward]), max(least, BLOCKS[formats.dgrad])
     if is_linear(module):
         sizes = ((module.in_features, "inputs", inner), (module.out_features, "outputs", outer))
     else:  # the second product takes what the first one gives
         width, size = module.up_proj.shape[1:]
         both = max(inner, outer)
         sizes = ((size, "inputs", both), (width, "inner channels", both))
+    change = group_of(name).options
+    if shape.moe_latent_size is None:
+        change = change.replace("moe_latent_size", "hidden_size")
     for number, words, block in sizes:
         if number % block:
             raise UserError(
                 f"{name} has {number} {words}, which is not divisible by {block}, the block of "
-                f"{low_formats(formats)}: change model.{group_of(name).options}, or set "
+                f"{low_formats(formats)}: change model.{change}, or set "
                 f'precision.formats "{glob_of(name)}: bf16"'
             )
     if is_linear(module) and tokens % BLOCKS[formats.wgrad]:

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.precision.formats import BLOCKS, PassFormats
-from nemo_kernels import backend
+from nemo_kernels import nvfp4
 
 
 class Product(NamedTuple):
@@ -110,10 +109,4 @@ def work_of(
 def _runs(words: str, device_type: str) -> str:
     """Natively or emulated; empty for what is in no low precision."""
     low = low_formats(words.split("/"))
-    native = low == "nvfp4" and device_type == "cuda" and _has_fp4_units()
-    return low and ("native" if native else "emulated")
-
-
-def _has_fp4_units() -> bool:
-    on_path = backend.path("nvfp4", "cuda").name != "reference"
-    return on_path and torch.cuda.get_device_capability() >= (10, 0)
+    return low and ("native" if low == "nvfp4" and nvfp4.native(device_type) else "emulated")

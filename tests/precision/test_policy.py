@@ -222,12 +222,9 @@ def test_streams_know_batch_micro_batch_and_rank() -> None:
     assert len(keys) == 2 * 3 * 2
 
 
-def test_native_units_are_blackwells(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability, path = [(9, 0)], ["triton"]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
-    monkeypatch.setattr(
-        products.backend, "path", lambda op, device: products.backend.Path(path[0], "")
-    )
+def test_table_says_native_where_the_chosen_path_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = [False]
+    monkeypatch.setattr(products.nvfp4, "native", lambda kind: kind == "cuda" and native[0])
     formats = {"*.q_proj": "nvfp4/bf16/bf16", "*.k_proj": "nvfp4/mxfp8/bf16"}
     given = PrecisionOptions(recipe="nvfp4_super", formats=formats)
 
@@ -239,11 +236,9 @@ def test_native_units_are_blackwells(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {"bf16": "", "fp32": ""}
     nowhere = plain | dict.fromkeys(emulated, "emulated")
     assert runs("cuda") == nowhere
-    capability[0] = (10, 0)
+    native[0] = True
     assert runs("cuda") == nowhere | {"nvfp4": "native", "nvfp4/bf16/bf16": "native"}
     assert runs("cpu") == nowhere
-    path[0] = "reference"
-    assert runs("cuda") == nowhere
 
 
 @pytest.mark.parametrize(
@@ -253,6 +248,9 @@ def test_native_units_are_blackwells(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backbone.layers.*.mixer.experts.*": "nvfp4"},
          "matches no module; did you mean backbone.layers.*.mixer.experts"),
         ({"*.shared_expert.up_proj": "bf16"}, "mean backbone.layers.*.mixer.shared_experts.up_pr"),
+        ({"backbone.layers.8.*": "bf16"}, "no module: the model has 8 layers, counted from 0"),
+        ({"backbone.layers.99.mixer.in_proj": "bf16"}, "no module: the model has 8 layers, counte"),
+        ({"backbone.layers.1.mixer.in_proj": "bf16"}, "mean backbone.layers.*.mixer.in_proj?"),
         ({"*.shared_experts": "bf16"}, "holds products but is none: write *.shared_experts.*"),
         ({"lm_head": "nvfp4"}, "lm_head, whose format cannot be chosen: it is one operation with"),
         ({"*.embeddings": "nvfp4"}, "matches backbone.embeddings, whose format cannot be chosen"),
@@ -267,6 +265,14 @@ def test_globs_and_formats_that_mean_nothing(formats: dict[str, str], said: str)
     message = objection(recipe="nvfp4_super", formats=formats)
     assert message.startswith("precision.formats: ")
     assert said in message
+
+
+def test_glob_of_mtp_in_a_model_without_it() -> None:
+    alone = replace(SHAPE, mtp_num_depths=0)
+    for glob in ("mtp.*", "mtp.layers.*.eh_proj"):
+        message = objection(alone, recipe="nvfp4_super", formats={glob: "nvfp4"})
+        assert message == f"precision.formats: {glob} matches no module: the model has no MTP block"
+    assert "did you mean" in objection(recipe="nvfp4_super", formats={"mtp.proj": "nvfp4"})
 
 
 @pytest.mark.parametrize(
@@ -285,6 +291,11 @@ def test_globs_and_formats_that_mean_nothing(formats: dict[str, str], said: str)
         ({"head_dim": 10}, {"*.o_proj": "nvfp4"}, "o_proj has 40 inputs"),
         ({"hidden_size": 272}, {"mtp.*.eh_proj": "mxfp8", "*.out_proj": "bf16"},
          "eh_proj has 272 outputs, which is not divisible by 32"),
+        ({"moe_latent_size": 40}, {}, "change model.moe_latent_size or moe_intermediate_size, or"),
+        ({"moe_latent_size": None, "hidden_size": 264},
+         {"*.in_proj": "bf16", "*.out_proj": "bf16"},
+         "experts has 264 inputs, which is not divisible by 16, the block of nvfp4: change "
+         "model.hidden_size or moe_intermediate_size, or"),
     ],
 )  # fmt: skip
 def test_dimension_that_blocks_do_not_divide_names_layer_and_way_out(
@@ -298,16 +309,45 @@ def test_dimension_that_blocks_do_not_divide_names_layer_and_way_out(
     assert layer not in objection(changed, recipe="nvfp4_super", formats={**formats, glob: "bf16"})
 
 
-def test_only_the_dimension_that_a_pass_sums_over_counts() -> None:
-    odd = replace(SHAPE, mamba_num_heads=8, mamba_head_dim=64)  # 1160 outputs of in_proj
-    wgrad = {"*.in_proj": "bf16/bf16/nvfp4"}
-    check(odd, formats=wgrad)
-    with pytest.raises(UserError, match=r"in_proj has 1160 outputs"):
-        check(odd, formats={"*.in_proj": "nvfp4/bf16/bf16"})  # the weight's blocks are 16x16
-    check(odd, formats={"*.in_proj": "nvfp4/bf16/bf16"}, two_dimensional_weights=False)
+@pytest.mark.parametrize("formats", ["nvfp4/bf16/bf16", "bf16/nvfp4/bf16", "bf16/bf16/nvfp4"])
+def test_nvfp4_needs_both_dimensions_for_every_pass(formats: str) -> None:
+    """Its quantizers, and the units of Blackwell, take no others."""
+    wide = replace(SHAPE, mamba_num_heads=8, mamba_head_dim=64)  # 1160 outputs of in_proj
+    for two_dimensional in (True, False):
+        options: dict[str, Any] = {"formats": {"*.in_proj": formats}}
+        if "nvfp4" in formats.split("/")[:2]:
+            options["two_dimensional_weights"] = two_dimensional
+        with pytest.raises(UserError, match=r"in_proj has 1160 outputs, .* divisible by 16"):
+            check(wide, **options)
+        with pytest.raises(UserError, match=r"in_proj has 264 inputs, .* divisible by 16"):
+            check(replace(SHAPE, hidden_size=264), **options)
+        check(SHAPE, **options)
+
+
+def test_only_the_dimension_that_a_pass_sums_over_counts_in_mxfp8() -> None:
+    narrow = replace(SHAPE, hidden_size=272)
+    check(narrow, formats={"*.q_proj": "bf16/mxfp8/mxfp8", "*.o_proj": "mxfp8/bf16/mxfp8"})
+    with pytest.raises(UserError, match=r"q_proj has 272 inputs, .* divisible by 32"):
+        check(narrow, formats={"*.q_proj": "mxfp8/bf16/bf16"})
+    with pytest.raises(UserError, match=r"o_proj has 272 outputs, .* divisible by 32"):
+        check(narrow, formats={"*.o_proj": "bf16/mxfp8/bf16"})
+
+
+@pytest.mark.parametrize("formats", ["mxfp8/bf16/bf16", "bf16/mxfp8/bf16"])
+def test_experts_sum_over_both_dimensions_in_either_pass(formats: str) -> None:
+    """Up and down have them the other way round."""
+    given = {"*.experts": formats}
+    with pytest.raises(UserError, match=r"experts has 48 inner channels, .* by 32, .* of mxfp8"):
+        check(replace(SHAPE, moe_intermediate_size=48), formats=given)
+    with pytest.raises(UserError, match=r"experts has 48 inputs, .* by 32, the block of mxfp8"):
+        check(replace(SHAPE, moe_latent_size=48), formats=given)
+    check(replace(SHAPE, moe_latent_size=96, moe_intermediate_size=96), formats=given)
+
+
+def test_tokens_count_for_weight_gradients_alone() -> None:
     with pytest.raises(UserError, match=r"data.sequence_length \(40\) is not divisible by 16"):
-        check(odd, tokens=40, formats=wgrad)
-    check(odd, tokens=40, formats={"*.in_proj": "mxfp8/bf16/bf16"})
+        check(SHAPE, tokens=40, formats={"*.in_proj": "bf16/bf16/nvfp4"})
+    check(SHAPE, tokens=40, formats={"*.in_proj": "mxfp8/nvfp4/bf16"})
     check(SHAPE, tokens=41, formats={"*.experts": "nvfp4"})  # whose rows are padded
     with pytest.raises(UserError, match=r"\(48\) is not divisible by 32, the block of mxfp8"):
         check(SHAPE, tokens=48, recipe="nvfp4_super")
@@ -329,7 +369,12 @@ def test_only_the_dimension_that_a_pass_sums_over_counts() -> None:
         ({"recipe": "nvfp4_all", "switch_passes": "forward"}, "switch_passes has no effect with"),
         ({"recipe": "nvfp4_all", "switch_step": 100}, "must be below train.max_steps (100)"),
         ({"formats": {"*.q_proj": "bf16/nvfp4/nvfp4"}, "switch_step": 5,
-          "switch_passes": "forward"}, "switch_passes forward has no effect"),
+          "switch_passes": "forward"},
+         "switch_passes forward has no effect: no forward product is in nvfp4 or mxfp8"),
+        ({"formats": {"*.q_proj": "fp32/nvfp4/nvfp4"}, "switch_step": 5,
+          "switch_passes": "forward"}, "switch_passes forward has no effect: no forward product"),
+        ({"formats": {"*.q_proj": "fp32"}, "switch_step": 5},
+         "precision.switch_step has no effect: no product is in nvfp4 or mxfp8"),
         ({"formats": {"*.q_proj": "nvfp4/nvfp4/bf16"}, "rht": False}, "rht has no effect: no wgr"),
         ({"formats": {"*.q_proj": "nvfp4/bf16/bf16"}, "stochastic_rounding": False},
          "stochastic_rounding has no effect: no dgrad or wgrad product is in nvfp4"),
