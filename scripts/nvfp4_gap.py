@@ -1,6 +1,6 @@
 """How much worse a tiny hybrid learns in NVFP4 than in bf16, and what each ingredient is worth.
 
-    python scripts/nvfp4_gap.py [--quick] [--work DIR] [--out DIR] [--jobs N] [--KEY VALUE ...]
+    python scripts/nvfp4_gap.py [--quick] [--out DIR] [--seeds N] [--tokens N] [--KEY VALUE ...]
 
 Trains the model of configs/run/nvfp4_gap.yaml on the default corpus in bf16, in the NVFP4 recipe
 of Nemotron 3 Super, in the recipe minus one ingredient, and with everything in NVFP4. Runs of one
@@ -393,7 +393,8 @@ def experiment(given: argparse.Namespace, words: list[str], command: Sequence[st
         "published": [dict(zip(("what", "gap", "source"), row, strict=True)) for row in PUBLISHED],
     }
     content: dict[str, str | bytes] = {
-        "json": json.dumps(_quoted(result), indent=1, ensure_ascii=False),
+        # Without the place of this checkout, which says nothing.
+        "json": json.dumps(_quoted(result), indent=1, ensure_ascii=False).replace(f"{ROOT}/", ""),
         "md": markdown(result),
         "png": plot(variants),
     }
