@@ -224,6 +224,17 @@ def test_configuration_with_globs_is_read_back(tmp_path: Path) -> None:
     )
 
 
+def test_globs_of_a_later_file_or_word_replace_all_earlier_ones(tmp_path: Path) -> None:
+    """As docs/precision.md says."""
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file, glob in zip(files, ("*.o_proj", "*.k_proj"), strict=True):
+        file.write_text(f'precision: {{formats: {{"{glob}": nvfp4}}}}')
+    assert load_config(files).precision.formats == {"*.k_proj": "nvfp4"}
+    words = ["--precision.formats", "{'*.v_proj': nvfp4/bf16/bf16, 'mtp.*': mxfp8}"]
+    found = load_config(files, words).precision.formats
+    assert found == {"*.v_proj": "nvfp4/bf16/bf16", "mtp.*": "mxfp8"}
+
+
 def test_library_that_is_missing_is_named(
     pretrain: Callable[..., int],
     store: Path,
