@@ -408,5 +408,7 @@ def type_in_words(hint: Any) -> str:
     if type(None) in args:
         return " or ".join([*(type_in_words(a) for a in args if a is not type(None)), "null"])
     if get_origin(hint) is dict:
-        return "a mapping of " + ("paths to numbers" if args[1] is float else "globs to formats")
+        if args[1] is float:
+            return "a mapping of paths to numbers"
+        return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\""
     return f"one of {', '.join(str(a) for a in args)}" if args else ""

@@ -288,7 +288,7 @@ def _check_dimensions(product: Product, shape: Architecture, tokens: int) -> Non
             raise UserError(
                 f"{name} has {number} {words}, which is not divisible by {block}, the block of "
                 f"{low_formats(formats)}: change model.{change}, or set "
-                f'precision.formats "{glob_of(name)}: bf16"'
+                f"--precision.formats \"{{'{glob_of(name)}': bf16}}\""
             )
     if is_linear(module) and tokens % BLOCKS[formats.wgrad]:
         raise UserError(

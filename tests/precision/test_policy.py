@@ -283,7 +283,7 @@ def test_glob_of_mtp_in_a_model_without_it() -> None:
         ({"hidden_size": 264}, {}, "in_proj has 264 inputs, which is not divisible by 16"),
         ({"hidden_size": 272}, {}, "out_proj has 272 outputs, which is not divisible by 32, the "
          "block of mxfp8: change model.hidden_size, mamba_num_heads or mamba_head_dim, or set "
-         'precision.formats "backbone.layers.*.mixer.out_proj: bf16"'),
+         "--precision.formats \"{'backbone.layers.*.mixer.out_proj': bf16}\""),
         ({"moe_intermediate_size": 100}, {}, "experts has 100 inner channels, which is not"),
         ({"moe_latent_size": 40}, {}, "experts has 40 inputs, which is not divisible by 16"),
         ({"moe_shared_expert_intermediate_size": 100}, {}, "shared_experts.up_proj has 100 out"),
