@@ -63,6 +63,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that quotes every text the loader above would not read back as text."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        # Only double quotes escape the line breaks beyond ASCII, which are folded when read.
+        style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]

@@ -207,7 +207,22 @@ def test_dump_reloads_equal(tmp_path: Path) -> None:
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
-texts = st.sampled_from(["1e-3", "null", "2030-01-02", "*E", "yes", "a: b", "# c", "08", ""])
+texts = st.sampled_from(
+    [
+        "1e-3",
+        "null",
+        "2030-01-02",
+        "*E",
+        "yes",
+        "a: b",
+        "# c",
+        "08",
+        "",
+        "\x85",
+        "a\u2028b",
+        "\u2029",
+    ]
+)
 anything = st.text(st.characters(exclude_categories=["Cs"]))
 
 
