@@ -118,7 +118,12 @@ class QuantizedExperts(Products):
         zeros_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
         place_R = torch.arange(n_rows, device=counts_E.device) + zeros_E[expert_R]
         if counts_E.is_cuda:  # which must not be asked how many rows there are
-            rows = (n_rows + counts_E.numel() * (align - 1)) // align * align
+            rows = most_rows(n_rows, counts_E.numel(), align)
         else:
             rows = int(ends_E[-1])
         return Segments(place_R, ends_E.int(), rows)
+
+
+def most_rows(n_rows: int, n_experts: int, align: int) -> int:
+    """To which so many rows of so many experts can be padded at most."""
+    return (n_rows + n_experts * (align - 1)) // align * align

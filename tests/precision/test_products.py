@@ -1,13 +1,14 @@
 """Linear layers and experts in low precision, against float64 products of dequantized tensors and
 the operand table of the NVFP4 recipe."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from nemo_hybrid.precision.experts import QuantizedExperts
+from nemo_hybrid.precision.experts import QuantizedExperts, most_rows
 from nemo_hybrid.precision.formats import Ingredients, PassFormats
 from nemo_hybrid.precision.linear import QuantizedLinear
 from nemo_hybrid.precision.streams import Streams
@@ -260,6 +261,18 @@ def test_recomputed_experts_and_unsorted_tokens_give_the_same_bits(formats: Pass
         assert torch.equal(a, b)
         assert a.isfinite().all()
         assert a.abs().max() > 0
+
+
+@pytest.mark.parametrize("align", [1, 16, 128])
+def test_no_padding_needs_more_rows_than_are_made(align: int) -> None:
+    tight = False
+    for counts in itertools.product((0, 1, 15, 16, 17, 130), repeat=3):
+        padded = sum(-(-n // align) * align for n in counts)
+        rows = most_rows(sum(counts), 3, align)
+        assert padded <= rows
+        assert rows % align == 0
+        tight |= padded == rows
+    assert tight  # some need them all
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "bf16"])
