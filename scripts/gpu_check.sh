@@ -76,6 +76,7 @@ files=(
     tests/kernels/test_triton_env.py
     tests/kernels/test_benchmark_run.py
     tests/kernels/test_nvfp4_kernel.py
+    tests/kernels/test_nvfp4_grouped.py
     tests/kernels/test_nvfp4_gemm.py
     tests/kernels/test_moe.py
 )
