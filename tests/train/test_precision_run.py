@@ -163,7 +163,7 @@ def test_run_says_what_runs_in_which_format(runs: Path) -> None:
     [
         (("--model.moe_intermediate_size", "24"),
          ["backbone.layers.1.mixer.experts has 24 inner", "model.moe_latent_size or moe_inter",
-          '"backbone.layers.*.mixer.experts: bf16"']),
+          "\"{'backbone.layers.*.mixer.experts': bf16}\""]),
         (("--data.sequence_length", "30", "--train.micro_batch_size", "1"),
          ["train.micro_batch_size x data.sequence_length (30) is not divisible by 16"]),
         (("--precision.formats", "{'*.inproj': nvfp4}"),
