@@ -6,33 +6,18 @@ Shapes: M, N dimensions of a tensor or a product; P rows of E experts' segments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_hybrid.precision.formats import Format, Ingredients, PassFormats
+from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.streams import Streams
 from nemo_kernels import mxfp8, nvfp4
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 
 _NEAREST = Rounding()
-
-
-class Probe(Protocol):
-    """Looks at what becomes of a tensor, on sampled steps."""
-
-    active: bool
-
-    def operand(
-        self,
-        name: str,
-        role: str,
-        x: Tensor,
-        rounding: Rounding,
-        columnwise: bool,
-        ends_E: Tensor | None = None,
-    ) -> None: ...
 
 
 class Side(NamedTuple):

@@ -19,8 +19,8 @@ from nemo_hybrid.config import Architecture, PrecisionOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.precision.experts import QuantizedExperts
 from nemo_hybrid.precision.formats import BLOCKS, Format, Ingredients, PassFormats
+from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.linear import QuantizedLinear
-from nemo_hybrid.precision.operands import Probe
 from nemo_hybrid.precision.products import (
     Product,
     glob_of,

@@ -50,7 +50,7 @@ def quantize(
 ) -> Quantized:
     """:func:`.reference.quantize`."""
     how = Rounding(tile, rht, seed)
-    made = _alone(x, how, columnwise, four_over_six, amax, packed=True)
+    made = _alone(x, how, columnwise, four_over_six, amax)
     if made is None:
         return reference.quantize(
             x,
@@ -65,32 +65,6 @@ def quantize(
     outer = x.shape[-1:] if columnwise else x.shape[:-1]
     data, scale = (t.view(*outer, t.shape[-1]) for t in (made.data, made.scale))
     return Quantized(data, scale, made.tensor_scale.view(()))
-
-
-def fake_quantize(
-    x: Tensor,
-    *,
-    tile: tuple[int, int] = (1, 16),
-    columnwise: bool = False,
-    rht: bool = False,
-    four_over_six: bool = False,
-    seed: int | None = None,
-    amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.fake_quantize`."""
-    how = Rounding(tile, rht, seed)
-    made = _alone(x, how, columnwise, four_over_six, amax, packed=False)
-    if made is None:
-        return reference.fake_quantize(
-            x,
-            tile=tile,
-            columnwise=columnwise,
-            rht=rht,
-            four_over_six=four_over_six,
-            seed=seed,
-            amax=amax,
-        )
-    return made.data.view(x.shape), made.tensor_scale.view(())
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -203,9 +177,8 @@ def _alone(
     columnwise: bool,
     four_over_six: bool,
     amax: Tensor | None,
-    packed: bool,
 ) -> Result | None:
-    """One side of x with one tensor scale; None if the kernels do not take it."""
+    """One side of x, packed, with one tensor scale; None if the kernels do not take it."""
     if not columnwise and how.tile == (1, BLOCK) and x.dim() and x.shape[-1]:
         x = x.reshape(-1, x.shape[-1])
     rows, columns = (None, how) if columnwise else (how, None)
@@ -214,7 +187,7 @@ def _alone(
     if amax is not None and (amax.numel() != 1 or amax.dim() or amax.dtype != torch.float32):
         return None
     x_1MN = x.detach().contiguous().unsqueeze(0)
-    return quantizer.quantize(x_1MN, rows, columns, amax=amax, packed=packed)[columnwise]
+    return quantizer.quantize(x_1MN, rows, columns, amax=amax, packed=True)[columnwise]
 
 
 def _operand(
