@@ -11,12 +11,14 @@ from nemo_hybrid.config import (
     BelowOne,
     Bound,
     NotNegativeFloat,
+    NotNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
     check_bounds,
 )
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.finetune_options import SampleOptions
 
 
 @dataclass
@@ -33,8 +35,8 @@ TRAINED_VOCAB_SIZE = 4096
 
 
 @dataclass
-class PrepareOptions(Options):
-    """Turn text into a token store."""
+class PrepareOptions(SampleOptions, Options):
+    """Turn text into a token store, or conversations into samples for fine-tuning."""
 
     paths: list[str] = field(default_factory=list)
     """Text files (.txt, .py and other text, .jsonl, .parquet), directories of those, Hugging Face
@@ -47,18 +49,17 @@ class PrepareOptions(Options):
     """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
     vocab_size: int | None = None
     """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
-    text_field: str = "text"
-    """Field or column that holds the text in .jsonl, .parquet and datasets."""
-    heldout: BelowOne = 0.03
-    """Fraction of the documents that is held out for evaluation."""
-    skip_bad: bool = False
-    """Skip (and count) files that are not UTF-8 and records without text, instead of stopping."""
+    for_: Literal["pretrain", "finetune"] = "pretrain"
+    """finetune: samples of conversations, prompts with completions, texts or packs, for the model
+    whose directory --tokenizer names; the options about samples count for these alone."""
+    preview: NotNegativeInt = 0
+    """Show so many samples for fine-tuning, what is learnt of them in colour, and write nothing."""
     seed: int = 0
-    """Seed of the choice of held-out documents."""
+    """Seed of the choice of held-out documents, and of what happens to reasoning."""
 
-    def validate(self) -> None:
-        super().validate()
-        if self.out is None and self.paths:
+    def validate(self, section: str = "") -> None:
+        super().validate(section)
+        if self.out is None and self.paths and not self.preview:
             raise UserError("--out is missing: name the directory of the token store")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
@@ -82,6 +83,8 @@ class GenerateOptions(Options):
     """Draw only from the most probable tokens that together have this probability."""
     seed: Seed = 1234
     """Seed of the draws."""
+    chat: bool = False
+    """Give the prompt as a user's message, rendered with the model's chat template."""
 
     def validate(self) -> None:
         super().validate()
@@ -147,6 +150,18 @@ class ImportOptions(Options):
 
     def validate(self) -> None:
         _check_paths("import", self.paths, 1, 1)
+
+
+@dataclass
+class MergeOptions(Options):
+    """Add adapters to the weights that they were trained beside."""
+
+    from_: str
+    """Run, checkpoint or directory that holds an adapter (adapter_config.json)."""
+    out: str
+    """Hugging Face directory to write; it must be absent or empty."""
+    base: str | None = None
+    """Directory of the weights, where it is not the one that the adapter names."""
 
 
 @dataclass
