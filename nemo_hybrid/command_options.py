@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from nemo_hybrid.config import (
     NOT_NEGATIVE,
     POSITIVE,
-    BelowOne,
     Bound,
     NotNegativeFloat,
     NotNegativeInt,

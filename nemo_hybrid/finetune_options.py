@@ -9,7 +9,6 @@ from nemo_hybrid.config import (
     POSITIVE,
     BelowOne,
     NotNegativeInt,
-    PositiveFloat,
     PositiveInt,
     check_bounds,
 )
@@ -29,7 +28,7 @@ class SampleOptions:
     """Reasoning of assistant turns: keep: learnt like the answer; mask: seen, not learnt; strip:
     left out."""
     strip_reasoning: BelowOne = 0.0
-    """Share of the conversations that lose their reasoning, so that the model answers without too."""
+    """Share of the conversations that lose their reasoning: the model learns to answer without."""
     truncate_reasoning: BelowOne = 0.0
     """Share of the conversations whose reasoning is cut at a random place; the end of thinking that
     follows there is not learnt."""
