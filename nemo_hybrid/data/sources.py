@@ -1,4 +1,4 @@
-"""Finding input files and streaming documents out of them."""
+"""Finding input files and streaming records and documents out of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 import os
 import struct
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from nemo_hybrid.errors import UserError
 Kind = Literal["text", "jsonl", "parquet", "dataset", "megatron"]
 
 _SKIPPED_FOLDERS = {"__pycache__"}
+_ROWS = 256  # of a table, read at once
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -36,6 +38,18 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Record:
+    """One line, row or text file."""
+
+    key: str
+    where: str
+    """For messages: FILE line N (from 1), FILE row N (from 0) or FILE."""
+    content: dict[str, Any]
+    done: float
+    """Fraction of the source read so far."""
+
+
+@dataclass(frozen=True)
 class Document:
     """One document: text, or token ids where the source holds tokens."""
 
@@ -47,10 +61,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Something that should have been a document but is not."""
+    """Something that should have been a document or sample but is not."""
 
     where: str
     why: str
+    kind: str = "malformed"
+
+
+class BadRecord(Exception):
+    """Why a record is not usable."""
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[Source]:
@@ -83,19 +102,61 @@ def read_documents(
 
     Raises UserError for a source that is unusable as a whole.
     """
-    try:
-        if source.kind == "text":
-            yield from _read_text(source)
-        elif source.kind == "jsonl":
-            yield from _read_jsonl(source, text_field)
-        elif source.kind == "parquet":
-            yield from _read_parquet(source, text_field)
-        elif source.kind == "dataset":
-            yield from _read_dataset(source, text_field)
-        else:
+    if source.kind == "megatron":
+        with _reading(source):
             yield from _read_megatron(source, vocab_size)
+        return
+    for record in read_records(source, text_field, columns=[text_field]):
+        if isinstance(record, Unusable):
+            yield record
+            continue
+        try:
+            text = _checked(record.content.get(text_field), text_field)
+        except BadRecord as e:
+            yield Unusable(record.where, str(e))
+        else:
+            yield Document(record.key, text, record.done)
+
+
+def read_records(
+    source: Source, text_field: str, columns: Sequence[str] | None = None
+) -> Iterator[Record | Unusable]:
+    """Stream the records of a source. A text file is one record, {text_field: its text}.
+
+    ``columns``: the columns to read of a table; all by default. Raises UserError for a source that
+    is unusable as a whole.
+    """
+    with _reading(source):
+        if source.kind == "text":
+            yield from _read_text(source, text_field)
+        elif source.kind == "jsonl":
+            yield from _read_jsonl(source)
+        elif source.kind == "parquet":
+            yield from _read_parquet(source, columns)
+        elif source.kind == "dataset":
+            yield from _read_dataset(source, columns)
+        else:
+            raise UserError(
+                f"{source.path} holds documents of token ids and not what is learnt of them: "
+                "it serves pre-training only"
+            )
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    try:
+        yield
     except OSError as e:
         raise UserError(f"cannot read {source.path}: {e.strerror or e}") from e
+
+
+def content_files(source: Source) -> list[Path]:
+    """The files whose bytes make up a source."""
+    if source.kind == "megatron":
+        return [source.path, source.path.with_suffix(".idx")]
+    if source.kind == "dataset":
+        return [source.path / "state.json", *sorted(source.path.glob("*.arrow"))]
+    return [source.path]
 
 
 def _sources_of(path: Path) -> Iterator[Source]:
@@ -147,16 +208,18 @@ def _file_source(path: Path, key: str) -> Source:
     return Source(path, key, kinds.get(path.suffix.lower(), "text"), path.stat().st_size)
 
 
-def _read_text(source: Source) -> Iterator[Document | Unusable]:
+def _read_text(source: Source, text_field: str) -> Iterator[Record | Unusable]:
     data = source.path.read_bytes()
     try:
-        yield Document(source.key, data.decode("utf-8-sig"), 1.0)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data[: e.start].count(b"\n") + 1
         yield Unusable(f"{source.path} line {line}", "not UTF-8")
+    else:
+        yield Record(source.key, str(source.path), {text_field: text}, 1.0)
 
 
-def _read_jsonl(source: Source, text_field: str) -> Iterator[Document | Unusable]:
+def _read_jsonl(source: Source) -> Iterator[Record | Unusable]:
     consumed = 0
     with open(source.path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -164,97 +227,94 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[Document | Unusable
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
+            where = f"{source.path} line {number}"
             try:
-                text = _checked(_json_field(line, text_field), text_field)
-            except _NotText as e:
-                yield Unusable(f"{source.path} line {number}", str(e))
+                content = _json_object(line)
+            except BadRecord as e:
+                yield Unusable(where, str(e))
             else:
-                yield Document(f"{source.key}#{number}", text, consumed / source.size)
+                yield Record(f"{source.key}#{number}", where, content, consumed / source.size)
 
 
-class _NotText(Exception):
-    """Why a record is not usable."""
-
-
-def _json_field(line: bytes, text_field: str) -> object:
+def _json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
-        raise _NotText("not UTF-8") from None
+        raise BadRecord("not UTF-8") from None
     except (ValueError, RecursionError):
-        raise _NotText("not JSON") from None
+        raise BadRecord("not JSON") from None
     if not isinstance(record, dict):
-        raise _NotText("not a JSON object")
-    return record.get(text_field)
+        raise BadRecord("not a JSON object")
+    return record
 
 
 def _checked(text: object, text_field: str) -> str:
     if not isinstance(text, str):
-        raise _NotText(f"no text in field {text_field!r} (--text_field names another)")
+        raise BadRecord(f"no text in field {text_field!r} (--text_field names another)")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _NotText(f"field {text_field!r} holds half a surrogate pair") from None
+        raise BadRecord(f"field {text_field!r} holds half a surrogate pair") from None
     return text
 
 
-def _read_parquet(source: Source, text_field: str) -> Iterator[Document | Unusable]:
+def _read_parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record | Unusable]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(source.path) as file:
-            yield from _read_table(
-                source,
-                text_field,
-                file.schema_arrow.names,
-                file.metadata.num_rows,
-                lambda: (b.column(0) for b in file.iter_batches(256, columns=[text_field])),
+            _check_columns(source, file.schema_arrow.names, columns)
+            batches = file.iter_batches(_ROWS, columns=columns)
+            rows = (
+                dict(zip(b.schema.names, values, strict=True))
+                for b in batches
+                for values in zip(*b.columns, strict=True)
             )
+            yield from _read_table(source, rows, file.metadata.num_rows)
     except pa.ArrowException as e:
         raise UserError(f"{source.path} is not a readable parquet file: {e}") from e
 
 
-def _read_dataset(source: Source, text_field: str) -> Iterator[Document | Unusable]:
+def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Record | Unusable]:
     from datasets import load_from_disk
 
     try:
         dataset = load_from_disk(str(source.path))
-        yield from _read_table(
-            source,
-            text_field,
-            dataset.column_names,
-            len(dataset),
-            lambda: (r[text_field] for r in dataset.select_columns([text_field]).iter(256)),
+        _check_columns(source, dataset.column_names, columns)
+        if columns is not None:
+            dataset = dataset.select_columns(list(columns))
+        rows = (
+            dict(zip(batch, values, strict=True))
+            for batch in dataset.iter(_ROWS)
+            for values in zip(*batch.values(), strict=True)
         )
+        yield from _read_table(source, rows, len(dataset))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{source.path} is not a readable Hugging Face dataset: {e}") from e
 
 
+def _check_columns(source: Source, present: Sequence[str], wanted: Sequence[str] | None) -> None:
+    for name in wanted or ():
+        if name not in present:
+            raise UserError(
+                f"{source.path} has no column {name!r}; its columns are {', '.join(present)} "
+                "(choose one with --text_field)"
+            )
+
+
 def _read_table(
-    source: Source,
-    text_field: str,
-    columns: list[str],
-    rows: int,
-    batches: Callable[[], Iterable[Iterable[object]]],
-) -> Iterator[Document | Unusable]:
-    """One document per row of a column; ``batches`` gives its values, or pyarrow's scalars."""
-    if text_field not in columns:
-        raise UserError(
-            f"{source.path} has no column {text_field!r}; its columns are {', '.join(columns)} "
-            "(choose one with --text_field)"
-        )
-    for number, value in enumerate(value for batch in batches() for value in batch):
+    source: Source, rows: Iterable[dict[str, Any]], count: int
+) -> Iterator[Record | Unusable]:
+    """One record per row; values may be pyarrow's scalars."""
+    for number, row in enumerate(rows):
+        where = f"{source.path} row {number}"
         try:
-            value = value.as_py() if hasattr(value, "as_py") else value
+            content = {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
         except UnicodeDecodeError:
-            value = None  # bytes that claim to be text
-        try:
-            text = _checked(value, text_field)
-        except _NotText as e:
-            yield Unusable(f"{source.path} row {number}", str(e))
+            yield Unusable(where, "not UTF-8")
         else:
-            yield Document(f"{source.key}#{number}", text, (number + 1) / rows)
+            yield Record(f"{source.key}#{number}", where, content, (number + 1) / count)
 
 
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"

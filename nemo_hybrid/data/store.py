@@ -1,4 +1,4 @@
-"""The token store: tokens of documents on disk, memory-mapped and checksummed.
+"""Stores: tokens of documents, or samples, on disk, memory-mapped and checksummed.
 
     OUT/tokenizer.json ...           the tokenizer, once for both splits
     OUT/train, OUT/heldout           one store each
@@ -6,6 +6,11 @@
                                      one after another, each ending with the eos token
         documents.npy                int64 [documents + 1], starts of documents, then the end
         store.json                   counts, ids, size and SHA-256 of each file
+
+A sample store, for fine-tuning, holds samples as they are instead of documents, and beside them
+
+        targets-00000.bin ...        uint8: 1 where a loss is taken when this token is predicted;
+                                     as many as tokens in the shard of the same number
 
 store.json never names a path: file names follow from how many there are.
 """
@@ -18,7 +23,7 @@ from bisect import bisect_right
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +31,13 @@ from numpy.typing import NDArray
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import NewFile, hash_file, sync_directory, write_file
 
-FORMAT = "nemo_hybrid token store"
+TOKENS = "nemo_hybrid token store"
+SAMPLES = "nemo_hybrid sample store"
+_CONTENT = {TOKENS: "a token store", SAMPLES: "a store of samples for fine-tuning"}
+_MADE_BY = {
+    TOKENS: "`nemo-hybrid prepare`, which `pretrain` takes",
+    SAMPLES: "`nemo-hybrid prepare --for finetune`, which `finetune` takes",
+}
 VERSION = 1
 INDEX = "documents.npy"
 TOKENIZER = "tokenizer.json"
@@ -34,6 +45,8 @@ SHARD_TOKENS = 1 << 28
 _ITEM_SIZES = {"<u2": 2, "<u4": 4}
 
 Verify = Literal["full", "size"]
+S = TypeVar("S", bound="TokenStore")
+N = TypeVar("N", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -57,8 +70,8 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def shard_name(number: int) -> str:
-    return f"tokens-{number:05d}.bin"
+def shard_name(number: int, part: str = "tokens") -> str:
+    return f"{part}-{number:05d}.bin"
 
 
 @dataclass
@@ -70,6 +83,7 @@ class StoreWriter:
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
+    format: str = TOKENS
     shard_tokens: int = SHARD_TOKENS
 
     def __post_init__(self) -> None:
@@ -78,26 +92,34 @@ class StoreWriter:
         self.tokens = 0
         self._starts = array.array("q", [0])
         self._files: dict[str, dict[str, Any]] = {}
-        self._shard: NewFile | None = None
+        self._shard: dict[str, NewFile] = {}
 
     @property
     def documents(self) -> int:
         return len(self._starts) - 1
 
-    def add(self, ids: NDArray[np.int64]) -> None:
-        """Append a document of at least one token, ending it with eos if it does not already."""
+    def add(self, ids: NDArray[np.int64], targets: NDArray[np.bool_] | None = None) -> None:
+        """Append a document of at least one token, ending it with eos if it does not already; in a
+        sample store a sample as it is, with targets of the same length."""
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids must lie in range({self.vocab_size})")
-        if ids[-1] != self.eos_id:
-            ids = np.append(ids, self.eos_id)
-        data = ids.astype(self.dtype)
-        while len(data):
-            if self._shard is None:
-                self._shard = NewFile(self.path / shard_name(len(self._files)))
-            part = data[: self.shard_tokens - self.tokens % self.shard_tokens]
-            self._shard.write(part.tobytes())
-            self.tokens += len(part)
-            data = data[len(part) :]
+        if (targets is not None) != (self.format == SAMPLES):
+            raise ValueError("samples have targets, documents have none")
+        if targets is None:
+            ids = ids if ids[-1] == self.eos_id else np.append(ids, self.eos_id)
+            data = {"tokens": ids.astype(self.dtype)}
+        else:
+            data = {"tokens": ids.astype(self.dtype), "targets": targets.astype(np.uint8)}
+        at, length = 0, len(ids)
+        while at < length:
+            if not self._shard:
+                number = len(self._files) // len(data)
+                self._shard = {k: NewFile(self.path / shard_name(number, k)) for k in data}
+            part = min(length - at, self.shard_tokens - self.tokens % self.shard_tokens)
+            for kind, file in self._shard.items():
+                file.write(data[kind][at : at + part].tobytes())
+            at += part
+            self.tokens += part
             if self.tokens % self.shard_tokens == 0:
                 self._close_shard()
         self._starts.append(self.tokens)
@@ -109,7 +131,7 @@ class StoreWriter:
             np.save(index, np.array(self._starts, dtype="<i8"), allow_pickle=False)
         self._files[INDEX] = asdict(index.record)
         info = StoreInfo(
-            format=FORMAT,
+            format=self.format,
             version=VERSION,
             dtype=self.dtype.str,
             tokens=self.tokens,
@@ -124,19 +146,21 @@ class StoreWriter:
         sync_directory(self.path)
 
     def close(self) -> None:
-        """Close an open file without finishing the store; for the way out after an error."""
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+        """Close open files without finishing the store; for the way out after an error."""
+        for file in self._shard.values():
+            file.close()
+        self._shard = {}
 
     def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._files[self._shard.path.name] = asdict(self._shard.finish())
-            self._shard = None
+        for file in self._shard.values():
+            self._files[file.path.name] = asdict(file.finish())
+        self._shard = {}
 
 
 class TokenStore:
     """Read-only view of a store; tokens stay on disk until asked for."""
+
+    FORMAT: ClassVar[str] = TOKENS
 
     def __init__(
         self, path: Path, info: StoreInfo, shards: list[np.memmap], starts: NDArray[np.int64]
@@ -156,12 +180,12 @@ class TokenStore:
         """Number of tokens."""
         return self.info.tokens
 
-    @staticmethod
-    def open(path: str | Path, verify: Verify = "full") -> TokenStore:
+    @classmethod
+    def open(cls: type[S], path: str | Path, verify: Verify = "full") -> S:
         """Open a store, checking the tokenizer's hash, every file's size and the document index,
         and with verify="full" the SHA-256 of every file. Raises UserError."""
         path = Path(path)
-        info = _read_info(path)
+        info = _read_info(path, cls.FORMAT)
         try:
             for name, entry in info.files.items():
                 _check_file(path / name, entry, verify)
@@ -174,7 +198,7 @@ class TokenStore:
                 )
             shards = [
                 np.memmap(path / shard_name(i), dtype=info.dtype, mode="r")
-                for i in range(len(info.files) - 1)
+                for i in range(_shards_of(info))
             ]
             starts = np.lib.format.open_memmap(path / INDEX, mode="r")
         except FileNotFoundError as e:
@@ -190,18 +214,22 @@ class TokenStore:
         )
         if not sound:
             raise UserError(f"{path / INDEX} does not fit store.json; prepare the store again")
-        return TokenStore(path, info, shards, starts)
+        return cls(path, info, shards, starts)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start to stop, across shards."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens {start} to {stop} lie outside a store of {len(self)}")
-        out = np.empty(stop - start, dtype=np.int64)
+        return self._read(self._shards, start, stop, np.int64)
+
+    def _read(self, shards: list[np.memmap], start: int, stop: int, dtype: type[N]) -> NDArray[N]:
+        """Elements start to stop, across shards."""
+        out = np.empty(stop - start, dtype=dtype)
         at = start
         while at < stop:
             number = bisect_right(self._ends, at)
             first = self._ends[number - 1] if number else 0
-            part = self._shards[number][at - first : stop - first]
+            part = shards[number][at - first : stop - first]
             out[at - start : at - start + len(part)] = part
             at += len(part)
         return out
@@ -226,19 +254,57 @@ class TokenStore:
         return self.read(start, stop), self.document_starts(start, stop)
 
 
-def _read_info(path: Path) -> StoreInfo:
+class SampleStore(TokenStore):
+    """Read-only view of samples for fine-tuning."""
+
+    FORMAT = SAMPLES
+
+    def __init__(
+        self, path: Path, info: StoreInfo, shards: list[np.memmap], starts: NDArray[np.int64]
+    ) -> None:
+        super().__init__(path, info, shards, starts)
+        self._targets = [
+            np.memmap(path / shard_name(i, "targets"), dtype=np.uint8, mode="r")
+            for i in range(len(shards))
+        ]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample [samples]."""
+        return np.diff(self._starts)
+
+    def sample(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """ids and targets of a sample, both [length]; targets: a loss is taken where this token is
+        predicted (never the first)."""
+        if not 0 <= number < self.info.documents:
+            raise ValueError(f"sample {number} lies outside a store of {self.info.documents}")
+        start, stop = int(self._starts[number]), int(self._starts[number + 1])
+        return self.read(start, stop), self._read(self._targets, start, stop, np.bool_)
+
+
+def _shards_of(info: StoreInfo) -> int:
+    return (len(info.files) - 1) // (2 if info.format == SAMPLES else 1)
+
+
+def _read_info(path: Path, wanted: str) -> StoreInfo:
     name = path / "store.json"
     try:
         raw = json.loads(name.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
-            f"{path} is not a token store (it has no store.json); make one with "
-            "`nemo-hybrid prepare`"
+            f"{path} is not {_CONTENT[wanted]} (it has no store.json); make one with "
+            + _MADE_BY[wanted]
         ) from e
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{name} cannot be read: {e}; prepare the store again") from e
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{name} does not describe a token store; prepare the store again")
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != wanted:
+        if isinstance(found, str) and found in _CONTENT:
+            raise UserError(
+                f"{path} is {_CONTENT[found]}, and {_CONTENT[wanted]} is needed: "
+                f"one that is made by {_MADE_BY[wanted]}"
+            )
+        raise UserError(f"{name} does not describe {_CONTENT[wanted]}; prepare the store again")
     if raw.get("version") != VERSION:
         raise UserError(
             f"{name} has format version {raw.get('version')!r}, this program reads {VERSION}; "
@@ -250,11 +316,16 @@ def _read_info(path: Path) -> StoreInfo:
         if type(raw.get(f.name)) is not kinds[str(f.type)]:
             raise UserError(f"{name}: {f.name} is missing or malformed; prepare the store again")
     info = StoreInfo(**{f.name: raw[f.name] for f in fields(StoreInfo)})
-    shards = [shard_name(i) for i in range(len(info.files) - 1)]
+    shards = [shard_name(i) for i in range(_shards_of(info))]
+    targets = [shard_name(i, "targets") for i in range(len(shards) if wanted == SAMPLES else 0)]
     sizes = [_entry_size(info.files.get(s)) for s in shards]
     item = _ITEM_SIZES.get(info.dtype, 0)
     consistent = (
-        set(info.files) == {INDEX, *shards}
+        set(info.files) == {INDEX, *shards, *targets}
+        and all(
+            _entry_size(info.files[t]) * item == size
+            for t, size in zip(targets, sizes, strict=False)
+        )
         and item > 0
         and info.dtype == token_dtype(info.vocab_size)
         and 0 <= info.eos_id < info.vocab_size

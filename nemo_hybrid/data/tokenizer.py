@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: whatever the text, it can be encoded."""
 _LONGEST_UNFINISHED = 16
-_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_MAP = "special_tokens_map.json"
+_COPIED = (CONFIG, _MAP, CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,35 @@ class TextTokenizer:
         """Token ids of each text, without special tokens."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int64) for e in encodings]
+
+    def encode_chat(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids [n] of a rendered conversation, in which special tokens are special tokens, and
+        the characters from and to which each reaches [n, 2]."""
+        encoding = self._chat.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _chat(self) -> Tokenizer:
+        from tokenizers import Tokenizer
+
+        # Post-processors add special tokens, which nobody asks for here, and trim white space off
+        # the offsets.
+        content = {**json.loads(self.files[TOKENIZER]), "post_processor": None}
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and others that the tokenizer's settings name."""
+        named = {}
+        for name in (_MAP, CONFIG):
+            for key, token in json.loads(self.files.get(name, b"{}")).items():
+                text = token.get("content") if isinstance(token, dict) else token
+                if key.endswith("_token") and isinstance(text, str):
+                    named[key] = text
+        return named
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -110,7 +143,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         eos_id=SPECIAL_TOKENS.index(eos),
         files={
             TOKENIZER: tokenizer.to_str().encode(),
-            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            CONFIG: json.dumps(config, indent=2).encode(),
         },
     )
 
@@ -165,18 +198,24 @@ def _wrap(tokenizer: Tokenizer, eos_id: int, files: dict[str, bytes]) -> TextTok
 
 
 def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> int:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            options: Any = json.loads(files.get(name, b"{}"))
-        except ValueError as e:
-            raise UserError(f"{directory / name} is not JSON: {e}") from e
-        token = options.get("eos_token") if isinstance(options, dict) else None
+    settings = [_json_object(directory / name, files.get(name, b"{}")) for name in (CONFIG, _MAP)]
+    for options in settings:
+        token = options.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
         eos_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
         if eos_id is not None:
             return int(eos_id)
     raise UserError(
-        f"{directory / 'tokenizer_config.json'} must name an eos_token of the vocabulary: documents"
-        " are ended with it"
+        f"{directory / CONFIG} must name an eos_token of the vocabulary: documents are ended with it"
     )
+
+
+def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        options = json.loads(content)
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from e
+    if not isinstance(options, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return options

@@ -135,7 +135,7 @@ def test_same_input_same_bytes_in_other_processes(folder: Path, tmp_path: Path) 
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from nemo_hybrid.data.prepare import PrepareOptions, prepare;"
-        "prepare(PrepareOptions([sys.argv[1]], sys.argv[2], vocab_size=330, heldout=0.3))"
+        "prepare(PrepareOptions(paths=[sys.argv[1]], out=sys.argv[2], vocab_size=330, heldout=0.3))"
     )
     for name, threads in (("a", "1"), ("b", "3")):
         env = {**os.environ, "PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads}
@@ -418,7 +418,7 @@ def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from nemo_hybrid.data.prepare import PrepareOptions, prepare;"
-        "prepare(PrepareOptions([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3]))"
+        "prepare(PrepareOptions(paths=[sys.argv[1]], out=sys.argv[2], tokenizer=sys.argv[3]))"
     )
     arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
