@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_hybrid.precision.formats import BLOCKS
 from nemo_hybrid.precision.operands import Products
 from nemo_kernels import nvfp4
+from nemo_kernels.moe.function import Gradients, Wanted
 
 
 class Segments(NamedTuple):
@@ -64,20 +65,21 @@ class QuantizedExperts(Products):
         groups: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted: Wanted,
+    ) -> Gradients:
         segments = self._segments(groups, x_RL.shape[0])
         use = self.streams.next_use(self.name)
         weights_P1 = segments.pad(weights_R)[:, None]
         relu_PF = h_PF.float().relu()
         act_PF = (relu_PF.square() * weights_P1).to(x_RL.dtype)
         dact_PF, ddown_ELF = self._backward_products(
-            segments.pad(dy_RL), act_PF, w_down_ELF, segments, (*use, "down")
+            segments.pad(dy_RL), act_PF, w_down_ELF, segments, (*use, "down"), wanted[1]
         )
         dh_PF = dact_PF.float() * relu_PF
         dweights_P = torch.linalg.vecdot(dh_PF, relu_PF)
         dh_PF = dh_PF.mul_(2 * weights_P1).to(x_RL.dtype)
         dx_PL, dup_EFL = self._backward_products(
-            dh_PF, segments.pad(x_RL), w_up_EFL, segments, (*use, "up")
+            dh_PF, segments.pad(x_RL), w_up_EFL, segments, (*use, "up"), wanted[0]
         )
         place_R = segments.place_R
         dx_RL, dweights_R = dx_PL.index_select(0, place_R), dweights_P.index_select(0, place_R)
@@ -98,12 +100,15 @@ class QuantizedExperts(Products):
         weight_E: Tensor,
         segments: Segments,
         use: tuple[object, ...],
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weights."""
+        wgrad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x and, if wanted, of the weights."""
         ends_E = segments.ends_E
-        for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E)
+        for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E, wgrad=wgrad)
         weight = self.dgrad_weight(weight_E)
         dx_P = nvfp4.grouped_product(for_dgrad, weight, ends_E, x_P.dtype)
+        if not wgrad:
+            return dx_P, None
         x = self.wgrad_input(x_P, ends_E)
         return dx_P, nvfp4.grouped_wgrad(for_wgrad, x, ends_E, torch.float32)
 

@@ -43,7 +43,10 @@ class _Linear(torch.autograd.Function):
         products: QuantizedLinear = ctx.products
         x_TK, weight_NK = ctx.saved_tensors
         use = products.streams.next_use(products.name)
-        for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy")
+        wgrad = ctx.needs_input_grad[1]  # frozen weights need none
+        for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy", wgrad=wgrad)
         dx_TK = nvfp4.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
+        if not wgrad:
+            return dx_TK, None, None
         dweight_NK = nvfp4.product(for_wgrad, products.wgrad_input(x_TK), torch.float32)
         return dx_TK, dweight_NK.to(ctx.weight_dtype), None

@@ -62,15 +62,21 @@ class Products:
         return self._operands("x", x, None, Side(self.formats.wgrad, self._transformed), ends_E)[1]
 
     def gradient(
-        self, dy: Tensor, use: tuple[object, ...], operand: str, ends_E: Tensor | None = None
+        self,
+        dy: Tensor,
+        use: tuple[object, ...],
+        operand: str,
+        ends_E: Tensor | None = None,
+        *,
+        wgrad: bool,
     ) -> tuple[Any, Any]:
-        """dy, for dgrad and for wgrad. ``use``: of this backward pass, see `Streams`."""
+        """dy, for dgrad and, if asked, for wgrad. ``use``: of this backward pass, see `Streams`."""
         rows, columns = _NEAREST, self._transformed
         if self.ingredients.stochastic_rounding:
             rows = rows._replace(seed=self.streams.seed(use, f"{operand} dgrad"))
             columns = columns._replace(seed=self.streams.seed(use, f"{operand} wgrad"))
-        sides = Side(self.formats.dgrad, rows), Side(self.formats.wgrad, columns)
-        return self._operands("dy", dy, *sides, ends_E)
+        for_wgrad = Side(self.formats.wgrad, columns) if wgrad else None
+        return self._operands("dy", dy, Side(self.formats.dgrad, rows), for_wgrad, ends_E)
 
     def _operands(
         self,

@@ -16,6 +16,10 @@ from torch.autograd.function import once_differentiable
 from nemo_kernels.backend import relative_deviation
 from nemo_kernels.moe.routing import Slots, combine
 
+Wanted = tuple[bool, bool]
+"""Whether the gradients of w_up_EFL and of w_down_ELF are wanted; frozen weights have none."""
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 class Experts(Protocol):
     """An implementation of the expert MLP on rows sorted by expert. It may leave results in fp32.
@@ -44,7 +48,8 @@ class Experts(Protocol):
         groups: Any,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted: Wanted,
+    ) -> Gradients:
         """Gradients of x_RL, weights_R, w_up_EFL, w_down_ELF; zero for experts without rows."""
         ...
 
@@ -78,15 +83,22 @@ class GroupedMLP(torch.autograd.Function):
         if h_RF is None:
             h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
         dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
-            dy_RL.contiguous(), h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
+            dy_RL.contiguous(),
+            h_RF,
+            x_RL,
+            weights_R,
+            ctx.groups,
+            w_up_EFL,
+            w_down_ELF,
+            ctx.needs_input_grad[4:6],
         )
         return (
             None,
             dx_RL.to(x_RL.dtype),
             dweights_R.to(weights_R.dtype),
             None,
-            dup_EFL.to(ctx.weight_dtype),
-            ddown_ELF.to(ctx.weight_dtype),
+            None if dup_EFL is None else dup_EFL.to(ctx.weight_dtype),
+            None if ddown_ELF is None else ddown_ELF.to(ctx.weight_dtype),
             None,
         )
 
@@ -128,7 +140,14 @@ class MoeMLP(torch.autograd.Function):
         if h_RF is None:
             h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
         dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
-            dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF
+            dy_RL,
+            h_RF,
+            x_RL,
+            weights_R,
+            ctx.groups,
+            w_up_EFL,
+            w_down_ELF,
+            ctx.needs_input_grad[4:6],
         )
         dweights_TK = dweights_R.index_select(0, inverse_R).view(n_tokens, ctx.k)
         return (
@@ -136,8 +155,8 @@ class MoeMLP(torch.autograd.Function):
             combine(dx_RL, inverse_R, n_tokens).to(x_TL.dtype),
             None,
             dweights_TK.to(weights_R.dtype),
-            dup_EFL.to(ctx.weight_dtype),
-            ddown_ELF.to(ctx.weight_dtype),
+            None if dup_EFL is None else dup_EFL.to(ctx.weight_dtype),
+            None if ddown_ELF is None else ddown_ELF.to(ctx.weight_dtype),
             None,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from nemo_kernels.moe import function, reference
-from nemo_kernels.moe.function import GroupedMLP, MoeMLP
+from nemo_kernels.moe.function import Gradients, GroupedMLP, MoeMLP, Wanted
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
 __all__ = [
@@ -56,16 +56,20 @@ class GroupedMMExperts:
         groups: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted: Wanted,
+    ) -> Gradients:
         acc, weights_R1 = accumulation_dtype(x_RL), weights_R[:, None]
         relu_RF = h_RF.to(acc).relu()
         dh_RF = grouped_mm(dy_RL, w_down_ELF, offs=groups).to(acc).mul_(relu_RF)
         dweights_R = torch.linalg.vecdot(dh_RF, relu_RF)
-        act_RF = relu_RF.square_().mul_(weights_R1).to(x_RL.dtype)
-        ddown_ELF = grouped_mm(dy_RL.t(), act_RF, offs=groups)
+        dup_EFL = ddown_ELF = None
+        if wanted[1]:
+            act_RF = relu_RF.square_().mul_(weights_R1).to(x_RL.dtype)
+            ddown_ELF = grouped_mm(dy_RL.t(), act_RF, offs=groups)
         dh_RF = dh_RF.mul_(2 * weights_R1).to(x_RL.dtype)
         dx_RL = grouped_mm(dh_RF, w_up_EFL, offs=groups)
-        dup_EFL = grouped_mm(dh_RF.t(), x_RL, offs=groups)
+        if wanted[0]:
+            dup_EFL = grouped_mm(dh_RF.t(), x_RL, offs=groups)
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
 
 

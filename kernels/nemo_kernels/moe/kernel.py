@@ -95,11 +95,14 @@ class _Experts(torch.autograd.Function):
             h_RF = x_TL.new_empty(weights.numel(), w_up_EFL.shape[1])
             _up(plan.up, x_TL, rows, w_up_EFL, h_RF, None)
         dh_RF, act_RF, dweights = _down_dgrad(plan.up, dy_TL, h_RF, rows, w_down_ELF)
-        ddown_ELF = torch.empty_like(w_down_ELF)
-        _wgrad(plan.wgrad, act_RF, dy_TL, rows.token_R, rows.end_E, ddown_ELF.mT)
+        dup_EFL = ddown_ELF = None
+        if ctx.needs_input_grad[5]:
+            ddown_ELF = torch.empty_like(w_down_ELF)
+            _wgrad(plan.wgrad, act_RF, dy_TL, rows.token_R, rows.end_E, ddown_ELF.mT)
         del act_RF
-        dup_EFL = torch.empty_like(w_up_EFL)
-        _wgrad(plan.wgrad, dh_RF, x_TL, rows.token_R, rows.end_E, dup_EFL)
+        if ctx.needs_input_grad[4]:
+            dup_EFL = torch.empty_like(w_up_EFL)
+            _wgrad(plan.wgrad, dh_RF, x_TL, rows.token_R, rows.end_E, dup_EFL)
         dx_TL = _product(plan.down, dh_RF, rows, w_up_EFL)
         if inverse_R is not None:
             dx_TL = _combine(dx_TL, inverse_R, weights.shape[1])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_kernels.moe.function import GroupedMLP, MoeMLP
+from nemo_kernels.moe.function import Gradients, GroupedMLP, MoeMLP, Wanted
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
 __all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
@@ -60,24 +60,30 @@ class LoopExperts:
         groups: list[int],
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted: Wanted,
+    ) -> Gradients:
         acc = accumulation_dtype(x_RL)
-        grads = [torch.empty_like(t, dtype=acc) for t in (x_RL, weights_R, w_up_EFL, w_down_ELF)]
+        dx_RL, dweights_R = (torch.empty_like(t, dtype=acc) for t in (x_RL, weights_R))
+        dup_EFL, ddown_ELF = (
+            torch.empty_like(w, dtype=acc) if want else None
+            for w, want in zip((w_up_EFL, w_down_ELF), wanted, strict=True)
+        )
         ones_F = h_RF.new_ones(h_RF.shape[1], dtype=acc)
-        per_row = (dy_RL, h_RF, x_RL, weights_R, *grads[:2])
+        per_row = (dy_RL, h_RF, x_RL, weights_R, dx_RL, dweights_R)
         rows = zip(*(t.split(groups) for t in per_row), strict=True)
-        experts = zip(w_up_EFL, w_down_ELF, *grads[2:], strict=True)
-        for (dy, h, x, weight, dx, dweight), (up, down, dup, ddown) in zip(
-            rows, experts, strict=True
+        experts = zip(w_up_EFL, w_down_ELF, strict=True)
+        for e, ((dy, h, x, weight, dx, dweight), (up, down)) in enumerate(
+            zip(rows, experts, strict=True)
         ):
             dy, relu, weight = dy.to(acc), h.to(acc).relu(), weight[:, None]
             dh = torch.mm(dy, down.to(acc)).mul_(relu)
             torch.mv(dh * relu, ones_F, out=dweight)  # sum over F; sum() is several times slower
-            torch.mm(dy.t(), relu.mul_(relu).mul_(weight), out=ddown)
+            if ddown_ELF is not None:
+                torch.mm(dy.t(), relu.mul_(relu).mul_(weight), out=ddown_ELF[e])
             dh.mul_(2 * weight)
             torch.mm(dh, up.to(acc), out=dx)
-            torch.mm(dh.t(), x.to(acc), out=dup)
-        dx_RL, dweights_R, dup_EFL, ddown_ELF = grads
+            if dup_EFL is not None:
+                torch.mm(dh.t(), x.to(acc), out=dup_EFL[e])
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
 
 
