@@ -24,10 +24,11 @@ from nemo_hybrid.command_options import (
     GenerateOptions,
     ImportOptions,
     InspectOptions,
+    MergeOptions,
     PlanOptions,
     PrepareOptions,
 )
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import RunConfig, TrainingConfig
 from nemo_hybrid.config_load import (
     dump_config,
     load_with,
@@ -39,6 +40,7 @@ from nemo_hybrid.config_load import (
     take_words,
 )
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
+from nemo_hybrid.finetune_options import FinetuneConfig
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -113,7 +115,7 @@ def _dispatch(words: list[str]) -> int:
         _command_parser(name).print_help()
         return 0
     command = COMMANDS[name]
-    if command.options in (RunConfig, PlanOptions):
+    if command.options in RUNS:
         return _run_with_config(command, rest)
     if rest and not fields(command.options):
         raise UserError(f"{name} takes no options, got {' '.join(rest)}")
@@ -144,9 +146,10 @@ def _top_parser() -> argparse.ArgumentParser:
 def _command_parser(name: str) -> jsonargparse.ArgumentParser:
     command = COMMANDS[name]
     prog = f"{PROG} {name}"
-    if command.options in (RunConfig, PlanOptions):
+    if command.options in RUNS:
         usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
-        parser = run_parser(prog, command.summary, usage=usage, epilog=STATUSES)
+        kind = RUNS[command.options]
+        parser = run_parser(prog, command.summary, kind, usage=usage, epilog=STATUSES)
         parser.add_argument("--config", metavar="FILE", help="YAML file; repeated: later keys win.")
         parser.add_argument(
             "--print_config", action="store_true", help="Print the merged options and stop."
@@ -173,29 +176,43 @@ def _report(error: UserError | TrainingError) -> None:
 
 
 def _run_with_config(command: Command, words: list[str]) -> int:
-    """`pretrain` gets the configuration, `plan` its own options as well."""
+    """`pretrain` and `finetune` get the configuration, `plan` its own options as well."""
     own, overrides = take_words(words, repeated=["--config"], switches=["--print_config"])
     further = {"plan": PlanOptions} if command.options is PlanOptions else {}
-    config, beside = load_with(own["--config"], overrides, **further)
+    kind = RUNS[command.options]
+    config, beside = load_with(own["--config"], overrides, kind, **further)
     if own["--print_config"]:
         print(dump_config(config), end="")
         return 0
     return command.run(config, *beside.values()) or 0
 
 
-def _pretrain(config: RunConfig) -> None:
+def _train(config: TrainingConfig) -> None:
     launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
     # Checked here already, because importing the training loop takes seconds.
     from nemo_hybrid.checkpoint.shape import model_shape
 
     config.validate(model_shape(config.model))
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
-    from nemo_hybrid.train.loop import pretrain
+    from nemo_hybrid.train.loop import train
 
-    pretrain(config, launcher)
+    train(config, launcher)
 
 
 def _prepare(options: PrepareOptions) -> None:
+    if options.preview:
+        from nemo_hybrid.data.preview import preview
+
+        preview(options)
+        return
+    if options.samples_wanted:
+        from nemo_hybrid.data.samples import prepare_samples
+
+        assert options.tokenizer is not None
+        assert options.out is not None
+        out = Path(options.out)
+        print(prepare_samples(options, options.paths, options.tokenizer, out, seed=options.seed))
+        return
     if options.out is None:
         options.out = default_corpus_place()
     from nemo_hybrid.data.prepare import prepare
@@ -227,13 +244,22 @@ def _in(module: str, function: str) -> Callable[..., int | None]:
     return lambda *options: getattr(import_module(f"nemo_hybrid.{module}"), function)(*options)
 
 
+RUNS: dict[type, type[TrainingConfig]] = {
+    RunConfig: RunConfig,
+    FinetuneConfig: FinetuneConfig,
+    PlanOptions: RunConfig,
+}
+"""Options of commands that read run configurations, and the kind of run that they are about."""
+
 COMMANDS = {
     "prepare": Command(PrepareOptions, _prepare),
-    "pretrain": Command(RunConfig, _pretrain),
+    "pretrain": Command(RunConfig, _train),
+    "finetune": Command(FinetuneConfig, _train),
     "plan": Command(PlanOptions, _in("plan", "plan_command")),
     "eval": Command(EvalOptions, _in("train.evaluate", "eval_command")),
     "generate": Command(GenerateOptions, _in("generate", "generate_command")),
     "import": Command(ImportOptions, _import),
+    "merge": Command(MergeOptions, _in("checkpoint.adapter", "merge_command")),
     "inspect": Command(InspectOptions, _in("inspection", "inspect_command")),
     "compare-logprobs": Command(CompareOptions, _in("logprobs", "compare_command")),
     "doctor": Command(DoctorOptions, _doctor),

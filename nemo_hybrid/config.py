@@ -205,16 +205,11 @@ class ModelOptions(Architecture):
 
 
 @dataclass
-class DataOptions:
-    """Where tokens come from and how they are cut into sequences."""
+class SequenceOptions:
+    """Where training sequences come from, whatever they hold."""
 
     path: str | None = None
     """Prepared token store (made by `prepare`)."""
-    blend: dict[str, float] = field(default_factory=dict)
-    """Several stores and their weights, instead of path; they must share one tokenizer."""
-    default_corpus: str | None = None
-    """Place of the default corpus (this Python's standard library): it is made here when data.path
-    names this place and nothing is there."""
     sequence_length: PositiveInt = 256
     """Tokens per training sequence."""
     workers: NotNegativeInt = 0
@@ -222,6 +217,17 @@ class DataOptions:
     verify: Literal["full", "size"] = "full"
     """Check of the store's files at the start: every SHA-256, or only the sizes (for stores too
     large to read twice)."""
+
+
+@dataclass
+class DataOptions(SequenceOptions):
+    """Where tokens come from and how they are cut into sequences."""
+
+    blend: dict[str, float] = field(default_factory=dict)
+    """Several stores and their weights, instead of path; they must share one tokenizer."""
+    default_corpus: str | None = None
+    """Place of the default corpus (this Python's standard library): it is made here when data.path
+    names this place and nothing is there."""
 
 
 @dataclass
@@ -277,6 +283,10 @@ class TrainOptions:
     hang_timeout_s: NotNegativeFloat = 1800
     """Seconds without a finished step after which a process prints its stacks and ends; 0: never.
     Evaluations and checkpoints count as part of their step."""
+
+    def per_document(self, step: int) -> bool:
+        """Whether the step after ``step`` averages documents' means instead of all targets."""
+        return False
 
 
 @dataclass
@@ -398,8 +408,8 @@ class KernelOptions:
 
 
 @dataclass
-class RunConfig:
-    """Train a model from its first step, or resume."""
+class TrainingConfig:
+    """What `pretrain` and `finetune` have in common."""
 
     run_dir: str = "runs/default"
     """Directory of the run: resolved configuration, metrics, plots, checkpoints."""
@@ -407,7 +417,7 @@ class RunConfig:
     """auto: newest valid checkpoint of the same configuration, else a fresh start; never: the
     directory must be empty; or the path of a checkpoint."""
     model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: SequenceOptions = field(default_factory=SequenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -420,33 +430,16 @@ class RunConfig:
 
         ``shape`` is that of the model, where it does not come from the options here.
         """
-        t, d, m = self.train, self.data, shape or self.model
+        m = shape or self.model
         m.validate()
         for f in fields(self):
             check_bounds(getattr(self, f.name), f"{f.name}.")
-        self.precision.validate(t.max_steps)
-        if d.sequence_length <= m.mtp_num_depths:
+        if self.data.sequence_length <= m.mtp_num_depths:
             raise UserError(
-                f"data.sequence_length ({d.sequence_length}) must exceed "
+                f"data.sequence_length ({self.data.sequence_length}) must exceed "
                 f"model.mtp_num_depths ({m.mtp_num_depths})"
             )
-        if m.mtp_num_depths and not t.mtp_loss_weight:
-            raise UserError(
-                "train.mtp_loss_weight must be positive while model.mtp_num_depths is; set "
-                "model.mtp_num_depths to 0 to train without multi-token prediction"
-            )
-        if d.path and d.blend:
-            raise UserError("give data.path or data.blend, not both")
-        if not d.path and not d.blend:
-            raise UserError(
-                "data.path is missing: name a token store made by `nemo-hybrid prepare`"
-            )
-        for path, weight in d.blend.items():
-            if not 0 < weight < float("inf"):
-                raise UserError(
-                    f"data.blend: the weight of {path} must be positive and finite, got {weight}"
-                )
-        check_pattern(t.recompute, "train.recompute", "ME*-e", empty=True)
+        check_pattern(self.train.recompute, "train.recompute", "ME*-e", empty=True)
         if self.parallel.zero not in (1, 2):
             reason = ZERO_REFUSED.get(self.parallel.zero, "there is no other stage")
             raise UserError(f"parallel.zero must be 1 or 2, got {self.parallel.zero}: {reason}")
@@ -471,6 +464,34 @@ class RunConfig:
                 f"= {per_pass}"
             )
         return t.global_batch_size // per_pass
+
+
+@dataclass
+class RunConfig(TrainingConfig):
+    """Train a model from its first step, or resume."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def validate(self, shape: Architecture | None = None) -> None:
+        super().validate(shape)
+        self.precision.validate(self.train.max_steps)
+        if (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight:
+            raise UserError(
+                "train.mtp_loss_weight must be positive while model.mtp_num_depths is; set "
+                "model.mtp_num_depths to 0 to train without multi-token prediction"
+            )
+        path, blend = self.data.path, self.data.blend
+        if path and blend:
+            raise UserError("give data.path or data.blend, not both")
+        if not path and not blend:
+            raise UserError(
+                "data.path is missing: name a token store made by `nemo-hybrid prepare`"
+            )
+        for store, weight in blend.items():
+            if not 0 < weight < float("inf"):
+                raise UserError(
+                    f"data.blend: the weight of {store} must be positive and finite, got {weight}"
+                )
 
 
 def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:

@@ -14,22 +14,30 @@ import os.path
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import RunConfig, TrainingConfig
 from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
     import jsonargparse
 
 Options = TypeVar("Options")
+Config = TypeVar("Config", bound=TrainingConfig)
 
-PATH_KEYS = ("run_dir", "resume", "model.from_hf", "data.path", "data.default_corpus")
+PATH_KEYS = (
+    "run_dir",
+    "resume",
+    "model.from_hf",
+    "data.path",
+    "data.default_corpus",
+    "data.heldout_path",
+    "data.chat_template",
+)
 """Keys that hold a path. The keys inside data.blend are paths too."""
 
 NOT_A_PATH = {"resume": ("auto", "never")}
@@ -79,19 +87,17 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-@cache
-def sections() -> dict[str, type]:
-    """Name and dataclass of every section of RunConfig, in order."""
-    hints = get_type_hints(RunConfig)
-    return {f.name: hints[f.name] for f in fields(RunConfig) if is_dataclass(hints[f.name])}
+def sections(kind: type[TrainingConfig] = RunConfig) -> dict[str, type]:
+    """Name and dataclass of every section of a kind of run, in order."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind) if is_dataclass(hints[f.name])}
 
 
-@cache
-def key_types() -> dict[str, Any]:
-    """Type of every dotted key of RunConfig, such as ``train.lr``."""
+def key_types(kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
+    """Type of every dotted key of a kind of run, such as ``train.lr``."""
     types: dict[str, Any] = {}
-    inner = sections()
-    for name, hint in get_type_hints(RunConfig).items():
+    inner = sections(kind)
+    for name, hint in get_type_hints(kind).items():
         if name in inner:
             types.update({f"{name}.{k}": v for k, v in get_type_hints(inner[name]).items()})
         else:
@@ -99,59 +105,66 @@ def key_types() -> dict[str, Any]:
     return types
 
 
-def load_config(files: Iterable[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    files: Iterable[str | Path],
+    overrides: Sequence[str] = (),
+    kind: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> Config:
     """Merge YAML files in order, then apply ``--dotted.key value`` words.
 
     A word pair ``--SECTION FILE`` (for example ``--model model/tiny.yaml``) merges a section's file
     after all configuration files. The result has absolute paths; call ``validate()`` on it.
     Raises UserError for a missing or malformed file, an unknown key or a value of a wrong type.
     """
-    return load_with(files, overrides)[0]
+    return load_with(files, overrides, kind)[0]
 
 
 def load_with(
-    files: Iterable[str | Path], overrides: Sequence[str], **further: type
-) -> tuple[RunConfig, dict[str, Any]]:
+    files: Iterable[str | Path], overrides: Sequence[str], kind: type[Config], **further: type
+) -> tuple[Config, dict[str, Any]]:
     """The same, and the options of further sections, for which there are words alone."""
-    chosen, words = take_words(overrides, repeated=[f"--{name}" for name in sections()])
-    parser, types = run_parser("", ""), dict(key_types())
+    chosen, words = take_words(overrides, repeated=[f"--{name}" for name in sections(kind)])
+    parser, types = run_parser("", "", kind), dict(key_types(kind))
     for name, section in further.items():
         parser.add_class_arguments(section, name)
         types |= {f"{name}.{key}": hint for key, hint in get_type_hints(section).items()}
     merged: dict[str, Any] = {}
     for file in files:
-        merged |= _checked(parser, read_config(Path(file)), file)
-    for name in sections():
+        merged |= _checked(parser, read_config(Path(file), kind), file, kind)
+    for name in sections(kind):
         for file in chosen[f"--{name}"]:
-            merged |= _checked(parser, read_section(Path(file), name), file)
+            merged |= _checked(parser, read_section(Path(file), name, kind), file, kind)
     check_words(words, {f"--{key}" for key in types})
     parser.set_defaults(merged)
     parsed = parse_words(parser, words, types)
     beside = {name: section(**parsed.pop(name)) for name, section in further.items()}
-    return _absolute(_build(flatten(parsed))), beside
+    return _absolute(_build(flatten(parsed, kind), kind)), beside
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: TrainingConfig) -> str:
     """YAML text from which load_config gives an equal configuration (paths made absolute)."""
     return yaml.dump(asdict(_absolute(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
     """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
     flat: dict[str, Any] = {}
+    inner = sections(kind)
     for key, value in _read_yaml(file).items():
-        if key not in sections():
-            flat |= _known({str(key): value}, file)
+        if key not in inner:
+            flat |= _known({str(key): value}, file, kind)
         elif isinstance(value, str):
-            flat |= read_section(_resolve(value, file.parent), key)
+            flat |= read_section(_resolve(value, file.parent), key, kind)
         else:
-            flat |= _known(_in_section({} if value is None else value, key, file), file)
+            flat |= _known(_in_section({} if value is None else value, key, file), file, kind)
     return flat
 
 
-def read_section(file: Path, section: str) -> dict[str, Any]:
+def read_section(
+    file: Path, section: str, kind: type[TrainingConfig] = RunConfig
+) -> dict[str, Any]:
     """The same of a file that holds the keys of one section, such as a model's shape."""
-    return _known(_in_section(_read_yaml(file), section, file), file)
+    return _known(_in_section(_read_yaml(file), section, file), file, kind)
 
 
 def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
@@ -163,19 +176,22 @@ def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
     return {f"{section}.{key}": value for key, value in content.items()}
 
 
-def _known(flat: dict[str, Any], file: Path) -> dict[str, Any]:
+def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict[str, Any]:
     """The same keys, if there are such, with paths seen from the file."""
+    known = key_types(kind)
     for key in flat:
-        if key not in key_types():
-            near = suggest(key, [*sections(), *key_types()])
+        if key not in known:
+            near = suggest(key, [*sections(kind), *known])
             raise UserError(f"{file}: unknown key {key}{near}")
     return _resolve_paths(flat, file.parent)
 
 
-def run_parser(prog: str, description: str, **kwargs: Any) -> jsonargparse.ArgumentParser:
-    """The parser of every option of RunConfig."""
+def run_parser(
+    prog: str, description: str, kind: type[TrainingConfig], **kwargs: Any
+) -> jsonargparse.ArgumentParser:
+    """The parser of every option of a kind of run."""
     parser = new_parser(prog, description, **kwargs)
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(kind)
     return parser
 
 
@@ -204,25 +220,30 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _checked(
-    parser: jsonargparse.ArgumentParser, flat: dict[str, Any], file: str | Path
+    parser: jsonargparse.ArgumentParser,
+    flat: dict[str, Any],
+    file: str | Path,
+    kind: type[TrainingConfig],
 ) -> dict[str, Any]:
     """Check the types of one file's content, so that the message can name the file."""
+    types = key_types(kind)
     for key, value in flat.items():
         # jsonargparse takes null for "not given" whatever the type.
-        if value is None and type(None) not in get_args(key_types()[key]):
-            raise UserError(f"{file}: {key}: expected {type_in_words(key_types()[key])}, got null")
+        if value is None and type(None) not in get_args(types[key]):
+            raise UserError(f"{file}: {key}: expected {type_in_words(types[key])}, got null")
     try:
         parser.parse_object(flat)
     except argparse.ArgumentError as e:
-        raise UserError(f"{file}: {one_line(e, key_types())}") from None
+        raise UserError(f"{file}: {one_line(e, types)}") from None
     return flat
 
 
-def flatten(content: dict[str, Any]) -> dict[str, Any]:
+def flatten(content: dict[str, Any], kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
     """Dotted keys of a configuration by sections; data.blend stays one value."""
     flat: dict[str, Any] = {}
+    inner = sections(kind)
     for key, value in content.items():
-        if key in sections() and isinstance(value, dict):
+        if key in inner and isinstance(value, dict):
             flat |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             flat[key] = value
@@ -247,19 +268,20 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     return out
 
 
-def _build(flat: dict[str, Any]) -> RunConfig:
+def _build(flat: dict[str, Any], kind: type[Config]) -> Config:
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} must be a finite number, got {value}")
     values = dict(flat)
-    for name, section in sections().items():
+    for name, section in sections(kind).items():
         values[name] = section(**{f.name: values.pop(f"{name}.{f.name}") for f in fields(section)})
-    return RunConfig(**values)
+    return kind(**values)
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def _absolute(config: Config) -> Config:
     """A copy whose relative paths are seen from the current directory."""
-    return _build(_resolve_paths(flatten(asdict(config)), Path.cwd()))
+    kind = type(config)
+    return _build(_resolve_paths(flatten(asdict(config), kind), Path.cwd()), kind)
 
 
 def flag(field_name: str) -> str:
@@ -333,7 +355,11 @@ def options_parser(
     from docstring_parser import parse_from_object
 
     parser = new_parser(prog, description, **kwargs)
-    helps = {p.arg_name: p.description for p in parse_from_object(options_class).params}
+    helps = {
+        p.arg_name: p.description
+        for base in reversed(options_class.__mro__[:-1])
+        for p in parse_from_object(base).params
+    }
     hints = get_type_hints(options_class)
     for f in fields(options_class):
         about: dict[str, Any] = {"type": hints[f.name], "help": helps[f.name]}
@@ -414,6 +440,8 @@ def type_in_words(hint: Any) -> str:
     args = get_args(hint)
     if type(None) in args:
         return " or ".join([*(type_in_words(a) for a in args if a is not type(None)), "null"])
+    if get_origin(hint) is list:
+        return 'a list such as "[q_proj, o_proj]"'
     if get_origin(hint) is dict:
         if args[1] is float:
             return "a mapping of paths to numbers"

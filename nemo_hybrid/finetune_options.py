@@ -7,9 +7,15 @@ from typing import Annotated, Literal
 
 from nemo_hybrid.config import (
     POSITIVE,
+    Architecture,
     BelowOne,
+    NotNegativeFloat,
     NotNegativeInt,
+    PositiveFloat,
     PositiveInt,
+    SequenceOptions,
+    TrainingConfig,
+    TrainOptions,
     check_bounds,
 )
 from nemo_hybrid.errors import UserError
@@ -75,3 +81,106 @@ class LoraOptions:
     @property
     def scale(self) -> float:
         return (2.0 * self.rank if self.alpha is None else self.alpha) / max(1, self.rank)
+
+
+@dataclass
+class FinetuneDataOptions(SampleOptions, SequenceOptions):
+    """What is learnt from."""
+
+    path: str | None = None
+    """Conversations and the like (.jsonl, .parquet, .txt, a directory of those, a Hugging Face
+    dataset on disk), or samples made of them by `prepare --for finetune`."""
+    heldout_path: str | None = None
+    """The same for evaluation, instead of the share heldout of path."""
+
+
+@dataclass
+class FinetuneTrainOptions(TrainOptions):
+    """Optimization, losses, what is trained, and what happens when."""
+
+    max_steps: NotNegativeInt = 0
+    """Optimizer steps of the whole run; 0: as many as the epochs take."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training samples, where max_steps is 0."""
+    global_batch_size: PositiveInt = 64
+    """Sequences (packs of samples) per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate; adapters take about ten times the rate of full fine-tuning."""
+    schedule: Literal["wsd", "cosine", "constant"] = "constant"
+    """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
+    warmup_steps: NotNegativeInt = 20
+    """Steps of linear warm-up."""
+    aux_loss_weight: NotNegativeFloat = 0.0
+    """Weight of the sequence-wise load-balancing loss."""
+    loss: Literal["tokens", "conversations", "two_stage"] = "tokens"
+    """What is averaged over the global batch: all learnt tokens; every sample's own mean; or
+    first the one, then the other, as Nemotron 3 Super was."""
+    second_stage_step: Annotated[int | None, POSITIVE] = None
+    """Steps of the first stage of two_stage."""
+    trained: Literal["all", "mtp"] = "all"
+    """mtp: the multi-token-prediction block alone, everything else stays as it is."""
+    train_router: bool = False
+    """Train the routers too: their weights, and the bias that balances experts."""
+
+    def per_document(self, step: int) -> bool:
+        first_stage = self.second_stage_step or 0
+        return self.loss == "conversations" or (self.loss == "two_stage" and step >= first_stage)
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    """Fine-tune a checkpoint on conversations, or resume."""
+
+    run_dir: str = "runs/finetune"
+    """Directory of the run: resolved configuration, samples, metrics, checkpoints, and at the end
+    the model."""
+    data: FinetuneDataOptions = field(default_factory=FinetuneDataOptions)
+    train: FinetuneTrainOptions = field(default_factory=FinetuneTrainOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+
+    def validate(self, shape: Architecture | None = None) -> None:
+        super().validate(shape)
+        train, depths = self.train, (shape or self.model).mtp_num_depths
+        self.data.validate("data.")
+        if not self.model.from_hf:
+            raise UserError("model.from_hf is missing: name the checkpoint to fine-tune")
+        if not self.data.path:
+            raise UserError("data.path is missing: name the conversations to learn from")
+        if (train.loss == "two_stage") != (train.second_stage_step is not None):
+            raise UserError(
+                "train.loss two_stage and train.second_stage_step (the steps of its first stage) "
+                "belong together"
+            )
+        if train.trained == "mtp":
+            why = (
+                "the model has no multi-token-prediction block"
+                if not depths
+                else "train.mtp_loss_weight is 0"
+                if not train.mtp_loss_weight
+                else "lora.rank asks for adapters: choose one of the two"
+                if self.lora.rank
+                else None
+            )
+            if why:
+                raise UserError(f"train.trained mtp cannot be had: {why}")
+        if self.lora.rank:
+            if train.train_router:
+                raise UserError(
+                    "train.train_router cannot be had with lora.rank: weights are frozen"
+                )
+        elif self.lora != LoraOptions():
+            raise UserError("lora options have no effect without lora.rank")
+        if train.max_steps:
+            self.validate_steps()
+
+    def validate_steps(self) -> None:
+        """What depends on the number of steps, once it is known. Raises UserError."""
+        train = self.train
+        self.precision.validate(train.max_steps)
+        if train.second_stage_step is not None and train.second_stage_step >= train.max_steps:
+            raise UserError(
+                f"train.second_stage_step ({train.second_stage_step}) must be below the number of "
+                f"steps ({train.max_steps}), or the second stage never comes"
+            )

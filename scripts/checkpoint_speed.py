@@ -47,7 +47,7 @@ def build(directory: Path, gib: float) -> Run:
     for number in range(50):
         (text / f"{number}.txt").write_text(f"document {number} " * 200)
     store = str(directory / "store")
-    prepare(PrepareOptions([str(text)], store, vocab_size=300, heldout=0))
+    prepare(PrepareOptions(paths=[str(text)], out=store, vocab_size=300, heldout=0))
     experts = int(gib * 2**30 / BYTES_PER_PARAMETER / EXPERT_PARAMETERS) + 1
     config = RunConfig(
         run_dir=str(directory / "run"),

@@ -111,7 +111,7 @@ def pair_model_losses(config: RunConfig, depths: int) -> list[float]:
     """Held-out cross-entropy, in nats, of the pair model t -> t + 1 + k for k = 0 to depths."""
     blend = open_blend(config.data, model_shape(config.model))
     batches = heldout_batches(
-        blend.heldout,
+        blend,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
         rank=0,

@@ -24,9 +24,11 @@ class Documents:
     """Tokens of the longest document."""
     spans: tuple[tuple[int, int, int], ...]
     """Row, first token and end of every document, in order."""
+    real_BS: Tensor | None = None
+    """bool: False for padding, which forms documents of its own; None: there is none."""
 
     @staticmethod
-    def from_starts(starts_BS: Tensor) -> Documents:
+    def from_starts(starts_BS: Tensor, real_BS: Tensor | None = None) -> Documents:
         """From a bool per token, True where a document begins. Rows always begin one."""
         rows, length = starts_BS.shape
         starts_BS = starts_BS.clone()
@@ -41,6 +43,7 @@ class Documents:
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=starts_BS.device),
             max_seqlen=max(end - start for _, start, end in spans),
             spans=spans,
+            real_BS=real_BS,
         )
 
     @staticmethod
@@ -56,4 +59,5 @@ class Documents:
             self,
             seq_idx_BS=self.seq_idx_BS.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            real_BS=None if self.real_BS is None else self.real_BS.to(device, non_blocking=True),
         )

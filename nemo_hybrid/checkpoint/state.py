@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, fields
@@ -50,6 +50,7 @@ FORMAT_VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 RUN_STATE = "run_state.json"
 OPTIMIZER_INDEX = "optimizer.index.json"
+FROZEN = "frozen"  # key of the run state: parameters that are not trained
 _JSON = "json"  # metadata key of a rank file
 # Fields that may differ on resume: they do not change what the stored tensors mean.
 _FREE = (
@@ -111,12 +112,16 @@ def save_checkpoint(
     companions: Companions,
     resolved_config: str,
     keep: int,
+    frozen: Collection[str] = (),
+    adapter: Callable[[Writer], Collection[str]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write ``checkpoints_dir/step_NNNNNNNN``, move ``latest`` to it, delete old checkpoints.
 
     Called by all ranks. Each gives only the weights (parameters, and router biases in fp32) and
-    fragments it owns; together the fragments must cover every parameter with both moments.
+    fragments it owns; together the fragments must cover every parameter with both moments, but
+    for ``frozen`` ones, which are not trained. ``adapter`` writes, on rank 0, what is trained
+    beside weights that the checkpoint does not hold, and gives the names of its parameters.
     ``run_state`` (JSON, the same on every rank) and ``rank_state`` (tensors and JSON values by
     name) come back from `load_state` and `load_rank_state`; tuples come back as lists.
 
@@ -136,10 +141,13 @@ def save_checkpoint(
     def finish(writer: Writer, parts: list[tuple[Shards, dict[str, Any]]]) -> None:
         shards = [part for part, _ in parts]
         index = _merge(listing for _, listing in parts)
-        _check_complete(index, shards)
+        trained = _parameters(shards) - set(frozen) if adapter is None else set(adapter(writer))
+        _check_complete(index, trained)
         write_model_files(writer, config, shards, companions)
         writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
         state = {**run_state, "step": step, "format_version": FORMAT_VERSION}
+        if frozen:
+            state[FROZEN] = sorted(frozen)
         writer.write_text(RUN_STATE, files.to_json(state))
         writer.write_text("run.yaml", resolved_config)
 
@@ -204,11 +212,14 @@ def _merge(listings: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return index
 
 
-def _check_complete(index: Mapping[str, Any], shards: Iterable[Shards]) -> None:
-    """Refuse a state in which a parameter, or a part of one, has no master and moments."""
+def _parameters(shards: Iterable[Shards]) -> set[str]:
     names = {from_hub(name)[0] for part in shards for name in part.file_of}
-    parameters = {name for name in names if not name.endswith(ROUTER_BIAS)}
-    for name in sorted(parameters ^ index.keys()):
+    return {name for name in names if not name.endswith(ROUTER_BIAS)}
+
+
+def _check_complete(index: Mapping[str, Any], trained: Collection[str]) -> None:
+    """Refuse a state in which a parameter, or a part of one, has no master and moments."""
+    for name in sorted(set(trained) ^ index.keys()):
         lacks = "weights" if name in index else "optimizer state"
         raise UserError(f"{name} has no {lacks}: refusing to save an incomplete checkpoint")
     for name, entry in index.items():
@@ -238,6 +249,13 @@ def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> No
     plain = {k: v for k, v in state.items() if k not in tensors}
     parts = safetensors_parts(tensors, {_JSON: json.dumps(plain, allow_nan=False)})
     writer.write(_rank_file(rank), parts)
+
+
+def is_training_state(file: str) -> bool:
+    """Whether a file of a checkpoint serves resuming alone, and is no part of the model."""
+    return file in (RUN_STATE, OPTIMIZER_INDEX, "run.yaml", files.MANIFEST) or file.startswith(
+        ("optimizer-r", "rank-")
+    )
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -317,8 +335,9 @@ def check_state(directory: Path, parameters: Iterable[str]) -> dict[str, Any]:
     """Check that masters and moments of all these parameters are there, from headers alone; return
     the run state. Raises UserError, naming the parameter or the file."""
     state, index = _read_run_state(directory), _read_optimizer_index(directory)
+    frozen = set(state.get(FROZEN, ()))
     for name in parameters:
-        if name not in index:
+        if name not in index and name not in frozen:
             raise CheckpointError(f"{directory} holds no optimizer state of {name}")
     opened: dict[tuple[int, str], TensorFile] = {}
     with ExitStack() as stack:

@@ -5,10 +5,13 @@ Shape suffixes: B rows, S tokens per row, W = S + 1 tokens of a window, T = B*S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_kernels.documents import Documents
@@ -87,13 +90,56 @@ class Batch:
         if keep_B is not None:
             mask_BS = mask_BS & keep_B[:, None]
         documents = Documents.from_starts(document_starts_BW[:, :-1])
-        bounds = documents.cu_seqlens
-        first_T = bounds[:-1].repeat_interleave(bounds.diff())
-        return Batch(
-            ids_BS=tokens_BW[:, :-1].long(),
-            labels_BS=tokens_BW[:, 1:].long().masked_fill(~mask_BS, 0),
-            loss_mask_BS=mask_BS,
-            documents=documents,
-            positions_BS=(torch.arange(B * S) - first_T).int().view(B, S),
-            sample_ids=sample_ids,
+        return _batch(tokens_BW[:, :-1], tokens_BW[:, 1:], mask_BS, documents, sample_ids)
+
+    @staticmethod
+    def from_packs(
+        rows: Sequence[Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]]],
+        length: int,
+        pad_id: int,
+        sample_ids: tuple[int, ...] = (),
+    ) -> Batch:
+        """Rows of ``length`` tokens out of samples: ids, and which of them are targets.
+
+        What a row has left is padding, a document of its own. Rows whose sample id is -1 are
+        masked as a whole.
+        """
+        B = len(rows)
+        ids_BS = np.full((B, length), pad_id, np.int64)
+        mask_BS, real_BS, starts_BS = (np.zeros((B, length), np.bool_) for _ in range(3))
+        for b, samples in enumerate(rows):
+            at = 0
+            for ids, targets in samples:
+                end = at + len(ids)
+                ids_BS[b, at:end], starts_BS[b, at] = ids, True
+                mask_BS[b, at : end - 1] = targets[1:]  # position t predicts token t + 1
+                at = end
+            real_BS[b, :at] = True
+            if at < length:
+                starts_BS[b, at] = True
+            if sample_ids and sample_ids[b] < 0:
+                mask_BS[b] = False
+        documents = Documents.from_starts(
+            torch.from_numpy(starts_BS), None if real_BS.all() else torch.from_numpy(real_BS)
         )
+        tokens_BS, kept_BS = torch.from_numpy(ids_BS), torch.from_numpy(mask_BS)
+        return _batch(tokens_BS, tokens_BS.roll(-1, 1), kept_BS, documents, sample_ids)
+
+
+def _batch(
+    ids_BS: Tensor,
+    next_BS: Tensor,
+    mask_BS: Tensor,
+    documents: Documents,
+    sample_ids: tuple[int, ...],
+) -> Batch:
+    bounds = documents.cu_seqlens
+    first_T = bounds[:-1].repeat_interleave(bounds.diff())
+    return Batch(
+        ids_BS=ids_BS.long(),
+        labels_BS=next_BS.long().masked_fill(~mask_BS, 0),
+        loss_mask_BS=mask_BS,
+        documents=documents,
+        positions_BS=(torch.arange(ids_BS.numel()) - first_T).int().view(ids_BS.shape),
+        sample_ids=sample_ids,
+    )

@@ -10,6 +10,7 @@ Shape suffixes: B rows, W = sequence length + 1.
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, count
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -122,6 +124,45 @@ class Sampler:
         return store, permute(position, self.windows[store], self.seed, "epoch", epoch, store)
 
 
+class Data(Protocol):
+    """What a run reads: rows of token sequences by number, the same whoever asks."""
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        ...
+
+    @property
+    def tokenizer_dir(self) -> Path: ...
+
+    @property
+    def tokenizer_sha256(self) -> str: ...
+
+    @property
+    def digests(self) -> list[str]:
+        """Identity of what is trained on."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """With which it is drawn."""
+        ...
+
+    def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
+        """Training rows of global sample numbers."""
+        ...
+
+    def heldout_windows(self, sequence_length: int) -> int:
+        """Rows that there are for evaluation."""
+        ...
+
+    def heldout_rows(
+        self, windows: Sequence[int], samples: Sequence[int], sequence_length: int
+    ) -> Batch:
+        """Some of them; where the sample number is -1 the row is padding."""
+        ...
+
+
 @dataclass(frozen=True)
 class Blend:
     """Open stores of a run; train[i] is drawn with weights[i]."""
@@ -133,8 +174,39 @@ class Blend:
 
     @property
     def tokens(self) -> int:
-        """Training tokens of all stores."""
         return sum(len(s) for s in self.train)
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.train[0].info.tokenizer_sha256
+
+    @property
+    def digests(self) -> list[str]:
+        return [digest(store) for store in self.train]
+
+    def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
+        windows = tuple(s.windows(sequence_length) for s in self.train)
+        sampler = Sampler(windows, self.weights, seed)
+        places = [(self.train[i], window) for i, window in map(sampler, samples)]
+        return _batch(places, sequence_length, tuple(samples))
+
+    def heldout_windows(self, sequence_length: int) -> int:
+        return sum(s.windows(sequence_length) for s in self.heldout)
+
+    def heldout_rows(
+        self, windows: Sequence[int], samples: Sequence[int], sequence_length: int
+    ) -> Batch:
+        ends = list(accumulate(s.windows(sequence_length) for s in self.heldout))
+        places = []
+        for window in windows:
+            store = bisect_right(ends, window)
+            places.append((self.heldout[store], window - (ends[store - 1] if store else 0)))
+        return _batch(places, sequence_length, tuple(samples))
+
+
+def digest(store: TokenStore) -> str:
+    """One checksum for all files of a store."""
+    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
 
 
 def open_blend(data: DataOptions, model: Architecture) -> Blend:
@@ -178,19 +250,19 @@ def open_blend(data: DataOptions, model: Architecture) -> Blend:
     return Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
 
 
-def require_tokenizer(blend: Blend, directory: Path) -> None:
+def require_tokenizer(data: Data, directory: Path) -> None:
     """Raise UserError if a checkpoint's tokenizer is another one than that of the data: the same
     ids would mean other text. A checkpoint without tokenizer.json says nothing."""
-    tokenizer, info = directory / TOKENIZER, blend.train[0].info
-    if tokenizer.is_file() and hash_file(tokenizer) != info.tokenizer_sha256:
+    tokenizer = directory / TOKENIZER
+    if tokenizer.is_file() and hash_file(tokenizer) != data.tokenizer_sha256:
         raise UserError(
-            f"{blend.train[0].path} was made with another tokenizer than that of {directory}: "
+            f"{data.tokenizer_dir} was made with another tokenizer than that of {directory}: "
             f"prepare the data with --tokenizer {directory}"
         )
 
 
 def steps(
-    blend: Blend,
+    data: Data,
     *,
     sequence_length: int,
     global_batch_size: int,
@@ -211,16 +283,9 @@ def steps(
     """
     if global_batch_size % (micro_batch_size * world_size):
         raise ValueError("global_batch_size must be a multiple of micro_batch_size x world_size")
-    sampler = Sampler(
-        windows=tuple(s.windows(sequence_length) for s in blend.train),
-        weights=blend.weights,
-        seed=seed,
-    )
 
     def micro_batch(first: int) -> Batch:
-        samples = tuple(range(first, first + micro_batch_size))
-        places = [sampler(n) for n in samples]
-        return _batch([(blend.train[i], w) for i, w in places], sequence_length, samples)
+        return data.rows(range(first, first + micro_batch_size), sequence_length, seed)
 
     def step(number: int) -> list[Batch]:
         begin = number * global_batch_size + rank * micro_batch_size
@@ -242,7 +307,7 @@ def steps(
 
 
 def heldout_batches(
-    stores: Sequence[TokenStore],
+    data: Data,
     *,
     sequence_length: int,
     micro_batch_size: int,
@@ -251,14 +316,13 @@ def heldout_batches(
     limit: int,
 ) -> Iterator[Batch]:
     """This rank's evaluation passes, the same on every call: at most limit windows, evenly spaced
-    over all stores, in order.
+    over all held-out data, in order.
 
     Every rank gets the same number of batches (expert parallelism needs that); rows beyond the
-    last window are padding, fully masked, with sample id -1. Raises UserError if the stores do
+    last window are padding, fully masked, with sample id -1. Raises UserError if the data does
     not hold one window.
     """
-    ends = list(accumulate(s.windows(sequence_length) for s in stores))
-    total = ends[-1] if ends else 0
+    total = data.heldout_windows(sequence_length)
     if not total:
         raise UserError(
             f"the held-out data is too small for one sequence of {sequence_length} tokens: prepare "
@@ -269,12 +333,9 @@ def heldout_batches(
     per_pass = micro_batch_size * world_size
     for first in range(rank * micro_batch_size, -(-used // per_pass) * per_pass, per_pass):
         rows = range(first, first + micro_batch_size)
-        places = []
-        for row in rows:
-            window = min(row, used - 1) * total // used
-            store = bisect_right(ends, window)
-            places.append((stores[store], window - (ends[store - 1] if store else 0)))
-        yield _batch(places, sequence_length, tuple(r if r < used else -1 for r in rows))
+        windows = [min(row, used - 1) * total // used for row in rows]
+        samples = [row if row < used else -1 for row in rows]
+        yield data.heldout_rows(windows, samples, sequence_length)
 
 
 def _batch(

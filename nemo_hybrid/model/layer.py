@@ -63,7 +63,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, RoutingStats | None]:
         h_BSD = call(self.norm, wide, "norm.", x_BSD)
         if self.letter == "E":
-            y_BSD, stats = call(self.mixer, wide, "mixer.", h_BSD)
+            y_BSD, stats = call(self.mixer, wide, "mixer.", h_BSD, documents)
             return x_BSD + y_BSD, stats
         if self.letter == "-":
             return x_BSD + call(self.mixer, wide, "mixer.", h_BSD), None

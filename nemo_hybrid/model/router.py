@@ -49,21 +49,31 @@ class Router(KeepsFp32):
         )
 
 
-def routing_stats(scores_TE: Tensor, topk_ids_TK: Tensor, rows: int) -> RoutingStats:
+def routing_stats(
+    scores_TE: Tensor, topk_ids_TK: Tensor, rows: int, real_BS: Tensor | None = None
+) -> RoutingStats:
     """Expert counts, and sum over rows of E * sum_i f_i * P_i.
 
     f_i is the share of a row's routed slots that expert i received, P_i the row's mean of the
-    scores normalised over all experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    scores normalised over all experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). ``real_BS``:
+    bool, False for padding, which all goes to the same few experts and does not count.
     """
-    experts = scores_TE.shape[1]
-    slots_per_row = topk_ids_TK.numel() // rows
-    ids_BR = topk_ids_TK.view(rows, slots_per_row)
+    experts, top_k = scores_TE.shape[1], topk_ids_TK.shape[1]
+    ids_BR = topk_ids_TK.view(rows, -1)
     row_B1 = torch.arange(rows, device=ids_BR.device)[:, None]
+    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    share_BSE = share_TE.view(rows, -1, experts)
+    if real_BS is None:
+        tokens_B1: Tensor | float = ids_BR.shape[1] / top_k
+        one_R = torch.ones_like(ids_BR).flatten()
+        mean_share_BE = share_BSE.mean(1)
+    else:
+        tokens_B1 = real_BS.sum(1, keepdim=True).clamp(min=1)
+        one_R = real_BS.flatten().repeat_interleave(top_k).long()
+        mean_share_BE = (share_BSE * real_BS[..., None]).sum(1) / tokens_B1
     # Not by bincount, which waits for a GPU.
-    place_R, one_R = (ids_BR + row_B1 * experts).flatten(), torch.ones_like(ids_BR).flatten()
+    place_R = (ids_BR + row_B1 * experts).flatten()
     counts_BE = ids_BR.new_zeros(rows * experts).scatter_add_(0, place_R, one_R)
     counts_BE = counts_BE.view(rows, experts)
-    share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-    mean_share_BE = share_TE.view(rows, -1, experts).mean(1)
-    aux = (experts / slots_per_row) * (counts_BE * mean_share_BE).sum()
+    aux = experts / top_k * (counts_BE * mean_share_BE / tokens_B1).sum()
     return RoutingStats(counts_BE.sum(0), aux)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.state import Fragment
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import TrainingConfig
 from nemo_hybrid.parallel import deepspeed_private
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
 from nemo_hybrid.parallel.world import World
@@ -58,7 +58,7 @@ class Engine:
         model: nn.Module,
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         groups: list[dict[str, Any]],
-        config: RunConfig,
+        config: TrainingConfig,
         world: World,
         accumulation: int,
         dispatcher: AllToAllDispatcher | None,
@@ -191,7 +191,7 @@ def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:
                 parameter.group_name = name
 
 
-def _deepspeed_config(config: RunConfig, accumulation: int, largest: int) -> dict[str, Any]:
+def _deepspeed_config(config: TrainingConfig, accumulation: int, largest: int) -> dict[str, Any]:
     """``largest``: elements of the largest parameter. One that does not fit into the reduction
     buffer would have its gradient rounded to its own dtype before it is summed."""
     return {

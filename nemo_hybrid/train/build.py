@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +13,19 @@ from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.command_options import PrepareOptions
-from nemo_hybrid.config import HybridConfig, RunConfig
-from nemo_hybrid.data.loader import Blend, open_blend, require_tokenizer
+from nemo_hybrid.config import HybridConfig, RunConfig, TrainingConfig
+from nemo_hybrid.data.loader import Blend, Data, open_blend, require_tokenizer
+from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import prepare
-from nemo_hybrid.data.store import TokenStore
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.health import Probe
+from nemo_hybrid.train import finetune
 from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
@@ -50,9 +50,9 @@ class Identity:
 class Run:
     """What the loop works with."""
 
-    config: RunConfig
+    config: TrainingConfig
     world: World
-    blend: Blend
+    data: Data
     model: HybridLM
     objective: PretrainObjective
     engine: Engine
@@ -60,14 +60,27 @@ class Run:
     precision: policy.Precision
     probe: Probe
     identity: Identity
-    peak: float | None  # matmul FLOP/s of one process's device
+    frozen: list[str]  # parameters that are not trained
+    peak: float | None  # matmul FLOP/s of one process's device; None: unknown, or nothing like it
 
 
-def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
-    """Open the token stores; make the default corpus first where that is what is missing.
+def open_data(config: TrainingConfig, hybrid: HybridConfig, world: World) -> Data:
+    """Open what the run reads, which is made first where it can be.
 
     Raises UserError on every rank.
     """
+    if isinstance(config, FinetuneConfig):
+        return _open_samples(config, hybrid, world)
+    assert isinstance(config, RunConfig)
+    return _open_blend(config, hybrid, world)
+
+
+def _open_samples(config: FinetuneConfig, hybrid: HybridConfig, world: World) -> PackedSamples:
+    on_rank_0(world, lambda: finetune.make_samples(config, hybrid))
+    return each(world, lambda: finetune.open_samples(config, hybrid))
+
+
+def _open_blend(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
     data = config.data
 
     def make_default() -> None:
@@ -87,7 +100,7 @@ def open_data(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
     return each(world, open_stores)
 
 
-def check_precision(config: RunConfig, hybrid: HybridConfig) -> None:
+def check_precision(config: TrainingConfig, hybrid: HybridConfig) -> None:
     """Raise UserError where the formats do not fit the model; nothing is built for it."""
     if config.precision.low:
         tokens = config.train.micro_batch_size * config.data.sequence_length
@@ -96,10 +109,10 @@ def check_precision(config: RunConfig, hybrid: HybridConfig) -> None:
 
 
 def build_run(
-    config: RunConfig,
+    config: TrainingConfig,
     hybrid: HybridConfig,
     world: World,
-    blend: Blend,
+    data: Data,
     accumulation: int,
     from_hf: bool = False,
 ) -> Run:
@@ -114,7 +127,9 @@ def build_run(
     model = HybridLM(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
-    loaded = each(world, lambda: _load_from_hf(config, model, blend, world)) if from_hf else {}
+    loaded = each(world, lambda: _load_from_hf(config, model, data, world)) if from_hf else {}
+    if isinstance(config, FinetuneConfig):
+        finetune.freeze(model, config.train)
     dtype = policy.weight_dtype(config.precision)
     model.to(world.device, dtype)
     products = [name for name, m in model.named_modules() if hasattr(m, "low_precision")]
@@ -134,19 +149,33 @@ def build_run(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
     )
     engine.seed_masters(loaded)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
-    peak = peak_flops(world.device.type, dtype)
-    guard, identity = Guard(config.guard), identity_of(config, blend)
+    # The formula of the work per token is that of training everything.
+    all_trained = all(".gate." in name for name in frozen)
+    peak = peak_flops(world.device.type, dtype) if all_trained else None
+    guard, identity = Guard(config.guard), identity_of(config, data)
     return Run(
-        config, world, blend, model, objective, engine, guard, precision, probe, identity, peak
+        config,
+        world,
+        data,
+        model,
+        objective,
+        engine,
+        guard,
+        precision,
+        probe,
+        identity,
+        frozen,
+        peak,
     )
 
 
-def identity_of(config: RunConfig, blend: Blend) -> Identity:
+def identity_of(config: TrainingConfig, data: Data) -> Identity:
     return Identity(
-        data=[_digest(store) for store in blend.train],
-        weights=list(blend.weights),
-        tokenizer=blend.train[0].info.tokenizer_sha256,
+        data=data.digests,
+        weights=list(data.weights),
+        tokenizer=data.tokenizer_sha256,
         sequence_length=config.data.sequence_length,
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
@@ -155,11 +184,11 @@ def identity_of(config: RunConfig, blend: Blend) -> Identity:
 
 
 def _load_from_hf(
-    config: RunConfig, model: HybridLM, blend: Blend, world: World
+    config: TrainingConfig, model: HybridLM, data: Data, world: World
 ) -> dict[str, Tensor]:
     """Fill the model; return its parameters in fp32, before any cast rounds them."""
     directory = resolve(str(config.model.from_hf))
-    require_tokenizer(blend, directory)
+    require_tokenizer(data, directory)
     report = load_weights(
         directory,
         tensors_by_name(model),
@@ -169,8 +198,3 @@ def _load_from_hf(
     if world.rank == 0:
         print(report.summary(), flush=True)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _digest(store: TokenStore) -> str:
-    """One checksum for all files of a token store."""
-    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()

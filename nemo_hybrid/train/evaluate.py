@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemo_hybrid.command_options import EvalOptions
 from nemo_hybrid.config import DataOptions, TrainOptions
-from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend, require_tokenizer
+from nemo_hybrid.data.loader import Data, heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.terminal import print_table
@@ -17,7 +17,7 @@ from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_target
 @torch.no_grad()
 def evaluate(
     objective: PretrainObjective,
-    blend: Blend,
+    data: Data,
     world: World,
     *,
     sequences: int,
@@ -31,7 +31,7 @@ def evaluate(
     targets_N = torch.zeros(losses, dtype=torch.int64, device=world.device)
     unit = Normalizer(torch.ones(losses, dtype=torch.int64, device=world.device), 1)
     for batch in heldout_batches(
-        blend.heldout,
+        data,
         sequence_length=sequence_length,
         micro_batch_size=micro_batch_size,
         rank=world.rank,

@@ -1,4 +1,4 @@
-"""Pre-training, from a configuration to the last checkpoint. Reads top to bottom."""
+"""Training, from a configuration to the last checkpoint. Reads top to bottom."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ from nemo_hybrid.checkpoint.directory import (
     together,
     verify_together,
 )
-from nemo_hybrid.checkpoint.files import step_of
+from nemo_hybrid.checkpoint.files import step_name, step_of
 from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.state import check_resumable
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config import TrainingConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
+from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.build import Run, build_run, check_precision, identity_of, open_data
 from nemo_hybrid.train.evaluate import evaluate
+from nemo_hybrid.train.finetune import describe, publish_model, with_steps
 from nemo_hybrid.train.flops import peak_source
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
 from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
 from nemo_hybrid.train.resume import Position, Saver, restore
-from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, RunLock, claim_run, open_run
+from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, MODEL, RunLock, claim_run, open_run
 from nemo_hybrid.train.step import Outcome, train_step
 from nemo_kernels import backend
 
 
-def pretrain(config: RunConfig, launcher: int) -> None:
-    """Train as ``config`` says; every process of the run calls this. ``launcher``: see `Watch`.
+def train(config: TrainingConfig, launcher: int) -> None:
+    """Pre-train or fine-tune as ``config`` says; every process of the run calls this.
+
+    ``launcher``: see `Watch`.
 
     Raises UserError for mistakes, also for those that only one rank meets, on every rank;
     TrainingError when the guard's returns to a checkpoint do not help; and Stopped after a signal.
@@ -53,10 +57,10 @@ def pretrain(config: RunConfig, launcher: int) -> None:
     """
     watch = Watch(config.train.hang_timeout_s, launcher)
     with RunLock(config) as lock:
-        _pretrain(config, lock, watch)
+        _train(config, lock, watch)
 
 
-def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
+def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
     hybrid = model_shape(config.model)
     config.validate(hybrid)
     check_precision(config, hybrid)
@@ -70,18 +74,24 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
         verify_together(world, checkpoint)
     else:
         checkpoint = find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
+    data = None
+    if isinstance(config, FinetuneConfig) and not config.train.max_steps:
+        data = open_data(config, hybrid, world)
+        config = with_steps(config, data)
     if checkpoint is not None and step_of(checkpoint) >= config.train.max_steps:
         on_rank_0(world, lambda: write_missing_plots(config.run_dir))
+        if isinstance(config, FinetuneConfig):
+            on_rank_0(world, lambda: publish_model(config, checkpoint))
         if first:
             print(_summary(config, f"already finished at step {step_of(checkpoint)}"))
         World.stop()
         return
-    blend = open_data(config, hybrid, world)
+    data = data or open_data(config, hybrid, world)
     if checkpoint:  # `restore` checks it too, but after the model was built
-        identity = asdict(identity_of(config, blend))
+        identity = asdict(identity_of(config, data))
         on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
     from_hf = checkpoint is None and config.model.from_hf is not None
-    run = build_run(config, hybrid, world, blend, accumulation, from_hf)
+    run = build_run(config, hybrid, world, data, accumulation, from_hf)
     position = restore(checkpoint, run) if checkpoint else Position()
     on_rank_0(world, lambda: claim_run(config, lock))
     with ExitStack() as stack:
@@ -92,6 +102,9 @@ def _pretrain(config: RunConfig, lock: RunLock, watch: Watch) -> None:
         stack.enter_context(watch)
         Loop(run, position, display, watch, checkpoint).run_to_end()
     on_rank_0(world, lambda: write_plots(config.run_dir))
+    if isinstance(config, FinetuneConfig):
+        last = Path(config.run_dir) / CHECKPOINTS / step_name(config.train.max_steps)
+        on_rank_0(world, lambda: publish_model(config, last))
     if first:
         print(_summary(config, "finished"))
     World.stop()
@@ -104,7 +117,7 @@ def _set_determinism(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
 
 
-def _choose_kernels(config: RunConfig, world: World) -> None:
+def _choose_kernels(config: TrainingConfig, world: World) -> None:
     """Set every operation's path and try it. Raises UserError for one that cannot be taken."""
     try:
         backend.choose(**vars(config.kernels))
@@ -182,7 +195,11 @@ class Loop:
             self.run.precision.start_step(at.step, at.batch)
             self.run.probe.start_step(at.step + 1)
             outcome = train_step(
-                self.run, batches, lr, stop=self.watch.stop_requested or self.saver.failed
+                self.run,
+                batches,
+                lr,
+                stop=self.watch.stop_requested or self.saver.failed,
+                per_document=train.per_document(at.step),
             )
             self.watch.check_parent()
             at.batch += 1
@@ -201,7 +218,7 @@ class Loop:
     def _batches(self) -> Iterator[list[Batch]]:
         config, world = self.run.config, self.run.world
         return steps(
-            self.run.blend,
+            self.run.data,
             sequence_length=config.data.sequence_length,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
@@ -227,7 +244,7 @@ class Loop:
         run, train = self.run, self.run.config.train
         return evaluate(
             run.objective,
-            run.blend,
+            run.data,
             run.world,
             sequences=train.eval_sequences,
             sequence_length=run.config.data.sequence_length,
@@ -304,14 +321,13 @@ class Loop:
             self.display.note(text)
 
 
-def _announce(config: RunConfig, world: World, run: Run, checkpoint: Path | None) -> None:
+def _announce(config: TrainingConfig, world: World, run: Run, checkpoint: Path | None) -> None:
     train, model = config.train, run.model.config
     accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
     print(
         f"model {model.pattern}, hidden {model.hidden_size}, {model.n_routed_experts} experts of "
         f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths\n"
-        f"data {run.blend.tokens:,} training tokens; {train.max_steps} steps of "
-        f"{train.global_batch_size} x {config.data.sequence_length} tokens\n"
+        f"{_data_in_words(run)}\n"
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
         f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
@@ -320,6 +336,16 @@ def _announce(config: RunConfig, world: World, run: Run, checkpoint: Path | None
         print(f"kernel {op}: {name} ({reason})")
     print(f"MFU relative to {peak_source(world.device.type)}")
     print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
+
+
+def _data_in_words(run: Run) -> str:
+    config, data = run.config, run.data
+    if isinstance(config, FinetuneConfig):
+        return describe(config, data, run.model)
+    return (
+        f"data {data.tokens:,} training tokens; {config.train.max_steps} steps of "
+        f"{config.train.global_batch_size} x {config.data.sequence_length} tokens"
+    )
 
 
 def _announce_precision(run: Run) -> None:
@@ -335,10 +361,11 @@ def _announce_precision(run: Run) -> None:
         print(f"after step {options.switch_step}: {passes} in bf16")
 
 
-def _summary(config: RunConfig, how: str) -> str:
+def _summary(config: TrainingConfig, how: str) -> str:
     run_dir = Path(config.run_dir)
+    model = f"  model        {run_dir / MODEL}\n" if isinstance(config, FinetuneConfig) else ""
     return (
-        f"{how}\n"
+        f"{how}\n{model}"
         f"  checkpoints  {run_dir / CHECKPOINTS}\n"
         f"  metrics      {run_dir / 'metrics.jsonl'}\n"
         f"  TensorBoard  {run_dir / 'tensorboard'}\n"

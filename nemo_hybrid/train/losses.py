@@ -1,8 +1,10 @@
-"""The pre-training objective over one Batch.
+"""The objective of pre-training and fine-tuning over one Batch.
 
 loss = CE + (lambda / D) * sum_k CE_k + mu * aux, where every cross-entropy is a sum over the whole
 global batch divided by the global count of its own valid targets, and aux, the sequence-wise
-balance loss, is the mean over the rows of the global batch.
+balance loss, is the mean over the rows of the global batch. Fine-tuning may take the mean over
+documents (conversations) of each one's own mean instead; each depth then counts the documents, and
+the targets of each, that it has itself.
 
 Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, N = 1 + D losses.
 """
@@ -24,15 +26,16 @@ from nemo_kernels.loss import linear_cross_entropy
 class Normalizer(NamedTuple):
     """Counts over all ranks and micro-batches of one optimizer step."""
 
-    targets_N: Tensor  # int64: valid targets of the main loss and of each depth
+    targets_N: Tensor  # int64: valid targets (or documents) of the main loss and of each depth
     rows: int  # rows of the global batch
+    per_document: bool = False  # every document's mean counts alike, not every target
 
 
 class LossParts(NamedTuple):
     """One micro-batch on one rank; sums, so that shares add up."""
 
     loss: Tensor  # fp32 scalar with gradient: this micro-batch's share of the global loss
-    ce_sums_N: Tensor  # fp32, detached: summed cross-entropies, main first
+    ce_sums_N: Tensor  # fp32, detached: summed cross-entropies (or documents' means), main first
     aux_sum: Tensor  # fp32, detached: balance loss summed over rows and layers
     counts: dict[str, Tensor]  # layer name -> routed slots per expert
 
@@ -49,9 +52,31 @@ def targets(batch: Batch, depths: int) -> tuple[Tensor, Tensor]:
     return torch.stack(labels), torch.stack(valid)
 
 
-def count_targets(batch: Batch, depths: int) -> Tensor:
-    """Valid targets of the main loss and of each depth, int64 [1 + D]."""
-    return targets(batch, depths)[1].flatten(1).sum(1)
+def count_targets(batch: Batch, depths: int, per_document: bool = False) -> Tensor:
+    """Valid targets of the main loss and of each depth, or documents with such: int64 [1 + D]."""
+    valid_NBS = targets(batch, depths)[1]
+    if per_document:
+        return (_of_documents(batch, valid_NBS)[0] > 0).sum(1)
+    return valid_NBS.flatten(1).sum(1)
+
+
+def _of_documents(batch: Batch, valid_NBS: Tensor) -> tuple[Tensor, Tensor]:
+    """Valid targets of each document [N, documents], and the document of each token [T]."""
+    lengths = batch.cu_seqlens.diff().long()
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    tokens = valid_NBS[0].numel()
+    document_T = numbers.repeat_interleave(lengths, output_size=tokens)
+    counts = valid_NBS.new_zeros(len(valid_NBS), len(lengths), dtype=torch.int64)
+    return counts.index_add_(1, document_T, valid_NBS.flatten(1).long()), document_T
+
+
+def _weights(batch: Batch, valid_NBS: Tensor, per_document: bool) -> Tensor:
+    """fp32 [N, T]: what each target's cross-entropy counts, before the global count divides it."""
+    valid_NT = valid_NBS.flatten(1).float()
+    if not per_document:
+        return valid_NT
+    counts, document_T = _of_documents(batch, valid_NBS)
+    return valid_NT / counts.clamp(min=1)[:, document_T]
 
 
 class PretrainObjective(nn.Module):
@@ -60,7 +85,8 @@ class PretrainObjective(nn.Module):
     def __init__(self, model: HybridLM, train: TrainOptions) -> None:
         super().__init__()
         self.model = model
-        self.depths = model.config.mtp_num_depths
+        # Without a weight the MTP block is not run at all: fine-tuning leaves it as it is.
+        self.depths = model.config.mtp_num_depths if train.mtp_loss_weight else 0
         self.weights_N = [1.0] + [train.mtp_loss_weight / max(1, self.depths)] * self.depths
         self.aux_weight = train.aux_loss_weight
 
@@ -77,12 +103,13 @@ class PretrainObjective(nn.Module):
         weights_N = torch.tensor(self.weights_N, device=h_BSD.device)
         # max(1): a loss without any target in the global batch is zero, not 0/0.
         scale_N = weights_N / normalizer.targets_N.clamp(min=1)
+        weights_NT = _weights(batch, valid_NBS, normalizer.per_document)
         # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
         loss, ce_NT = linear_cross_entropy(
             torch.stack(hidden).flatten(0, 2),
             model.lm_head.weight,
             labels_NBS.flatten(),
-            (scale_N[:, None, None] * valid_NBS).flatten(),
+            (scale_N[:, None] * weights_NT).flatten(),
         )
         aux_sum = torch.zeros((), device=h_BSD.device)
         for routed in stats.values():
@@ -91,7 +118,7 @@ class PretrainObjective(nn.Module):
             loss = loss + aux_sum * (self.aux_weight / normalizer.rows)
         return LossParts(
             loss,
-            ce_NT.view(len(hidden), -1).sum(1),
+            (ce_NT.view(len(hidden), -1) * weights_NT).sum(1),
             aux_sum.detach(),
             {name: routed.counts_E for name, routed in stats.items()},
         )

@@ -103,12 +103,14 @@ class LoadCounter:
 
 @torch.no_grad()
 def update_router_bias(model: HybridLM, counts: dict[str, Tensor], rate: float) -> None:
-    """bias += rate * sign(mean load - load), in fp32, for every layer counted.
+    """bias += rate * sign(mean load - load), in fp32, for every layer counted whose router trains.
 
     Once per global batch (arXiv 2408.15664): it balances expert load without a loss, and is never
     part of the weights that mix experts.
     """
     for name, counts_E in counts.items():
+        if not model.get_parameter(f"{name}.mixer.gate.weight").requires_grad:
+            continue  # a frozen router keeps its bias too
         load_E = counts_E.float()
         bias_E = model.get_buffer(f"{name}.mixer.gate.e_score_correction_bias")
         bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)

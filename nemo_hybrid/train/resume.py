@@ -25,6 +25,7 @@ from nemo_hybrid.checkpoint.state import (
 )
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.engine import Engine
 from nemo_hybrid.parallel.world import World
@@ -102,6 +103,7 @@ class Saver:
                 companions=self._companions,
                 resolved_config=dump_config(run.config),
                 keep=keep,
+                frozen=run.frozen,
             )
 
         if asynchronous:
@@ -166,10 +168,12 @@ def restore(directory: Path, run: Run) -> Position:
 
 def _companions(run: Run) -> Companions:
     """The data's tokenizer, and what travels with the weights that the run began with."""
-    own = read_tokenizer(run.blend.tokenizer_dir)
+    own = read_tokenizer(run.data.tokenizer_dir)
     if not run.config.model.from_hf:
         return own
     theirs = read_companions(resolve(run.config.model.from_hf))
+    if isinstance(run.config, FinetuneConfig):  # another chat template may have come with the data
+        return replace(theirs, files={**theirs.files, **own.files})
     return replace(theirs, files={**own.files, **theirs.files})
 
 

@@ -1,7 +1,8 @@
 """The directory of a run: whose it is, and where it goes on.
 
 RUN_DIR holds config.yaml (the resolved configuration of the last start), metrics, TensorBoard
-files, plots, and checkpoints/step_NNNNNNNN.
+files, plots, and checkpoints/step_NNNNNNNN; of fine-tuning also data (the samples, made before all
+else) and at the end model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.config import Architecture, PrecisionOptions, RunConfig
+from nemo_hybrid.config import Architecture, PrecisionOptions, TrainingConfig
 from nemo_hybrid.config_load import dump_config, flatten, read_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
@@ -26,6 +27,8 @@ from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DIAGNOSIS = "diagnosis"
+SAMPLES = "data"
+MODEL = "model"
 _LOCK = ".lock"
 
 MAY_CHANGE = (
@@ -41,6 +44,7 @@ MAY_CHANGE = (
     "data.default_corpus",
     "data.verify",
     "train.max_steps",
+    "train.epochs",
     "train.micro_batch_size",
     "train.recompute",
     "train.deterministic",
@@ -65,7 +69,7 @@ class RunLock:
     The operating system drops the lock with the process, so no crash leaves one.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: TrainingConfig) -> None:
         self._run_dir = Path(config.run_dir)
         self._descriptor: int | None = None
 
@@ -99,7 +103,7 @@ class RunLock:
         return True
 
 
-def open_run(config: RunConfig, lock: RunLock) -> Path | None:
+def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
     """The checkpoint that is asked for, None for the newest one; nothing is written but the lock.
 
     Where torchrun or Slurm starts the same command once more, ``resume`` says how it began: the
@@ -125,7 +129,7 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
         )
     own = files.list_steps(run_dir / CHECKPOINTS)
     if not own and CONFIG_FILE in present:
-        _nothing_lost(run_dir)
+        _nothing_lost(config)
     if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
         return None
     checkpoint = files.resolve(Path(config.resume))
@@ -146,19 +150,21 @@ def open_run(config: RunConfig, lock: RunLock) -> Path | None:
     return checkpoint
 
 
-def _began_so(config: RunConfig) -> bool:
+def _began_so(config: TrainingConfig) -> bool:
     """Whether the last start in this directory was told to go on from the same checkpoint: the same
     command given again."""
     saved = Path(config.run_dir) / CONFIG_FILE
-    return saved.is_file() and read_config(saved).get("resume") == config.resume
+    return saved.is_file() and read_config(saved, type(config)).get("resume") == config.resume
 
 
-def _nothing_lost(run_dir: Path) -> None:
+def _nothing_lost(config: TrainingConfig) -> None:
     """Raise UserError where there are no checkpoints, although rows of metrics say that there were:
     a fresh start would cut those away."""
+    run_dir = Path(config.run_dir)
     path = run_dir / METRICS_FILE
     # How often it saved, which may change now.
-    every = int(read_config(run_dir / CONFIG_FILE).get("checkpoint.every", 0))
+    saved = read_config(run_dir / CONFIG_FILE, type(config))
+    every = int(saved.get("checkpoint.every", 0))
     last = max((row.step for row in read_metrics(path)), default=0) if path.is_file() else 0
     if every and last >= 2 * every:
         raise UserError(
@@ -167,7 +173,7 @@ def _nothing_lost(run_dir: Path) -> None:
         )
 
 
-def claim_run(config: RunConfig, lock: RunLock) -> None:
+def claim_run(config: TrainingConfig, lock: RunLock) -> None:
     """Make ``config.run_dir`` the directory of this run: write its configuration.
 
     For rank 0 alone, when nothing else can go wrong any more: a directory that was claimed by a
@@ -186,7 +192,8 @@ def claim_run(config: RunConfig, lock: RunLock) -> None:
 
 
 def _contents(run_dir: Path) -> list[str]:
-    """Names in the directory, what a killed writer left aside; none if it does not exist yet.
+    """Names in the directory, what a killed writer and the start of a fine-tuning run left aside;
+    none if it does not exist yet.
 
     Raises OSError if it cannot be written, or not be made.
     """
@@ -197,11 +204,12 @@ def _contents(run_dir: Path) -> list[str]:
         raise PermissionError(errno.EACCES, f"{existing} may not be written")
     if existing != run_dir:
         return []
-    names = (n for n in os.listdir(run_dir) if n != _LOCK and not n.startswith(TEMPORARY))
+    aside = (_LOCK, SAMPLES)
+    names = (n for n in os.listdir(run_dir) if n not in aside and not n.startswith(TEMPORARY))
     return sorted(names)
 
 
-def _same_run(config: RunConfig, saved: Path) -> None:
+def _same_run(config: TrainingConfig, saved: Path) -> None:
     """Raise UserError naming the options in which the run in the directory differs."""
     try:
         there = yaml.safe_load(saved.read_text(encoding="utf-8"))
@@ -209,8 +217,9 @@ def _same_run(config: RunConfig, saved: Path) -> None:
         there = None
     if not isinstance(there, dict):
         raise UserError(f"{saved} is not the configuration of a run; choose another run_dir")
+    kind = type(config)
     # What an older configuration does not say had its default.
-    before, now = _compared(RunConfig()) | _flat(there), _compared(config)
+    before, now = _compared(kind()) | _flat(there, kind), _compared(config)
     if config.model.from_hf:
         before = _without_shape(before)
     different = [
@@ -226,8 +235,8 @@ def _same_run(config: RunConfig, saved: Path) -> None:
         )
 
 
-def _compared(config: RunConfig) -> dict[str, Any]:
-    options = _flat(yaml.safe_load(dump_config(config)))
+def _compared(config: TrainingConfig) -> dict[str, Any]:
+    options = _flat(yaml.safe_load(dump_config(config)), type(config))
     return _without_shape(options) if config.model.from_hf else options
 
 
@@ -237,9 +246,9 @@ def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
+def _flat(content: dict[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
     """Dotted keys; of data.blend the weights, of precision.recipe their dtype."""
-    flat = flatten(content)
+    flat = flatten(content, kind)
     if recipe := flat.get("precision.recipe"):
         flat["precision.recipe"] = f"{'fp32' if recipe == 'fp32' else 'bf16'} weights"
     if isinstance(flat.get("data.blend"), dict):

@@ -32,10 +32,13 @@ class Outcome:
         return {name: counts_E.tolist() for name, counts_E in self.counts.items()}
 
 
-def train_step(run: Run, batches: list[Batch], lr: float, stop: bool = False) -> Outcome:
+def train_step(
+    run: Run, batches: list[Batch], lr: float, stop: bool = False, per_document: bool = False
+) -> Outcome:
     """Train on this rank's micro-batches, which are on the CPU as they were read.
 
-    ``stop``: this rank wants to stop; all ranks learn of it with this step.
+    ``stop``: this rank wants to stop; all ranks learn of it with this step. ``per_document``: see
+    `losses.Normalizer`.
     """
     world, engine, train = run.world, run.engine, run.config.train
     depths = run.objective.depths
@@ -43,9 +46,9 @@ def train_step(run: Run, batches: list[Batch], lr: float, stop: bool = False) ->
     batches = [batch.to(world.device) for batch in batches]
     # Targets are counted over the whole global batch before the first backward pass, so that
     # every share of the loss has the right denominator.
-    known = torch.stack([count_targets(batch, depths) for batch in batches]).sum(0)
+    known = torch.stack([count_targets(batch, depths, per_document) for batch in batches]).sum(0)
     totals = world.sum(torch.cat([known, own.to(world.device)]))
-    normalizer = Normalizer(totals[:-2], train.global_batch_size)
+    normalizer = Normalizer(totals[:-2], train.global_batch_size, per_document)
 
     sums = torch.zeros(3 + depths, device=world.device)
     counter = LoadCounter()

@@ -37,7 +37,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((*args, kwargs) if kwargs else args[0])
 
     for module, function in [
-        ("nemo_hybrid.train.loop", "pretrain"),
+        ("nemo_hybrid.train.loop", "train"),
         ("nemo_hybrid.data.prepare", "prepare"),
         ("nemo_hybrid.generate", "generate_command"),
         ("nemo_hybrid.train.evaluate", "eval_command"),
@@ -122,7 +122,7 @@ def test_prepare(called: list[Any], tmp_path: Path) -> None:
     assert cli.main(["prepare", "a.txt", "b", "--out", "o", "--skip_bad", "--heldout", "0"]) == 0
     assert cli.main(["prepare"]) == 0
     (first, how), (second, how_second) = called
-    assert first == PrepareOptions(["a.txt", "b"], "o", skip_bad=True, heldout=0.0)
+    assert first == PrepareOptions(paths=["a.txt", "b"], out="o", skip_bad=True, heldout=0.0)
     assert how == {"reuse": False}
     assert second == PrepareOptions(out=str(ROOT / "data/python-stdlib"))
     assert how_second == {"reuse": True}

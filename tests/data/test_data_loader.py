@@ -151,7 +151,7 @@ def test_heldout_passes_cover_the_same_windows_at_every_layout(
     def passes(rank: int, world: int, micro: int) -> list[Batch]:
         return list(
             heldout_batches(
-                blend.heldout,
+                blend,
                 sequence_length=S,
                 micro_batch_size=micro,
                 rank=rank,
@@ -187,10 +187,11 @@ def test_heldout_passes_cover_the_same_windows_at_every_layout(
 def test_heldout_data_shorter_than_a_window(make_store: MakeStore) -> None:
     store = TokenStore.open(make_store("x/heldout", [[5, 2]]))
     options = {"micro_batch_size": 1, "rank": 0, "world_size": 1, "limit": 4}
-    for stores in ([store], []):
+    one, none = (Blend((store,), (1.0,), held, store.path) for held in ((store,), ()))
+    for data in (one, none):
         with pytest.raises(UserError, match=r"too small .* smaller sequence_length"):
-            next(heldout_batches(stores, sequence_length=S, **options))
-    batches = heldout_batches([store], sequence_length=1, **{**options, "limit": 0})
+            next(heldout_batches(data, sequence_length=S, **options))
+    batches = heldout_batches(one, sequence_length=1, **{**options, "limit": 0})
     assert list(batches) == []
 
 

@@ -179,7 +179,7 @@ def test_head_gradient_keeps_a_small_share_of_multi_token_prediction_in_bf16() -
         objective = PretrainObjective(
             model.to(dtype), TrainOptions(mtp_loss_weight=weight, aux_loss_weight=0.0)
         )
-        loss = objective(batch, normalizer(batch, 1)).loss
+        loss = objective(batch, normalizer(batch, objective.depths)).loss
         return gradients(model, loss)["lm_head.weight"].clone()
 
     share = 2.0**-10

@@ -121,7 +121,7 @@ def main(store: Path, out: Path) -> None:
         config = seeded_run(store, size, seed)
         config.run_dir = str(out / name)
         with recorded(starved) as batches:
-            loop.pretrain(config, os.getppid())
+            loop.train(config, os.getppid())
         (out / f"{name}-{rank}.json").write_text(json.dumps(batches))
     World.stop()
 

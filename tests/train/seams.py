@@ -68,7 +68,7 @@ def build(config: RunConfig, world: World) -> Run:
 def two_steps(run: Run, at: Position) -> list[dict[str, Any]]:
     config = run.config
     data = steps(
-        run.blend,
+        run.data,
         sequence_length=config.data.sequence_length,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,

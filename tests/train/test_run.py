@@ -91,7 +91,7 @@ def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> N
     objective = PretrainObjective(model, TrainOptions())
     total, count = 0.0, 0
     for batch in heldout_batches(
-        open_blend(data, model.config).heldout,
+        open_blend(data, model.config),
         sequence_length=32,
         micro_batch_size=16,
         rank=0,

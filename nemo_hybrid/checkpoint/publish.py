@@ -1,0 +1,46 @@
+"""The model of a training checkpoint as a directory of its own, without the training state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nemo_hybrid.checkpoint.directory import OneProcess, Writer, write_directory
+from nemo_hybrid.checkpoint.files import read_manifest
+from nemo_hybrid.checkpoint.state import is_training_state
+from nemo_hybrid.files import sync
+
+CARD = "README.md"
+
+
+def publish(checkpoint: Path, out: Path, card: str) -> None:
+    """Make ``out`` hold the model files of ``checkpoint`` and a model card, in place of what a
+    former publication left there. Weights are linked where the file system can, not copied.
+
+    Raises UserError when it cannot be written; what stood there stays.
+    """
+    records = read_manifest(checkpoint)
+
+    def write(writer: Writer) -> None:
+        for name, record in records.items():
+            if is_training_state(name) or name == CARD:
+                continue
+            _link(checkpoint / name, writer.directory / name)
+            writer.records[name] = record
+        writer.write_text(CARD, card)
+
+    write_directory(out, OneProcess(), write, lambda writer, parts: None)
+
+
+def _link(source: Path, target: Path) -> None:
+    # Small files are copied: editing them in place shall not damage the checkpoint.
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        sync(file)
