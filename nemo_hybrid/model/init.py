@@ -22,12 +22,12 @@ def initialize(model: nn.Module, cfg: Architecture, owned_experts: range, seed: 
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             for slot, expert in enumerate(owned_experts):
-                _draw(parameter[slot], name, cfg, _generator(seed, name, expert))
+                _draw(parameter[slot], name, cfg, generator_of(seed, name, expert))
         else:
-            _draw(parameter, name, cfg, _generator(seed, name, 0))
+            _draw(parameter, name, cfg, generator_of(seed, name, 0))
 
 
-def _generator(seed: int, name: str, expert: int) -> torch.Generator:
+def generator_of(seed: int, name: str, expert: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -7,13 +7,13 @@ Shapes: B rows, S sequence, T = B*S tokens, D hidden, L latent, E experts, F exp
 per token.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.model.linear import Linear
+from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
 from nemo_kernels.moe import moe_mlp
@@ -27,8 +27,30 @@ class Experts(nn.Module):
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(experts, intermediate, size))
         self.down_proj = nn.Parameter(torch.empty(experts, size, intermediate))
+        self.up_proj_lora: Adapter | None = None
+        self.down_proj_lora: Adapter | None = None
         self.recompute = False  # the pre-activation in the backward pass
         self.low_precision: ExpertProducts | None = None  # see nemo_hybrid.precision
+
+    def adapted(self) -> "AdaptedExperts":
+        """What is to be multiplied. With adapters the sums with the weights are made anew, and
+        kept for the backward pass."""
+        up, down = self.up_proj_lora, self.down_proj_lora
+        return AdaptedExperts(
+            self.up_proj if up is None else up.added_to(self.up_proj),
+            self.down_proj if down is None else down.added_to(self.down_proj),
+            self.recompute,
+            self.low_precision,
+        )
+
+
+class AdaptedExperts(NamedTuple):
+    """Weights of `Experts`, what adapters add to them included, and how to calculate."""
+
+    up_proj: Tensor  # [E, F, L]
+    down_proj: Tensor  # [E, L, F]
+    recompute: bool
+    low_precision: ExpertProducts | None
 
 
 class Dispatcher(Protocol):
@@ -37,7 +59,7 @@ class Dispatcher(Protocol):
     owned: range
 
     def __call__(
-        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
     ) -> Tensor: ...
 
 
@@ -49,17 +71,9 @@ class LocalDispatcher(nn.Module):
         self.owned = range(experts)
 
     def forward(
-        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
     ) -> Tensor:
-        return moe_mlp(
-            x_TL,
-            topk_ids_TK,
-            topk_weights_TK,
-            experts.up_proj,
-            experts.down_proj,
-            experts.recompute,
-            experts.low_precision,
-        )
+        return moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, *experts)
 
 
 class LatentMoE(nn.Module):
@@ -81,7 +95,7 @@ class LatentMoE(nn.Module):
         """Output [T, D], expert ids [T, K] and scores [T, E]."""
         ids_TK, weights_TK, scores_TE = self.gate(x_TD)
         h_TL = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
-        h_TL = self.dispatcher(h_TL, ids_TK, weights_TK, self.experts)
+        h_TL = self.dispatcher(h_TL, ids_TK, weights_TK, self.experts.adapted())
         y_TD = h_TL if self.fc2_latent_proj is None else self.fc2_latent_proj(h_TL)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

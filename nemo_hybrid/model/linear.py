@@ -1,4 +1,5 @@
-"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations.
+"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations, and which may
+have a low-rank adapter.
 
 Where one weight is used several times in a pass, each use rounds its share of the gradient to the
 weight's dtype, and small shares are lost in the sum. Given as an fp32 copy, the weight multiplies
@@ -15,22 +16,50 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Linear(nn.Linear):
-    """[.., D_in] -> [.., D_out], y = x W^T.
+class Adapter(nn.Module):
+    """scale * B A beside a weight [.., D_out, D_in] (LoRA, arXiv 2106.09685): A [.., r, D_in] and
+    B [.., D_out, r], in the weight's dtype. Where the weight is a stack, so are they."""
 
-    ``low_precision``: what multiplies x by the weight instead, see ``nemo_hybrid.precision``.
+    def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
+        super().__init__()
+        *stack, size_out, size_in = weight.shape
+        self.scale = scale
+        self.A = nn.Parameter(weight.new_empty(*stack, rank, size_in))
+        self.B = nn.Parameter(weight.new_zeros(*stack, size_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D_in] -> [.., D_out], of an adapter that is no stack."""
+        return _product(_product(x, self.A) * self.scale, self.B)
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """weight + scale * B A, summed in fp32 and rounded once to the weight's dtype."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        product = torch.matmul(self.B.to(exact) * self.scale, self.A.to(exact))
+        return product.add_(weight).to(weight.dtype)
+
+
+class Linear(nn.Linear):
+    """[.., D_in] -> [.., D_out], y = x W^T, plus what an adapter adds.
+
+    ``low_precision``: what multiplies x by the weight instead, see ``nemo_hybrid.precision``; an
+    adapter always multiplies in the activations' dtype.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.low_precision: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.lora: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.low_precision is not None:
-            return self.low_precision(x, self.weight)
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight)
-        return _WideGradient.apply(x, self.weight)
+        multiply = self.low_precision or _product
+        y = multiply(x, self.weight)
+        return y if self.lora is None else y + self.lora(x)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight)
+    return _WideGradient.apply(x, weight)
 
 
 class _WideGradient(torch.autograd.Function):
@@ -42,11 +71,13 @@ class _WideGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows_dy, rows_x = dy.flatten(0, -2), x.flatten(0, -2)
-        if dy.is_cuda:
-            dweight = torch.mm(rows_dy.t(), rows_x, out_dtype=torch.float32)
-        else:
-            dweight = torch.mm(rows_dy.t().float(), rows_x.float())
-        return dy @ weight, dweight
+        dx, dweight = dy @ weight, None
+        if ctx.needs_input_grad[1]:
+            rows_dy, rows_x = dy.flatten(0, -2), x.flatten(0, -2)
+            if dy.is_cuda:
+                dweight = torch.mm(rows_dy.t(), rows_x, out_dtype=torch.float32)
+            else:
+                dweight = torch.mm(rows_dy.t().float(), rows_x.float())
+        return dx, dweight

@@ -64,9 +64,9 @@ class MTPBlock(nn.Module):
         return call(last.final_layernorm, wide, end, x_BSD), collected
 
     def wide(self) -> Wide | None:
-        """fp32 copies of the block's parameters, with which the gradients of several depths are
-        summed in fp32 and rounded once; None where nothing would be rounded."""
-        parameters = dict(self.named_parameters())
+        """fp32 copies of the block's trained parameters, with which the gradients of several depths
+        are summed in fp32 and rounded once; None where nothing would be rounded."""
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if not torch.is_grad_enabled() or all(p.dtype.itemsize > 2 for p in parameters.values()):
             return None
         return {name: p.float() for name, p in parameters.items()}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from nemo_hybrid.model.latent_moe import Experts
+from nemo_hybrid.model.latent_moe import AdaptedExperts
 from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
 from nemo_kernels.moe import grouped_mlp, sort_slots
 
@@ -69,7 +69,7 @@ class AllToAllDispatcher(MoE):
             raise RuntimeError("DeepSpeed ordered the expert-parallel ranks in an unexpected way")
 
     def forward(
-        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: Experts
+        self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
     ) -> Tensor:
         assert self.group is not None, "the dispatcher works only inside the engine"
         top_k = topk_ids_TK.shape[1]
@@ -91,10 +91,7 @@ class AllToAllDispatcher(MoE):
             x_QL[by_expert_Q],
             weights_Q[by_expert_Q],
             arrived_SE.sum(0),
-            experts.up_proj,
-            experts.down_proj,
-            experts.recompute,
-            experts.low_precision,
+            *experts,
         )
         y_QL = y_QL[_inverse(by_expert_Q)]
         y_RL = _AllToAll.apply(y_QL, receive, send, self.group)
