@@ -16,6 +16,7 @@ from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
+from nemo_kernels.documents import Documents
 from nemo_kernels.moe import moe_mlp
 from nemo_kernels.moe.function import Experts as ExpertProducts
 
@@ -101,9 +102,13 @@ class LatentMoE(nn.Module):
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD, ids_TK, scores_TE
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
+    def forward(
+        self, x_BSD: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, RoutingStats]:
         y_TD, ids_TK, scores_TE = self._mix(x_BSD.flatten(0, 1))
-        return y_TD.view_as(x_BSD), routing_stats(scores_TE, ids_TK, x_BSD.shape[0])
+        real_BS = None if documents is None else documents.real_BS
+        stats = routing_stats(scores_TE, ids_TK, x_BSD.shape[0], real_BS)
+        return y_TD.view_as(x_BSD), stats
 
     def decode(self, x_BD: Tensor) -> Tensor:
         return self._mix(x_BD)[0]
