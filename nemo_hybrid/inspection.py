@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from nemo_hybrid.checkpoint.adapter import adapted_in, is_adapter, locate, read_adapter
 from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve, verify
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.shape import model_shape
@@ -26,6 +27,7 @@ from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfi
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import FileRecord
+from nemo_hybrid.model import lora
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.flops import parameter_counts, without_storage
@@ -85,12 +87,41 @@ class Inspection:
 
 def inspect_command(options: InspectOptions) -> int:
     """``nemo-hybrid inspect``: print the tables; 2 where a tensor is missing or does not fit."""
-    found = inspect(Path(options.paths[0]), options.deep)
+    path = Path(options.paths[0])
+    if not path.is_file() and is_adapter(locate(path)):
+        _inspect_adapter(locate(path), options)
+        return 0
+    found = inspect(path, options.deep)
     if options.json:
         print(json.dumps(as_json(found), indent=1))
     else:
         _print(found)
     return 2 if found.report is not None and found.report.having("error") else 0
+
+
+def _inspect_adapter(directory: Path, options: InspectOptions) -> None:
+    """Print what an adapter adapts; its files are compared with the manifest as a model's are."""
+    records = verify(directory) if options.deep else _verify(directory, deep=False)
+    stored = read_adapter(directory)
+    rank, alpha, adapted = stored.options.rank, stored.options.alpha, adapted_in(stored)
+    verified = None
+    if records is not None:
+        verified = _verified(directory, stored.tensors, records, options.deep)
+    if options.json:
+        described = {
+            "path": str(directory),
+            "base": stored.base,
+            "rank": rank,
+            "alpha": alpha,
+            "adapters": [one._asdict() for one in adapted],
+            "verified": verified and asdict(verified),
+        }
+        print(json.dumps(described, indent=1))
+        return
+    print(f"{directory}\nadapter of rank {rank}, alpha {alpha:g}, for {stored.base}")
+    print_table(lora.HEADER, lora.table(adapted), "Adapters", right=lora.HEADER[1:])
+    if verified is not None:
+        _print_verified(verified)
 
 
 def inspect(path: Path, deep: bool = False) -> Inspection:
@@ -117,11 +148,11 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
     if deep and records is None:
         raise UserError(f"{path} has no {MANIFEST} to compare with; leave out --deep")
-    config = model.config
+    config, parameters = model.config, dict(model.named_parameters())
     return Inspection(
         path,
         config,
-        parameters=_by_component(config, dict(model.named_parameters())),
+        parameters=_by_component(config, parameters),
         active=parameter_counts(config).active,
         router_biases=sum(buffer.numel() for buffer in model.buffers()),
         bf16_bytes=sum(
@@ -130,7 +161,7 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         ),
         files={f: (path / f).stat().st_size for f in source.stored.headers} if source else None,
         report=source.report if source else None,
-        verified=None if records is None else _verified(path, model, records, deep),
+        verified=None if records is None else _verified(path, parameters, records, deep),
     )
 
 
@@ -148,11 +179,11 @@ def _of_a_run(directory: Path) -> bool:
 
 
 def _verified(
-    directory: Path, model: HybridLM, records: dict[str, FileRecord], deep: bool
+    directory: Path, parameters: Iterable[str], records: dict[str, FileRecord], deep: bool
 ) -> Verified:
     state: dict[str, Any] = {}
     if _of_a_run(directory):
-        state = check_state(directory, (name for name, _ in model.named_parameters()))
+        state = check_state(directory, parameters)
     size = sum(record.size for record in records.values())
     return Verified(len(records), size, deep, state.get("step"), state.get("layout"))
 

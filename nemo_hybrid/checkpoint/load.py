@@ -13,14 +13,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.companions import Companions, read_companions
+from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, load_adapter, locate
+from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
     Writer,
     new_directory,
     write_directory,
 )
-from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import TORCH_DTYPES, Header, tensor_bytes
 from nemo_hybrid.checkpoint.weights import (
@@ -39,6 +39,7 @@ from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.hf_config import config_from_hf, json_bytes, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.lora import merge_adapters
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +129,13 @@ def _examples(stored: Stored) -> dict[str, str]:
     }
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, base: Path | None = None
+) -> HybridLM:
     """Build the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU.
+
+    An adapter (of a run, or a directory of PEFT) is added to the weights that it names, or to those
+    of ``base``.
 
     ``dtype`` None: bf16 where all weights outside of the fp32 list are, else fp32, so that nothing
     is rounded; a warning where the files are smaller than that. Parameters of the fp32 list are
@@ -138,7 +144,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
     """
     if dtype is not None and dtype not in READABLE.values():
         raise UserError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
-    source, model = read_source(resolve(path), dtype)
+    directory = locate(path)
+    if is_adapter(directory):
+        return _load_adapted(directory, dtype, base or base_directory(directory))
+    source, model = read_source(directory, dtype)
     source.report.raise_errors()
     examples = _examples(source.stored)
     if dtype is None and examples.keys() not in ({"BF16"}, {"F32"}):
@@ -152,6 +161,23 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
     copy_weights(source.stored, source.reads, tensors_by_name(model))
     log_report(source.report)
     _SOURCES[model] = source
+    return model
+
+
+def _load_adapted(directory: Path, dtype: torch.dtype | None, base: Path) -> HybridLM:
+    model = load_model(base, dtype)
+    load_adapter(model, directory)
+    merge_adapters(model)
+    source, own = _SOURCES[model], read_companions(directory)
+    files = source.companions.files
+    if "tokenizer.json" in own.files:  # then nothing of another tokenizer
+        files = {GENERATION: files[GENERATION]} if GENERATION in files else {}
+    companions = Companions(
+        {**files, **own.files},
+        own.eos_token_ids or source.companions.eos_token_ids,
+        own.stop_ids or source.companions.stop_ids,
+    )
+    _SOURCES[model] = replace(source, companions=companions)
     return model
 
 
