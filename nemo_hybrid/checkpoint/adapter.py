@@ -220,7 +220,7 @@ def base_directory(directory: Path, given: str | None = None) -> Path:
     beside = [] if given else [directory / named]
     for place in (*beside, Path(named).expanduser()):
         if place.exists():
-            base = resolve(place)
+            base = locate(place)
             if is_adapter(base):
                 raise UserError(f"{base}, for which the adapter is, is an adapter too: merge it")
             return base
