@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from nemo_hybrid.config import (
@@ -42,7 +42,7 @@ class PrepareOptions(SampleOptions, Options):
     datasets on disk, Megatron .bin/.idx pairs. None: the default corpus, which is the running
     Python's standard library."""
     out: str | None = None
-    """Directory of the token store. It may be left out for the default corpus, which then goes to
+    """Directory of the store. It may be left out for the default corpus, which then goes to
     the place that configs/run/pretrain_tiny_cpu.yaml names."""
     tokenizer: str | None = None
     """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
@@ -59,11 +59,28 @@ class PrepareOptions(SampleOptions, Options):
     def validate(self, section: str = "") -> None:
         super().validate(section)
         if self.out is None and self.paths and not self.preview:
-            raise UserError("--out is missing: name the directory of the token store")
+            raise UserError("--out is missing: name the directory of the store")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary"
             )
+        if self.samples_wanted:
+            if not self.paths:
+                raise UserError("samples need data: name files or directories")
+            if self.tokenizer is None:
+                raise UserError("--tokenizer is missing: name the directory of the model to train")
+        else:
+            for option in fields(SampleOptions):
+                ours = option.name in ("text_field", "heldout", "skip_bad")
+                if not ours and getattr(self, option.name) != option.default:
+                    raise UserError(
+                        f"--{option.name} is about samples: give --for finetune with it"
+                    )
+
+    @property
+    def samples_wanted(self) -> bool:
+        """Whether samples for fine-tuning are made or shown, instead of a token store."""
+        return self.for_ == "finetune" or self.preview > 0
 
 
 @dataclass

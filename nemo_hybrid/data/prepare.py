@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import sync_directory, write_file
 from nemo_hybrid.terminal import progress_bar
 
+T = TypeVar("T")
 TRAIN, HELDOUT = "train", "heldout"
 RECORD = "prepare.json"
 _BATCH_CHARACTERS = 1 << 20
@@ -110,7 +111,7 @@ def prepare(
         "skip_bad": options.skip_bad,
         "seed": options.seed,
     }
-    if not _is_free(out):
+    if not is_free(out):
         if reuse:
             return _existing(out, request)
         raise UserError(f"{out} exists already; name another --out or remove it first")
@@ -119,7 +120,7 @@ def prepare(
     corpus = _Corpus(sources, options, progress)
     if given is None:
         given = train_tokenizer(corpus.training_texts(), vocab_size)
-    with _replacing(out) as partial:
+    with replacing(out) as partial:
         writers = {
             split: StoreWriter(
                 partial / split,
@@ -139,8 +140,7 @@ def prepare(
                 writer.close()
         for name, data in given.files.items():
             write_file(partial / name, [data])
-        record = {"request": request, "summary": asdict(summary)}
-        write_file(partial / RECORD, [json.dumps(record, indent=2).encode()])
+        write_record(partial, request, asdict(summary))
     return summary
 
 
@@ -159,13 +159,6 @@ class _Corpus:
     @property
     def splits(self) -> tuple[str, ...]:
         return (TRAIN, HELDOUT) if self.options.heldout else (TRAIN,)
-
-    def split_of(self, key: str) -> str:
-        digest = hashlib.sha256(
-            f"{self.options.seed}/{key}".encode(errors="surrogateescape")
-        ).digest()
-        drawn = int.from_bytes(digest[:8], "big") / 2**64
-        return HELDOUT if drawn < self.options.heldout else TRAIN
 
     def documents(self, title: str, vocab_size: int | None) -> Iterator[tuple[str, Document]]:
         """(split, document) of every document that is not empty. Raises UserError at the end for
@@ -186,7 +179,7 @@ class _Corpus:
                     if len(item.content) == 0:
                         self.empty += 1
                         continue
-                    split = self.split_of(item.key)
+                    split = split_of(item.key, self.options.seed, self.options.heldout)
                     counts[split] += 1
                     yield split, item
                 before += source.size
@@ -213,11 +206,24 @@ class _Corpus:
             )
         for split in self.splits:
             if not counts[split]:
-                raise UserError(
-                    f"none of the {counts.total()} documents falls into the {split} split at "
-                    f"heldout {self.options.heldout}: give more documents, another heldout "
-                    "fraction or seed, or --heldout 0 for no held-out split"
-                )
+                raise empty_split(split, counts.total(), "documents", self.options.heldout)
+
+
+def draw(seed: int, key: str) -> float:
+    """A number in [0, 1) that depends on both and is the same everywhere."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_of(key: str, seed: int, heldout: float) -> str:
+    return HELDOUT if draw(seed, key) < heldout else TRAIN
+
+
+def empty_split(split: str, count: int, what: str, heldout: float) -> UserError:
+    return UserError(
+        f"none of the {count} {what} falls into the {split} split at heldout {heldout}: give more "
+        f"{what}, another heldout fraction or seed, or heldout 0 for no held-out split"
+    )
 
 
 def _encode(corpus: _Corpus, tokenizer: TextTokenizer, writers: dict[str, StoreWriter]) -> None:
@@ -269,7 +275,7 @@ def _summary(
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A directory beside out that becomes out on success and disappears otherwise."""
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
@@ -298,7 +304,7 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_free(out: Path) -> bool:
+def is_free(out: Path) -> bool:
     """Whether out is absent or an empty directory."""
     try:
         if out.is_symlink() or out.is_file():
@@ -310,19 +316,30 @@ def _is_free(out: Path) -> bool:
 
 def _existing(out: Path, request: dict[str, Any]) -> PrepareSummary:
     """Summary of the complete store at out if it was made by the same request."""
+    summary = recorded(out, PrepareSummary, request, "remove it or name another --out")
+    TokenStore.open(out / TRAIN)
+    if request["heldout"]:
+        TokenStore.open(out / HELDOUT)
+    return summary
+
+
+def recorded(out: Path, summary: type[T], request: dict[str, Any], mend: str) -> T:
+    """The summary that prepare.json keeps, marked as reused. Raises UserError if what is at out was
+    not made by the same request."""
     try:
         record = json.loads((out / RECORD).read_bytes())
         made_by = record["request"]
-        summary = PrepareSummary(**{**record["summary"], "out": str(out), "reused": True})
+        found = summary(**{**record["summary"], "out": str(out), "reused": True})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{out} exists and is not a store made by prepare; remove it first") from e
     different = [name for name, value in request.items() if made_by.get(name) != value]
     if different:
         raise UserError(
-            f"{out} was prepared with other arguments ({', '.join(different)} differ); remove it "
-            "or name another --out"
+            f"{out} was prepared with other arguments ({', '.join(different)} differ); {mend}"
         )
-    TokenStore.open(out / TRAIN)
-    if request["heldout"]:
-        TokenStore.open(out / HELDOUT)
-    return summary
+    return found
+
+
+def write_record(directory: Path, request: dict[str, Any], summary: dict[str, Any]) -> None:
+    record = {"request": request, "summary": summary}
+    write_file(directory / RECORD, [json.dumps(record, indent=2).encode()])

@@ -69,7 +69,11 @@ class Unusable:
 
 
 class BadRecord(Exception):
-    """Why a record is not usable."""
+    """Why a record is not usable, and what kind of fault that is."""
+
+    def __init__(self, why: str, kind: str = "malformed") -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[Source]:

@@ -68,7 +68,13 @@ class TextTokenizer:
         tokenizer.no_padding()
         return tokenizer
 
-    @property
+    @cached_property
+    def added_tokens(self) -> dict[str, bool]:
+        """Tokens that text is searched for before it is split, and whether they are special."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in added}
+
+    @cached_property
     def named_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and others that the tokenizer's settings name."""
         named = {}
@@ -207,7 +213,8 @@ def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> i
         if eos_id is not None:
             return int(eos_id)
     raise UserError(
-        f"{directory / CONFIG} must name an eos_token of the vocabulary: documents are ended with it"
+        f"{directory / CONFIG} must name an eos_token of the vocabulary: documents are ended with"
+        " it"
     )
 
 

@@ -1,0 +1,61 @@
+"""`prepare --preview`: samples as a model will see them, with what is learnt of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any
+
+from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.data.samples import Sample, SampleMaker
+from nemo_hybrid.data.sources import Unusable, find_sources
+from nemo_hybrid.data.tokenizer import TextTokenizer
+
+LEARNT, MASKED = "bold green", "dim"
+OPEN, CLOSE = "[[", "]]"
+
+
+def preview(options: PrepareOptions) -> None:
+    """Print the first samples and unusable records of the input. Raises UserError."""
+    options.validate()
+    assert options.tokenizer is not None
+    maker = SampleMaker(options, options.tokenizer, options.seed)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for where, item in islice(_items(maker, options.paths), options.preview):
+        if isinstance(item, Unusable):
+            print(f"{where}: unusable: {_visible(item.why)}\n")
+            continue
+        print(f"{where}: {len(item.ids):,} tokens, {item.learnt:,} learnt")
+        pieces = _pieces(item, maker.tokenizer)
+        if coloured:
+            _print_coloured(pieces)
+        else:
+            print("".join(f"{OPEN}{t}{CLOSE}" if learnt else t for t, learnt in pieces) + "\n")
+
+
+def _items(maker: SampleMaker, paths: Sequence[str]) -> Iterator[tuple[str, Sample | Unusable]]:
+    for made in maker.read(find_sources(paths)):
+        yield from ((made.where, sample) for sample in made.samples)
+        yield from ((item.where, item) for item in made.unusable)
+
+
+def _pieces(sample: Sample, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
+    """Text of the longest runs of tokens that are all learnt, or all not."""
+    tokens = zip(sample.ids.tolist(), sample.targets.tolist(), strict=True)
+    runs = [(learnt, [i for i, _ in run]) for learnt, run in groupby(tokens, lambda t: t[1])]
+    return [(_visible(tokenizer.decode(ids)), learnt) for learnt, ids in runs]
+
+
+def _print_coloured(pieces: Sequence[tuple[str, bool]]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    styled: list[Any] = [(text, LEARNT if learnt else MASKED) for text, learnt in pieces]
+    Console(highlight=False).print(Text.assemble(*styled), end="\n\n")
+
+
+def _visible(text: str) -> str:
+    """Without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

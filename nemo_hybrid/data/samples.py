@@ -1,0 +1,498 @@
+"""Records to samples for fine-tuning, and samples to a store.
+
+A sample is ids [n] and targets [n]: True where a loss is taken when the token is predicted, which
+the first token never is. One record gives one sample, or several: a conversation whose template
+rewrites history, a pack.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_hybrid.data.chat import (
+    END_OF_THINKING,
+    Message,
+    Rendering,
+    Span,
+    change_reasoning,
+    check_answers,
+    files_with,
+    load_template,
+    need_template,
+    read_messages,
+    read_tools,
+)
+from nemo_hybrid.data.prepare import (
+    HELDOUT,
+    TRAIN,
+    draw,
+    empty_split,
+    is_free,
+    recorded,
+    replacing,
+    split_of,
+    write_record,
+)
+from nemo_hybrid.data.sources import (
+    BadRecord,
+    Record,
+    Source,
+    Unusable,
+    content_files,
+    find_sources,
+    read_records,
+)
+from nemo_hybrid.data.store import SAMPLES, SampleStore, StoreWriter
+from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import hash_file, write_file
+from nemo_hybrid.finetune_options import SampleOptions
+from nemo_hybrid.terminal import progress_bar
+
+_NAMED = 5  # examples of every kind of unusable record
+
+
+@dataclass(frozen=True)
+class Sample:
+    ids: NDArray[np.int64]
+    targets: NDArray[np.bool_]
+
+    @property
+    def learnt(self) -> int:
+        return int(self.targets[1:].sum())
+
+
+@dataclass
+class Made:
+    """What became of one record."""
+
+    key: str
+    where: str
+    done: float = 0.0
+    kind: str = ""
+    """messages, prompt and completion, text or pack; empty where the record is none."""
+    samples: list[Sample] = field(default_factory=list)
+    parts: int = 0
+    """Samples of it, whether usable or not."""
+    unusable: list[Unusable] = field(default_factory=list)
+    truncated: int = 0
+
+
+class SampleMaker:
+    """Turns records into samples by the tokenizer and the chat template of a directory.
+
+    Raises UserError for files that are none.
+    """
+
+    def __init__(self, options: SampleOptions, directory: str | Path, seed: int) -> None:
+        self.options = options
+        self.directory = directory
+        self.seed = seed
+        self.tokenizer = load_tokenizer(directory)
+        self.template = load_template(self.tokenizer, directory, options.chat_template)
+        self._kinds = {
+            "messages": ("messages",),
+            "prompt and completion": ("prompt", "completion"),
+            "text": (options.text_field,),
+            "pack": ("input_ids", "loss_mask", "seq_start_id"),
+        }
+
+    @cached_property
+    def stored_tokenizer(self) -> TextTokenizer:
+        """The tokenizer with the template that was used among its files."""
+        if self.template is None:
+            return self.tokenizer
+        return replace(self.tokenizer, files=files_with(self.template, self.tokenizer))
+
+    def read(self, sources: Iterable[Source]) -> Iterator[Made]:
+        """What becomes of every record. Raises UserError for a source that cannot be read."""
+        for source in sources:
+            for record in read_records(source, self.options.text_field):
+                if isinstance(record, Unusable):
+                    yield Made("", record.where, unusable=[record])
+                else:
+                    yield self.make(record)
+
+    def make(self, record: Record) -> Made:
+        """Samples of a record, and what is wrong with it. Raises UserError for a conversation if
+        there is no template, or none that can be compiled."""
+        made = Made(record.key, record.where, record.done)
+        try:
+            made.kind, samples = self._samples(record)
+        except BadRecord as e:
+            made.unusable.append(Unusable(record.where, str(e), e.kind))
+            return made
+        made.parts, longest = len(samples), self.options.sequence_length
+        for number, sample in enumerate(samples, 1):
+            where = record.where + (f" sample {number}" if made.parts > 1 else "")
+            if len(sample.ids) > longest and self.options.truncate:
+                sample = Sample(sample.ids[:longest], sample.targets[:longest])
+                made.truncated += 1
+            if len(sample.ids) > longest:
+                why = f"{len(sample.ids)} tokens exceed sequence_length {longest}"
+                made.unusable.append(Unusable(where, why, "over-long"))
+            elif not sample.learnt:
+                why = f"nothing is learnt of its {len(sample.ids)} tokens"
+                made.unusable.append(Unusable(where, why, "all-masked"))
+            else:
+                made.samples.append(sample)
+        return made
+
+    def _samples(self, record: Record) -> tuple[str, list[Sample]]:
+        content = {k: v for k, v in record.content.items() if v is not None}
+        kinds = [kind for kind, keys in self._kinds.items() if content.keys() >= set(keys)]
+        if len(kinds) != 1:
+            has = ", ".join(content) or "nothing"
+            kinds_known = "; ".join(", ".join(keys) for keys in self._kinds.values())
+            why = f"of two kinds at once ({' and '.join(kinds)})" if kinds else "of no known kind"
+            raise BadRecord(f"{why}: it has {has}; the kinds are: {kinds_known}", "unknown kind")
+        kind = kinds[0]
+        if kind == "messages":
+            samples = self._conversation(record.key, content["messages"], content.get("tools"), 0)
+        elif kind == "text":
+            text = _text(content[self.options.text_field], self.options.text_field)
+            samples = [self._joined(np.empty(0, np.int64), text)]
+        elif kind == "pack":
+            ids, mask, starts = (content[key] for key in self._kinds["pack"])
+            samples = self._unpacked(_integers(ids, "input_ids"), mask, starts)
+        else:
+            prompt, completion = content["prompt"], content["completion"]
+            if isinstance(prompt, list) and isinstance(completion, list):
+                samples = self._conversation(
+                    record.key, prompt + completion, content.get("tools"), len(prompt)
+                )
+            else:
+                before = self.tokenizer.encode([_text(prompt, "prompt")])[0]
+                samples = [self._joined(before, _text(completion, "completion"))]
+        return kind, samples
+
+    def _joined(self, before: NDArray[np.int64], text: str) -> Sample:
+        """``before`` and then a text that is learnt, and the end of it."""
+        if not text:
+            raise BadRecord("the text is empty")
+        learnt = np.append(self.tokenizer.encode([text])[0], self.tokenizer.eos_id)
+        ids = np.concatenate([before, learnt])
+        return Sample(ids, np.arange(len(ids)) >= max(1, len(before)))
+
+    def _conversation(self, key: str, messages: Any, tools: Any, first: int) -> list[Sample]:
+        """Of which the assistant's turns from message ``first`` on are learnt."""
+        template = need_template(self.template, self.directory)
+        conversation, tools = read_messages(messages), read_tools(tools)
+        check_answers(conversation)
+        template.check([conversation, tools])
+        chosen = draw(self.seed, f"reasoning/{key}")
+        stripped = self.options.reasoning == "strip" or chosen < self.options.strip_reasoning
+        beyond = self.options.strip_reasoning + self.options.truncate_reasoning
+        cut = not stripped and chosen < beyond
+        if stripped:
+            conversation = [self._without_reasoning(m) for m in conversation]
+            check_answers(conversation)
+        elif cut:
+            conversation = [
+                self._cut_reasoning(m, f"{key}/{i}") for i, m in enumerate(conversation)
+            ]
+        renderings = template.split(conversation, tools, first)
+        return [self._encoded(r, cut) for r in renderings]
+
+    def _without_reasoning(self, message: Message) -> Message:
+        return change_reasoning(message, lambda _: "") if _answers(message) else message
+
+    def _cut_reasoning(self, message: Message, key: str) -> Message:
+        """The message with its reasoning cut before a token, any but the first."""
+
+        def cut(reasoning: str) -> str:
+            starts = self.tokenizer.encode_chat(reasoning)[1][:, 0]
+            at = 1 + int(draw(self.seed, f"cut/{key}") * (len(starts) - 1))
+            return reasoning[: starts[at]] or reasoning if at < len(starts) else reasoning
+
+        return change_reasoning(message, cut) if _answers(message) else message
+
+    def _encoded(self, rendering: Rendering, cut: bool) -> Sample:
+        """A token is learnt if it holds a character that is."""
+        ids, offsets = self.tokenizer.encode_chat(rendering.text)
+        learnt = np.zeros(len(rendering.text) + 2, np.int64)
+        for span in rendering.spans:
+            for start, stop in self._learnt_of(rendering.text, span, cut):
+                learnt[start + 1 : stop + 1] = 1
+        before = learnt.cumsum()  # learnt characters before each
+        # A token of no characters counts like the character that follows.
+        stops = np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+        targets = before[stops] > before[offsets[:, 0]]
+        targets[:1] = False
+        return Sample(ids, targets)
+
+    def _learnt_of(self, text: str, span: Span, cut: bool) -> list[Span]:
+        """Parts of a turn that are learnt with regard to its reasoning."""
+        start, stop = span
+        end = text.find(END_OF_THINKING, start, stop)
+        if end < 0 or not (cut or self.options.reasoning == "mask"):
+            return [span]
+        after = end + len(END_OF_THINKING)
+        if self.options.reasoning == "mask":
+            return [(after, stop)]
+        return [(start, start + len(text[start:end].rstrip())), (after, stop)]
+
+    def _unpacked(self, ids: NDArray[np.int64], mask: Any, starts: Any) -> list[Sample]:
+        """Samples of a pack; seq_start_id: where each begins."""
+        vocab_size = self.tokenizer.vocab_size
+        learnt, begins = _integers(mask, "loss_mask"), _integers(starts, "seq_start_id")
+        if len(learnt) != len(ids):
+            raise BadRecord(f"{len(learnt)} entries of loss_mask for {len(ids)} of input_ids")
+        if ((learnt != 0) & (learnt != 1)).any():
+            raise BadRecord("loss_mask holds other numbers than 0 and 1")
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise BadRecord(f"token id {outside[0]} lies outside the vocabulary of {vocab_size}")
+        ends = np.append(begins[1:], len(ids))
+        if not len(begins) or begins[0] != 0 or (ends <= begins).any():
+            raise BadRecord(f"seq_start_id must start at 0 and ascend below {len(ids)}")
+        samples = []
+        for start, stop in zip(begins.tolist(), ends.tolist(), strict=True):
+            targets = learnt[start:stop] == 1
+            if self.options.packed_mask == "labels":
+                if targets[-1]:
+                    raise BadRecord(
+                        f"loss_mask {stop - 1} is 1, but no token of the sample follows: if the "
+                        "mask speaks of the tokens themselves, set packed_mask tokens"
+                    )
+                targets = np.roll(targets, 1)
+            targets[0] = False
+            samples.append(Sample(ids[start:stop], targets))
+        return samples
+
+
+@dataclass
+class SampleSummary:
+    """What `prepare_samples` made, as prepare.json keeps it."""
+
+    out: str
+    vocab_size: int
+    samples: dict[str, int]
+    """Of each split; and so on."""
+    tokens: dict[str, int]
+    learnt: dict[str, int]
+    longest: int = 0
+    """Tokens of the longest sample."""
+    records: dict[str, int] = field(default_factory=dict)
+    """By kind."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Samples and records that cannot be learnt from, by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of them."""
+    truncated: int = 0
+    split_conversations: int = 0
+    """Conversations that gave several samples, because their template rewrites history."""
+    seconds: float = 0.0
+    reused: bool = False
+    """True where an existing store of the same data and options was returned as it is."""
+
+    def count(self, made: Made) -> None:
+        """Count what became of a record, but for the samples themselves."""
+        if made.kind:
+            self.records[made.kind] = self.records.get(made.kind, 0) + 1
+        self.truncated += made.truncated
+        self.split_conversations += made.parts > 1 and made.kind != "pack"
+        for item in made.unusable:
+            self.dropped[item.kind] = self.dropped.get(item.kind, 0) + 1
+            examples = self.examples.setdefault(item.kind, [])
+            if len(examples) < _NAMED:
+                examples.append(f"{item.where}: {item.why}")
+
+    @property
+    def faults(self) -> str:
+        """Everything dropped, counted by reason and named."""
+        return "\n".join(
+            f"  {count:,} {reason}: "
+            + "; ".join(self.examples[reason])
+            + (f"; and {count - _NAMED:,} more" if count > _NAMED else "")
+            for reason, count in self.dropped.items()
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {'reused, ' if self.reused else ''}vocabulary {self.vocab_size:,}"]
+        for split, name in ((TRAIN, "train   "), (HELDOUT, "held out")):
+            if split in self.samples:
+                what = f"tokens in {self.samples[split]:,} samples, {self.learnt[split]:,} learnt"
+                lines.append(f"  {name} {self.tokens[split]:>14,} {what}")
+        lines.append(f"  longest  {self.longest:>14,} tokens")
+        lines += [
+            f"  read     {count:>14,} records: {kind}" for kind, count in self.records.items()
+        ]
+        if self.split_conversations:
+            lines.append(f"  split    {self.split_conversations:>14,} conversations")
+        if self.truncated:
+            lines.append(f"  cut      {self.truncated:>14,} over-long samples")
+        lines += [f"  dropped  {count:>14,} {reason}" for reason, count in self.dropped.items()]
+        lines += [f"    {e}" for examples in self.examples.values() for e in examples]
+        return "\n".join(lines)
+
+
+def prepare_samples(
+    options: SampleOptions,
+    paths: Sequence[str | Path],
+    tokenizer_dir: str | Path,
+    out: Path,
+    *,
+    heldout_paths: Sequence[str | Path] = (),
+    seed: int,
+    vocab_size: int | None = None,
+    progress: bool = True,
+    reuse: bool = False,
+) -> SampleSummary:
+    """Read records once and write the sample stores out/train and out/heldout, the tokenizer and
+    the chat template.
+
+    Records are held out by a hash of seed, path and line or row number, or are those of
+    ``heldout_paths``. ``vocab_size``: rows of the embedding of the model that is trained.
+    ``reuse``: return the summary of an existing store of the same data and options.
+
+    Raises UserError. Nothing appears under out until everything is written.
+    """
+    started = time.monotonic()
+    options.validate()
+    maker = SampleMaker(options, tokenizer_dir, seed)
+    if vocab_size is not None and maker.tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, but the "
+            f"model's embedding has only {vocab_size}: they do not belong together"
+        )
+    sources = {TRAIN: find_sources(paths), HELDOUT: find_sources(heldout_paths)}
+    free = is_free(out)
+    if not free and not reuse:
+        raise UserError(f"{out} exists already; name another --out or remove it first")
+    request = _request(maker, sources)
+    if not free:
+        mend = "name another run_dir, or remove it to prepare again"
+        summary = recorded(out, SampleSummary, request, mend)
+        for split in summary.samples:
+            SampleStore.open(out / split)
+        return summary
+    with replacing(out) as partial:
+        summary = _write(maker, sources, partial, progress)
+        summary.out, summary.seconds = str(out), time.monotonic() - started
+        for name, content in maker.stored_tokenizer.files.items():
+            write_file(partial / name, [content])
+        write_record(partial, request, asdict(summary))
+    return summary
+
+
+def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, Any]:
+    """All that a store's content follows from."""
+    hashes = {
+        f"{split} data": [
+            [source.key, *(hash_file(file) for file in content_files(source))] for source in found
+        ]
+        for split, found in sources.items()
+    }
+    options = {f.name: getattr(maker.options, f.name) for f in fields(SampleOptions)}
+    template = maker.template
+    return {
+        **options,
+        **hashes,
+        "chat_template": template and template.sha256,
+        "tokenizer": maker.tokenizer.sha256,
+        "seed": maker.seed,
+    }
+
+
+def _write(
+    maker: SampleMaker, sources: dict[str, list[Source]], partial: Path, progress: bool
+) -> SampleSummary:
+    """Write the stores. Raises UserError after the last record for unusable ones, unless they may
+    be skipped, and for an empty split."""
+    options, tokenizer = maker.options, maker.tokenizer
+    own_heldout = bool(sources[HELDOUT])
+    splits = (TRAIN, HELDOUT) if own_heldout or options.heldout else (TRAIN,)
+    writers = {
+        split: StoreWriter(
+            partial / split,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=tokenizer.sha256,
+            format=SAMPLES,
+        )
+        for split in splits
+    }
+    learnt: Counter[str] = Counter()
+    summary = SampleSummary("", tokenizer.vocab_size, {}, {}, {})
+    total = max(1, sum(s.size for found in sources.values() for s in found))
+    try:
+        with progress_bar("prepare: samples", total, progress) as update:
+            before = 0
+            for named, source in ((split, s) for split, found in sources.items() for s in found):
+                for made in maker.read([source]):
+                    if made.key:
+                        update(before + made.done * source.size)
+                    summary.count(made)
+                    split = (
+                        named if own_heldout else split_of(made.key, maker.seed, options.heldout)
+                    )
+                    for sample in made.samples:
+                        writers[split].add(sample.ids, sample.targets)
+                        learnt[split] += sample.learnt
+                        summary.longest = max(summary.longest, len(sample.ids))
+                before += source.size
+        _check(summary, writers, options)
+        for split, writer in writers.items():
+            summary.samples[split] = writer.documents
+            summary.tokens[split] = writer.tokens
+            summary.learnt[split] = learnt[split]
+            files = sum(map(len, sources.values()))
+            writer.finish({"files": files, "records": summary.records, "dropped": summary.dropped})
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return summary
+
+
+def _check(summary: SampleSummary, writers: dict[str, StoreWriter], options: SampleOptions) -> None:
+    if summary.dropped and not options.skip_bad:
+        total = sum(summary.dropped.values())
+        raise UserError(
+            f"{total:,} records or samples cannot be learnt from:\n{summary.faults}\nMend the "
+            "input, or skip and count them with skip_bad true"
+            + (" (over-long ones: raise sequence_length, or cut them with truncate true)"
+               if "over-long" in summary.dropped else "")
+        )  # fmt: skip
+    count = sum(writer.documents for writer in writers.values())
+    if not count:
+        faults = f":\n{summary.faults}" if summary.dropped else ""
+        raise UserError(f"there is no sample to learn from in the named paths{faults}")
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise empty_split(split, count, "samples", options.heldout)
+
+
+def _answers(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{name} is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRecord(f"{name} holds half a surrogate pair") from None
+    return value
+
+
+def _integers(value: object, name: str) -> NDArray[np.int64]:
+    """A list of whole numbers. Raises BadRecord."""
+    try:
+        array = np.asarray(value if isinstance(value, list) else None)
+        whole = array.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRecord(f"{name} is no list of whole numbers") from None
+    if array.ndim != 1 or array.dtype.kind not in "biuf" or not np.array_equal(array, whole):
+        raise BadRecord(f"{name} is no list of whole numbers")
+    return whole
