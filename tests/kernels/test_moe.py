@@ -6,6 +6,7 @@ F expert width.
 
 from collections.abc import Iterator
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -320,6 +321,36 @@ def test_fp32_copies_of_weights_keep_their_gradients_in_fp32(path: ModuleType) -
         assert torch.equal(gradient.bfloat16(), expected)
         if path is reference:
             assert not torch.equal(gradient, expected.float())
+
+
+@pytest.mark.parametrize("trained", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("path", PATHS, ids=IDS)
+def test_no_gradient_of_frozen_weights_is_computed(
+    path: ModuleType, trained: tuple[bool, bool]
+) -> None:
+    """The other gradients keep every bit."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = draw_inputs(generator, 32, 2, 4, 16, 32)
+    ids = draw_ids(generator, 32, 4, 2, 0.0)
+    dy = torch.randn(32, 16, generator=generator)
+    wanted = with_gradients(lambda x, w, u, d: path.moe_mlp(x, ids, w, u, d), inputs, dy)
+    for weight, train in zip(inputs[2:], trained, strict=True):
+        weight.requires_grad_(train)
+    kind = {reference: "LoopExperts", grouped_mm: "GroupedMMExperts"}[path]
+    found: list[Tensor | None] = []
+    plain = getattr(path, kind).backward
+
+    def observed(*args: object) -> tuple[Tensor | None, ...]:
+        found.extend(plain(*args))
+        return tuple(found)
+
+    with mock.patch.object(getattr(path, kind), "backward", observed):
+        path.moe_mlp(inputs[0], ids, *inputs[1:]).backward(dy)
+    assert [gradient is not None for gradient in found] == [True, True, *trained]
+    for tensor, gradient in zip(inputs, wanted[1:], strict=True):
+        if tensor.requires_grad:
+            assert tensor.grad is not None
+            assert torch.equal(tensor.grad.double(), gradient)
 
 
 @pytest.mark.parametrize("implementation", PATHS, ids=IDS)

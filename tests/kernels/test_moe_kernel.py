@@ -151,6 +151,26 @@ def test_fp32_copies_of_weights_keep_their_gradients_in_fp32() -> None:
         assert not torch.equal(ours, rounded)
 
 
+@pytest.mark.parametrize("trained", [(False, False), (True, False), (False, True)])
+def test_no_gradient_of_frozen_weights_is_computed(trained: tuple[bool, bool]) -> None:
+    """The other gradients keep every bit."""
+    generator = torch.Generator().manual_seed(7)
+    ids_TK = draw_ids(generator, 20, 4, 2, 0.0).to(DEVICE)
+    inputs = draw_inputs(generator, 20, 2, 4, 24, 40, torch.bfloat16)
+    dy = torch.randn(20, 24, generator=generator).bfloat16().to(DEVICE)
+    whole, part = (tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs) for _ in range(2))
+    moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
+    for weight, train in zip(part[2:], trained, strict=True):
+        weight.requires_grad_(train)
+    with mock.patch.object(kernel, "_wgrad", wraps=kernel._wgrad) as wgrad:
+        moe_mlp(part[0], ids_TK, *part[1:]).backward(dy)
+    assert wgrad.call_count == sum(trained)
+    for tensor, wanted in zip(part, whole, strict=True):
+        if tensor.requires_grad:
+            assert tensor.grad is not None
+            assert torch.equal(tensor.grad, wanted.grad)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_is_kept_for_the_backward_pass(recompute: bool) -> None:
     n_tokens, k, n_experts, width, inner = 16, 3, 5, 24, 40
