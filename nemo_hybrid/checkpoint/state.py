@@ -113,15 +113,15 @@ def save_checkpoint(
     resolved_config: str,
     keep: int,
     frozen: Collection[str] = (),
-    adapter: Callable[[Writer], Collection[str]] | None = None,
+    adapter: Callable[[Writer, HybridConfig, Companions], Collection[str]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write ``checkpoints_dir/step_NNNNNNNN``, move ``latest`` to it, delete old checkpoints.
 
     Called by all ranks. Each gives only the weights (parameters, and router biases in fp32) and
     fragments it owns; together the fragments must cover every parameter with both moments, but
-    for ``frozen`` ones, which are not trained. ``adapter`` writes, on rank 0, what is trained
-    beside weights that the checkpoint does not hold, and gives the names of its parameters.
+    for ``frozen`` ones, which are not trained. ``adapter`` writes, on rank 0, the model files of a
+    checkpoint that holds no weights, and gives the names of the parameters in them.
     ``run_state`` (JSON, the same on every rank) and ``rank_state`` (tensors and JSON values by
     name) come back from `load_state` and `load_rank_state`; tuples come back as lists.
 
@@ -141,9 +141,11 @@ def save_checkpoint(
     def finish(writer: Writer, parts: list[tuple[Shards, dict[str, Any]]]) -> None:
         shards = [part for part, _ in parts]
         index = _merge(listing for _, listing in parts)
-        trained = _parameters(shards) - set(frozen) if adapter is None else set(adapter(writer))
-        _check_complete(index, trained)
-        write_model_files(writer, config, shards, companions)
+        if adapter is None:
+            _check_complete(index, _parameters(shards) - set(frozen))
+            write_model_files(writer, config, shards, companions)
+        else:
+            _check_complete(index, adapter(writer, config, companions))
         writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
         state = {**run_state, "step": step, "format_version": FORMAT_VERSION}
         if frozen:

@@ -91,9 +91,8 @@ def write_shards(
 def write_model_files(
     writer: Writer, config: HybridConfig, parts: list[Shards], companions: Companions
 ) -> None:
-    """Write, on rank 0, what describes all shards: index, config.json, and the companions; a
-    generation config is made where they hold none. Raises UserError when a tensor came from two
-    ranks, or from none as far as experts go."""
+    """Write, on rank 0, what describes all shards: the index, and all of `describe_model`. Raises
+    UserError when a tensor came from two ranks, or from none as far as experts go."""
     file_of: dict[str, str] = {}
     for part in parts:
         for name, file in part.file_of.items():
@@ -105,7 +104,14 @@ def write_model_files(
     index = {"metadata": {"total_size": bytes_in.total()}, "weight_map": file_of}
     writer.write_text(INDEX, files.to_json(index))
     most = max(bytes_in, key=bytes_in.__getitem__, default=torch.float32)
-    described = config_to_hf(config, str(most).removeprefix("torch."))
+    describe_model(writer, config, most, companions)
+
+
+def describe_model(
+    writer: Writer, config: HybridConfig, dtype: torch.dtype, companions: Companions
+) -> None:
+    """Write config.json and the companions; a generation config is made where they hold none."""
+    described = config_to_hf(config, str(dtype).removeprefix("torch."))
     ids = companions.eos_token_ids
     if ids and ids[0] == config.eos_token_id:
         described["eos_token_id"] = ids

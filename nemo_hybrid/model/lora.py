@@ -135,11 +135,12 @@ def table(adapted: Iterable[Adapted], total: int | None = None) -> list[tuple[st
     return [*rows, ("all", str(sum(map(len, groups.values()))), "", f"{trained:,}{share}")]
 
 
-def parameter_count(model: HybridLM) -> int:
-    """Parameters of the whole model, adapters included, whichever experts this rank owns."""
+def parameter_count(model: HybridLM, trained: bool = False) -> int:
+    """Parameters of the whole model, adapters included, whichever experts this rank owns; of those
+    that are ``trained`` alone."""
     ranks = model.config.n_routed_experts // max(1, len(model.owned_experts))
-    named = model.named_parameters()
-    return sum(p.numel() * (ranks if ".experts." in name else 1) for name, p in named)
+    counted = ((n, p) for n, p in model.named_parameters() if p.requires_grad or not trained)
+    return sum(p.numel() * (ranks if ".experts." in name else 1) for name, p in counted)
 
 
 def _owner(parameter: str) -> str:

@@ -20,6 +20,7 @@ from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.lora import Adapted, add_adapters
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
@@ -44,6 +45,7 @@ class Identity:
     global_batch_size: int
     seed: int
     weight_dtype: str
+    base: str | None = None  # digest of the weights that adapters are for
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Run:
     probe: Probe
     identity: Identity
     frozen: list[str]  # parameters that are not trained
+    adapted: list[Adapted]  # weights with an adapter, which alone is trained then
     peak: float | None  # matmul FLOP/s of one process's device; None: unknown, or nothing like it
 
 
@@ -128,8 +131,12 @@ def build_run(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
     loaded = each(world, lambda: _load_from_hf(config, model, data, world)) if from_hf else {}
+    adapted: list[Adapted] = []
     if isinstance(config, FinetuneConfig):
-        finetune.freeze(model, config.train)
+        if config.lora.rank:
+            adapted = each(world, lambda: add_adapters(model, config.lora, config.train.seed))
+            loaded = {}  # their weights keep no masters
+        each(world, lambda: finetune.freeze(model, config.train))
     dtype = policy.weight_dtype(config.precision)
     model.to(world.device, dtype)
     products = [name for name, m in model.named_modules() if hasattr(m, "low_precision")]
@@ -167,6 +174,7 @@ def build_run(
         probe,
         identity,
         frozen,
+        adapted,
         peak,
     )
 
@@ -180,6 +188,7 @@ def identity_of(config: TrainingConfig, data: Data) -> Identity:
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         weight_dtype=str(policy.weight_dtype(config.precision)).removeprefix("torch."),
+        base=finetune.base_digest(config) if isinstance(config, FinetuneConfig) else None,
     )
 
 

@@ -3,6 +3,7 @@ are, and a model directory at the end."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint.files import resolve
+from nemo_hybrid.checkpoint.files import MANIFEST, resolve
 from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
@@ -18,9 +19,14 @@ from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import HELDOUT, TRAIN
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 from nemo_hybrid.finetune_options import FinetuneConfig, FinetuneTrainOptions, SampleOptions
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.lora import parameter_count
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
+
+_END_BYTES = 1 << 20
 
 
 def make_samples(config: FinetuneConfig, hybrid: HybridConfig) -> None:
@@ -111,26 +117,46 @@ def with_steps(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     return config
 
 
+def base_digest(config: FinetuneConfig) -> str | None:
+    """Identity of the weights that adapters are for: names, sizes, ends of the files (all of them
+    would take too long for a large model), or the checksums that stand beside them."""
+    if not config.lora.rank:
+        return None
+    directory = resolve(str(config.model.from_hf))
+    manifest = directory / MANIFEST
+    found = [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    with naming("read", directory):
+        for path in found:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(_END_BYTES))
+                file.seek(max(0, size - _END_BYTES))
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
 def freeze(model: nn.Module, train: FinetuneTrainOptions) -> None:
-    """Leave out of the training what the options do not name."""
+    """Leave out of the training what the options do not name. Raises UserError for adapters among
+    it."""
     for name, parameter in model.named_parameters():
         mtp = name.startswith("mtp.")
         trained = mtp or train.trained == "all"
         trained &= not mtp or train.mtp_loss_weight > 0
         trained &= train.train_router or ".gate." not in name
+        if parameter.requires_grad and not trained and "lora." in name:
+            raise UserError(f"{name} would not be trained: train.mtp_loss_weight is 0")
         parameter.requires_grad_(parameter.requires_grad and trained)
 
 
-def parts(model: nn.Module) -> str:
-    """What is trained, in words."""
-    sizes = {True: 0, False: 0}
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    share = sizes[True] / sum(sizes.values())
-    return f"trained {sizes[True]:,} of {sum(sizes.values()):,} parameters ({share:.2%})"
+def parts(model: HybridLM) -> str:
+    """What is trained, in words; experts of all ranks."""
+    total, trained = parameter_count(model), parameter_count(model, trained=True)
+    return f"trained {trained:,} of {total:,} parameters ({trained / total:.2%})"
 
 
-def describe(config: FinetuneConfig, data: Data, model: nn.Module) -> str:
+def describe(config: FinetuneConfig, data: Data, model: HybridLM) -> str:
     """The samples and their packs, the loss, and what is trained, in words."""
     assert isinstance(data, PackedSamples)
     train, loss = config.train, str(config.train.loss)

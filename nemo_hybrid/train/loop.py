@@ -26,6 +26,7 @@ from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.model import lora
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
@@ -90,7 +91,8 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
     if checkpoint:  # `restore` checks it too, but after the model was built
         identity = asdict(identity_of(config, data))
         on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
-    from_hf = checkpoint is None and config.model.from_hf is not None
+    # The checkpoints of adapters do not hold the weights that these are for.
+    from_hf = config.model.from_hf is not None and (checkpoint is None or _with_adapters(config))
     run = build_run(config, hybrid, world, data, accumulation, from_hf)
     position = restore(checkpoint, run) if checkpoint else Position()
     on_rank_0(world, lambda: claim_run(config, lock))
@@ -108,6 +110,10 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
     if first:
         print(_summary(config, "finished"))
     World.stop()
+
+
+def _with_adapters(config: TrainingConfig) -> bool:
+    return isinstance(config, FinetuneConfig) and config.lora.rank > 0
 
 
 def _set_determinism(wanted: bool) -> None:
@@ -331,10 +337,13 @@ def _announce(config: TrainingConfig, world: World, run: Run, checkpoint: Path |
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
         f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
+    if run.adapted:
+        print_table(lora.HEADER, lora.table(run.adapted), right=lora.HEADER[1::2])
     _announce_precision(run)
     for op, name, reason in backend.report(world.device.type):
         print(f"kernel {op}: {name} ({reason})")
-    print(f"MFU relative to {peak_source(world.device.type)}")
+    frozen = "not given: its formula is for models that are trained as a whole"
+    print(f"MFU {frozen if run.peak is None else f'relative to {peak_source(world.device.type)}'}")
     print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
 
 

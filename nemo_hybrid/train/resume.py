@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.adapter import read_adapter, write_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.directory import each
+from nemo_hybrid.checkpoint.directory import Writer, each
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
@@ -24,11 +28,15 @@ from nemo_hybrid.checkpoint.state import (
     save_checkpoint,
 )
 from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.checkpoint.writing import describe_model
+from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.parallel.engine import Engine
+from nemo_hybrid.model.lora import adapters
 from nemo_hybrid.parallel.world import World
+from nemo_hybrid.precision import policy
 from nemo_hybrid.train.build import Run
 
 
@@ -84,26 +92,28 @@ class Saver:
                 "zero": run.config.parallel.zero,
             },
         }
-        weights, fragments = _owned(run.engine, run.model), run.engine.fragments()
+        weights, fragments = _owned(run), run.engine.fragments()
         rank_state = {"torch_rng": torch.get_rng_state()}
         asynchronous = run.config.checkpoint.asynchronous and not wait
         if asynchronous:
             weights, fragments = iter(self._copied(weights)), iter(self._copied_state(fragments))
 
         def write(world: World) -> None:
+            adapter = _adapter(run, world, weights) if run.adapted else None
             save_checkpoint(
                 checkpoints,
                 position.step,
                 world,
                 config=run.model.config,
-                weights=weights,
+                weights=weights if adapter is None else (),
                 fragments=fragments,
                 run_state=state,
                 rank_state=rank_state,
                 companions=self._companions,
                 resolved_config=dump_config(run.config),
                 keep=keep,
-                frozen=run.frozen,
+                frozen=() if run.adapted else run.frozen,
+                adapter=adapter,
             )
 
         if asynchronous:
@@ -149,8 +159,12 @@ def restore(directory: Path, run: Run) -> Position:
 
     def read() -> tuple[dict[str, Any], dict[str, Any] | None]:
         state = check_resumable(directory, model.config, asdict(run.identity))
-        targets, experts = tensors_by_name(model), model.owned_experts
-        load_weights(directory, targets, experts, n_experts=model.config.n_routed_experts)
+        targets = _trained_tensors(run)
+        if run.adapted:
+            _fill_adapters(directory, targets, model.owned_experts)
+        else:
+            experts = model.config.n_routed_experts
+            load_weights(directory, targets, model.owned_experts, n_experts=experts)
         engine.optimizer_steps = int(state["optimizer_steps"])
         fragments = list(engine.fragments())
         load_state(directory, fragments)
@@ -177,13 +191,62 @@ def _companions(run: Run) -> Companions:
     return replace(theirs, files={**own.files, **theirs.files})
 
 
-def _owned(engine: Engine, model: HybridLM) -> Iterator[tuple[str, Tensor, int]]:
+def _trained_tensors(run: Run) -> dict[str, Tensor]:
+    """What a checkpoint of the run holds by name: the whole model, or its adapters alone."""
+    tensors = tensors_by_name(run.model)
+    if not run.adapted:
+        return tensors
+    beginnings = tuple(f"{name}." for name, _ in adapters(run.model))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
+
+
+def _owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:
     """What this rank writes: rank 0 what every rank holds alike, and of several ranks with the
     same experts the first."""
-    rank, ep = engine.world.rank, engine.dispatcher.ep_size if engine.dispatcher else 1
-    for name, tensor in tensors_by_name(model).items():
+    rank, ep = run.world.rank, run.config.parallel.ep
+    for name, tensor in _trained_tensors(run).items():
         if rank == 0 or (".experts." in name and rank < ep):
-            yield name, tensor, _first_expert(name, model)
+            yield name, tensor, _first_expert(name, run.model)
+
+
+def _adapter(
+    run: Run, world: World, owned: Iterable[tuple[str, Tensor, int]]
+) -> Callable[[Writer, HybridConfig, Companions], Collection[str]]:
+    """What writes the adapters, which PEFT wants in one file: rank 0 gets the experts' of all."""
+    config = run.config
+    assert isinstance(config, FinetuneConfig)
+    own = [(name, first, tensor.detach().cpu()) for name, tensor, first in owned]
+    parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    for name, first, tensor in chain(own, *world.gather([] if world.rank == 0 else own)):
+        parts[name].append((first, tensor))
+    full = {
+        name: torch.cat([t for _, t in sorted(found, key=itemgetter(0))])
+        for name, found in parts.items()
+    }
+    options, base = config.lora, str(resolve(str(config.model.from_hf)))
+
+    def write(writer: Writer, shape: HybridConfig, companions: Companions) -> Collection[str]:
+        describe_model(writer, shape, policy.weight_dtype(config.precision), companions)
+        return write_adapter(writer, options, base, full)
+
+    return write
+
+
+def _fill_adapters(directory: Path, targets: Mapping[str, Tensor], owned: range) -> None:
+    """Raises UserError unless the directory holds an adapter for each of the targets."""
+    tensors = read_adapter(directory).tensors
+    if tensors.keys() != targets.keys():
+        name = min(tensors.keys() ^ targets.keys())
+        raise UserError(f"{directory} and this run have different adapters: {name} is in one alone")
+    for name, target in targets.items():
+        stored = tensors[name]
+        part = stored if stored.dim() == 2 else stored[owned.start : owned.stop]
+        if part.shape != target.shape or part.dtype != target.dtype:
+            raise UserError(
+                f"{directory} has {name} as {part.dtype} {list(part.shape)}, this run as "
+                f"{target.dtype} {list(target.shape)}"
+            )
+        target.detach().copy_(part)
 
 
 def _first_expert(name: str, model: HybridLM) -> int:
