@@ -54,3 +54,42 @@ def test_what_ends_a_text(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(UserError, match="eos_token_id"):
         module.stop_ids(tmp_path, 2)
+
+
+def test_chat_asks_with_the_template_and_prints_the_answer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = train_tokenizer(["a b"], 259)
+    HybridLM(
+        HybridConfig(pattern="-", vocab_size=300, hidden_size=8, intermediate_size=8,
+                     mtp_num_depths=0)
+    ).save_hf(str(tmp_path / "model"))  # fmt: skip
+    for name, data in tokenizer.files.items():
+        (tmp_path / "model" / name).write_bytes(data)
+    (answer,) = tokenizer.encode(["yes"])
+    prompts: list[Tensor] = []
+
+    def fixed(model: HybridLM, prompt_BS: Tensor, *_: object, **__: object) -> Iterator[Tensor]:
+        prompts.append(prompt_BS)
+        yield from torch.from_numpy(answer)[:, None]
+
+    monkeypatch.setattr(module, "generate", fixed)
+    options = GenerateOptions(str(tmp_path / "model"), "a b?", chat=True)
+    with pytest.raises(UserError, match="has no chat template"):
+        module.generate_command(options)
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ eos_token ~ 'A:' }}{% endif %}"
+    )
+    module.generate_command(options)
+    expected = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
+        [{"role": "user", "content": "a b?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert prompts[0].tolist() == [expected]
+    assert expected[0] == 1
+    assert expected.count(2) == 1
+    assert capsys.readouterr().out == "yes\n"
+    with pytest.raises(UserError, match=r"the prompt cannot be rendered: .*</s>"):
+        module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
