@@ -123,8 +123,8 @@ def ask(directory: Path, data: Path, chat_template: str | None, limit: int) -> l
             prompt_BS = torch.from_numpy(np.stack([ids for _, ids in some]))
             prompt_BS = prompt_BS.to(model.lm_head.weight.device)
             found = answer(model, prompt_BS, longest + 8, ends)
-            for (question, _), ids in zip(some, found, strict=True):
-                question.answer = tokenizer.decode(ids)
+            for (question, _), answered in zip(some, found, strict=True):
+                question.answer = tokenizer.decode(answered)
     return questions
 
 

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Fine-tune the quick start's model on a CPU until it answers with cards: first all weights, then an
+# adapter alone; score held-out questions before and after, merge the adapter, ask. Run
+# scripts/quickstart.sh first. A second run reuses what is there.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/environment.sh
+source "$ROOT/scripts/environment.sh"
+cd "$ROOT"
+
+CONFIG=configs/run/finetune_tiny_cpu.yaml
+BASE=runs/quickstart
+CHATS=data/chats
+FULL=runs/finetune_tiny_cpu
+LORA=runs/finetune_tiny_lora
+MERGED=runs/finetune_tiny_merged
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+step() { printf '\n== %s\n' "$*"; }
+
+finetune() {
+    python -m torch.distributed.run --standalone --nproc_per_node=2 -m nemo_hybrid finetune \
+        --config "$CONFIG" --model.from_hf "$BASE" "$@"
+}
+
+score() { python scripts/exact_match.py --data "$CHATS/heldout.jsonl" "$@"; }
+
+[[ -f "$BASE/checkpoints/latest" ]] ||
+    fail "there is no trained model in $BASE: make it with bash scripts/quickstart.sh"
+make_environment
+PATH="$VENV/bin:$PATH"
+
+step 'Making conversations'
+python scripts/make_chats.py --out "$CHATS"
+
+step 'What the model answers before'
+score --from "$BASE" --chat_template configs/chat_template.jinja --limit 60
+
+SECONDS=0
+step 'Fine-tuning all weights with two processes'
+finetune --run_dir "$FULL"
+full_s=$SECONDS
+
+step 'What it answers now'
+score --from "$FULL/model" --at_least 0.9 || missed=1
+
+SECONDS=0
+step 'Training an adapter beside frozen weights'
+finetune --run_dir "$LORA" --lora.rank 16 --train.lr 1e-2
+lora_s=$SECONDS
+
+step 'Merging the adapter'
+[[ -f "$MERGED/config.json" ]] || python -m nemo_hybrid merge --from "$LORA" --out "$MERGED"
+score --from "$MERGED" --at_least 0.9 || missed=1
+
+step 'Asking'
+python -m nemo_hybrid generate --from "$MERGED" --chat true \
+    --prompt 'I live in Soren. My name is Dalan Tener.'
+
+[[ -z "${missed:-}" ]] || echo 'A score is below 90 %; on another machine that can happen.'
+cat <<EOF
+
+== Done
+fine-tuning ${full_s} s, adapter ${lora_s} s
+
+  fine-tuned model   $FULL/model      transformers and serving engines load it
+  adapter            $LORA/model      PEFT loads it
+  merged             $MERGED
+  metrics            $FULL/metrics.jsonl, $LORA/metrics.jsonl
+EOF

@@ -1,0 +1,182 @@
+"""The fine-tuning tutorial: its conversations, its template, and how answers are scored."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import exact_match
+import make_chats
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_hybrid import HybridConfig, HybridLM
+from nemo_hybrid.config_load import load_config
+from nemo_hybrid.data.chat import load_template, need_template
+from nemo_hybrid.data.samples import SampleMaker
+from nemo_hybrid.data.sources import BadRecord, find_sources
+from nemo_hybrid.data.tokenizer import train_tokenizer
+from nemo_hybrid.finetune_options import FinetuneConfig, SampleOptions
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "configs" / "chat_template.jinja"
+EOS = 2
+_NAME = re.compile(r"\b[A-Z][a-z]{3,}\b")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("chats")
+    assert make_chats.main(["--out", str(out), "--conversations", "300"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model that is never asked, and a tokenizer without a chat template."""
+    out = tmp_path_factory.mktemp("base") / "model"
+    shape = HybridConfig(
+        pattern="-", vocab_size=300, hidden_size=8, intermediate_size=8, mtp_num_depths=0
+    )
+    HybridLM(shape).save_hf(str(out))
+    for name, content in train_tokenizer(["first: last: city: user assistant"], 280).files.items():
+        (out / name).write_bytes(content)
+    return out
+
+
+def read(path: Path) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+
+
+def names(messages: list[dict[str, str]], role: str) -> set[str]:
+    found = {n for m in messages if m["role"] == role for n in _NAME.findall(m["content"])}
+    return found - {"Write"}
+
+
+def test_the_same_arguments_make_the_same_conversations() -> None:
+    assert make_chats.make_chats(40, 1) == make_chats.make_chats(40, 1)
+    assert make_chats.make_chats(40, 1) != make_chats.make_chats(40, 2)
+    assert make_chats.main(["--out", "unused", "--conversations", "19"]) == 2
+
+
+def test_held_out_names_are_new_and_answers_follow_from_the_questions(chats: Path) -> None:
+    train, heldout = read(chats / "train.jsonl"), read(chats / "heldout.jsonl")
+    assert (len(train), len(heldout)) == (300, 15)
+    seen = [set[str]().union(*(names(m, "user") for m in part)) for part in (train, heldout)]
+    assert min(map(len, seen)) > 40
+    assert not seen[0] & seen[1]
+    for messages in train + heldout:
+        cards = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert all(re.fullmatch(r"last: \w+\nfirst: \w+\ncity: \w+", card) for card in cards)
+        assert names(messages, "assistant") == names(messages, "user")
+    lengths = {len(messages) for messages in train}
+    assert lengths == {2, 3, 4, 5}  # with and without a system message and a second turn
+    for change in make_chats.CHANGES.values():
+        start = change.split("{")[0]
+        assert any(m["content"].startswith(start) for chat in train for m in chat)
+
+
+def test_every_answer_is_learnt_and_nothing_else(chats: Path, model: Path) -> None:
+    maker = SampleMaker(SampleOptions(chat_template=str(TEMPLATE)), model, seed=0)
+    conversations = read(chats / "heldout.jsonl")
+    made = list(maker.read(find_sources([chats / "heldout.jsonl"])))
+    assert len(made) == len(conversations)
+    for one, messages in zip(made, conversations, strict=True):
+        assert not one.unusable
+        (sample,) = one.samples
+        assert maker.tokenizer.decode(sample.ids.tolist()) == "".join(
+            f"<s>{m['role']}\n{m['content']}</s>\n" for m in messages
+        )
+        answers = [f"{m['content']}</s>\n" for m in messages if m["role"] == "assistant"]
+        assert maker.tokenizer.decode(sample.ids[sample.targets].tolist()) == "".join(answers)
+        assert (sample.ids[sample.targets] == EOS).sum() == len(answers)
+
+
+def test_the_template_refuses_roles_that_it_has_no_form_for(model: Path) -> None:
+    tokenizer = SampleMaker(SampleOptions(), model, seed=0).tokenizer
+    template = need_template(load_template(tokenizer, model, str(TEMPLATE)), model)
+    with pytest.raises(BadRecord, match="knows no role tool"):
+        template.render([{"role": "tool", "content": "x"}])
+
+
+@pytest.fixture
+def parrot(chats: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Answers questions as the file does, except those that hold a word of the returned list."""
+    maker = SampleMaker(SampleOptions(chat_template=str(TEMPLATE)), model, seed=0)
+    wrong: list[str] = []
+    known: dict[tuple[int, ...], tuple[str, list[int]]] = {}
+    for messages in read(chats / "heldout.jsonl"):
+        text = ""
+        for message in messages:
+            if message["role"] == "assistant":
+                asked = maker.tokenizer.encode_chat(f"{text}<s>assistant\n")[0]
+                ids = maker.tokenizer.encode([message["content"]])[0].tolist()
+                known[tuple(asked.tolist())] = text, [*ids, EOS, 50, 51]
+            text += f"<s>{message['role']}\n{message['content']}</s>\n"
+
+    def answers(model: HybridLM, prompt_BS: Tensor, most: int) -> Iterator[Tensor]:
+        found = []
+        for prompt in prompt_BS.tolist():
+            text, ids = known[tuple(prompt)]
+            found.append([50, *ids] if any(word in text for word in wrong) else ids)
+        for step in range(most):
+            yield torch.tensor([ids[min(step, len(ids) - 1)] for ids in found])
+
+    monkeypatch.setattr(exact_match, "generate", answers)
+    return wrong
+
+
+def test_the_score_is_the_share_of_equal_answers(
+    chats: Path, model: Path, parrot: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = chats / "heldout.jsonl", tmp_path / "result.json"
+    words = ["--from", str(model), "--data", str(file), "--chat_template", str(TEMPLATE)]
+    words += ["--out", str(out), "--at_least", "1"]
+    total = sum(m["role"] == "assistant" for chat in read(file) for m in chat)
+    assert exact_match.main(words) == 0
+    assert f"exact match: 100.0% of {total} answers" in capsys.readouterr().out
+
+    parrot.append(sorted(names(read(file)[0], "user"))[0])
+    assert exact_match.main(words) == 1
+    result = json.loads(out.read_text())
+    wrong = [a for a in result["answers"] if not a["matched"]]
+    assert result["score"] == pytest.approx(1 - len(wrong) / total)
+    assert {a["where"] for a in wrong} == {f"{file} line 1"}
+    assert all(a["answer"][1:] == a["right"] for a in wrong)
+
+    assert exact_match.main([*words, "--limit", "1", "--at_least", "0"]) == 0
+    assert len(json.loads(out.read_text())["answers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: "),
+        ('{"text": "x"}', "line 1: the messages are no list"),
+        ('{"messages": [{"role": "user", "content": "</s>"}]}', "line 1: "),
+        ("", "holds no conversation"),
+    ],
+)
+def test_files_that_hold_no_questions(
+    line: str, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(line)
+    words = ["--from", str(model), "--data", str(tmp_path / "bad.jsonl")]
+    assert exact_match.main([*words, "--chat_template", str(TEMPLATE)]) == 2
+    assert message in capsys.readouterr().err
+    assert exact_match.main(words) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_the_tutorial_runs_what_is_there() -> None:
+    script = ROOT / "scripts" / "finetune_tutorial.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    for path in re.findall(r"(?:configs|scripts)/[\w./]+\w", text):
+        assert (ROOT / path).is_file(), path
+    words = ["--lora.rank", re.findall(r"--lora.rank (\d+)", text)[0]]
+    for given in ([], words):
+        config = load_config([ROOT / "configs/run/finetune_tiny_cpu.yaml"], given, FinetuneConfig)
+        assert Path(str(config.data.path)) == ROOT / "data" / "chats" / "train.jsonl"
