@@ -202,6 +202,19 @@ def test_plain_earlier_turns_are_learnt_where_they_stand(make_model: MakeModel) 
     assert learnt == [["a1<|im_end|>\n", "r2\n</think>\na2<|im_end|>\n"]]
 
 
+def test_a_prompt_that_always_opens_the_thinking(make_model: MakeModel) -> None:
+    """Then an answer without reasoning begins by closing it."""
+    silent = "'</think>' if enable_thinking is defined and not enable_thinking else "
+    assert silent in REASONING
+    learnt = learnt_texts(make_model(REASONING.replace(silent, "")), {"messages": THOUGHTFUL})
+    assert learnt[1][0] == "</think>a2<|im_end|>\n"
+
+
+def test_marks_of_the_prompt_are_not_learnt(make_model: MakeModel) -> None:
+    record = {"prompt": TWO[:4], "completion": TWO[4:]}
+    assert learnt_texts(make_model(MARKED), record) == [[" second\n\n</s>"]]
+
+
 def test_every_form_of_the_same_conversation(make_model: MakeModel) -> None:
     """Text parts, tools as JSON text, arguments as an object, and nulls that tables hold."""
     model = make_model(TOOLS)
