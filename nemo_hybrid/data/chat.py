@@ -301,7 +301,7 @@ def _read_message(item: object, turn: int) -> Message:
     message = {k: v for k, v in item.items() if v is not None and v != []}
     role = message.get("role")
     if not isinstance(role, str) or role not in _FOLLOWS or not role:
-        raise BadRecord(f"turn {turn} has the unknown role {role!r}", "wrong roles")
+        raise BadRecord(f"turn {turn} has the unknown role {_shorten(str(role))}", "wrong roles")
     content = item.get("content")
     if isinstance(content, list) and _are_objects(content):
         texts = [p.get("text") for p in content if p.get("type") == "text"]

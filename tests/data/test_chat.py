@@ -385,6 +385,12 @@ def test_tags_may_be_written_out_and_unknown_tokens_of_the_template_not(
     assert learnt_texts(make_model(CHATML), {"messages": messages}) == [
         ["<tool_call> too<|im_end|>\n"]
     ]
+    template = "<tool_list>" + CHATML.replace("<|im_start|>", "<start_of_turn>")
+    special = make_model(template, "special")
+    assert learnt_texts(special, {"messages": [user("a"), answer("<tool_list>")]})
+    assert "holds <start_of_turn>" in fault(
+        special, {"messages": [user("a"), answer("<start_of_turn>")]}
+    )
     broken = make_model(CHATML.replace("im_start", "start"), "other")
     assert fault(broken, {"messages": messages}) == (
         "unknown special token <|start|>: the tokenizer has none"
