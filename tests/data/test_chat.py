@@ -255,19 +255,33 @@ def test_any_texts_are_split_at_the_right_token(make_model: MakeModel) -> None:
     run()
 
 
+def prompting(prompt: str) -> str:
+    """A template that writes the messages' contents, and a prompt before each answer."""
+    return (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' and (not loop.last or "
+        "add_generation_prompt) %}{{ '" + prompt + "' }}{% endif %}{% endfor %}"
+    )
+
+
+def test_a_token_that_is_learnt_in_part_is_learnt(make_model: MakeModel) -> None:
+    """' the' is one token, of which the prompt writes the start."""
+    model = make_model(prompting("th"))
+    assert learnt_texts(model, {"messages": [user("x "), answer("e fox")]}) == [[" the fox"]]
+    (sample,) = make(model, {"messages": [user(""), answer("e fox")]}).samples
+    assert load_tokenizer(model).decode(sample.ids[:1].tolist()) == "the"
+    assert sample.targets.tolist() == [False] + [True] * (len(sample.ids) - 1)
+
+
 def test_offsets_count_white_space(make_model: MakeModel) -> None:
     """A post-processor that trims offsets must not move the mask."""
-    model = make_model(
-        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}{{ '<|im_end|>' if "
-        "not loop.last or add_generation_prompt }}{% endif %}{% endfor %}"
-    )
+    model = make_model(prompting("so: "))
     content = json.loads((model / "tokenizer.json").read_text())
     content["post_processor"] = {
         "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True
     }  # fmt: skip
     (model / "tokenizer.json").write_text(json.dumps(content))
-    learnt = learnt_texts(model, {"messages": [user("hello "), answer(" the fox   \n")]})
-    assert learnt == [[" the fox   \n"]]
+    record = {"messages": [user("2 + 2 "), answer("(4)  \n")]}
+    assert learnt_texts(model, record) == [["(4)  \n"]]
 
 
 UNSPLITTABLE = {

@@ -160,6 +160,11 @@ def test_nvidias_packs(make_model: MakeModel, tmp_path: Path) -> None:
         make(model, tmp_path / "wrong", tmp_path / "p.parquet")
     make(model, tmp_path / "tokens", tmp_path / "p.parquet", packed_mask="tokens")
     assert stored(tmp_path / "tokens") == stored(tmp_path / "out")
+    first = lines(
+        tmp_path / "f.jsonl", {"input_ids": [5, 6], "loss_mask": [1, 1], "seq_start_id": [0]}
+    )
+    make(model, tmp_path / "first", first, packed_mask="tokens")
+    assert stored(tmp_path / "first") == [([5, 6], [False, True])]
 
 
 PACK = {"input_ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 0], "seq_start_id": [0, 2]}
