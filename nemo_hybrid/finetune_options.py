@@ -74,7 +74,8 @@ class LoraOptions:
     """Adapters count alpha / rank times; null: twice the rank."""
     target_modules: list[str] | None = None
     """Linear layers with an adapter: names, their endings, or globs (q_proj, *.shared_experts.*);
-    null: every linear layer of the backbone but the router. MTP layers only if named."""
+    null: every linear layer of the backbone but the router and Mamba-2's out_proj, which PEFT
+    refuses to load. MTP layers only if named."""
     target_parameters: list[str] = field(default_factory=list)
     """Stacked expert weights with an adapter per expert, such as experts.up_proj."""
 

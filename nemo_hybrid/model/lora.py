@@ -52,7 +52,8 @@ def add_adapters(model: HybridLM, options: LoraOptions, seed: int) -> list[Adapt
     modules = dict(model.named_modules())
     linears, stacks = adaptable(model)
     if options.target_modules is None:
-        chosen = {name for name in linears if not _in_mtp(name)}
+        # PEFT refuses out_proj: where fused kernels take the weight itself, its adapter is lost.
+        chosen = {n for n in linears if not _in_mtp(n) and not n.endswith(".out_proj")}
     else:
         chosen = _matched(options.target_modules, list(linears), "target_modules", model)
     chosen |= _matched(options.target_parameters, list(stacks), "target_parameters", model)

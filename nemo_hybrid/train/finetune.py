@@ -118,16 +118,14 @@ def with_steps(config: FinetuneConfig, data: Data) -> FinetuneConfig:
 
 
 def base_digest(config: FinetuneConfig) -> str | None:
-    """Identity of the weights that adapters are for: names, sizes, ends of the files (all of them
-    would take too long for a large model), or the checksums that stand beside them."""
+    """Identity of the weights that adapters are for: names, sizes and ends of the files (all of
+    them would take too long for a large model), and the checksums that may stand beside them."""
     if not config.lora.rank:
         return None
     directory = resolve(str(config.model.from_hf))
-    manifest = directory / MANIFEST
-    found = [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors"))
     digest = hashlib.sha256()
     with naming("read", directory):
-        for path in found:
+        for path in sorted([*directory.glob("*.safetensors"), *directory.glob(MANIFEST)]):
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
             with open(path, "rb") as file:

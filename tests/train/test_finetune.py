@@ -1,0 +1,367 @@
+"""Fine-tuning runs through the command line: what is trained, what stays, what comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from helpers.chats import conversations, tune, write_base, write_chats
+from helpers.commands import Commands, Said, commands_in_one_process
+from helpers.nemotron_h_oracle import load_theirs
+from helpers.processes import run_command
+from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.train.metrics import read_metrics
+
+Finetune = Callable[..., Said]
+DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
+"""By 16, as NVFP4 wants."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "hf")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 30)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with commands_in_one_process() as run:
+        yield run
+
+
+@pytest.fixture
+def finetune(commands: Commands, tmp_path: Path) -> Finetune:
+    """finetune(base, chats, words, sections): the command; gives status and output."""
+
+    def run(base: Path, chats: Path, *words: str | Path, **sections: dict[str, Any]) -> Said:
+        file = tmp_path / "run.yaml"
+        file.write_text(dump_config(tune(base, chats, **sections)))
+        return commands("finetune", "--config", file, *words)
+
+    return run
+
+
+def tensors(directory: Path, pattern: str = "model-*") -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in directory.glob(f"{pattern}.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def changed(base: Path, made: Path) -> set[str]:
+    before, after = tensors(base), tensors(made)
+    assert before.keys() == after.keys()
+    return {name for name in before if not same_bytes(before[name], after[name])}
+
+
+def is_router(name: str) -> bool:
+    return ".gate." in name
+
+
+def test_what_comes_out(base: Path, chats: Path, tmp_path: Path, finetune: Finetune) -> None:
+    """All but the routers is trained; MTP tensors are the roundings of their own masters; and
+    transformers loads model, tokenizer and template."""
+    run = tmp_path / "run"
+    data = {"heldout": 0.2}
+    train = {"max_steps": 0, "epochs": 2, "eval_sequences": 4, "mtp_loss_weight": 0.5}
+    ended = finetune(base, chats, "--run_dir", run, data=data, train=train)
+    assert ended.status == 0, ended.err
+    model = run / "model"
+
+    names = tensors(base).keys()
+    assert changed(base, model) == {name for name in names if not is_router(name)}
+    assert any(name.startswith("mtp.") and is_router(name) for name in names)
+
+    rows = list(read_metrics(run / "metrics.jsonl"))
+    store = SampleStore.open(run / "data/train")
+    packs = int(ended.out.split(" packs of 128")[0].rsplit(" ", 1)[-1])
+    assert len(rows) == -(-packs * 2 // 4)  # two epochs of packs, four to a step
+    assert rows[-1].heldout_loss is not None
+    assert rows[0].heldout_loss_before is not None
+    assert rows[-1].heldout_loss < rows[0].heldout_loss_before
+    assert len(store.lengths) + len(SampleStore.open(run / "data/heldout").lengths) == 30
+
+    step = run / f"checkpoints/step_{len(rows):08d}"
+    masters = tensors(step, "optimizer-r*-master")
+    saved = tensors(model)
+    compared = 0
+    for key, master in masters.items():
+        name = key.split("|")[0]
+        if name.startswith("mtp.") and ".experts." not in name:
+            assert torch.equal(master, saved[name].flatten())
+            compared += 1
+    assert compared > 5
+
+    twin, info = load_theirs(model, torch.float32)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    ids = torch.tensor([[5, 9, 33, 70, 71, 72, 5]])
+    ours = load_model(run).eval()
+    torch.testing.assert_close(twin(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    messages = conversations(1)[0]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(base).apply_chat_template(
+        messages, return_dict=True)["input_ids"]  # fmt: skip
+    assert "fine-tuned" in (model / "README.md").read_text()
+    assert not list(model.glob("optimizer*"))
+    assert not (model / "run_state.json").exists()
+
+    # Started once more it is finished, and makes the model anew where it was lost.
+    shutil.rmtree(model)
+    again = finetune(base, chats, "--run_dir", run, data=data, train=train)
+    assert "already finished" in again.out
+    assert tensors(model).keys() == names
+
+
+@pytest.mark.parametrize(
+    ("train", "trained"),
+    [
+        ({"mtp_loss_weight": 0.0}, lambda n: not n.startswith("mtp.") and not is_router(n)),
+        ({"trained": "mtp"}, lambda n: n.startswith("mtp.") and not is_router(n)),
+        ({"train_router": True, "router_bias_rate": 0.1}, lambda n: True),
+    ],
+)
+def test_what_is_frozen_keeps_its_bytes(
+    base: Path,
+    chats: Path,
+    tmp_path: Path,
+    finetune: Finetune,
+    train: dict[str, Any],
+    trained: Callable[[str], bool],
+) -> None:
+    run = tmp_path / "run"
+    assert finetune(base, chats, "--run_dir", run, train=train | {"max_steps": 2}).status == 0
+    names = tensors(base).keys()
+    assert changed(base, run / "model") == {name for name in names if trained(name)}
+
+
+def test_padding_is_no_load_of_experts(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune
+) -> None:
+    run = tmp_path / "run"
+    train = {"max_steps": 1, "global_batch_size": 20, "train_router": True, "mtp_loss_weight": 0}
+    assert finetune(base, chats, "--run_dir", run, train=train).status == 0
+    row = json.loads((run / "expert_load.jsonl").read_text().splitlines()[-1])
+    store = SampleStore.open(run / "data/train")
+    state = read_json(run / "checkpoints/step_00000001/run_state.json")
+    assert state["batches"] == 1
+    slots = 20 * 128
+    for load in row["load"].values():
+        assert sum(load) % 2 == 0  # two experts a token
+        assert sum(load) / 2 < slots  # packs are never quite full
+    # 20 sequences read every pack at least once; what all packs hold is known.
+    per_epoch = int(store.lengths.sum())
+    assert all(sum(load) / 2 >= per_epoch for load in row["load"].values())
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"loss": "two_stage", "second_stage_step": 3, "lr": 1e-3}},
+        {"lora": {"rank": 2, "target_parameters": ["experts.up_proj"]}},
+    ],
+    ids=["full", "lora"],
+)
+def test_a_resumed_run_has_the_bytes_of_an_unbroken_one(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune, sections: dict[str, dict[str, Any]]
+) -> None:
+    sections = {
+        "train": {"max_steps": 4} | sections.get("train", {}),
+        "precision": {"recipe": "bf16"},
+        "lora": sections.get("lora", {}),
+    }
+    whole, parts = tmp_path / "unbroken", tmp_path / "resumed"
+    assert (
+        finetune(base, chats, "--run_dir", whole, "--checkpoint.every", 2, **sections).status == 0
+    )
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints/step_00000004")
+    assert (
+        finetune(base, chats, "--run_dir", parts, "--checkpoint.every", 2, **sections).status == 0
+    )
+    compared = 0
+    for pattern in ("model-*", "adapter_model", "optimizer-*"):
+        a, b = (tensors(run / "checkpoints/step_00000004", pattern) for run in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(same_bytes(a[name], b[name]) for name in a)
+        compared += len(a)
+    assert compared > 20
+    early = tensors(whole / "checkpoints/step_00000002", "optimizer-*")
+    assert not all(same_bytes(early[name], tensor) for name, tensor in a.items())
+
+
+LORA = {
+    "rank": 2,
+    "target_modules": ["q_proj", "in_proj", "fc1_latent_proj", "*.shared_experts.*"],
+    "target_parameters": ["experts.up_proj", "experts.down_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    tmp_path_factory: pytest.TempPathFactory, base: Path, chats: Path
+) -> tuple[Path, list[Any]]:
+    """A LoRA run of three steps on two processes with the experts divided, and what it printed."""
+    out = tmp_path_factory.mktemp("adapted")
+    config = tune(base, chats, lora=LORA, train={"lr": 1e-2}, parallel={"ep": 2})
+    (out / "run.yaml").write_text(dump_config(config))
+    words = ["finetune", "--config", out / "run.yaml", "--run_dir", out / "run"]
+    return out / "run", run_command(*words, size=2)
+
+
+def test_an_adapter_is_all_that_is_trained_and_saved(
+    base: Path, chats: Path, adapted: tuple[Path, list[Any]]
+) -> None:
+    """Every matrix of every adapter moves, and PEFT's model computes what ours does."""
+    run, finished = adapted
+    assert "backbone.layers.*.mixer.experts.up_proj" in finished[0].stdout
+    assert not list(run.glob("checkpoints/*/model-*.safetensors"))
+    saved = load_file(run / "model/adapter_model.safetensors")
+    # B begins as zero, and A's gradient is zero as long as B is.
+    assert all(tensor.abs().max() > 1e-4 for name, tensor in saved.items() if "lora_B" in name)
+    moments = tensors(run / "checkpoints/step_00000003", "optimizer-r*-exp_avg_sq")
+    for name, tensor in moments.items():
+        share = (tensor > 0).float().mean()
+        assert share > (0.2 if ".experts." in name else 0.9), name
+
+    from peft import PeftModel
+
+    theirs, _ = load_theirs(base, torch.float32)
+    ids = torch.tensor([[5, 9, 33, 70, 71, 72, 5, 100, 101]])
+    plain = theirs(ids).logits
+    theirs = PeftModel.from_pretrained(theirs, run / "model").eval()
+    logits = theirs(ids).logits
+    ours = load_model(run).eval()(ids).logits
+    assert (logits - plain).abs().max() > 1e-2
+    assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
+    base: Path, chats: Path, adapted: tuple[Path, list[Any]], tmp_path: Path, finetune: Finetune
+) -> None:
+    run, train = tmp_path / "run", {"lr": 1e-2, "max_steps": 4}
+    shutil.copytree(adapted[0], run)
+    before = base.with_name("before")
+    shutil.copytree(base, before)
+    weights = next(base.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    try:
+        refused = finetune(base, chats, "--run_dir", run, lora=LORA, train=train)
+        assert refused.status == 2
+        assert "was written with base" in refused.err
+    finally:
+        shutil.rmtree(base)
+        before.rename(base)
+    ended = finetune(base, chats, "--run_dir", run, lora=LORA, train=train)
+    assert ended.status == 0, ended.err
+    assert "going on from" in ended.out
+    assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_nvfp4_runs_with_and_without_adapters(
+    chats: Path, tmp_path: Path, finetune: Finetune
+) -> None:
+    base = write_base(tmp_path / "base", **DIVISIBLE)
+    for name, lora in (("full", {}), ("lora", {"rank": 2})):
+        run = tmp_path / name
+        train = {"max_steps": 6, "lr": 5e-3, "recompute": "ME*"}
+        recipe = {"recipe": "nvfp4_super"}
+        ended = finetune(base, chats, "--run_dir", run, lora=lora, precision=recipe, train=train)
+        assert ended.status == 0, ended.err
+        assert "nvfp4" in ended.out
+        losses = [row.loss for row in read_metrics(run / "metrics.jsonl")]
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"from_hf": None}}, ["model.from_hf is missing"]),
+        ({"data": {"path": None}}, ["data.path is missing"]),
+        ({"data": {"path": "/gone.jsonl"}}, ["/gone.jsonl", "does not exist"]),
+        ({"data": {"sequence_length": 20}}, ["chats.jsonl line 1", "sequence_length"]),
+        ({"data": {"chat_template": "/gone.jinja"}}, ["/gone.jinja"]),
+        ({"train": {"loss": "two_stage"}}, ["second_stage_step", "belong together"]),
+        (
+            {"train": {"loss": "two_stage", "second_stage_step": 3}},
+            ["second_stage_step (3) must be below the number of steps (3)"],
+        ),
+        ({"train": {"trained": "mtp", "mtp_loss_weight": 0.0}}, ["mtp_loss_weight is 0"]),
+        ({"train": {"trained": "mtp"}, "lora": {"rank": 2}}, ["choose one of the two"]),
+        ({"train": {"train_router": True}, "lora": {"rank": 2}}, ["train_router", "frozen"]),
+        ({"lora": {"alpha": 4.0}}, ["no effect without lora.rank"]),
+        ({"lora": {"rank": 2, "target_modules": ["gate_proj"]}}, ["gate_proj"]),
+        (
+            {"lora": {"rank": 2, "target_modules": ["mtp.*.q_proj"]},
+             "train": {"mtp_loss_weight": 0.0}},
+            ["mtp_loss_weight is 0"],
+        ),
+        ({"train": {"eval_sequences": 8}}, ["no held-out samples", "data.heldout"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_and_nothing_is_left(
+    base: Path,
+    chats: Path,
+    tmp_path: Path,
+    finetune: Finetune,
+    sections: dict[str, dict[str, Any]],
+    words: list[str],
+) -> None:
+    run = tmp_path / "run"
+    ended = finetune(base, chats, "--run_dir", run, **sections)
+    assert ended.status == 2, ended.err
+    assert ended.err.count("error: ") == 1
+    for word in words:
+        assert word in ended.err
+    left = {path.name for path in run.iterdir()} if run.exists() else set()
+    assert left <= {"data", ".lock"}
+    # What is left does not stand in the way of the mended command.
+    mended = finetune(base, chats, "--run_dir", run, train={"max_steps": 1})
+    assert mended.status == 0, mended.err
+
+
+def test_prepared_samples_and_edited_conversations(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune, commands: Commands
+) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    words = ["prepare", chats, "--for", "finetune", "--tokenizer", base, "--out", store]
+    assert commands(*words, "--heldout", "0", "--sequence_length", "128").status == 0
+    refused = finetune(base, store, "--run_dir", run, data={"reasoning": "mask"})
+    assert refused.status == 2
+    assert "data.reasoning has no effect" in refused.err
+    ended = finetune(base, store, "--run_dir", run, data={"heldout": 0.03})
+    assert ended.status == 0, ended.err
+    assert not (run / "data").exists()
+
+    own, other = tmp_path / "own.jsonl", tmp_path / "other"
+    shutil.copy(chats, own)
+    assert finetune(base, own, "--run_dir", other).status == 0
+    write_chats(own, 29)
+    refused = finetune(base, own, "--run_dir", other, train={"max_steps": 5})
+    assert refused.status == 2
+    assert "run_dir" in refused.err
