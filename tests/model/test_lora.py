@@ -214,7 +214,6 @@ MODULES: dict[str, tuple[LoraOptions, set[str]]] = {
         LoraOptions(4),
         {
             "backbone.layers.0.mixer.in_proj",
-            "backbone.layers.0.mixer.out_proj",
             *(
                 f"backbone.layers.{i}.mixer.{leaf}"
                 for i in (1, 4)

@@ -224,3 +224,61 @@ def test_a_masked_row_adds_nothing_to_the_cross_entropies() -> None:
     torch.testing.assert_close(
         objective(both, normalizer(both, 2)).loss, objective(first, normalizer(first, 2)).loss
     )
+
+
+def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
+    """Each depth counts its own targets, and the documents that have some; masks count too, and
+    micro-batches share one count."""
+    model = loud_model(tiny_config("ME*", mtp_num_depths=2))
+    batch = packed_batch(model.config, ROWS)
+    keep_BS = torch.rand(batch.loss_mask_BS.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    batch = replace(batch, loss_mask_BS=batch.loss_mask_BS & keep_BS)
+    counts_N = count_targets(batch, 2, per_document=True)
+    ours = PretrainObjective(model, NO_AUX)(batch, Normalizer(counts_N, 4, per_document=True))
+    our_gradients = gradients(model, ours.loss)
+
+    h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
+    depths, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
+    total = torch.zeros(())
+    for k, hidden_BSD in enumerate([h_BSD, *depths]):
+        logits_TV = model.lm_head(hidden_BSD).flatten(0, 1)
+        labels_T, mask_T = batch.labels_BS.flatten(), batch.loss_mask_BS.flatten()
+        means = []
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            # Position t of depth k targets token t + 1 + k, the label of t + k, with its mask.
+            places = [t for t in range(start, int(end) - k) if mask_T[t + k]]
+            if places:
+                at = torch.tensor(places)
+                means.append(F.cross_entropy(logits_TV[at], labels_T[at + k]))
+        assert len(means) == int(counts_N[k])
+        assert float(ours.ce_sums_N[k] / counts_N[k]) == pytest.approx(
+            float(torch.stack(means).mean().detach()), rel=1e-5
+        )
+        total = total + torch.stack(means).mean() * (1.0 if k == 0 else 0.3 / 2)
+    assert float(ours.loss) == pytest.approx(float(total.detach()), rel=1e-5)
+    for name, gradient in gradients(model, total).items():
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+    by_tokens = PretrainObjective(model, NO_AUX)(batch, Normalizer(count_targets(batch, 2), 4))
+    assert abs(float(by_tokens.loss - ours.loss)) > 1e-2
+
+
+def test_padding_has_no_part_in_the_statistics_of_routing() -> None:
+    """Rows with padding count as the rows without it would."""
+    model = loud_model(tiny_config("E"))
+    gate, lengths, width = model.backbone.layers[0].mixer.gate, [9, 4], 12
+    x_BSD = torch.randn(2, width, 32, generator=torch.Generator().manual_seed(0))
+    real_BS = torch.arange(width) < torch.tensor(lengths)[:, None]
+    x_BSD[~real_BS] = 1.0  # all padding goes to the same experts
+    ids_TK, _, scores_TE = gate(x_BSD.flatten(0, 1))
+    stats = routing_stats(scores_TE, ids_TK, 2, real_BS)
+    alone = []
+    for x_SD, length in zip(x_BSD, lengths, strict=True):
+        ids, _, scores = gate(x_SD[:length])
+        alone.append(routing_stats(scores, ids, 1))
+    assert torch.equal(stats.counts_E, alone[0].counts_E + alone[1].counts_E)
+    assert stats.counts_E.sum() == sum(lengths) * 3
+    torch.testing.assert_close(stats.aux_loss, alone[0].aux_loss + alone[1].aux_loss)
+    counted = routing_stats(scores_TE, ids_TK, 2)
+    assert (counted.counts_E - stats.counts_E).max() == 24 - sum(lengths)
+    assert abs(float(counted.aux_loss - stats.aux_loss)) > 0.1
