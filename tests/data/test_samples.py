@@ -271,10 +271,12 @@ def test_over_long_samples_are_cut_on_request(make_model: MakeModel, tmp_path: P
     assert summary.dropped == {"all-masked": 1}
     assert "line 2: nothing is learnt of its 20 tokens" in summary.examples["all-masked"][0]
     # What is exactly as long as a sequence is not over-long.
-    length = len(whole[0][0])
-    assert make(model, tmp_path / "b", data, sequence_length=length, skip_bad=True).samples == {
-        "train": 2 + (len(whole[1][0]) <= length)
-    }
+    length = max(len(ids) for ids, _ in whole)
+    for truncate in (False, True):
+        out = tmp_path / f"exact {truncate}"
+        summary = make(model, out, data, sequence_length=length, truncate=truncate)
+        assert summary.samples == {"train": 3}
+        assert summary.truncated == 0
 
 
 def test_the_split_follows_seed_and_place(make_model: MakeModel, tmp_path: Path) -> None:
@@ -435,6 +437,18 @@ def test_damage_is_noticed(name: str, make_model: MakeModel, tmp_path: Path) -> 
     file.unlink()
     with pytest.raises(UserError, match="missing"):
         SampleStore.open(tmp_path / "out" / "train")
+
+
+def test_fewer_targets_than_tokens(make_model: MakeModel, tmp_path: Path) -> None:
+    make(make_model(), tmp_path / "out", lines(tmp_path / "a.jsonl", chat("a", "b")))
+    targets = tmp_path / "out" / "train" / "targets-00000.bin"
+    targets.write_bytes(targets.read_bytes()[:-1])
+    info = targets.with_name("store.json")
+    content = json.loads(info.read_text())
+    content["files"][targets.name]["size"] -= 1
+    info.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="contradicts itself"):
+        SampleStore.open(tmp_path / "out" / "train", verify="size")
 
 
 def test_no_record_escapes_as_another_error(make_model: MakeModel) -> None:
