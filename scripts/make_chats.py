@@ -1,6 +1,6 @@
 """Write the chat set of the fine-tuning tutorial: people say who they are, the answer is a card.
 
-    python scripts/make_chats.py --out DIR [--conversations N] [--seed N]
+    python scripts/make_chats.py --out DIR [--conversations N] [--seed N] [--card person|home]
 
     user       I live in Soren. My name is Dalan Tener.
     assistant  last: Tener
@@ -10,8 +10,8 @@
 DIR/train.jsonl and DIR/heldout.jsonl hold one OpenAI-style object {"messages": [...]} per line.
 Names are made of syllables, and no name is in both files: a right answer to a held-out question
 takes the format, and copying of names that were never learnt. Some conversations have a system
-message; some a second turn, which changes a name, so that its card needs the first turn too.
-The same arguments write the same bytes.
+message; some a second turn, which changes a name, so that its card needs the first turn too. The
+card "home" has other keys in another order. The same arguments write the same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ QUESTIONS = (
     "Write a card for {first} {last} of {city}.",
 )
 CHANGES = {"last": "My last name is {last} now.", "city": "I moved to {city}."}
-CARD = "last: {last}\nfirst: {first}\ncity: {city}"
+CARDS = {
+    "person": "last: {last}\nfirst: {first}\ncity: {city}",
+    "home": "home: {city}\nname: {first}\nfamily: {last}",
+}
 HELD_OUT = 20
 """One conversation and one name of so many are held out."""
 
@@ -51,7 +54,7 @@ def make_names(draw: random.Random) -> tuple[list[str], list[str]]:
     return names[cut:], names[:cut]
 
 
-def conversation(draw: random.Random, names: Sequence[str]) -> list[dict[str, str]]:
+def conversation(draw: random.Random, names: Sequence[str], card: str) -> list[dict[str, str]]:
     """Messages of one conversation; every answer is a card."""
     first, last, city, new = draw.sample(names, 4)
     person = {"first": first, "last": last, "city": city}
@@ -60,16 +63,16 @@ def conversation(draw: random.Random, names: Sequence[str]) -> list[dict[str, st
         messages.append({"role": "system", "content": SYSTEM})
     question = draw.choice(QUESTIONS).format(**person)
     messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": CARD.format(**person)})
+    messages.append({"role": "assistant", "content": card.format(**person)})
     if draw.random() < 0.25:
         changed = draw.choice(list(CHANGES))
         person[changed] = new
         messages.append({"role": "user", "content": CHANGES[changed].format(**person)})
-        messages.append({"role": "assistant", "content": CARD.format(**person)})
+        messages.append({"role": "assistant", "content": card.format(**person)})
     return messages
 
 
-def make_chats(conversations: int, seed: int) -> dict[str, str]:
+def make_chats(conversations: int, seed: int, card: str = "person") -> dict[str, str]:
     """Content of both files by name. Raises UserError for fewer than 20 conversations."""
     if conversations < HELD_OUT:
         raise UserError(f"--conversations must be at least {HELD_OUT}, got {conversations}")
@@ -81,7 +84,8 @@ def make_chats(conversations: int, seed: int) -> dict[str, str]:
     )
     return {
         name: "".join(
-            json.dumps({"messages": conversation(draw, names)}) + "\n" for _ in range(count)
+            json.dumps({"messages": conversation(draw, names, CARDS[card])}) + "\n"
+            for _ in range(count)
         )
         for name, names, count in plan
     }
@@ -92,9 +96,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--conversations", type=int, default=4000, help="to train on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--card", choices=CARDS, default="person")
     given = parser.parse_args(words)
     try:
-        files = make_chats(given.conversations, given.seed)
+        files = make_chats(given.conversations, given.seed, given.card)
         with naming("write", given.out):
             make_directories(given.out)
         for name, text in files.items():

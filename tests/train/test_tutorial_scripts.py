@@ -61,6 +61,17 @@ def test_the_same_arguments_make_the_same_conversations() -> None:
     assert make_chats.main(["--out", "unused", "--conversations", "19"]) == 2
 
 
+def test_cards_of_both_kinds_answer_the_same_questions() -> None:
+    kinds = [make_chats.make_chats(20, 0, card)["train.jsonl"] for card in make_chats.CARDS]
+    for person, home in zip(*map(str.splitlines, kinds), strict=True):
+        for one, other in zip(*(json.loads(c)["messages"] for c in (person, home)), strict=True):
+            assert (one == other) == (one["role"] != "assistant")
+            lines = [dict(line.split(": ") for line in m["content"].split("\n")) for m in (one, other)
+                     if m["role"] == "assistant"]  # fmt: skip
+            for a, b in zip(lines[::2], lines[1::2], strict=True):
+                assert (a["last"], a["first"], a["city"]) == (b["family"], b["name"], b["home"])
+
+
 def test_held_out_names_are_new_and_answers_follow_from_the_questions(chats: Path) -> None:
     train, heldout = read(chats / "train.jsonl"), read(chats / "heldout.jsonl")
     assert (len(train), len(heldout)) == (300, 15)
