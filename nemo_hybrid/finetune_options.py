@@ -113,6 +113,9 @@ class FinetuneTrainOptions(TrainOptions):
     """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
     warmup_steps: NotNegativeInt = 20
     """Steps of linear warm-up."""
+    mtp_loss_weight: NotNegativeFloat = 0.3
+    """Weight lambda of the mean over depths of the multi-token-prediction losses; 0: that block
+    stays as it is."""
     aux_loss_weight: NotNegativeFloat = 0.0
     """Weight of the sequence-wise load-balancing loss."""
     loss: Literal["tokens", "conversations", "two_stage"] = "tokens"

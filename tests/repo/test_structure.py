@@ -108,7 +108,9 @@ def import_faults(path: str, source: str) -> list[str]:
         if layer_of(other) >= layer_of(room) and not beside:
             faults.append(f"{path} ({room}) imports nemo_hybrid.{other}, which is not below it")
         if room == "model" and other not in MODEL_MAY_IMPORT:
-            faults.append(f"{path} imports nemo_hybrid.{other}; model knows options and errors only")
+            faults.append(
+                f"{path} imports nemo_hybrid.{other}; model knows options and errors only"
+            )
     if room != "parallel":
         for name in names:
             faults += [f"{path} imports {name}" for m in DISTRIBUTED if starts(name, m)]
