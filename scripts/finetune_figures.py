@@ -225,7 +225,6 @@ def main(words: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {
         "environment": environment(),
         "threads": given.threads,
-        "packing": packing(),
         "training": [],
     }
     try:
@@ -236,6 +235,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except ChildProcessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    # Not before: processes inherit the peak memory of the one that starts them.
+    result["packing"] = packing()
     show(result)
     if given.out:
         replace_file(given.out, json.dumps(result, indent=1))

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import exact_match
+import finetune_figures
 import make_chats
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.processes import run_python
 from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.chat import load_template, need_template
@@ -193,3 +195,37 @@ def test_the_tutorial_runs_what_is_there() -> None:
     for given in ([], words):
         config = load_config([ROOT / "configs/run/finetune_tiny_cpu.yaml"], given, FinetuneConfig)
         assert Path(str(config.data.path)) == ROOT / "data" / "chats" / "train.jsonl"
+
+
+def test_packing_figures() -> None:
+    found = finetune_figures.packing()
+    sizes = finetune_figures.lengths(found["samples"], found["capacity"]).tolist()
+    assert min(sizes) >= finetune_figures.SHORTEST
+    assert found["tokens"] == sum(sizes)
+    best, in_order, padded, single = found["slots"].values()
+    assert single == len(sizes) * found["capacity"]
+    batch = finetune_figures.BATCH
+    assert padded == sum(max(sizes[i : i + batch]) * batch for i in range(0, len(sizes), batch))
+    rows, room = 0, 0
+    for size in sizes:
+        rows, room = (rows, room - size) if size <= room else (rows + 1, found["capacity"] - size)
+    assert in_order == rows * found["capacity"]
+    assert sum(sizes) <= best < in_order
+    assert found["efficiency"]["best fit"] == sum(sizes) / best > 0.95
+
+
+def test_training_figures(tmp_path: Path) -> None:
+    model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
+    model.write_text(
+        "{pattern: '-', vocab_size: 64, hidden_size: 16, intermediate_size: 8, mtp_num_depths: 0}"
+    )
+    script = ROOT / "scripts" / "finetune_figures.py"
+    words = ["--models", model, "--steps", "1", "--rank", "2", "--threads", "1", "--out", out]
+    run_python([script, *words])
+    full, adapter = json.loads(out.read_text())["training"]
+    weights = 2 * 64 * 16 + 2 * 16 + 2 * 16 * 8
+    assert (full["parameters"], full["trained"]) == (weights, weights)
+    assert adapter["trained"] == adapter["parameters"] - weights == 2 * 2 * (16 + 8)
+    for row in (full, adapter):
+        assert row["tokens_per_s"] == pytest.approx(4 * 512 / row["seconds"][0])
+        assert 0 < row["peak_mib_over_imports"] < row["peak_mib"]
