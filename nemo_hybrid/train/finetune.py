@@ -11,12 +11,14 @@ from pathlib import Path
 from torch import nn
 
 from nemo_hybrid import __version__
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.files import MANIFEST, resolve
 from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
 from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import HELDOUT, TRAIN
+from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
@@ -27,6 +29,8 @@ from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
 _END_BYTES = 1 << 20
+_LOOKED_AT = 20  # samples
+_ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
 
 
 def make_samples(config: FinetuneConfig, hybrid: HybridConfig) -> None:
@@ -38,8 +42,6 @@ def make_samples(config: FinetuneConfig, hybrid: HybridConfig) -> None:
     if is_prepared(data.path):
         _without_sample_options(config)
         return
-    from nemo_hybrid.data.samples import prepare_samples
-
     summary = prepare_samples(
         data,
         [str(data.path)],
@@ -104,6 +106,22 @@ def _without_sample_options(config: FinetuneConfig) -> None:
             f"data.{given[0]} has no effect: {data.path} holds samples that are made already; give "
             "the option to `nemo-hybrid prepare --for finetune`"
         )
+
+
+def ending_missed(config: FinetuneConfig, data: Data, eos_id: int) -> str | None:
+    """What to say where samples end otherwise than generation does, which then would not stop."""
+    assert isinstance(data, PackedSamples)
+    known = read_companions(resolve(str(config.model.from_hf)))
+    ends = known.stop_ids or known.eos_token_ids or [eos_id]
+    for i in range(min(_LOOKED_AT, len(data.train.lengths))):
+        ids, targets = data.train.sample(i)
+        if set(ids[targets][-_ENDING:].tolist()) & set(ends):
+            return None
+    return (
+        f"warning: none of the first samples ends with a token that ends generation ({ends}): text "
+        "will go on behind an answer, unless eos_token_id in generation_config.json of "
+        f"{config.model.from_hf} lists the token that ends a turn"
+    )
 
 
 def with_steps(config: FinetuneConfig, data: Data) -> FinetuneConfig:

@@ -33,7 +33,7 @@ from nemo_hybrid.precision import policy
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.build import Run, build_run, check_precision, identity_of, open_data
 from nemo_hybrid.train.evaluate import evaluate
-from nemo_hybrid.train.finetune import describe, publish_model, with_steps
+from nemo_hybrid.train.finetune import describe, ending_missed, publish_model, with_steps
 from nemo_hybrid.train.flops import peak_source
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
 from nemo_hybrid.train.optim import learning_rate
@@ -350,7 +350,8 @@ def _announce(config: TrainingConfig, world: World, run: Run, checkpoint: Path |
 def _data_in_words(run: Run) -> str:
     config, data = run.config, run.data
     if isinstance(config, FinetuneConfig):
-        return describe(config, data, run.model)
+        missed = ending_missed(config, data, run.model.config.eos_token_id)
+        return "\n".join(filter(None, [missed, describe(config, data, run.model)]))
     return (
         f"data {data.tokens:,} training tokens; {config.train.max_steps} steps of "
         f"{config.train.global_batch_size} x {config.data.sequence_length} tokens"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.chats import conversations, tune, write_base, write_chats
+from helpers.chats import TEMPLATE, conversations, tune, write_base, write_chats
 from helpers.commands import Commands, Said, commands_in_one_process
 from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
@@ -343,6 +343,19 @@ def test_a_mistake_is_named_and_nothing_is_left(
     # What is left does not stand in the way of the mended command.
     mended = finetune(base, chats, "--run_dir", run, train={"max_steps": 1})
     assert mended.status == 0, mended.err
+
+
+def test_answers_that_no_generation_would_end_are_warned_of(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune
+) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text(TEMPLATE.replace("</s>", ""))
+    train = {"max_steps": 1}
+    said = [
+        finetune(base, chats, "--run_dir", tmp_path / name, data=data, train=train).out
+        for name, data in (("a", {}), ("b", {"chat_template": str(template)}))
+    ]
+    assert ["generation ([2])" in out for out in said] == [False, True]
 
 
 def test_prepared_samples_and_edited_conversations(
