@@ -16,6 +16,7 @@ HOME_CHATS=data/chats_home
 FULL=runs/finetune_tiny_cpu
 LORA=runs/finetune_tiny_lora
 MERGED=runs/finetune_tiny_merged
+ADAPTED='[in_proj, q_proj, k_proj, v_proj, o_proj, up_proj, down_proj]' # PEFT refuses out_proj
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 step() { printf '\n== %s\n' "$*"; }
@@ -54,7 +55,7 @@ SECONDS=0
 step 'Training an adapter beside frozen weights'
 finetune --model.from_hf "$FULL/model" --run_dir "$LORA" --data.path "$HOME_CHATS/train.jsonl" \
     --data.heldout_path "$HOME_CHATS/heldout.jsonl" --lora.rank 16 \
-    --train.max_steps 120 --train.decay_steps 50 --train.lr 5e-3
+    --lora.target_modules "$ADAPTED" --train.max_steps 120 --train.decay_steps 50 --train.lr 5e-3
 lora_s=$SECONDS
 
 step 'Merging the adapter'
@@ -72,7 +73,7 @@ cat <<EOF
 fine-tuning ${full_s} s, adapter ${lora_s} s
 
   fine-tuned model   $FULL/model      transformers and serving engines load it
-  adapter            $LORA/model      PEFT loads it
+  adapter            $LORA/model     PEFT loads it beside $FULL/model
   merged             $MERGED
   metrics            $FULL/metrics.jsonl, $LORA/metrics.jsonl
 EOF
