@@ -38,33 +38,27 @@ class _AllToAll(torch.autograd.Function):
         return returned, None, None, None
 
 
-class AllToAllDispatcher(MoE):
+class AllToAllDispatcher(nn.Module):
     """Owns experts ``[ep_rank * E / ep, (ep_rank + 1) * E / ep)`` of every MoE layer.
 
-    A subclass of DeepSpeed's MoE only because that is how its engine learns that parameters
-    flagged ``allreduce = False`` are reduced over the expert-data-parallel group; nothing of that
-    class is used. Raises ValueError unless ``ep_size`` divides ``experts``.
+    ``join`` comes before the first use. Raises ValueError unless ``ep_size`` divides ``experts``.
     """
 
     def __init__(self, experts: int, ep_size: int, rank: int) -> None:
         if experts % ep_size:
             raise ValueError(f"{experts} experts cannot be divided over {ep_size} processes")
-        nn.Module.__init__(self)
+        super().__init__()
         self.num_experts = experts
         self.ep_size = ep_size
         self.num_local_experts = experts // ep_size
-        self.expert_group_name = expert_group_name(ep_size)
         first = (rank % ep_size) * self.num_local_experts
         self.owned = range(first, first + self.num_local_experts)
         self.group: dist.ProcessGroup | None = None
 
-    def set_deepspeed_parallelism(
-        self, use_data_before_expert_parallel_: bool = False, **_: Any
-    ) -> None:
-        """Called by ``deepspeed.initialize``: make or find the expert-parallel group."""
-        self.group = expert_parallel_group(
-            self.expert_group_name, self.ep_size, use_data_before_expert_parallel_
-        )
+    def join(self, data_first: bool = False) -> None:
+        """Make or find the expert-parallel group; all processes together."""
+        name = expert_group_name(self.ep_size)
+        self.group = expert_parallel_group(name, self.ep_size, data_first)
         if dist.get_rank(self.group) * self.num_local_experts != self.owned.start:
             raise RuntimeError("DeepSpeed ordered the expert-parallel ranks in an unexpected way")
 
@@ -97,6 +91,22 @@ class AllToAllDispatcher(MoE):
         y_RL = _AllToAll.apply(y_QL, receive, send, self.group)
         y_TKL = y_RL[inverse_R].view(-1, top_k, x_TL.shape[1])
         return y_TKL.sum(1, dtype=torch.float32).to(x_TL.dtype)
+
+
+class TrainedExperts(MoE):
+    """Tells DeepSpeed's engine, by its class alone, that parameters flagged ``allreduce = False``
+    are reduced over the expert-data-parallel group. It refuses this where there are none."""
+
+    def __init__(self, dispatcher: AllToAllDispatcher) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = dispatcher.num_experts
+        self._join = dispatcher.join
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, **_: Any
+    ) -> None:
+        """Called by ``deepspeed.initialize``."""
+        self._join(use_data_before_expert_parallel_)
 
 
 def expert_group_name(ep_size: int) -> str:

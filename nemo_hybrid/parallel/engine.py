@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nemo_hybrid.checkpoint.state import Fragment
 from nemo_hybrid.config import TrainingConfig
 from nemo_hybrid.parallel import deepspeed_private
-from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, TrainedExperts, expert_group_name
 from nemo_hybrid.parallel.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,8 +68,9 @@ class Engine:
         self.world = world
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.dispatcher = dispatcher
-        if dispatcher is not None:
+        if dispatcher is not None and any(group["experts"] for group in groups):
             _mark_experts(groups, dispatcher.ep_size)
+            module.add_module("trained_experts", TrainedExperts(dispatcher))
         largest = max(p.numel() for group in groups for p in group["params"])
         fp32_first = config.parallel.zero == 2
         groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
@@ -79,6 +80,8 @@ class Engine:
             config=_deepspeed_config(config, accumulation, largest),
             dist_init_required=False,
         )
+        if dispatcher is not None and dispatcher.group is None:
+            dispatcher.join()
         self.zero = deepspeed_private.ZeroOptimizer(self.engine.optimizer)
         # From the start, so that there is something to save before the first update.
         for master in self.zero.masters:

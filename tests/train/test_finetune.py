@@ -283,6 +283,26 @@ def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_frozen_experts_may_be_divided_too(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune
+) -> None:
+    """DeepSpeed knows no expert parallelism without experts that are trained."""
+    lora = {"rank": 2, "target_modules": ["q_proj", "fc1_latent_proj"]}
+    train = {"lr": 1e-2}
+    alone, divided = tmp_path / "alone", tmp_path / "divided"
+    assert finetune(base, chats, "--run_dir", alone, lora=lora, train=train).status == 0
+    config = tune(base, chats, lora=lora, train=train, parallel={"ep": 2})
+    (tmp_path / "two.yaml").write_text(dump_config(config))
+    run_command("finetune", "--config", tmp_path / "two.yaml", "--run_dir", divided, size=2)
+    rows = [list(read_metrics(run / "metrics.jsonl")) for run in (alone, divided)]
+    for one, other in zip(*rows, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    a, b = (load_file(run / "model/adapter_model.safetensors") for run in (alone, divided))
+    for name, tensor in a.items():
+        assert (tensor - b[name]).norm() < 1e-4 * tensor.norm(), name
+
+
 def test_nvfp4_runs_with_and_without_adapters(
     chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
