@@ -56,6 +56,12 @@ def expert_parallel_group(name: str, ep_size: int, data_first: bool) -> dist.Pro
     return groups._get_expert_parallel_group(name)
 
 
+def keep_own(parameter: nn.Parameter) -> None:
+    """Let the engine not overwrite a frozen parameter, of which every rank has another part, with
+    rank 0's when it starts: it takes whatever the optimizer does not know for replicated."""
+    parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
 class Part(NamedTuple):
     """The part of a parameter that this rank owns: ``numel`` elements from ``start`` of the
     flattened parameter on, and from ``master_start`` of ``master`` on."""

@@ -68,6 +68,9 @@ class Engine:
         self.world = world
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.dispatcher = dispatcher
+        for name, parameter in model.named_parameters():
+            if ".experts." in name and not parameter.requires_grad:
+                deepspeed_private.keep_own(parameter)
         if dispatcher is not None and any(group["experts"] for group in groups):
             _mark_experts(groups, dispatcher.ep_size)
             module.add_module("trained_experts", TrainedExperts(dispatcher))

@@ -303,6 +303,20 @@ def test_frozen_experts_may_be_divided_too(
         assert (tensor - b[name]).norm() < 1e-4 * tensor.norm(), name
 
 
+def test_frozen_experts_of_every_rank_keep_their_bytes(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed would give all ranks the first one's."""
+    train = {"trained": "mtp", "max_steps": 1}
+    config = tune(base, chats, train=train, parallel={"ep": 2})
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    words = ["--config", tmp_path / "run.yaml", "--run_dir", tmp_path / "run"]
+    run_command("finetune", *words, size=2)
+    names = tensors(base).keys()
+    trained = {name for name in names if name.startswith("mtp.") and not is_router(name)}
+    assert changed(base, tmp_path / "run/model") == trained
+
+
 def test_nvfp4_runs_with_and_without_adapters(
     chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
