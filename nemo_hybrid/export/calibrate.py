@@ -1,0 +1,239 @@
+"""How large activations get: what input scales and the KV cache's scales are made of.
+
+Shapes: S tokens of a piece of text, K in-features; R routed slots sorted by expert, E experts, L
+width in which experts work, F expert inner width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nemo_hybrid.checkpoint.names import is_stacked
+from nemo_hybrid.config import DataOptions, HybridConfig
+from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
+from nemo_hybrid.data.tokenizer import load_tokenizer
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.lora import adaptable
+from nemo_hybrid.terminal import progress_bar
+from nemo_kernels.moe.reference import LoopExperts
+
+_BIN_BITS = 16
+"""Of an fp32 number that its bin leaves out: a bin lies between two neighbours in bf16."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen of a model's activations; all numbers are magnitudes, not yet scales."""
+
+    amax: dict[str, Tensor]
+    """Of a place's inputs, on the CPU: fp32 scalar; of stacks one per expert, [E]. Never 0: 1 where
+    there was nothing but zeros."""
+    unseen: dict[str, list[int]]
+    """Experts of a stack that no token was sent to: they have the largest amax of the others."""
+    kv: dict[str, float]
+    """Largest key and value by the places of k_proj and v_proj (keys are cached as they leave it:
+    there is no position encoding)."""
+    tokens: int
+    """Tokens read."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: HybridLM,
+    pieces: Iterable[Tensor],
+    percentile: float | None = None,
+    places: Collection[str] | None = None,
+    *,
+    show: bool = False,
+) -> Calibration:
+    """Run the model on pieces of text, ids [B, S], and watch the inputs of its products.
+
+    Experts' down projections are watched in front of the routing weight, where engines quantize.
+    With ``percentile``, amax is the smallest bf16 number that at least so many percent of the
+    magnitudes lie below, and at most the largest of them; for a stack, the percentile is that of
+    all experts together, which share a scale. ``places``: which to watch; None: all of them. MTP
+    block and head run only for places of theirs.
+
+    Raises UserError where there is nothing to read, and naming the place for activations that are
+    not finite.
+    """
+    linears, stacks = adaptable(model)
+    watched = {*linears, *stacks, "lm_head"} if places is None else set(places)
+    seen = {p: _Magnitudes(len(stacks[p]) if p in stacks else 1, percentile) for p in watched}
+    kv = {p: _Magnitudes(1, None) for p in linears if p.endswith((".k_proj", ".v_proj"))}
+    tokens, pieces = 0, list(pieces)
+    total = sum(piece.numel() for piece in pieces)
+    with ExitStack() as stack, progress_bar("calibrating", total, show) as progress:
+        _watch(model, seen, kv, stack)
+        for ids_BS in pieces:
+            ids_BS = ids_BS.to(model.lm_head.weight.device)
+            h_BSD, _ = model.forward_hidden(ids_BS)
+            if "lm_head" in watched:
+                model.lm_head(h_BSD)
+            if any(place.startswith("mtp.") for place in watched):
+                model.forward_mtp(h_BSD, ids_BS)
+            tokens += ids_BS.numel()
+            progress(tokens)
+    if not tokens:
+        raise UserError("there is no token to calibrate with: give more text")
+    amax = {place: magnitudes.result(place) for place, magnitudes in seen.items()}
+    unseen = {p: m.unseen() for p, m in seen.items() if p in stacks and m.unseen()}
+    # MTP's keys and values are not watched where the block did not run.
+    kv_amax = {p: float(m.result(p)[0]) for p, m in kv.items() if not m.unseen()}
+    return Calibration(
+        {p: a if is_stacked(p) else a[0] for p, a in amax.items()}, unseen, kv_amax, tokens
+    )
+
+
+def read_pieces(
+    data: str,
+    directory: Path,
+    config: HybridConfig,
+    tokens: int,
+    split: Literal["train", "heldout"] = "train",
+    length: int = 512,
+) -> list[Tensor]:
+    """About ``tokens`` token ids of a text file, read with the tokenizer of ``directory``, or of a
+    part of a token store: pieces [1, S] of one document each, of at most ``length``.
+
+    Of the training part they are drawn at random (always the same), of the held-out part evenly
+    spaced; of a text file they are the first. Raises UserError.
+    """
+    rows = -(-tokens // length)
+    if not Path(data).is_dir():
+        return list(_text_ids(data, directory, config)[:tokens][None].split(length, 1))
+    blend = open_blend(DataOptions(path=data, sequence_length=length), config)
+    require_tokenizer(blend, directory)
+    if split == "train":
+        rows = min(rows, sum(store.windows(length) for store in blend.train))
+        batches = iter([blend.rows(range(rows), length, seed=0)])
+    else:
+        batches = heldout_batches(
+            blend, sequence_length=length, micro_batch_size=1, rank=0, world_size=1, limit=rows
+        )
+    return [
+        piece_S[None]
+        for batch in batches
+        for piece_S in batch.ids_BS.flatten().split(batch.cu_seqlens.diff().tolist())
+    ]
+
+
+def _text_ids(data: str, directory: Path, config: HybridConfig) -> Tensor:
+    try:
+        with naming("read", Path(data)):
+            text = Path(data).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{data} is neither a UTF-8 text file nor a token store (made by `nemo-hybrid prepare`)"
+        ) from None
+    ids = torch.from_numpy(load_tokenizer(directory).encode([text])[0])
+    if not len(ids):
+        raise UserError(f"{data} is empty")
+    if int(ids.max()) >= config.vocab_size:
+        raise UserError(
+            f"{data} holds token id {int(ids.max())}, beyond the model's vocab_size "
+            f"{config.vocab_size}"
+        )
+    return ids
+
+
+def _watch(
+    model: HybridLM,
+    seen: dict[str, _Magnitudes],
+    kv: dict[str, _Magnitudes],
+    stack: ExitStack,
+) -> None:
+    """Let everything in ``seen`` and ``kv`` see the model's activations until the stack ends."""
+
+    def before(magnitudes: _Magnitudes, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        magnitudes.see(args[0])
+
+    def after(magnitudes: _Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
+        magnitudes.see(output)
+
+    for place, magnitudes in seen.items():
+        if not is_stacked(place):
+            module = model.get_submodule(place)
+            stack.callback(module.register_forward_pre_hook(partial(before, magnitudes)).remove)
+    for place, magnitudes in kv.items():
+        hook = model.get_submodule(place).register_forward_hook(partial(after, magnitudes))
+        stack.callback(hook.remove)
+    for name in sorted({p.rpartition(".")[0] for p in seen if is_stacked(p)}):
+        experts: Any = model.get_submodule(name)
+        stack.callback(setattr, experts, "low_precision", experts.low_precision)
+        experts.low_precision = _Watched(seen.get(f"{name}.up_proj"), seen.get(f"{name}.down_proj"))
+
+
+class _Watched(LoopExperts):
+    """The expert MLP, whose inputs are seen."""
+
+    def __init__(self, up: _Magnitudes | None, down: _Magnitudes | None) -> None:
+        self.up, self.down = up, down
+
+    def forward(
+        self,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: list[int],
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        y_RL, h_RF = super().forward(x_RL, weights_R, groups, w_up_EFL, w_down_ELF)
+        if self.up is not None:
+            self.up.see(x_RL, groups)
+        if self.down is not None:
+            self.down.see(h_RF.relu().square(), groups)
+        return y_RL, h_RF
+
+
+class _Magnitudes:
+    """The largest magnitude of each expert's inputs (of one: no experts), and with ``percentile``
+    a histogram of all of them, whose bins hold one bf16 number each."""
+
+    def __init__(self, experts: int, percentile: float | None) -> None:
+        self.amax_E = torch.zeros(experts)
+        self.rows_E = torch.zeros(experts, dtype=torch.int64)
+        self.percentile = percentile
+        self.bins = torch.zeros(1 << (31 - _BIN_BITS), dtype=torch.int64)
+
+    def see(self, x: Tensor, groups: list[int] | None = None) -> None:
+        """x [.., K]; with groups, rows by expert."""
+        x = x.flatten(0, -2).abs()
+        counts = [len(x)] if groups is None else groups
+        for expert, rows in enumerate(x.split(counts)):
+            if len(rows):
+                # A NaN stays: max passes it on.
+                self.amax_E[expert] = self.amax_E[expert].maximum(rows.amax().float().cpu())
+                self.rows_E[expert] += len(rows)
+        if self.percentile is not None:
+            bins = x.flatten().float().view(torch.int32) >> _BIN_BITS
+            self.bins += torch.bincount(bins, minlength=len(self.bins)).cpu()
+
+    def unseen(self) -> list[int]:
+        return [expert for expert, rows in enumerate(self.rows_E.tolist()) if not rows]
+
+    def result(self, place: str) -> Tensor:
+        """[E], see `Calibration.amax`. Raises UserError naming the place."""
+        if not self.amax_E.isfinite().all():
+            raise UserError(
+                f"the inputs or outputs of {place} are not finite: the checkpoint is broken"
+            )
+        amax_E = self.amax_E.clone()
+        if self.percentile is not None:
+            needed = math.ceil(int(self.bins.sum()) * self.percentile / 100)
+            last = int(torch.searchsorted(self.bins.cumsum(0), needed))
+            end = torch.tensor((last + 1) << _BIN_BITS, dtype=torch.int32).view(torch.float32)
+            amax_E = amax_E.minimum(end)
+        amax_E[self.unseen()] = amax_E.max()
+        return torch.where(amax_E == 0, 1.0, amax_E)

@@ -1,0 +1,162 @@
+"""Calibration against activations computed by hand, and reading what to calibrate on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.corpus import EOS, TINY_MODEL, write_corpus
+from helpers.tiny_models import loud_model, random_ids, tiny_config
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.calibrate import calibrate, read_pieces
+from nemo_hybrid.model.hybrid import HybridLM
+
+CONFIG = tiny_config("E*-M")
+EXPERTS = "backbone.layers.0.mixer.experts"
+
+
+def by_hand(model: HybridLM, ids_BS: Tensor) -> dict[str, Tensor]:
+    """Inputs of the first three layers' products; those of an expert under its number."""
+    seen = {}
+    moe, attention, mlp, _ = model.backbone.layers
+    x = model.backbone.embeddings(ids_BS)
+    h = moe.norm(x).flatten(0, 1)
+    chosen_TK, _, _ = moe.mixer.gate(h)
+    latent = moe.mixer.fc1_latent_proj(h)
+    for expert in range(CONFIG.n_routed_experts):
+        rows = latent[(chosen_TK == expert).any(1)]
+        inner = F.relu(rows @ moe.mixer.experts.up_proj[expert].t()).square()
+        seen[f"{EXPERTS}.{expert}.up_proj"], seen[f"{EXPERTS}.{expert}.down_proj"] = rows, inner
+    seen["backbone.layers.0.mixer.fc1_latent_proj"] = h
+    x = moe(x, None)[0]
+    seen["backbone.layers.1.mixer.q_proj"] = attention.norm(x)
+    seen["k"] = attention.mixer.k_proj(attention.norm(x))
+    seen["v"] = attention.mixer.v_proj(attention.norm(x))
+    x = attention(x, None)[0]
+    seen["backbone.layers.2.mixer.up_proj"] = h = mlp.norm(x)
+    seen["backbone.layers.2.mixer.down_proj"] = F.relu(h @ mlp.mixer.up_proj.weight.t()).square()
+    x = mlp(x, None)[0]
+    seen["backbone.layers.3.mixer.in_proj"] = model.backbone.layers[3].norm(x)
+    seen["lm_head"] = model.forward_hidden(ids_BS)[0]
+    return seen
+
+
+@torch.no_grad()
+def test_largest_magnitudes_are_those_computed_by_hand() -> None:
+    model, ids_BS = loud_model(CONFIG), random_ids(CONFIG, 3, 20)
+    found = calibrate(model, ids_BS.split(1))
+    for name, x in by_hand(model, ids_BS).items():
+        if name in ("k", "v"):
+            amax = torch.tensor(found.kv[f"backbone.layers.1.mixer.{name}_proj"])
+        elif name.startswith(EXPERTS):
+            expert, projection = name.removeprefix(f"{EXPERTS}.").split(".")
+            amax = found.amax[f"{EXPERTS}.{projection}"][int(expert)]
+        else:
+            amax = found.amax[name]
+            assert not amax.dim()
+        torch.testing.assert_close(amax, x.abs().max(), msg=name)
+    assert found.tokens == 60
+    assert not found.unseen
+
+
+@torch.no_grad()
+def test_the_model_is_left_as_it_was() -> None:
+    model, ids_BS = loud_model(CONFIG), random_ids(CONFIG, 1, 20)
+    before = model(ids_BS).logits
+    calibrate(model, [ids_BS], 99.0)
+    torch.testing.assert_close(model(ids_BS).logits, before, rtol=0, atol=0)
+    assert model.backbone.layers[0].mixer.experts.low_precision is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_only_what_is_watched_is_there_and_mtp_if_it_is() -> None:
+    config = tiny_config("E", mtp_num_depths=2)
+    model, ids_BS = loud_model(config), random_ids(config, 1, 12)
+    up = f"{EXPERTS}.up_proj"
+    found = calibrate(model, [ids_BS], places=[up])
+    assert list(found.amax) == [up]
+    assert not found.kv
+    found = calibrate(model, [ids_BS], places=["mtp.layers.0.eh_proj"])
+    assert list(found.kv) == ["mtp.layers.0.mixer.k_proj", "mtp.layers.0.mixer.v_proj"]
+    assert found.amax["mtp.layers.0.eh_proj"] > 0
+
+
+def test_experts_without_tokens_are_named_and_get_the_largest_of_the_others() -> None:
+    model, ids_BS = loud_model(CONFIG), random_ids(CONFIG, 1, 40)
+    model.backbone.layers[0].mixer.gate.e_score_correction_bias[[2, 5]] = -100.0
+    found = calibrate(model, [ids_BS])
+    assert found.unseen == {f"{EXPERTS}.{p}": [2, 5] for p in ("up_proj", "down_proj")}
+    for place in found.unseen:
+        amax_E = found.amax[place]
+        others = [float(a) for e, a in enumerate(amax_E) if e not in (2, 5)]
+        assert float(amax_E[2]) == float(amax_E[5]) == max(others)
+        assert len(set(others)) > 1
+
+
+@pytest.mark.parametrize("percentile", [75.0, 99.0, 99.9, 100.0])
+@torch.no_grad()
+def test_a_percentile_is_that_of_torch_within_a_bin(percentile: float) -> None:
+    model, ids_BS = loud_model(CONFIG), random_ids(CONFIG, 4, 30)
+    seen = by_hand(model, ids_BS)
+    name = "backbone.layers.2.mixer.down_proj"
+    everyone = torch.cat([x for n, x in seen.items() if n.endswith("up_proj") and EXPERTS in n])
+    found = calibrate(model, ids_BS.split(2), percentile)
+    for amax, x in ((found.amax[name], seen[name]), (found.amax[f"{EXPERTS}.up_proj"], everyone)):
+        wanted = torch.quantile(x.abs().flatten(), percentile / 100, interpolation="higher")
+        assert wanted <= amax.max() <= wanted * (1 + 2.0**-7)
+    again = calibrate(model, ids_BS.flip(0).split(1), percentile)
+    assert torch.equal(again.amax[name], found.amax[name])
+
+
+def test_zeros_give_a_scale_that_can_divide_and_nan_is_an_error() -> None:
+    model, ids_BS = loud_model(CONFIG), random_ids(CONFIG, 1, 8)
+    place = "backbone.layers.2.mixer.down_proj"
+    mlp = model.backbone.layers[2].mixer
+    with torch.no_grad():
+        mlp.up_proj.weight.zero_()
+    assert calibrate(model, [ids_BS], 99.0, [place]).amax[place] == 1
+    with torch.no_grad():
+        mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=f"{place} are not finite"):
+        calibrate(model, [ids_BS], None, [place])
+    with pytest.raises(UserError, match="no token"):
+        calibrate(model, [])
+
+
+def test_pieces_of_a_store_are_of_one_document(tmp_path: Path) -> None:
+    store = write_corpus(tmp_path / "store")
+    config = HybridConfig(**TINY_MODEL)
+    for split in ("train", "heldout"):
+        pieces = read_pieces(str(store), store, config, 300, split, 32)  # type: ignore[arg-type]
+        assert 300 <= sum(p.numel() for p in pieces) < 332
+        assert all(p.dim() == 2 and len(p) == 1 and p.shape[1] <= 32 for p in pieces)
+        assert all(EOS not in p[0, :-1] for p in pieces)
+        assert any(EOS in p for p in pieces)
+        again = read_pieces(str(store), store, config, 300, split, 32)  # type: ignore[arg-type]
+        assert all(map(torch.equal, pieces, again))
+
+
+def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:
+    store, text = tmp_path / "tokenizer", tmp_path / "text.txt"
+    store.mkdir()
+    text.write_text("seven by")
+    tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
+    for name, content in tokenizer.files.items():
+        (store / name).write_bytes(content)
+    config = tiny_config("E", vocab_size=SMALLEST_VOCABULARY)
+    pieces = read_pieces(str(text), store, config, 5, length=3)
+    assert [tokenizer.decode(p[0].tolist()) for p in pieces] == ["sev", "en"]
+    with pytest.raises(UserError, match="beyond the model's vocab_size 61"):
+        read_pieces(str(text), store, CONFIG, 5)
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="neither a UTF-8 text file nor a token store"):
+        read_pieces(str(text), store, config, 5)
+    text.write_text("")
+    with pytest.raises(UserError, match="empty"):
+        read_pieces(str(text), store, config, 5)
+    with pytest.raises(UserError, match=r"cannot read .*absent"):
+        read_pieces(str(tmp_path / "absent"), store, config, 5)
