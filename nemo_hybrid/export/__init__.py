@@ -1,0 +1,1 @@
+"""Checkpoints in the number formats that serving engines load."""

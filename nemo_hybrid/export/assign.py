@@ -1,0 +1,259 @@
+"""Which weight is stored in which format.
+
+A place is a weight that may be quantized, by our name without ``.weight``:
+``backbone.layers.0.mixer.in_proj``, and for all routed experts of a layer together
+``backbone.layers.1.mixer.experts.up_proj``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+
+from nemo_hybrid.checkpoint.names import is_stacked
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.hybrid import HybridLM
+
+Format = Literal["bf16", "fp8", "nvfp4", "nvfp4_w4a16"]
+"""nvfp4_w4a16: weights alone; the other two quantize the inputs of the product as well."""
+FORMATS = get_args(Format)
+BLOCK = 16
+Assignment = dict[str, Format]
+
+
+class Preset(NamedTuple):
+    """Formats by family. ``spare``: Mamba layers directly before an attention layer stay bf16."""
+
+    formats: Mapping[str, Format]
+    spare: bool = False
+
+
+_MLPS = ("experts", "shared_experts", "mlp")
+# Dense MLPs, which Super and Ultra do not have, are treated as their shared experts are.
+_SUPER: dict[str, Format] = {
+    "experts": "nvfp4", "shared_experts": "fp8", "mlp": "fp8", "mamba": "fp8",
+}  # fmt: skip
+PRESETS = {
+    "conservative": Preset(dict.fromkeys(_MLPS, "nvfp4")),
+    "super": Preset(_SUPER),
+    "ultra": Preset(_SUPER),
+    "nano": Preset(dict.fromkeys((*_MLPS, "mamba"), "nvfp4"), spare=True),
+}
+"""By module family, as NVIDIA published these models; their own choice for single layers differs.
+Super and Ultra agree in families: what sets Ultra apart are four-over-six scales."""
+
+# Families that a glob must name: these words have to stand in it.
+_NAMED_ONLY = {"head": "lm_head", "latent": "latent", "mtp": "mtp"}
+_WHY_NEVER = {
+    "gate": "routers decide in fp32 between experts whose scores are close",
+    "e_score_correction_bias": "router biases decide between experts whose scores are close",
+    "conv1d": "convolutions have four taps per channel, which engines do not quantize",
+    "embeddings": "embeddings are looked up, not multiplied",
+    "A_log": "decay rates stay fp32",
+    "D": "skip weights of the scan stay fp32",
+    "dt_bias": "time steps stay fp32",
+}
+_NORM = "norms have one number per channel"
+
+
+def places(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
+    """Everything that may be quantized, with the weight's shape: [out, in], of stacks
+    [E, out, in]."""
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in _parameters(shape).items()
+        if _is_place(name)
+    }
+
+
+def _parameters(shape: HybridConfig) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = HybridLM(shape)
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _is_place(name: str) -> bool:
+    return is_stacked(name) or name.endswith(("_proj.weight", "lm_head.weight"))
+
+
+def unquantizable(shape: HybridConfig) -> list[str]:
+    """Names, as in places, of all other weights."""
+    return [n.removesuffix(".weight") for n in _parameters(shape) if not _is_place(n)]
+
+
+def family(place: str) -> str:
+    """experts, shared_experts, mamba, attention, latent, mlp, mtp or head."""
+    if place.startswith("mtp."):
+        return "mtp"
+    head, _, leaf = place.rpartition(".")
+    if leaf == "lm_head":
+        return "head"
+    owner = head.rpartition(".")[2]
+    if owner in ("experts", "shared_experts"):
+        return owner
+    if leaf in ("in_proj", "out_proj"):
+        return "mamba"
+    if leaf in ("up_proj", "down_proj"):
+        return "mlp"
+    return "latent" if leaf.endswith("latent_proj") else "attention"
+
+
+def groups(assignment: Mapping[str, Format]) -> list[list[str]]:
+    """The quantized places, those together that engines fuse, so that they have one tensor scale
+    and one input scale: q, k and v of a layer. (Of stacked experts the input scale is one for all,
+    the tensor scales are not.)"""
+    found: dict[str, list[str]] = {}
+    for place, format in assignment.items():
+        if format != "bf16":
+            fused = place.endswith((".q_proj", ".k_proj", ".v_proj"))
+            found.setdefault(place.rpartition(".")[0] if fused else place, []).append(place)
+    return list(found.values())
+
+
+def assign(shape: HybridConfig, preset: str | None, rules: Mapping[str, str]) -> Assignment:
+    """The format of every place: the preset's, then those of rules (glob over places -> format),
+    of which the last that matches counts.
+
+    Head, latent projections and MTP are quantized only by a glob that holds "lm_head", "latent" or
+    "mtp". Raises UserError for a rule that matches nothing, or nothing that it may change, and for
+    what engines cannot load (see `check`).
+    """
+    sizes = places(shape)
+    assignment: Assignment = {place: _of_preset(shape, preset, place) for place in sizes}
+    for glob, given in rules.items():
+        if given not in FORMATS:
+            raise UserError(f"formats: {glob}: {given!r} is no format; use {', '.join(FORMATS)}")
+        matched = [place for place in sizes if fnmatchcase(place, glob)]
+        if not matched:
+            raise _nothing(glob, sizes, unquantizable(shape))
+        held = {place: _unnamed(place, glob) for place in matched} if given != "bf16" else {}
+        if held and all(held.values()):
+            word = next(filter(None, held.values()))
+            raise UserError(
+                f"formats: {glob} matches only {matched[0]} and the like, which are quantized only "
+                f'by a glob that names them: write "{word}" in it'
+            )
+        for place in matched:
+            if not held.get(place):
+                assignment[place] = cast(Format, given)
+    check(assignment, sizes)
+    return assignment
+
+
+def _of_preset(shape: HybridConfig, preset: str | None, place: str) -> Format:
+    if preset is None:
+        return "bf16"
+    kind = family(place)
+    if PRESETS[preset].spare and kind == "mamba":
+        layer = int(place.split(".")[2])
+        if shape.pattern[layer + 1 : layer + 2] == "*":
+            return "bf16"
+    return PRESETS[preset].formats.get(kind, "bf16")
+
+
+def _unnamed(place: str, glob: str) -> str | None:
+    """The word that a glob lacks to quantize a place; None: it lacks none."""
+    return next(
+        (
+            word
+            for kind, word in _NAMED_ONLY.items()
+            if word not in glob and (kind == family(place) or word in place)
+        ),
+        None,
+    )
+
+
+def _nothing(glob: str, sizes: Iterable[str], others: Sequence[str]) -> UserError:
+    other = next((name for name in others if fnmatchcase(name, glob)), None)
+    if other is not None:
+        parts = other.split(".")
+        why = next((_WHY_NEVER[part] for part in parts[::-1] if part in _WHY_NEVER), _NORM)
+        return UserError(f"formats: {glob} matches {other}, which is never quantized: {why}")
+    near = difflib.get_close_matches(glob, list(sizes), 1, cutoff=0)
+    return UserError(
+        f"formats: {glob} matches no weight of the model; the nearest name is {near[0]} (all "
+        "experts of a layer have one format)"
+    )
+
+
+def check(assignment: Mapping[str, Format], sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError for a width that NVFP4's blocks do not divide, and for several formats where
+    engines fuse: q, k and v, and all expert weights of a layer."""
+    fused: dict[str, dict[Format, str]] = {}
+    for place, format in assignment.items():
+        width = sizes[place][-1]
+        if format.startswith("nvfp4") and width % BLOCK:
+            raise UserError(
+                f"{place} has rows of {width}, which blocks of {BLOCK} do not divide: leave it in "
+                "bf16 or fp8 (formats)"
+            )
+        owner, _, leaf = place.rpartition(".")
+        if leaf in ("q_proj", "k_proj", "v_proj") or is_stacked(place):
+            fused.setdefault(owner, {})[format] = place
+    for found in fused.values():
+        if len(found) > 1:
+            (one, a), (other, b) = list(found.items())[:2]
+            raise UserError(
+                f"{a} is {one}, but {b} is {other}: engines fuse them, so give both one format"
+            )
+
+
+def planned(
+    shape: HybridConfig, target: str, preset: str, rules: Mapping[str, str], calibrated: bool
+) -> Assignment:
+    """The assignment of a `nemo-hybrid export --format`: ``target`` bf16, nvfp4, mixed, fp8 or
+    compressed-tensors. fp8 takes from the preset only which places are quantized. Without
+    calibration nvfp4 becomes nvfp4_w4a16.
+
+    Raises UserError as `assign`, and for an assignment that the target cannot hold.
+    """
+    if target == "bf16":
+        if rules:
+            raise UserError("formats says what is quantized, but format is bf16: choose another")
+        return assign(shape, None, {})
+    if target == "fp8":
+        base = {p: "fp8" for p in places(shape) if _of_preset(shape, preset, p) != "bf16"}
+        assignment = assign(shape, None, {**base, **rules})
+    else:
+        assignment = assign(shape, preset, rules)
+    return fitted(assignment, target, calibrated)
+
+
+def fitted(assignment: Mapping[str, Format], target: str, calibrated: bool) -> Assignment:
+    """The same, as far as a target format can hold it; see `planned`."""
+    out: Assignment = dict(assignment)
+    if not calibrated:
+        out = {p: "nvfp4_w4a16" if f == "nvfp4" else f for p, f in out.items()}
+    first = {f: p for p, f in reversed(out.items()) if f != "bf16"}
+    if not first:
+        raise UserError("nothing would be quantized: name another preset, or formats, or use bf16")
+    if "fp8" in first and not calibrated:
+        raise UserError(
+            f"{first['fp8']} is to be fp8, whose products take fp8 inputs, too: name a text or "
+            "token store as calibration"
+        )
+    if target == "mixed":
+        return out
+    if target == "fp8":
+        wrong = next((f for f in first if f != "fp8"), None)
+    else:
+        wrong = "fp8" if "fp8" in first else None
+        if wrong is None and len(first) > 1:
+            wrong = "nvfp4_w4a16"
+    if wrong is not None:
+        hint = "" if target == "compressed-tensors" else ": mixed can"
+        raise UserError(
+            f"{first[cast(Format, wrong)]} is to be {wrong}, which --format {target} cannot hold, "
+            f"or not beside other formats{hint}"
+        )
+    if target == "compressed-tensors" and out["lm_head"] != "bf16":
+        raise UserError(
+            "lm_head: engines do not load a quantized head in compressed-tensors' layout; leave it "
+            "in bf16"
+        )
+    return out

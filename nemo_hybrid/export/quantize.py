@@ -1,0 +1,190 @@
+"""Weights in the formats of `assign`, with nvidia-modelopt's operations in its order, so that bytes
+are equal.
+
+NVFP4: a block of 16 has the scale s_b, E4M3, the tensor has t, fp32; a value is code * s_b * t.
+
+    amax            s_b = E4M3(amax_b / (6 t)),              t = amax / 2688
+    four_over_six   s_b for amax_b, or for 1.5 amax_b,       t = amax / 1536
+    mse             the best s_b of all E4M3 numbers,        t = amax / 2688
+    training        s_b of the 16x16 block, by TransformerEngine's formula (nemo_kernels.nvfp4)
+
+The choices of the middle two minimise the block's sum of squared errors; of equal ones, the first
+(1.0, or the smallest) counts. 2688 = 6 * 448; 1536 = 6 * 256 leaves room for 1.5 times as much.
+They are modelopt's calibrators ``MseCalibrator`` with the multipliers 1.0 and 1.5 and
+``NVFP4MSECalibrator``, and its exporter, which clamps s_b to [2^-9, 448].
+
+FP8: E4M3(w / scale), scale = amax / 448.
+
+Shapes: N blocks of a part, B = 16.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.assign import BLOCK, Format
+from nemo_kernels.nvfp4.packing import encode, pack
+from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
+from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_nearest_
+from nemo_kernels.nvfp4.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
+
+Search = Literal["amax", "mse", "four_over_six", "training"]
+Layout = Literal["modelopt", "compressed-tensors"]
+Stored = dict[str, Tensor]
+"""Last name part on disk -> tensor, of one weight."""
+
+_LEAST_E4M3 = 2.0**-9
+_TINY_AMAX = 2.0**-24  # modelopt's emulated scales take 1 for what is not larger
+_CODES = 126  # finite positive E4M3 numbers, by their bytes 1 to 126
+# Candidates around the E4M3 number nearest to amax_b / 6t, in steps of which an octave has eight.
+# Further below, the block's largest value alone has a larger error than all have there. Further
+# above, half of a candidate is one too, its grid holds all points of the other's in the block's
+# range, and it comes first.
+_BELOW, _ABOVE = 17, 16
+
+
+def weight_tensors(
+    w: Tensor,
+    format: Format,
+    layout: Layout = "modelopt",
+    amax: Tensor | None = None,
+    search: Search = "amax",
+) -> Stored:
+    """What is stored for a weight [out, in], fp32, bf16 or fp16, besides its input scale.
+
+    Args:
+        amax: fp32 scalar to take for the largest |w|: the one of all weights that an engine fuses.
+            0 counts as 1, so that scales are positive.
+        search: of NVFP4 scales.
+
+    Raises:
+        UserError: w holds NaN or infinity, or 16x16 blocks do not divide it.
+        ValueError: a row is not divisible by 16, or format is bf16.
+    """
+    own = w.abs().amax().float() if w.numel() else torch.zeros(())
+    if not own.isfinite():
+        raise UserError("it holds NaN or infinity")
+    amax = own if amax is None else amax.to(own.device)
+    amax = torch.where(amax == 0, 1.0, amax)
+    if format == "fp8":
+        scale = divide(amax, E4M3_MAX)
+        data = (w.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return {"weight": data, "weight_scale": scale}
+    if format not in ("nvfp4", "nvfp4_w4a16"):
+        raise ValueError(f"format: expected fp8 or nvfp4, got {format}")
+    q = _nvfp4(w, amax, search)
+    if layout == "modelopt":
+        return {"weight": q.data, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale}
+    return {
+        "weight_packed": q.data,
+        "weight_scale": q.block_scale,
+        "weight_global_scale": q.tensor_scale.reciprocal().reshape(1),
+    }
+
+
+def decoded(stored: Stored) -> Tensor:
+    """The values [out, in] of what `weight_tensors` gave, in fp32."""
+    if "weight_packed" in stored:
+        tensor_scale = stored["weight_global_scale"].reciprocal().reshape(())
+        return dequantize(Quantized(stored["weight_packed"], stored["weight_scale"], tensor_scale))
+    if "weight_scale_2" in stored:
+        return dequantize(
+            Quantized(stored["weight"], stored["weight_scale"], stored["weight_scale_2"])
+        )
+    return stored["weight"].float() * stored["weight_scale"]
+
+
+def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
+    if search == "amax":
+        return quantize_modelopt(w, amax=amax)
+    if search == "training":
+        if w.shape[0] % BLOCK:
+            raise UserError(
+                f"it has {w.shape[0]} rows, which the 16x16 blocks of training do not divide: take "
+                "other scales"
+            )
+        # The amax of a tile grid has two dimensions of 1 where it is not a scalar.
+        return quantize(w, tile=(BLOCK, BLOCK), amax=amax)
+    w = w.detach().contiguous()
+    blocks = Blocks.of(w, (1, BLOCK), columnwise=False)
+    block_amax_N = blocks.amax(w).flatten()
+    x_NB = w.view(blocks.shape)
+    data = torch.empty(len(x_NB), BLOCK // 2, dtype=torch.uint8, device=w.device)
+    scale_N = torch.empty_like(block_amax_N)
+    most = E4M3_MAX if search == "mse" else E4M3_MAX_FOUR_OVER_SIX
+    tensor_scale = divide(amax, E2M1_MAX * most)
+    choose = _best_of_all if search == "mse" else _four_or_six
+    for part in blocks.parts(w.device):
+        x = x_NB[part].float()
+        chosen_N = choose(x, block_amax_N[part], amax)
+        scale_N[part] = _exported(chosen_N, amax, most)
+        data[part] = pack(_codes(x, scale_N[part], tensor_scale))
+    grid = blocks.grid
+    return Quantized(
+        data.view(*w.shape[:-1], -1), scale_N.view(grid).to(torch.float8_e4m3fn), tensor_scale
+    )
+
+
+def _codes(x_NB: Tensor, scale_N: Tensor, tensor_scale: Tensor) -> Tensor:
+    y_NB = x_NB / (scale_N * tensor_scale)[:, None]
+    y_NB.nan_to_num_(nan=0.0).clamp_(-E2M1_MAX, E2M1_MAX)  # 0 / 0, where both scales are tiny
+    negative = y_NB < 0
+    return encode(round_to_nearest_(y_NB), negative)
+
+
+def _exported(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
+    """The block scales, E4M3 values in fp32, that modelopt writes for its calibrated maxima."""
+    scale_N = divide(block_amax_N, E2M1_MAX)
+    scale_N = torch.where(scale_N == 0, 1.0, scale_N)
+    scale_N = scale_N * most / divide(amax, E2M1_MAX)
+    return scale_N.clamp_(_LEAST_E4M3, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _emulated(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
+    """The products s_b t that modelopt's calibrators measure errors with, for block maxima."""
+    largest = amax * (E4M3_MAX / most) / E2M1_MAX
+    largest = torch.where(largest <= _TINY_AMAX, 1.0, largest)
+    encode_scale = E4M3_MAX / largest
+    scale_N = (block_amax_N / E2M1_MAX * encode_scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    return scale_N.to(torch.float8_e4m3fn).float() * (1 / encode_scale)
+
+
+def _squared_error(magnitude_NB: Tensor, scale_N: Tensor) -> Tensor:
+    """[N], of rounding to E2M1 times the scale; a scale of 0 makes zeros."""
+    safe_N1 = torch.where(scale_N == 0, 1.0, scale_N)[:, None]
+    y_NB = round_to_nearest_((magnitude_NB / safe_N1).clamp_max_(E2M1_MAX)).mul_(safe_N1)
+    y_NB = torch.where(scale_N[:, None] == 0, 0.0, y_NB)
+    return torch.sum(y_NB.sub_(magnitude_NB).square_(), dim=1)
+
+
+def _four_or_six(x_NB: Tensor, block_amax_N: Tensor, amax: Tensor) -> Tensor:
+    """The block maxima, or 1.5 times as much, so that 4 stands for the largest value."""
+    magnitude_NB, six_N, four_N = x_NB.abs(), block_amax_N * 1.0, block_amax_N * 1.5
+    errors = [
+        _squared_error(magnitude_NB, _emulated(a_N, amax, E4M3_MAX_FOUR_OVER_SIX))
+        for a_N in (six_N, four_N)
+    ]
+    return torch.where(errors[1] < errors[0], four_N, six_N)
+
+
+def _best_of_all(x_NB: Tensor, block_amax_N: Tensor, amax: Tensor) -> Tensor:
+    """The block maxima for which the scale is the best E4M3 number."""
+    magnitude_NB = x_NB.abs()
+    e4m3 = torch.arange(_CODES + 1, dtype=torch.uint8, device=x_NB.device)
+    share = e4m3.view(torch.float8_e4m3fn).float() / E4M3_MAX
+    scales = _emulated(torch.ones_like(share) * (amax * share), amax, E4M3_MAX)
+    around_N = divide(block_amax_N, E2M1_MAX) / divide(amax, E2M1_MAX * E4M3_MAX)
+    around_N = around_N.clamp_(0, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).int()
+    best_N = torch.full_like(block_amax_N, torch.inf)
+    code_N = torch.zeros_like(around_N)
+    for step in range(-_BELOW, _ABOVE):
+        tried_N = (around_N + step).clamp_(1, _CODES)
+        error_N = _squared_error(magnitude_NB, scales[tried_N])
+        better_N = error_N < best_N
+        best_N = torch.where(better_N, error_N, best_N)
+        code_N = torch.where(better_N, tried_N, code_N)
+    return torch.ones_like(block_amax_N) * (amax * share[code_N])
