@@ -1,0 +1,160 @@
+"""Exported weights read back: by us, and by whichever other library is installed.
+
+A module is the name of a weight on disk without ``.weight``; weights are [out, in].
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nemo_hybrid.checkpoint.weights import Stored
+from nemo_hybrid.export.schema import Format, Schema
+from nemo_hybrid.files import naming
+from nemo_kernels.nvfp4.reference import Quantized, dequantize
+
+Parts = Mapping[str, Tensor]
+"""A module's tensors by the last part of their names."""
+Decoder = Callable[[Parts, Format], Tensor]
+"""To fp32 [out, in]."""
+
+
+class Opened:
+    """The weight files of a directory that its schema describes, read by the reference library; a
+    context manager."""
+
+    def __init__(self, schema: Schema, stored: Stored) -> None:
+        self.schema = schema
+        self._directory = stored.directory
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._file_of = {n: file for file, header in stored.headers.items() for n in header.entries}
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        file = self._file_of[name]
+        if file not in self._files:
+            path = self._directory / file
+            with naming("read", path):
+                self._files[file] = self._stack.enter_context(safe_open(path, "pt"))
+        tensor: Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+    def parts(self, module: str) -> Parts:
+        """The tensors of a quantized module."""
+        return {part: self.read(f"{module}.{part}") for part in self.schema.parts(module)}
+
+
+def decode(parts: Parts, format: Format) -> Tensor:
+    """A quantized weight in fp32."""
+    if format == "fp8":
+        return parts["weight"].float() * parts["weight_scale"]
+    packed = parts.get("weight_packed")
+    if packed is None:
+        return dequantize(
+            Quantized(parts["weight"], parts["weight_scale"], parts["weight_scale_2"])
+        )
+    tensor_scale = 1 / parts["weight_global_scale"].view(())
+    return dequantize(Quantized(packed, parts["weight_scale"], tensor_scale))
+
+
+def other_decoder() -> tuple[str, Decoder] | None:
+    """Name and version of another library that decodes the formats, and how; None: there is none.
+
+    Either library takes seconds to import.
+    """
+    for package, decoder in (
+        ("compressed-tensors", _compressed_tensors),
+        ("nvidia-modelopt", _modelopt),
+    ):
+        try:
+            with _quiet():
+                return f"{package} {version(package)}", decoder()
+        except (ImportError, RuntimeError, OSError):
+            continue
+    return None
+
+
+def _compressed_tensors() -> Decoder:
+    helpers = import_module("compressed_tensors.compressors.nvfp4.helpers")
+    theirs = import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
+    args = import_module("compressed_tensors.quantization").QuantizationArgs
+    fp8 = args(num_bits=8, type="float", strategy="tensor")
+    fp4 = args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+
+    def decoder(parts: Parts, format: Format) -> Tensor:
+        if format == "fp8":
+            scale = parts["weight_scale"].view(1)
+            return theirs(parts["weight"].float(), scale, args=fp8, dtype=torch.float32)
+        packed = parts["weight_packed" if "weight_packed" in parts else "weight"]
+        divisor = parts.get("weight_global_scale")
+        if divisor is None:
+            divisor = 1 / parts["weight_scale_2"].view(1)
+        values = helpers.unpack_fp4_from_uint8(
+            packed, len(packed), 2 * packed.shape[1], torch.float32
+        )
+        scale = parts["weight_scale"].float()
+        return theirs(values, scale, args=fp4, dtype=torch.float32, global_scale=divisor)
+
+    return decoder
+
+
+def _modelopt() -> Decoder:
+    theirs = import_module("modelopt.torch.quantization.qtensor")
+
+    def decoder(parts: Parts, format: Format) -> Tensor:
+        packed = parts["weight_packed" if "weight_packed" in parts else "weight"]
+        if format == "fp8":
+            tensor = theirs.FP8QTensor(packed.shape, torch.float32, packed)
+            return tensor.dequantize(torch.float32, scale=parts["weight_scale"], block_sizes=None)
+        factor = parts.get("weight_scale_2")
+        if factor is None:
+            factor = 1 / parts["weight_global_scale"].view(())
+        shape = (len(packed), 2 * packed.shape[1])
+        return theirs.NVFP4QTensor(shape, torch.float32, packed).dequantize(
+            torch.float32, scale=parts["weight_scale"], double_scale=factor, block_sizes={-1: 16}
+        )
+
+    return decoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries print on import, whichever way they do."""
+    sys.stdout.flush()
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in kept:
+            os.dup2(nowhere, descriptor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(nowhere)
