@@ -1,0 +1,243 @@
+"""Names on disk, and what config.json and hf_quant_config.json say, in nvidia-modelopt's layout and
+in that of compressed-tensors.
+
+What engines do with the lists: vLLM takes a module for unquantized that ModelOpt's list names, that
+holds an entry of it as a part, or that matches an entry as a glob; in mixed precision a layer's
+experts have the format of any module below them. compressed-tensors' entries are names, or after
+``re:`` regular expressions from the beginning of the name, and each engine has its own prefix
+(``backbone.``, ``model.``), so they hold none.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid import __version__
+from nemo_hybrid.checkpoint.names import expert_name, is_stacked
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.export.assign import BLOCK, Assignment, Format, places, unquantizable
+from nemo_hybrid.export.calibrate import Calibration
+from nemo_hybrid.export.quantize import Layout, Search
+
+Target = Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
+HF_QUANT = "hf_quant_config.json"
+ALGOS: dict[Format, str] = {"fp8": "FP8", "nvfp4": "NVFP4", "nvfp4_w4a16": "W4A16_NVFP4"}
+INPUT_SCALES: dict[Layout, str] = {
+    "modelopt": "input_scale", "compressed-tensors": "input_global_scale",
+}  # fmt: skip
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
+# TensorRT-LLM and older vLLM and SGLang read these files only under this name of a producer.
+_PRODUCER = {"name": "modelopt", "version": f"nemo_hybrid {__version__}"}
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What the model card says of an export."""
+
+    source: str
+    shape: HybridConfig
+    target: Target
+    assignment: Assignment
+    search: Search
+    preset: str | None
+    """None: assigned under a budget, or by globs alone."""
+    budget_bits: float | None
+    calibration: Calibration | None
+    calibration_data: str | None
+    percentile: float | None
+    kv_cache: Literal["none", "fp8"]
+    parameters: int
+    bytes_before: int
+    """Of all weights, as of bytes_after."""
+    bytes_after: int
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Family -> kind of NVFP4 scales -> relative error of the weights, ||stored - w|| / ||w||: for
+    the chosen scales and for amax."""
+
+
+def layout_of(target: Target) -> Layout:
+    return "compressed-tensors" if target == "compressed-tensors" else "modelopt"
+
+
+def modules_of(place: str, shape: tuple[int, ...]) -> list[str]:
+    """Names on disk, without ``.weight``, of a place whose weight has this shape."""
+    if not is_stacked(place):
+        return [place]
+    return [expert_name(place, e).removesuffix(".weight") for e in range(shape[0])]
+
+
+def stored_like(shape: tuple[int, ...], format: Format, layout: Layout) -> dict[str, Tensor]:
+    """Last name part -> tensor without storage, of everything stored for a weight [out, in]."""
+    rows, width = shape
+    scalar = (1,) if layout == "compressed-tensors" else ()
+    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    if format == "bf16":
+        sizes = {"weight": (shape, torch.bfloat16)}
+    elif format == "fp8":
+        sizes = {"weight": (shape, torch.float8_e4m3fn), "weight_scale": ((), torch.float32)}
+    else:
+        packed, second = ("weight", "weight_scale_2")
+        if layout == "compressed-tensors":
+            packed, second = ("weight_packed", "weight_global_scale")
+        sizes = {
+            packed: ((rows, width // 2), torch.uint8),
+            "weight_scale": ((rows, width // BLOCK), torch.float8_e4m3fn),
+            second: (scalar, torch.float32),
+        }
+    if format in ("fp8", "nvfp4"):
+        sizes[INPUT_SCALES[layout]] = (scalar, torch.float32)
+    return {
+        part: torch.empty(size, dtype=dtype, device="meta") for part, (size, dtype) in sizes.items()
+    }
+
+
+def quantization_configs(
+    shape: HybridConfig, assignment: Mapping[str, Format], target: Target, kv_cache: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """quantization_config of config.json, and hf_quant_config.json; None: there is none.
+
+    ``assignment`` fits the target (`assign.fitted`). ``kv_cache``: keys and values have scales.
+    """
+    if target == "bf16":
+        return None, None
+    if target == "compressed-tensors":
+        return _compressed_tensors(shape, assignment), None
+    sizes = places(shape)
+    formats = {format for format in assignment.values() if format != "bf16"}
+    quantization: dict[str, Any] = {
+        "quant_algo": "MIXED_PRECISION" if target == "mixed" else ALGOS[next(iter(formats))],
+        "kv_cache_quant_algo": "FP8" if kv_cache else None,
+    }
+    if formats - {"fp8"}:
+        quantization["group_size"] = BLOCK
+    quantization["exclude_modules"] = _excluded(shape, assignment)
+    if target == "mixed":
+        quantization["quantized_layers"] = {
+            module: _layer(format)
+            for place, format in assignment.items()
+            if format != "bf16"
+            for module in modules_of(place, sizes[place])
+        }
+    whole = {"producer": _PRODUCER, "quantization": quantization}
+    return _for_config_json(whole), whole
+
+
+def _layer(format: Format) -> dict[str, Any]:
+    group = {} if format == "fp8" else {"group_size": BLOCK}
+    return {"quant_algo": ALGOS[format], **group}
+
+
+def _excluded(shape: HybridConfig, assignment: Mapping[str, Format]) -> list[str]:
+    """All that stays as it is, as far as engines have a linear layer, or experts, in its place."""
+    names = [place for place, format in assignment.items() if format == "bf16"]
+    # A layer's experts are one module in engines: no name below it excludes it.
+    names = [name.rpartition(".")[0] if is_stacked(name) else name for name in names]
+    names += [n for n in unquantizable(shape) if n.endswith((".gate", ".conv1d", ".embeddings"))]
+    if not _quantizes_mtp(assignment):
+        names = [name for name in names if not name.startswith("mtp.")]
+        names += ["mtp*"] if shape.mtp_num_depths else []
+    return sorted(set(names))
+
+
+def _quantizes_mtp(assignment: Mapping[str, Format]) -> bool:
+    return any(f != "bf16" for place, f in assignment.items() if place.startswith("mtp."))
+
+
+def _for_config_json(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as quantization_config of config.json has it (modelopt's convert_hf_config.py)."""
+    quantization = whole["quantization"]
+    targets: defaultdict[str, list[str]] = defaultdict(list)
+    for module, layer in quantization.get("quantized_layers", {}).items():
+        targets[layer["quant_algo"]].append(module)
+    if not targets:
+        targets[quantization["quant_algo"]] = ["Linear"]
+    out = {
+        "quant_method": "modelopt",
+        "quant_algo": quantization["quant_algo"],
+        "producer": whole["producer"],
+        "config_groups": {
+            f"group_{i}": {**_group(algo), "targets": sorted(names)}
+            for i, (algo, names) in enumerate(targets.items())
+        },
+        "ignore": quantization["exclude_modules"],
+    }
+    for name in ("group_size", "quantized_layers"):
+        if name in quantization:
+            out[name] = quantization[name]
+    if quantization["kv_cache_quant_algo"]:
+        out["kv_cache_scheme"] = _FP8_CACHE
+    return out
+
+
+def _group(algo: str) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if algo != "FP8":
+        numbers |= {"num_bits": 4, "group_size": BLOCK}
+    inputs = {} if algo.startswith("W4A16") else {"input_activations": dict(numbers)}
+    return {**inputs, "weights": numbers}
+
+
+def _compressed_tensors(shape: HybridConfig, assignment: Mapping[str, Format]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK,
+        "symmetric": True, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    }  # fmt: skip
+    name = "nvfp4-pack-quantized"
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        # "local": scales of blocks are found anew, the tensor's scale is the stored one.
+        "input_activations": {**weights, "dynamic": "local"}
+        if "nvfp4" in assignment.values()
+        else None,
+        "output_activations": None,
+        "format": name,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": _ignored(shape, assignment),
+        "kv_cache_scheme": None,
+    }
+
+
+def _ignored(shape: HybridConfig, assignment: Mapping[str, Format]) -> list[str]:
+    names = [place for place, format in assignment.items() if format == "bf16"]
+    names += [name for name in unquantizable(shape) if name.endswith((".gate", ".conv1d"))]
+    quantized = [place for place, format in assignment.items() if format != "bf16"]
+    out = ["lm_head"] if assignment["lm_head"] == "bf16" else []
+    mtp = _quantizes_mtp(assignment)
+    for root in ("backbone", "mtp"):
+        if root == "mtp" and not mtp:
+            out += [r"re:mtp\..*"] if shape.mtp_num_depths else []
+            continue
+        beginning = r"mtp" if root == "mtp" else r"(?!mtp\.).*" if mtp else ".*"
+        partly = _by_part(root, quantized)
+        for part, layers in sorted(_by_part(root, names).items()):
+            which = rf"layers\.({'|'.join(map(str, sorted(layers)))})\." if part in partly else ""
+            within = "" if which or root == "backbone" else r".*\."
+            out.append(rf"re:{beginning}\.{within}{which}{part}$")
+    return out
+
+
+def _by_part(root: str, names: Iterable[str]) -> dict[str, set[int]]:
+    """Regular expression for what follows "layers.N." -> the numbers N."""
+    out: defaultdict[str, set[int]] = defaultdict(set)
+    for name in names:
+        match = re.fullmatch(rf"{root}\.layers\.(\d+)\.(.+)", name)
+        if match:
+            experts = is_stacked(name)
+            out[r"mixer\.experts\..*" if experts else re.escape(match[2])].add(int(match[1]))
+    return dict(out)
