@@ -95,14 +95,16 @@ def _chat_prompt(tokenizer: TextTokenizer, directory: Path, prompt: str) -> NDAr
 def generate_command(options: GenerateOptions) -> None:
     """``nemo-hybrid generate``: print the prompt and its continuation as it appears, or the answer
     to it alone."""
-    from nemo_hybrid.checkpoint.files import resolve
+    from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
     from nemo_hybrid.checkpoint.load import load_model
 
-    directory = resolve(Path(options.from_))
+    directory = given = locate(options.from_)
+    if is_adapter(given) and not (given / "tokenizer.json").is_file():
+        directory = base_directory(given)
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory).eval()
+    model = load_model(given).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
     if options.chat:

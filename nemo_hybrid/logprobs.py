@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_hybrid.checkpoint.files import resolve
+from nemo_hybrid.checkpoint.adapter import locate
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.command_options import CompareOptions
 from nemo_hybrid.config import HybridConfig
@@ -71,8 +71,8 @@ def compare_command(options: CompareOptions) -> int:
 
     Raises UserError for checkpoints that do not read the same tokens.
     """
-    a = resolve(options.paths[0])
-    b = resolve(options.paths[-1])
+    a = locate(options.paths[0])
+    b = locate(options.paths[-1])
     text = _text(options, a, b)
     how = (text.ids, options.sequence_length, DTYPES[options.dtype])
     states_a = our_states(a, *how)

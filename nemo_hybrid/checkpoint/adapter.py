@@ -22,6 +22,7 @@ Shapes: E experts, r rank.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -31,12 +32,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.directory import Writer, new_directory
-from nemo_hybrid.checkpoint.files import resolve, to_json
+from nemo_hybrid.checkpoint.files import MANIFEST, resolve, to_json
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import READABLE
 from nemo_hybrid.command_options import MergeOptions
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 from nemo_hybrid.finetune_options import LoraOptions
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_END_BYTES = 1 << 20
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _STACK = re.compile(r"(.+\.mixer\.experts)((?:\.base_layer)?)")
 # What may be set without changing what an adapter computes, beside what is read.
@@ -229,6 +232,21 @@ def base_directory(directory: Path, given: str | None = None) -> Path:
         f"{named}, which {told} names, is not there; say where the weights are that the adapter "
         f"is for: merge --from {directory} --base DIR --out DIR"
     )
+
+
+def base_digest(base: Path) -> str:
+    """Identity of the weights that adapters are for: names, sizes and ends of the files (all of
+    them would take too long for a large model), and the checksums that may stand beside them."""
+    digest = hashlib.sha256()
+    with naming("read", base):
+        for path in sorted([*base.glob("*.safetensors"), *base.glob(MANIFEST)]):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(_END_BYTES))
+                file.seek(max(0, size - _END_BYTES))
+                digest.update(file.read())
+    return digest.hexdigest()
 
 
 def merge_command(options: MergeOptions) -> None:

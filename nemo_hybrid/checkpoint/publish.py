@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, write_directory
@@ -14,7 +15,7 @@ from nemo_hybrid.files import sync
 CARD = "README.md"
 
 
-def publish(checkpoint: Path, out: Path, card: str) -> None:
+def publish(checkpoint: Path, out: Path, card: str, left_out: Collection[str] = ()) -> None:
     """Make ``out`` hold the model files of ``checkpoint`` and a model card, in place of what a
     former publication left there. Weights are linked where the file system can, not copied.
 
@@ -24,7 +25,7 @@ def publish(checkpoint: Path, out: Path, card: str) -> None:
 
     def write(writer: Writer) -> None:
         for name, record in records.items():
-            if is_training_state(name) or name == CARD:
+            if is_training_state(name) or name in (CARD, *left_out):
                 continue
             _link(checkpoint / name, writer.directory / name)
             writer.records[name] = record

@@ -58,10 +58,10 @@ class World:
             )
         return World(rank, size, device)
 
-    def side(self) -> World:
-        """The same processes with a channel of their own, for a thread beside the training; for
-        CPU tensors. All processes call this together."""
-        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    def side(self, timeout: timedelta = TIMEOUT) -> World:
+        """The same processes with a channel of their own, such as for a thread beside the training;
+        for CPU tensors. All processes call this together."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
     @staticmethod
     def stop() -> None:

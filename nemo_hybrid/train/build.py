@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
+from nemo_hybrid.checkpoint.adapter import base_digest, is_adapter
 from nemo_hybrid.checkpoint.directory import each, on_rank_0
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
@@ -19,6 +22,7 @@ from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import Adapted, add_adapters
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
@@ -31,6 +35,9 @@ from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
 from nemo_hybrid.train.optim import parameter_groups
+
+PREPARING = timedelta(days=7)
+"""Longest wait for rank 0 to make samples."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +71,51 @@ class Run:
     identity: Identity
     frozen: list[str]  # parameters that are not trained
     adapted: list[Adapted]  # weights with an adapter, which alone is trained then
+    origin: Path | None  # directory of the weights that the run began with
     peak: float | None  # matmul FLOP/s of one process's device; None: unknown, or nothing like it
 
 
-def open_data(config: TrainingConfig, hybrid: HybridConfig, world: World) -> Data:
+def find_origin(config: TrainingConfig, checkpoint: Path | None) -> Path | None:
+    """The directory that model.from_hf means. To be asked once, because a run that it names may
+    write a newer checkpoint meanwhile; for ``checkpoint`` of adapters it is the one that they name.
+
+    Raises UserError where it is not there.
+    """
+    if not config.model.from_hf:
+        return None
+    if checkpoint is not None and is_adapter(checkpoint):
+        named = Path(str(read_json(checkpoint / ADAPTER).get("base_model_name_or_path")))
+        if named.is_dir():
+            return named
+    directory = resolve(config.model.from_hf)
+    if is_adapter(directory):
+        raise UserError(
+            f"{directory} holds an adapter: add it to its weights first (nemo-hybrid merge --from "
+            f"{directory} --out DIR) and name the result"
+        )
+    return directory
+
+
+def open_data(
+    config: TrainingConfig, hybrid: HybridConfig, world: World, origin: Path | None = None
+) -> Data:
     """Open what the run reads, which is made first where it can be.
 
     Raises UserError on every rank.
     """
     if isinstance(config, FinetuneConfig):
-        return _open_samples(config, hybrid, world)
+        assert origin is not None
+        return _open_samples(config, hybrid, world, origin)
     assert isinstance(config, RunConfig)
     return _open_blend(config, hybrid, world)
 
 
-def _open_samples(config: FinetuneConfig, hybrid: HybridConfig, world: World) -> PackedSamples:
-    on_rank_0(world, lambda: finetune.make_samples(config, hybrid))
+def _open_samples(
+    config: FinetuneConfig, hybrid: HybridConfig, world: World, origin: Path
+) -> PackedSamples:
+    # With a channel of its own, on which the others may wait for hours.
+    waiting = world.side(PREPARING)
+    on_rank_0(waiting, lambda: finetune.make_samples(config, hybrid, origin))
     return each(world, lambda: finetune.open_samples(config, hybrid))
 
 
@@ -117,9 +153,10 @@ def build_run(
     world: World,
     data: Data,
     accumulation: int,
-    from_hf: bool = False,
+    origin: Path | None = None,
+    load: bool = False,
 ) -> Run:
-    """Model, engine and all else, on every rank, with new weights or those of model.from_hf.
+    """Model, engine and all else, on every rank, with new weights or, to ``load``, ``origin``'s.
 
     Raises UserError on every rank.
     """
@@ -130,7 +167,9 @@ def build_run(
     model = HybridLM(
         hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
     )
-    loaded = each(world, lambda: _load_from_hf(config, model, data, world)) if from_hf else {}
+    loaded: dict[str, Tensor] = {}
+    if origin and load:
+        loaded = each(world, lambda: _load(origin, model, data, world))
     adapted: list[Adapted] = []
     if isinstance(config, FinetuneConfig):
         if config.lora.rank:
@@ -161,7 +200,7 @@ def build_run(
     # The formula of the work per token is that of training everything.
     all_trained = all(".gate." in name for name in frozen)
     peak = peak_flops(world.device.type, dtype) if all_trained else None
-    guard, identity = Guard(config.guard), identity_of(config, data)
+    guard, identity = Guard(config.guard), identity_of(config, data, origin)
     return Run(
         config,
         world,
@@ -175,11 +214,13 @@ def build_run(
         identity,
         frozen,
         adapted,
+        origin,
         peak,
     )
 
 
-def identity_of(config: TrainingConfig, data: Data) -> Identity:
+def identity_of(config: TrainingConfig, data: Data, origin: Path | None = None) -> Identity:
+    adapters = isinstance(config, FinetuneConfig) and config.lora.rank > 0
     return Identity(
         data=data.digests,
         weights=list(data.weights),
@@ -188,15 +229,12 @@ def identity_of(config: TrainingConfig, data: Data) -> Identity:
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         weight_dtype=str(policy.weight_dtype(config.precision)).removeprefix("torch."),
-        base=finetune.base_digest(config) if isinstance(config, FinetuneConfig) else None,
+        base=base_digest(origin) if origin and adapters else None,
     )
 
 
-def _load_from_hf(
-    config: TrainingConfig, model: HybridLM, data: Data, world: World
-) -> dict[str, Tensor]:
+def _load(directory: Path, model: HybridLM, data: Data, world: World) -> dict[str, Tensor]:
     """Fill the model; return its parameters in fp32, before any cast rounds them."""
-    directory = resolve(str(config.model.from_hf))
     require_tokenizer(data, directory)
     report = load_weights(
         directory,

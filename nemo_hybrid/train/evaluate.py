@@ -47,10 +47,10 @@ def evaluate(
 
 def eval_command(options: EvalOptions) -> None:
     """``nemo-hybrid eval``: print the held-out losses of a checkpoint, as a table."""
-    from nemo_hybrid.checkpoint.files import resolve
+    from nemo_hybrid.checkpoint.adapter import locate
     from nemo_hybrid.checkpoint.load import load_model
 
-    directory = resolve(options.from_)
+    directory = locate(options.from_)
     model = load_model(directory)
     data = DataOptions(path=options.data, sequence_length=options.sequence_length)
     blend = open_blend(data, model.config)

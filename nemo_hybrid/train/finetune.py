@@ -3,50 +3,59 @@ are, and a model directory at the end."""
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.files import MANIFEST, resolve
+from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
+from nemo_hybrid.checkpoint.companions import Companions, read_companions
 from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
 from nemo_hybrid.data.packing import PackedSamples
-from nemo_hybrid.data.prepare import HELDOUT, TRAIN
+from nemo_hybrid.data.prepare import HELDOUT, RECORD, TRAIN
 from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
 from nemo_hybrid.finetune_options import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import parameter_count
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
-_END_BYTES = 1 << 20
+if TYPE_CHECKING:
+    from nemo_hybrid.train.build import Run
+
 _LOOKED_AT = 20  # samples
 _ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
 
 
-def make_samples(config: FinetuneConfig, hybrid: HybridConfig) -> None:
+def make_samples(config: FinetuneConfig, hybrid: HybridConfig, origin: Path) -> None:
     """Turn data.path into samples in the run's directory, where it is not made of samples already.
 
     For rank 0 alone. Raises UserError for records that cannot be learnt from.
     """
-    data = config.data
+    data, out = config.data, Path(config.run_dir) / SAMPLES
     if is_prepared(data.path):
         _without_sample_options(config)
+        return
+    if out.exists() and not (out / RECORD).is_file():
+        raise UserError(
+            f"{out} holds something else than the samples of a run: choose another run_dir"
+        )
+    if out.exists() and not Path(str(data.path)).exists():
+        print(f"{data.path} is not there any more: the samples in {out} are used", flush=True)
         return
     summary = prepare_samples(
         data,
         [str(data.path)],
-        str(resolve(str(config.model.from_hf))),
-        Path(config.run_dir) / SAMPLES,
+        str(origin),
+        out,
         heldout_paths=[data.heldout_path] if data.heldout_path else [],
         seed=config.train.seed,
         vocab_size=hybrid.vocab_size,
@@ -108,49 +117,43 @@ def _without_sample_options(config: FinetuneConfig) -> None:
         )
 
 
-def ending_missed(config: FinetuneConfig, data: Data, eos_id: int) -> str | None:
-    """What to say where samples end otherwise than generation does, which then would not stop."""
+def warnings(run: Run) -> Iterator[str]:
+    """What a user may not have meant."""
+    config, data, train = run.config, run.data, run.config.train
     assert isinstance(data, PackedSamples)
-    known = read_companions(resolve(str(config.model.from_hf)))
-    ends = known.stop_ids or known.eos_token_ids or [eos_id]
-    for i in range(min(_LOOKED_AT, len(data.train.lengths))):
-        ids, targets = data.train.sample(i)
-        if set(ids[targets][-_ENDING:].tolist()) & set(ends):
-            return None
-    return (
-        f"warning: none of the first samples ends with a token that ends generation ({ends}): text "
-        "will go on behind an answer, unless eos_token_id in generation_config.json of "
-        f"{config.model.from_hf} lists the token that ends a turn"
-    )
+    if train.warmup_steps >= train.max_steps:
+        yield (
+            f"warning: the run ends after {train.max_steps} steps, before train.warmup_steps "
+            f"({train.warmup_steps}) have brought the learning rate to train.lr"
+        )
+    if any(one.name.endswith(".out_proj") for one in run.adapted):
+        yield "warning: PEFT refuses adapters of out_proj: merge this one to use it there"
+    known = read_companions(run.origin) if run.origin else Companions()
+    ends = known.stop_ids or known.eos_token_ids or [run.model.config.eos_token_id]
+    samples = map(data.train.sample, range(min(_LOOKED_AT, len(data.train.lengths))))
+    if not any(set(ids[targets][-_ENDING:].tolist()) & set(ends) for ids, targets in samples):
+        yield (
+            f"warning: none of the first samples ends with a token that ends generation ({ends}): "
+            "text will go on behind an answer, unless eos_token_id in generation_config.json of "
+            f"{config.model.from_hf} lists the token that ends a turn"
+        )
 
 
 def with_steps(config: FinetuneConfig, data: Data) -> FinetuneConfig:
     """The same run for as many steps as its epochs take. Raises UserError where that does not fit
     other options."""
     assert isinstance(data, PackedSamples)
-    train = config.train
-    steps = math.ceil(len(data.packs) * train.epochs / train.global_batch_size)
+    train, packs = config.train, len(data.packs)
+    if packs < train.global_batch_size:
+        raise UserError(
+            f"the samples fill {packs} packs, fewer than train.global_batch_size "
+            f"({train.global_batch_size}): lower it, or set train.max_steps to repeat packs within "
+            "a step"
+        )
+    steps = math.ceil(packs * train.epochs / train.global_batch_size)
     config = replace(config, train=replace(train, max_steps=steps))
     config.validate_steps()
     return config
-
-
-def base_digest(config: FinetuneConfig) -> str | None:
-    """Identity of the weights that adapters are for: names, sizes and ends of the files (all of
-    them would take too long for a large model), and the checksums that may stand beside them."""
-    if not config.lora.rank:
-        return None
-    directory = resolve(str(config.model.from_hf))
-    digest = hashlib.sha256()
-    with naming("read", directory):
-        for path in sorted([*directory.glob("*.safetensors"), *directory.glob(MANIFEST)]):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(_END_BYTES))
-                file.seek(max(0, size - _END_BYTES))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 def freeze(model: nn.Module, train: FinetuneTrainOptions) -> None:
@@ -189,7 +192,9 @@ def describe(config: FinetuneConfig, data: Data, model: HybridLM) -> str:
 def publish_model(config: FinetuneConfig, checkpoint: Path) -> None:
     """Make RUN_DIR/model of the last checkpoint: what transformers, PEFT and engines load. For rank
     0 alone. Raises UserError."""
-    publish(checkpoint, Path(config.run_dir) / MODEL, _card(config))
+    # Beside an adapter transformers would take config.json for that of a whole model.
+    left_out = ["config.json"] if (checkpoint / ADAPTER).is_file() else []
+    publish(checkpoint, Path(config.run_dir) / MODEL, _card(config), left_out)
 
 
 def _card(config: FinetuneConfig) -> str:

@@ -31,9 +31,16 @@ from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.terminal import print_table
-from nemo_hybrid.train.build import Run, build_run, check_precision, identity_of, open_data
+from nemo_hybrid.train.build import (
+    Run,
+    build_run,
+    check_precision,
+    find_origin,
+    identity_of,
+    open_data,
+)
 from nemo_hybrid.train.evaluate import evaluate
-from nemo_hybrid.train.finetune import describe, ending_missed, publish_model, with_steps
+from nemo_hybrid.train.finetune import describe, publish_model, warnings, with_steps
 from nemo_hybrid.train.flops import peak_source
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
 from nemo_hybrid.train.optim import learning_rate
@@ -75,9 +82,10 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
         verify_together(world, checkpoint)
     else:
         checkpoint = find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
+    origin = on_rank_0(world, lambda: find_origin(config, checkpoint))
     data = None
     if isinstance(config, FinetuneConfig) and not config.train.max_steps:
-        data = open_data(config, hybrid, world)
+        data = open_data(config, hybrid, world, origin)
         config = with_steps(config, data)
     if checkpoint is not None and step_of(checkpoint) >= config.train.max_steps:
         on_rank_0(world, lambda: write_missing_plots(config.run_dir))
@@ -87,13 +95,13 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
             print(_summary(config, f"already finished at step {step_of(checkpoint)}"))
         World.stop()
         return
-    data = data or open_data(config, hybrid, world)
+    data = data or open_data(config, hybrid, world, origin)
     if checkpoint:  # `restore` checks it too, but after the model was built
-        identity = asdict(identity_of(config, data))
+        identity = asdict(identity_of(config, data, origin))
         on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
     # The checkpoints of adapters do not hold the weights that these are for.
-    from_hf = config.model.from_hf is not None and (checkpoint is None or _with_adapters(config))
-    run = build_run(config, hybrid, world, data, accumulation, from_hf)
+    load = checkpoint is None or _with_adapters(config)
+    run = build_run(config, hybrid, world, data, accumulation, origin, load)
     position = restore(checkpoint, run) if checkpoint else Position()
     on_rank_0(world, lambda: claim_run(config, lock))
     with ExitStack() as stack:
@@ -350,8 +358,7 @@ def _announce(config: TrainingConfig, world: World, run: Run, checkpoint: Path |
 def _data_in_words(run: Run) -> str:
     config, data = run.config, run.data
     if isinstance(config, FinetuneConfig):
-        missed = ending_missed(config, data, run.model.config.eos_token_id)
-        return "\n".join(filter(None, [missed, describe(config, data, run.model)]))
+        return "\n".join([*warnings(run), describe(config, data, run.model)])
     return (
         f"data {data.tokens:,} training tokens; {config.train.max_steps} steps of "
         f"{config.train.global_batch_size} x {config.data.sequence_length} tokens"

@@ -58,7 +58,7 @@ class StepMetrics:
     grad_norm: float
     """Global gradient norm before clipping."""
     tokens: int
-    """Tokens of the global batch."""
+    """Tokens of the global batch, the padding of packs included."""
     tokens_total: int
     """Tokens since the start of the run, this step included."""
     tokens_per_s: float

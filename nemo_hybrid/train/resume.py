@@ -17,7 +17,6 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.adapter import read_adapter, write_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.directory import Writer, each
-from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
     Fragment,
@@ -161,7 +160,7 @@ def restore(directory: Path, run: Run) -> Position:
         state = check_resumable(directory, model.config, asdict(run.identity))
         targets = _trained_tensors(run)
         if run.adapted:
-            _fill_adapters(directory, targets, model.owned_experts)
+            _fill_adapters(directory, targets, run)
         else:
             experts = model.config.n_routed_experts
             load_weights(directory, targets, model.owned_experts, n_experts=experts)
@@ -183,9 +182,9 @@ def restore(directory: Path, run: Run) -> Position:
 def _companions(run: Run) -> Companions:
     """The data's tokenizer, and what travels with the weights that the run began with."""
     own = read_tokenizer(run.data.tokenizer_dir)
-    if not run.config.model.from_hf:
+    if run.origin is None:
         return own
-    theirs = read_companions(resolve(run.config.model.from_hf))
+    theirs = read_companions(run.origin)
     if isinstance(run.config, FinetuneConfig):  # another chat template may have come with the data
         return replace(theirs, files={**theirs.files, **own.files})
     return replace(theirs, files={**own.files, **theirs.files})
@@ -223,7 +222,7 @@ def _adapter(
         name: torch.cat([t for _, t in sorted(found, key=itemgetter(0))])
         for name, found in parts.items()
     }
-    options, base = config.lora, str(resolve(str(config.model.from_hf)))
+    options, base = config.lora, str(run.origin)
 
     def write(writer: Writer, shape: HybridConfig, companions: Companions) -> Collection[str]:
         describe_model(writer, shape, policy.weight_dtype(config.precision), companions)
@@ -232,9 +231,16 @@ def _adapter(
     return write
 
 
-def _fill_adapters(directory: Path, targets: Mapping[str, Tensor], owned: range) -> None:
+def _fill_adapters(directory: Path, targets: Mapping[str, Tensor], run: Run) -> None:
     """Raises UserError unless the directory holds an adapter for each of the targets."""
-    tensors = read_adapter(directory).tensors
+    assert isinstance(run.config, FinetuneConfig)
+    stored_options, _, tensors, _ = read_adapter(directory)
+    owned, scales = run.model.owned_experts, (stored_options.scale, run.config.lora.scale)
+    if scales[0] != scales[1]:
+        raise UserError(
+            f"{directory} holds adapters that count {scales[0]:g} times (lora.alpha / lora.rank), "
+            f"this run's count {scales[1]:g} times"
+        )
     if tensors.keys() != targets.keys():
         name = min(tensors.keys() ^ targets.keys())
         raise UserError(f"{directory} and this run have different adapters: {name} is in one alone")

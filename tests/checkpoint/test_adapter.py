@@ -218,8 +218,9 @@ def guard_lifted() -> Iterator[None]:
 
 def test_peft_refuses_out_proj_aloud_and_would_compute_what_we_do(tmp_path: Path) -> None:
     """Its fused kernels take the bare weight of out_proj; without them the adapter is right."""
-    ours = adapted_model(LoraOptions(4))  # every linear layer of the backbone
-    directory = write(tmp_path / "adapter", LoraOptions(4), ours)
+    options = LoraOptions(4, None, ["out_proj", "q_proj"])
+    ours = adapted_model(options)
+    directory = write(tmp_path / "adapter", options, ours)
     with pytest.raises(ValueError, match="out_proj"):
         peft_model(ours, directory)
     with guard_lifted():

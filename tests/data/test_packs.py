@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.packing import best_fit
+from nemo_hybrid.data.packing import PackedSamples, best_fit
 
 PAD = 7
 
@@ -104,3 +104,30 @@ def test_documents_without_padding_are_all_real() -> None:
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     starts = torch.zeros(1, 5, dtype=torch.bool)
     assert Batch.from_windows(tokens, starts).documents.real_BS is None
+
+
+class _Store:
+    """Samples of which every token says whose it is."""
+
+    lengths = np.array([5, 3, 8, 2, 6, 4, 7], np.int64)
+
+    def sample(self, number: int) -> Sample:
+        length = int(self.lengths[number])
+        return np.full(length, number), np.ones(length, np.bool_)
+
+
+def test_every_pack_is_read_once_in_an_order_of_seed_and_epoch() -> None:
+    data = PackedSamples(_Store(), None, 9, PAD)  # type: ignore[arg-type]
+    count = len(data.packs)
+    assert count == 4
+
+    def epoch(seed: int, number: int) -> list[tuple[int, ...]]:
+        batch = data.rows(range(number * count, (number + 1) * count), 9, seed)
+        return [tuple(sorted(set(row.tolist()) - {PAD})) for row in batch.ids_BS]
+
+    orders = [epoch(seed, number) for seed in (1, 2) for number in (0, 1)]
+    assert len({tuple(order) for order in orders}) > 2
+    for order in orders:
+        assert sorted(sample for row in order for sample in row) == list(range(7))
+    assert epoch(1, 0) == orders[0]
+    assert data.heldout_windows(9) == 0

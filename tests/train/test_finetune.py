@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,8 +20,10 @@ from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.train.metrics import read_metrics
 
 Finetune = Callable[..., Said]
@@ -73,6 +76,18 @@ def changed(base: Path, made: Path) -> set[str]:
     return {name for name in before if not same_bytes(before[name], after[name])}
 
 
+@torch.no_grad()
+def mean_loss(model: HybridLM, store: SampleStore) -> float:
+    """Over all learnt tokens of a store, one sample at a time."""
+    total, count = 0.0, 0
+    for i in range(len(store.lengths)):
+        ids, targets = (torch.from_numpy(part) for part in store.sample(i))
+        logits = model(ids[None]).logits[0, :-1]
+        total += float(F.cross_entropy(logits[targets[1:]], ids[1:][targets[1:]], reduction="sum"))
+        count += int(targets[1:].sum())
+    return total / count
+
+
 def is_router(name: str) -> bool:
     return ".gate." in name
 
@@ -82,7 +97,7 @@ def test_what_comes_out(base: Path, chats: Path, tmp_path: Path, finetune: Finet
     transformers loads model, tokenizer and template."""
     run = tmp_path / "run"
     data = {"heldout": 0.2}
-    train = {"max_steps": 0, "epochs": 2, "eval_sequences": 4, "mtp_loss_weight": 0.5}
+    train = {"max_steps": 0, "epochs": 2, "eval_sequences": 9, "mtp_loss_weight": 0.5}
     ended = finetune(base, chats, "--run_dir", run, data=data, train=train)
     assert ended.status == 0, ended.err
     model = run / "model"
@@ -98,7 +113,12 @@ def test_what_comes_out(base: Path, chats: Path, tmp_path: Path, finetune: Finet
     assert rows[-1].heldout_loss is not None
     assert rows[0].heldout_loss_before is not None
     assert rows[-1].heldout_loss < rows[0].heldout_loss_before
-    assert len(store.lengths) + len(SampleStore.open(run / "data/heldout").lengths) == 30
+    heldout = SampleStore.open(run / "data/heldout")
+    assert len(store.lengths) + len(heldout.lengths) == 30
+    assert f"data {len(store.lengths)} samples" in ended.out
+    assert len(best_fit(heldout.lengths, 128)) <= train["eval_sequences"]
+    assert rows[-1].heldout_loss == pytest.approx(mean_loss(load_model(run), heldout), rel=1e-5)
+    assert mean_loss(load_model(run), store) != pytest.approx(rows[-1].heldout_loss, rel=1e-3)
 
     step = run / f"checkpoints/step_{len(rows):08d}"
     masters = tensors(step, "optimizer-r*-master")
@@ -282,6 +302,30 @@ def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     assert "going on from" in ended.out
     assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
+    # A twin that never changed its layout, and another that goes the other way.
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    words = ("--checkpoint.every", 3)
+    ended = finetune(base, chats, "--run_dir", whole, *words, lora=LORA, train=train)
+    assert ended.status == 0, ended.err
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints/step_00000004")
+    config = tune(base, chats, lora=LORA, train=train, parallel={"ep": 2})
+    (tmp_path / "two.yaml").write_text(dump_config(config))
+    run_command("finetune", "--config", tmp_path / "two.yaml", "--run_dir", other, size=2)
+    made = [load_file(d / "model/adapter_model.safetensors") for d in (whole, run, other)]
+    early = load_file(whole / "checkpoints/step_00000003/adapter_model.safetensors")
+    for name, tensor in made[0].items():
+        apart = [float((tensor - found[name]).norm() / tensor.norm()) for found in made[1:]]
+        assert max(apart) < 1e-4, name
+        assert (tensor - early[name]).norm() > 1e-3 * tensor.norm(), name
+    louder = LORA | {"alpha": 40.0}
+    refused = finetune(
+        base, chats, "--run_dir", tmp_path / "louder", "--resume",
+        whole / "checkpoints/step_00000003", lora=louder, train=train,
+    )  # fmt: skip
+    assert refused.status == 2
+    assert "count 2 times" in refused.err
+
 
 def test_frozen_experts_may_be_divided_too(
     base: Path, chats: Path, tmp_path: Path, finetune: Finetune
@@ -356,6 +400,10 @@ def test_nvfp4_runs_with_and_without_adapters(
             ["mtp_loss_weight is 0"],
         ),
         ({"train": {"eval_sequences": 8}}, ["no held-out samples", "data.heldout"]),
+        (
+            {"train": {"max_steps": 0, "global_batch_size": 64}},
+            ["fewer than train.global_batch_size (64)"],
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_and_nothing_is_left(
@@ -390,6 +438,9 @@ def test_answers_that_no_generation_would_end_are_warned_of(
         for name, data in (("a", {}), ("b", {"chat_template": str(template)}))
     ]
     assert ["generation ([2])" in out for out in said] == [False, True]
+    # The template that was used goes with the model.
+    saved = [(tmp_path / name / "model/chat_template.jinja").read_text() for name in "ab"]
+    assert saved == [TEMPLATE, template.read_text()]
 
 
 def test_prepared_samples_and_edited_conversations(

@@ -79,10 +79,11 @@ def in_plain_pytorch(base: Path, averages: tuple[str, ...]) -> tuple[Losses, nn.
 def distance(ours: nn.Module, theirs: nn.Module) -> float:
     """The largest difference of a weight, relative to its norm."""
     expected = theirs.state_dict()
-    return max(
-        float((weight - expected[name]).norm() / expected[name].norm())
+    apart = [
+        (weight - expected[name]).norm() / expected[name].norm()
         for name, weight in ours.state_dict().items()
-    )
+    ]
+    return float(torch.stack(apart).max())  # NaN if one of them is
 
 
 def packs(chats: Path, base: Path) -> int:
