@@ -212,6 +212,7 @@ def _plot(
 ) -> bytes:
     """KL over layers: a mark per family, a colour per format, filled where it was chosen."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     colors = dict(zip(formats, ("#d9822b", "#2f6fab", "#7a9a3b"), strict=False))
     marks = dict(zip(SPENT_ON, "osD^v", strict=True))
@@ -225,17 +226,19 @@ def _plot(
                 mfc=colors[format] if filled else "white",
             )  # fmt: skip
     for format in formats:
-        axes.plot([], [], "o", color=colors[format], label=f"{format} (filled: chosen)")
+        axes.plot([], [], "o", color=colors[format], label=format)
     for kind in dict.fromkeys(s.family for s in measured):
         axes.plot([], [], marks[kind], mec="#333333", mfc="white", label=kind.replace("_", " "))
     axes.set_yscale("log", nonpositive="clip")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("One group quantized alone", loc="left", fontweight="bold")
+    axes.set_title("filled: chosen format; none filled: bf16", loc="right", fontsize=9)
     axes.set_xlabel("layer")
     axes.set_ylabel("KL of the logits, nats per token")
     axes.grid(color="#e4e4e4", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

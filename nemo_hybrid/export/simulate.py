@@ -7,22 +7,26 @@ expert inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.names import is_stacked
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Format, groups
 from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.reference import LoopExperts
 from nemo_kernels.nvfp4.reference import fake_quantize
 
 E4M3_MAX = 448.0
+Change = Callable[[Tensor], Tensor]
 WITH_INPUTS = ("fp8", "nvfp4")
 """Formats whose products take rounded inputs as well."""
 
@@ -68,7 +72,7 @@ def quantized_inputs(
     model: HybridLM, assignment: Mapping[str, Format], amax: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Inside, inputs of products in nvfp4 and fp8 are rounded as `rounded_input` does; ``amax`` as
-    in `Calibration`. Without gradients."""
+    in `Calibration`."""
     device = model.lm_head.weight.device
     rounders = {
         # One scale for all experts, as engines have it.
@@ -85,10 +89,46 @@ def quantized_inputs(
         for name in sorted({p.rpartition(".")[0] for p in rounders if is_stacked(p)}):
             experts: Any = model.get_submodule(name)
             stack.callback(setattr, experts, "low_precision", experts.low_precision)
-            experts.low_precision = RoundedInputs(
+            experts.low_precision = QuantizedMLP(
                 rounders.get(f"{name}.up_proj"), rounders.get(f"{name}.down_proj")
             )
         yield
+
+
+def quantization_aware(model: HybridLM, assignment: Mapping[str, Format]) -> None:
+    """From now on the model computes with the values of an export, and is trained as if nothing
+    were rounded. Input scales are found anew for every pass; weights are quantized in each.
+
+    Raises UserError for places whose products cannot be changed: the head, whose product is one
+    operation with the loss.
+    """
+    if assignment.get("lm_head", "bf16") != "bf16":
+        raise UserError("lm_head cannot be trained quantized: leave it out of distill.formats")
+    changes: dict[str, tuple[Change | None, Change]] = {}
+    for group in groups(assignment):
+        format = assignment[group[0]]
+        fused = [weight_of(model, place) for place in group]
+        of_input = partial(rounded_input, format=format) if format in WITH_INPUTS else None
+        of_weight = partial(_quantized, format=format, fused=fused if len(fused) > 1 else ())
+        changes |= dict.fromkeys(group, (of_input, of_weight))
+    for place, (rounder, change) in changes.items():
+        if not is_stacked(place):
+            linear: Any = model.get_submodule(place)
+            linear.low_precision = partial(_product, rounder or _unchanged, change)
+    for name in sorted({p.rpartition(".")[0] for p in changes if is_stacked(p)}):
+        experts: Any = model.get_submodule(name)
+        up, down = (changes.get(f"{name}.{p}_proj", (None, None)) for p in ("up", "down"))
+        experts.low_precision = QuantizedMLP(up[0], down[0], up[1], down[1])
+
+
+def _quantized(weight: Tensor, format: Format, fused: Sequence[Tensor]) -> Tensor:
+    """Stored values of a weight; ``fused``: all weights that share its tensor scale."""
+    amax = _amax(*fused) if fused else None
+    return _passed(weight, stored_values(weight.detach(), format, amax=amax))
+
+
+def _product(rounder: Change, change: Change, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rounder(x), change(weight).to(x.dtype))
 
 
 def weight_of(model: HybridLM, place: str) -> nn.Parameter:
@@ -109,31 +149,42 @@ def stored_values(
     return decoded(stored).to(weight.dtype)
 
 
-def rounded_input(x: Tensor, format: Format, amax: Tensor) -> Tensor:
+def rounded_input(x: Tensor, format: Format, amax: Tensor | None = None) -> Tensor:
     """x [.., K] with the values that an engine multiplies, in x's dtype.
 
     fp8: the static scale amax/448. nvfp4: the static tensor scale amax/2688, and scales of blocks
-    of 16 found anew for every row. What exceeds amax saturates. K of nvfp4 is divisible by 16.
+    of 16 found anew for every row. What exceeds amax saturates; None: that of x. K of nvfp4 is
+    divisible by 16. Gradients pass as if nothing were rounded.
     """
+    exact = x.detach().float()
+    amax = exact.abs().amax() if amax is None else amax
+    amax = torch.where(amax == 0, 1.0, amax)
     if format == "fp8":
         scale = amax / E4M3_MAX
-        codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return (codes.float() * scale).to(x.dtype)
-    values, tensor_scale = fake_quantize(x, amax=amax)
-    return (values.float() * tensor_scale).to(x.dtype)
+        codes = (exact / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        values = codes.float() * scale
+    else:
+        codes, tensor_scale = fake_quantize(x, amax=amax)
+        values = codes.float() * tensor_scale
+    return _passed(x, values.to(x.dtype))
 
 
-class RoundedInputs(LoopExperts):
-    """The expert MLP on inputs that are rounded; None: they are not.
+class QuantizedMLP(LoopExperts):
+    """The expert MLP on changed inputs and weights, whose gradients are those of these operations.
 
     Engines multiply by the routing weight behind the down projection, so the squared ReLU is
     rounded without it.
     """
 
     def __init__(
-        self, up: Callable[[Tensor], Tensor] | None, down: Callable[[Tensor], Tensor] | None
+        self,
+        up: Change | None,
+        down: Change | None,
+        up_weight: Change | None = None,
+        down_weight: Change | None = None,
     ) -> None:
         self.up, self.down = up or _unchanged, down or _unchanged
+        self.up_weight, self.down_weight = up_weight or _unchanged, down_weight or _unchanged
 
     def forward(
         self,
@@ -144,12 +195,57 @@ class RoundedInputs(LoopExperts):
         w_down_ELF: Tensor,
     ) -> tuple[Tensor, Tensor]:
         h_RF = self.pre_activation(x_RL, groups, w_up_EFL)
-        act_RF = self.down(h_RF.float().relu().square_()) * weights_R[:, None]
-        rows = zip(act_RF.split(groups), w_down_ELF, strict=True)
-        return torch.cat([act @ down.to(act.dtype).t() for act, down in rows]), h_RF
+        act_RF = self.down(h_RF.float().relu().square()) * weights_R[:, None]
+        return _products(act_RF, groups, self.down_weight(w_down_ELF)), h_RF
 
     def pre_activation(self, x_RL: Tensor, groups: list[int], w_up_EFL: Tensor) -> Tensor:
-        return super().pre_activation(self.up(x_RL), groups, w_up_EFL)
+        return _products(self.up(x_RL).float(), groups, self.up_weight(w_up_EFL)).to(x_RL.dtype)
+
+    def backward(
+        self,
+        dy_RL: Tensor,
+        h_RF: Tensor,
+        x_RL: Tensor,
+        weights_R: Tensor,
+        groups: list[int],
+        w_up_EFL: Tensor,
+        w_down_ELF: Tensor,
+        wanted: Wanted,
+    ) -> Gradients:
+        """By computing everything once more; that of weights is in their dtype."""
+        given = (x_RL, weights_R, w_up_EFL, w_down_ELF)
+        with torch.enable_grad():
+            x_RL, weights_R, *weights = (
+                t.detach().requires_grad_(want)
+                for t, want in zip(given, (True, True, *wanted), strict=True)
+            )
+            y_RL, _ = self.forward(x_RL, weights_R, groups, *weights)
+        leaves = [t for t in (x_RL, weights_R, *weights) if t.requires_grad]
+        found = iter(torch.autograd.grad(y_RL, leaves, dy_RL.to(y_RL.dtype)))
+        dx_RL, dweights_R = next(found), next(found)
+        dup_EFL, ddown_ELF = (next(found) if want else None for want in wanted)
+        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+
+
+def _products(x_R: Tensor, groups: list[int], weight_E: Tensor) -> Tensor:
+    """Each expert's rows of fp32 x_R [R, K] times its weight [N, K]: [R, N]."""
+    rows = zip(x_R.split(groups), weight_E, strict=True)
+    return torch.cat([x @ weight.float().t() for x, weight in rows])
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _passed(x: Tensor, values: Tensor) -> Tensor:
+    """The values, with gradients as if they were x."""
+    return cast(Tensor, _StraightThrough.apply(x, values))
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -157,10 +253,10 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _round_first(
-    rounder: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Tensor, ...]
+    rounder: Change, module: nn.Module, args: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     return (rounder(args[0]), *args[1:])
 
 
 def _amax(*weights: Tensor) -> Tensor:
-    return torch.stack([weight.abs().amax().float() for weight in weights]).amax()
+    return torch.stack([weight.detach().abs().amax().float() for weight in weights]).amax()

@@ -12,6 +12,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, Format, places
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.simulate import (
+    quantization_aware,
     quantized_inputs,
     quantized_weights,
     rounded_input,
@@ -19,6 +20,7 @@ from nemo_hybrid.export.simulate import (
     stored_values,
     weight_of,
 )
+from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config(
     "ME*-", moe_intermediate_size=32, moe_shared_expert_intermediate_size=48, mtp_num_depths=1
@@ -160,7 +162,7 @@ def test_linear_layers_round_their_inputs() -> None:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float(((found - wanted).norm() / wanted.norm()).detach())
 
 
 @torch.no_grad()
@@ -184,3 +186,64 @@ def test_the_whole_model_quantized_differs_a_little_and_more_with_inputs() -> No
     for depth in range(2):
         fp8, fp8_inputs, nvfp4, nvfp4_inputs = (error[depth] for error in errors)
         assert 0 < fp8 < fp8_inputs < nvfp4 < nvfp4_inputs < 1
+
+
+def gradients(model: HybridLM, ids_BS: Tensor) -> dict[str, Tensor]:
+    """Of some loss, by the parameters' names."""
+    model.zero_grad()
+    output = model(ids_BS, mtp=True)
+    every = torch.stack([output.logits, *output.mtp_logits])
+    every.log_softmax(-1)[..., 3].mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_weights_are_trained_with_the_gradients_of_a_model_that_has_the_stored_ones() -> None:
+    model, plain, ids_BS = loud_model(CONFIG), loud_model(CONFIG), random_ids(CONFIG, 2, 20)
+    assignment = {p: f for p, f in everything("nvfp4_w4a16").items() if p != "lm_head"}
+    before = gradients(model, ids_BS)
+    quantization_aware(model, assignment)
+    with quantized_weights(plain, assignment):
+        expected, logits = gradients(plain, ids_BS), plain(ids_BS).logits
+    torch.testing.assert_close(model(ids_BS).logits, logits, rtol=1e-4, atol=1e-5)
+    found = gradients(model, ids_BS)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert any(relative(before[n], g) > 0.05 for n, g in expected.items())
+    # Trained are the weights themselves, which have not changed.
+    assert torch.equal(weight_of(model, EXPERTS[0]), weight_of(loud_model(CONFIG), EXPERTS[0]))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_gradients_of_experts_are_those_of_a_loop_over_tokens(format: Format) -> None:
+    model = loud_model(CONFIG)
+    moe = model.backbone.layers[1].mixer
+    x_TL = torch.randn(24, CONFIG.expert_size, generator=torch.Generator().manual_seed(5))
+    x_TL.requires_grad_()
+    ids_TK, weights_TK, _ = moe.gate(torch.randn(24, CONFIG.hidden_size))
+    weights_TK = weights_TK.detach().requires_grad_()
+    leaves = [x_TL, weights_TK, moe.experts.up_proj, moe.experts.down_proj]
+    quantization_aware(model, dict.fromkeys(EXPERTS, format))
+    found_TL = moe.dispatcher(x_TL, ids_TK, weights_TK, moe.experts.adapted())
+    dy_TL = torch.randn(found_TL.shape, generator=torch.Generator().manual_seed(6))
+    found = torch.autograd.grad(found_TL, leaves, dy_TL)
+
+    up_EFL, down_ELF = (w + (stored_values(w.detach(), format) - w).detach() for w in leaves[2:])
+    x = x_TL + (rounded_input(x_TL.detach(), format) - x_TL).detach()
+    act_TKF = torch.einsum("tl,tkfl->tkf", x, up_EFL[ids_TK]).relu().square()
+    act_TKF = act_TKF + (rounded_input(act_TKF.detach(), format) - act_TKF).detach()
+    expected_TL = torch.einsum("tk,tkf,tklf->tl", weights_TK, act_TKF, down_ELF[ids_TK])
+    expected = torch.autograd.grad(expected_TL, leaves, dy_TL)
+    assert relative(found_TL, expected_TL) < 1e-2  # some values lie between two codes
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < 2e-2
+
+
+def test_the_head_and_what_is_not_named_stay_as_they_are() -> None:
+    model = loud_model(CONFIG)
+    place = "backbone.layers.3.mixer.up_proj"
+    quantization_aware(model, {place: "nvfp4", QKV[0]: "bf16"})
+    changed = [n for n, m in model.named_modules() if getattr(m, "low_precision", None)]
+    assert changed == [place]
+    with pytest.raises(UserError, match="lm_head cannot be trained quantized"):
+        quantization_aware(model, {"lm_head": "fp8"})
