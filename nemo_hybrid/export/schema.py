@@ -307,9 +307,9 @@ def _compressed(
     """As `_modelopt`, of compressed-tensors."""
     where = "config.json: quantization_config"
     fixed = {"format": "nvfp4-pack-quantized", "quantization_status": "compressed"}
-    for name, value in fixed.items():
-        if quantization.get(name) != value:
-            problems.append(f"{where}.{name} is {quantization.get(name)!r}, must be {value!r}")
+    for key, value in fixed.items():
+        if quantization.get(key) != value:
+            problems.append(f"{where}.{key} is {quantization.get(key)!r}, must be {value!r}")
     ignore = _texts(quantization.get("ignore"), f"{where}.ignore")
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -327,9 +327,9 @@ def _compressed(
             wanted["input_activations"] = {**wanted["weights"], "dynamic": "local"}
         for part, values in wanted.items():
             found = group.get(part)
-            for key, value in values.items():
-                if not isinstance(found, dict) or found.get(key) != value:
-                    problems.append(f"config_groups.{name}.{part}.{key} must be {value!r}")
+            for key, must in values.items():
+                if not isinstance(found, dict) or found.get(key) != must:
+                    problems.append(f"config_groups.{name}.{part}.{key} must be {must!r}")
         schemes.append((targets, "nvfp4" if given is not None else "nvfp4_w4a16"))
     formats: dict[str, Format] = {}
     for module in modules:
