@@ -87,7 +87,7 @@ def _write(
         like: dict[str, torch.Tensor] = {}
         reads: dict[str, Read] = {}
         for read in group:
-            for name, part in _split(read):
+            for name, part in split_experts(read):
                 own = targets[read.own]
                 own = own if part.expert is None else own[part.expert]
                 like[name] = own.to(part.dtype)
@@ -110,7 +110,7 @@ def _write(
     return shards
 
 
-def _split(read: Read) -> list[tuple[str, Read]]:
+def split_experts(read: Read) -> list[tuple[str, Read]]:
     """Names on disk that a read is written under: one for each expert."""
     if read.rows is None:
         name = read.own if read.expert is None else expert_name(read.own, read.expert)

@@ -33,6 +33,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }

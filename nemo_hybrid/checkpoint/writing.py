@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,10 +109,15 @@ def write_model_files(
 
 
 def describe_model(
-    writer: Writer, config: HybridConfig, dtype: torch.dtype, companions: Companions
+    writer: Writer,
+    config: HybridConfig,
+    dtype: torch.dtype,
+    companions: Companions,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json and the companions; a generation config is made where they hold none."""
-    described = config_to_hf(config, str(dtype).removeprefix("torch."))
+    """Write config.json, with ``more`` in it, and the companions; a generation config is made where
+    they hold none."""
+    described = {**config_to_hf(config, str(dtype).removeprefix("torch.")), **(more or {})}
     ids = companions.eos_token_ids
     if ids and ids[0] == config.eos_token_id:
         described["eos_token_id"] = ids
