@@ -16,8 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +50,7 @@ _MARKED = re.compile(r"\{%[-+]?\s*generation\b")
 _CONTROL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>")
 _PLAIN_TAG = re.compile(r"think|tool", re.IGNORECASE)
 _SHOWN = 200  # characters of a rendering, in a message
+_LONGEST_S = 10.0  # that a rendering may take
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class ChatTemplate:
         """Renderings in which every turn of the assistant, from message ``first`` on, is learnt
         once. Raises BadRecord where the template cannot be split."""
         turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        if not turns:
+            raise BadRecord("there is no message of the assistant to learn from", "empty answers")
         before = self.render(messages[: turns[0]], tools)
         if self._prompt(before, messages[: turns[0]], tools) == "":
             return [self._marked(messages, tools, turns)]
@@ -175,9 +182,13 @@ class ChatTemplate:
         options = {**self.tokenizer.named_tokens, **options}
         try:
             # In Jinja's sandbox, and as serving engines do it.
-            rendered: tuple[Any, Any] = render_jinja_template(
-                [list(messages)], tools=tools, chat_template=self.source, **options
-            )
+            with _time_limit(_LONGEST_S):
+                rendered: tuple[Any, Any] = render_jinja_template(
+                    [list(messages)], tools=tools, chat_template=self.source, **options
+                )
+        except TimeoutError as e:
+            why = f"the chat template {self.origin} takes longer than {_LONGEST_S:g} s"
+            raise UserError(f"{why} for a conversation of {len(messages)} messages") from e
         except TemplateSyntaxError as e:
             where = f"{self.origin} line {e.lineno}"
             raise UserError(f"the chat template is no valid Jinja: {where}: {e.message}") from e
@@ -186,14 +197,16 @@ class ChatTemplate:
             ArithmeticError,
             AttributeError,
             LookupError,
-            RecursionError,
+            MemoryError,
+            RuntimeError,
             TypeError,
             ValueError,
         ) as e:
             frames = traceback.extract_tb(e.__traceback__)
             lines = [f.lineno for f in frames if f.filename == "<template>"]
             line = f" line {lines[-1]}" if lines else ""
-            raise BadRecord(f"the chat template fails{line}: {e}", "chat template") from e
+            why = f"the chat template fails: {self.origin}{line}: {str(e) or type(e).__name__}"
+            raise BadRecord(why, "chat template") from e
         return rendered
 
 
@@ -270,28 +283,18 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
     return tools or None  # type: ignore[return-value]
 
 
-def change_reasoning(message: Message, change: Callable[[str], str]) -> Message:
-    """The message with other reasoning, in its own field or in the content; without if empty."""
-    if reasoning := message.get("reasoning_content"):
-        message = {**message, "reasoning_content": change(reasoning)}
-        if not message["reasoning_content"]:
-            del message["reasoning_content"]
-    head, end, tail = message.get("content", "").partition(END_OF_THINKING)
-    if end:
-        opening, think, reasoning = head.rpartition(THINK)
-        changed = change(reasoning.strip())
-        content = f"{opening}{think}\n{changed}\n{end}{tail}" if changed else tail.lstrip()
-        message = {**message, "content": content}
-    return message
+def is_empty(message: Message) -> bool:
+    """Whether nothing is said, thought or called."""
+    said = message.get("content", "") + message.get("reasoning_content", "")
+    return not said.strip() and not message.get("tool_calls")
 
 
-def check_answers(messages: Sequence[Message]) -> None:
+def check_answers(messages: Sequence[Message], when: str = "") -> None:
     """Raise BadRecord for a turn of the assistant that says nothing."""
     for turn, message in enumerate(messages, 1):
-        said = message.get("content", "") + message.get("reasoning_content", "")
-        empty = not said.strip() and not message.get("tool_calls")
-        if message["role"] == "assistant" and empty:
-            raise BadRecord(f"turn {turn}: the assistant's message is empty", "empty answers")
+        if message["role"] == "assistant" and is_empty(message):
+            why = f"turn {turn}: the assistant's message is empty{when}"
+            raise BadRecord(why, "empty answers")
 
 
 def _read_message(item: object, turn: int) -> Message:
@@ -362,6 +365,28 @@ def _strings(content: object) -> Iterator[str]:
             pending += [*value, *value.values()]
         elif isinstance(value, list):
             pending += value
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer. Signals limit the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    handler, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        if left:
+            rest = max(1e-3, left - (time.monotonic() - started))
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
 def _decode(content: bytes, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.data.samples import Sample, SampleMaker
-from nemo_hybrid.data.sources import Unusable, find_sources
+from nemo_hybrid.data.sources import Unusable, find_samples
 from nemo_hybrid.data.tokenizer import TextTokenizer
 
 LEARNT, MASKED = "bold green", "dim"
@@ -36,7 +36,7 @@ def preview(options: PrepareOptions) -> None:
 
 
 def _items(maker: SampleMaker, paths: Sequence[str]) -> Iterator[tuple[str, Sample | Unusable]]:
-    for made in maker.read(find_sources(paths)):
+    for made in maker.read(find_samples(paths)[0]):
         yield from ((made.where, sample) for sample in made.samples)
         yield from ((item.where, item) for item in made.unusable)
 

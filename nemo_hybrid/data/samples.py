@@ -7,6 +7,7 @@ rewrites history, a pack.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.data.chat import (
-    END_OF_THINKING,
     Message,
     Rendering,
-    Span,
-    change_reasoning,
     check_answers,
     files_with,
+    is_empty,
     load_template,
     need_template,
     read_messages,
@@ -42,23 +41,24 @@ from nemo_hybrid.data.prepare import (
     split_of,
     write_record,
 )
+from nemo_hybrid.data.reasoning import change_reasoning, learnt_parts
+from nemo_hybrid.data.sample_summary import NAMED, SampleSummary
 from nemo_hybrid.data.sources import (
     BadRecord,
     Record,
     Source,
     Unusable,
     content_files,
-    find_sources,
+    count_links,
+    find_samples,
     read_records,
 )
 from nemo_hybrid.data.store import SAMPLES, SampleStore, StoreWriter
-from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
+from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file, write_file
 from nemo_hybrid.finetune_options import SampleOptions
 from nemo_hybrid.terminal import progress_bar
-
-_NAMED = 5  # examples of every kind of unusable record
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class SampleMaker:
         cut = not stripped and chosen < beyond
         if stripped:
             conversation = [self._without_reasoning(m) for m in conversation]
-            check_answers(conversation)
+            check_answers(conversation, " without its reasoning")
         elif cut:
             conversation = [
                 self._cut_reasoning(m, f"{key}/{i}") for i, m in enumerate(conversation)
@@ -204,7 +204,10 @@ class SampleMaker:
         return [self._encoded(r, cut) for r in renderings]
 
     def _without_reasoning(self, message: Message) -> Message:
-        return change_reasoning(message, lambda _: "") if _answers(message) else message
+        stripped = change_reasoning(message, lambda _: "") if _answers(message) else message
+        # Chance must not make an answer of reasoning alone an empty one.
+        kept = is_empty(stripped) and self.options.reasoning != "strip"
+        return message if kept else stripped
 
     def _cut_reasoning(self, message: Message, key: str) -> Message:
         """The message with its reasoning cut before a token, any but the first."""
@@ -220,8 +223,10 @@ class SampleMaker:
         """A token is learnt if it holds a character that is."""
         ids, offsets = self.tokenizer.encode_chat(rendering.text)
         learnt = np.zeros(len(rendering.text) + 2, np.int64)
+        masked = self.options.reasoning == "mask"
         for span in rendering.spans:
-            for start, stop in self._learnt_of(rendering.text, span, cut):
+            parts = learnt_parts(rendering.text, span, masked) if masked or cut else [span]
+            for start, stop in parts:
                 learnt[start + 1 : stop + 1] = 1
         before = learnt.cumsum()  # learnt characters before each
         # A token of no characters counts like the character that follows.
@@ -229,17 +234,6 @@ class SampleMaker:
         targets = before[stops] > before[offsets[:, 0]]
         targets[:1] = False
         return Sample(ids, targets)
-
-    def _learnt_of(self, text: str, span: Span, cut: bool) -> list[Span]:
-        """Parts of a turn that are learnt with regard to its reasoning."""
-        start, stop = span
-        end = text.find(END_OF_THINKING, start, stop)
-        if end < 0 or not (cut or self.options.reasoning == "mask"):
-            return [span]
-        after = end + len(END_OF_THINKING)
-        if self.options.reasoning == "mask":
-            return [(after, stop)]
-        return [(start, start + len(text[start:end].rstrip())), (after, stop)]
 
     def _unpacked(self, ids: NDArray[np.int64], mask: Any, starts: Any) -> list[Sample]:
         """Samples of a pack; seq_start_id: where each begins."""
@@ -268,72 +262,6 @@ class SampleMaker:
             targets[0] = False
             samples.append(Sample(ids[start:stop], targets))
         return samples
-
-
-@dataclass
-class SampleSummary:
-    """What `prepare_samples` made, as prepare.json keeps it."""
-
-    out: str
-    vocab_size: int
-    samples: dict[str, int]
-    """Of each split; and so on."""
-    tokens: dict[str, int]
-    learnt: dict[str, int]
-    longest: int = 0
-    """Tokens of the longest sample."""
-    records: dict[str, int] = field(default_factory=dict)
-    """By kind."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Samples and records that cannot be learnt from, by reason."""
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first of them."""
-    truncated: int = 0
-    split_conversations: int = 0
-    """Conversations that gave several samples, because their template rewrites history."""
-    seconds: float = 0.0
-    reused: bool = False
-    """True where an existing store of the same data and options was returned as it is."""
-
-    def count(self, made: Made) -> None:
-        """Count what became of a record, but for the samples themselves."""
-        if made.kind:
-            self.records[made.kind] = self.records.get(made.kind, 0) + 1
-        self.truncated += made.truncated
-        self.split_conversations += made.parts > 1 and made.kind != "pack"
-        for item in made.unusable:
-            self.dropped[item.kind] = self.dropped.get(item.kind, 0) + 1
-            examples = self.examples.setdefault(item.kind, [])
-            if len(examples) < _NAMED:
-                examples.append(f"{item.where}: {item.why}")
-
-    @property
-    def faults(self) -> str:
-        """Everything dropped, counted by reason and named."""
-        return "\n".join(
-            f"  {count:,} {reason}: "
-            + "; ".join(self.examples[reason])
-            + (f"; and {count - _NAMED:,} more" if count > _NAMED else "")
-            for reason, count in self.dropped.items()
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{self.out}: {'reused, ' if self.reused else ''}vocabulary {self.vocab_size:,}"]
-        for split, name in ((TRAIN, "train   "), (HELDOUT, "held out")):
-            if split in self.samples:
-                what = f"tokens in {self.samples[split]:,} samples, {self.learnt[split]:,} learnt"
-                lines.append(f"  {name} {self.tokens[split]:>14,} {what}")
-        lines.append(f"  longest  {self.longest:>14,} tokens")
-        lines += [
-            f"  read     {count:>14,} records: {kind}" for kind, count in self.records.items()
-        ]
-        if self.split_conversations:
-            lines.append(f"  split    {self.split_conversations:>14,} conversations")
-        if self.truncated:
-            lines.append(f"  cut      {self.truncated:>14,} over-long samples")
-        lines += [f"  dropped  {count:>14,} {reason}" for reason, count in self.dropped.items()]
-        lines += [f"    {e}" for examples in self.examples.values() for e in examples]
-        return "\n".join(lines)
 
 
 def prepare_samples(
@@ -365,7 +293,10 @@ def prepare_samples(
             f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, but the "
             f"model's embedding has only {vocab_size}: they do not belong together"
         )
-    sources = {TRAIN: find_sources(paths), HELDOUT: find_sources(heldout_paths)}
+    sources, unread = {}, list[str]()
+    for split, named in ((TRAIN, paths), (HELDOUT, heldout_paths)):
+        sources[split], others = find_samples(named)
+        unread += map(str, others)
     free = is_free(out)
     if not free and not reuse:
         raise UserError(f"{out} exists already; name another --out or remove it first")
@@ -379,6 +310,8 @@ def prepare_samples(
     with replacing(out) as partial:
         summary = _write(maker, sources, partial, progress)
         summary.out, summary.seconds = str(out), time.monotonic() - started
+        summary.unread, summary.unread_examples = len(unread), unread[:NAMED]
+        summary.links = count_links([*paths, *heldout_paths])
         for name, content in maker.stored_tokenizer.files.items():
             write_file(partial / name, [content])
         write_record(partial, request, asdict(summary))
@@ -399,7 +332,11 @@ def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, 
         **options,
         **hashes,
         "chat_template": template and template.sha256,
-        "tokenizer": maker.tokenizer.sha256,
+        "tokenizer": {
+            name: hashlib.sha256(content).hexdigest()
+            for name, content in maker.stored_tokenizer.files.items()
+            if name != CHAT_TEMPLATE
+        },
         "seed": maker.seed,
     }
 

@@ -87,6 +87,23 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
     return found
 
 
+def find_samples(paths: Sequence[str | Path]) -> tuple[list[Source], list[Path]]:
+    """What the paths name of .jsonl, .parquet, .txt and saved datasets, and the other files of
+    directories. Raises UserError for a path with others alone."""
+    taken, others = [], []
+    for path in paths:
+        found = find_sources([path])
+        fits = [s.kind != "text" or s.path.suffix.lower() == ".txt" for s in found]
+        if found and not any(fits):
+            raise UserError(
+                f"{found[0].path} is no file of samples: name .jsonl files (JSON, one object per "
+                "line), .parquet or .txt files, or a dataset saved by Hugging Face datasets"
+            )
+        taken += [s for s, fit in zip(found, fits, strict=True) if fit]
+        others += [s.path for s, fit in zip(found, fits, strict=True) if not fit]
+    return taken, others
+
+
 def count_links(paths: Sequence[str | Path]) -> int:
     """Symbolic links to files below the directories that the paths name, which are not read."""
     folders = (root for root in map(Path, paths) if root.is_dir())
@@ -314,11 +331,26 @@ def _read_table(
     for number, row in enumerate(rows):
         where = f"{source.path} row {number}"
         try:
-            content = {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
+            content = _without_nulls(
+                {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
+            )
         except UnicodeDecodeError:
             yield Unusable(where, "not UTF-8")
         else:
             yield Record(f"{source.key}#{number}", where, content, (number + 1) / count)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """A table has every field of any row in all rows, so an object's null may be of its making."""
+
+    def mended(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _without_nulls(value)
+        if isinstance(value, list) and value and not isinstance(value[0], int):
+            return [mended(v) for v in value]
+        return value
+
+    return {k: mended(v) for k, v in fields.items() if v is not None}
 
 
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"

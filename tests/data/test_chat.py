@@ -322,10 +322,10 @@ def test_the_sample_shown_is_short(make_model: MakeModel) -> None:
     assert "\n" not in why
 
 
-def test_templates_that_fail(make_model: MakeModel) -> None:
+def test_templates_that_fail(make_model: MakeModel, tmp_path: Path) -> None:
     why = fault(make_model("a\n\n{{ raise_exception('never ' + messages[0].content) }}", "a"),
                 {"messages": TWO})  # fmt: skip
-    assert why == "the chat template fails line 3: never be kind"
+    assert why == f"the chat template fails: {tmp_path}/a/chat_template.jinja line 3: never be kind"
     assert "line 2: can only" in fault(make_model("\n{{ 'a' + 1 }}", "b"), {"messages": TWO})
     assert "no attribute" in fault(make_model("{{ messages[0].a.b }}", "d"), {"messages": TWO})
     with pytest.raises(UserError, match=r"no valid Jinja: .*chat_template.jinja line 2: "):

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from nemo_hybrid.cli import main
 from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.data import samples as module
-from nemo_hybrid.data.samples import SampleMaker, SampleSummary, prepare_samples
+from nemo_hybrid.data.preview import preview
+from nemo_hybrid.data.sample_summary import SampleSummary
+from nemo_hybrid.data.samples import SampleMaker, prepare_samples
 from nemo_hybrid.data.sources import Record
 from nemo_hybrid.data.store import SampleStore, StoreWriter, TokenStore
 from nemo_hybrid.data.tokenizer import load_tokenizer
@@ -136,6 +138,102 @@ def test_every_source_gives_the_same(make_model: MakeModel, tmp_path: Path) -> N
     assert stored(tmp_path / "out d") == found[0][2:]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_tables_invent_no_nulls(kind: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """Rows share a type, so that each has the fields of all; jsonl is the oracle."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    rows = []
+    for arguments in ({"city": "Rome"}, {"a": 1, "deep": [{"x": 1}, {"y": "z"}]}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        record = chat("q", "yes")
+        record["messages"][1]["tool_calls"] = [call]
+        rows.append({**record, "tools": [{"name": "f", "parameters": arguments}]})
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}"
+        "{{ m.tool_calls | default([]) | tojson }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    model = make_model(template)
+    make(model, tmp_path / "expected", lines(tmp_path / "a.jsonl", *rows))
+    table = tmp_path / ("a.parquet" if kind == "parquet" else "a")
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), table)
+        shown = pq.read_table(table).to_pylist()[0]["messages"][1]["tool_calls"][0]
+        assert shown["function"]["arguments"] == {"city": "Rome", "a": None, "deep": None}
+    else:
+        Dataset.from_list(rows).save_to_disk(str(table))
+    make(model, tmp_path / "out", table)
+    tokenizer = load_tokenizer(model)
+    assert [tokenizer.decode(ids) for ids, _ in stored(tmp_path / "out")] == [
+        tokenizer.decode(ids) for ids, _ in stored(tmp_path / "expected")
+    ]
+    assert stored(tmp_path / "out") == stored(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.csv", "README", "folder"])
+def test_files_of_other_kinds_are_no_samples(
+    name: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model, path = make_model(), tmp_path / name
+    file = path / "b.json" if name == "folder" else path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps([chat("a", "b")]))
+    what = rf"{file} is no file of samples: name \.jsonl files \(JSON, one object per line\), "
+    with pytest.raises(UserError, match=what):
+        make(model, tmp_path / "out", path)
+    with pytest.raises(UserError, match=what):
+        preview(PrepareOptions(paths=[str(path)], tokenizer=str(model), preview=1))
+
+
+def test_what_a_directory_holds_besides_samples(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    lines(folder / "a.JSONL", chat("a", "b"))
+    (folder / "b.TXT").write_text("text")
+    others = [f"{i}.csv" for i in range(6)] + ["deep/README.md"]
+    for name in others:
+        (folder / name).write_text("x")
+    outside = lines(tmp_path / "c.jsonl", chat("c", "d"))
+    (folder / "deep" / "link.jsonl").symlink_to(outside)
+    summary = make(make_model(), tmp_path / "out", folder, heldout_paths=(outside,))
+    assert summary.records == {"messages": 2, "text": 1}
+    assert summary.unread == 7
+    assert summary.unread_examples == [str(folder / name) for name in others[:5]]
+    assert summary.links == 1
+    for shown in (f"7 files of other kinds, such as {folder / '0.csv'}; ", "1 symbolic links to"):
+        assert shown in str(summary)
+    recorded = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert recorded["summary"]["unread"] == 7
+    assert recorded["summary"]["links"] == 1
+    assert "skipped" not in str(make(tmp_path / "model", tmp_path / "plain", outside))
+
+
+def test_reuse_notices_another_tokenizer(make_model: MakeModel, tmp_path: Path) -> None:
+    """Its settings too: they name the token that ends texts."""
+    model = make_model()
+    data = lines(tmp_path / "a.jsonl", {"text": "fox"})
+    make(model, tmp_path / "out", data)
+    config = model / "tokenizer_config.json"
+    named = json.loads(config.read_text())
+    changes = {
+        config: json.dumps({**named, "eos_token": "<s>"}),
+        model / "special_tokens_map.json": json.dumps({"bos_token": "</s>"}),
+        model / "tokenizer.json": (model / "tokenizer.json").read_text() + " ",
+    }
+    for file, content in changes.items():
+        before = file.read_bytes() if file.exists() else None
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"\(tokenizer differ\)"):
+            make(model, tmp_path / "out", data, reuse=True)
+        file.unlink()
+        if before is not None:
+            file.write_bytes(before)
+        assert make(model, tmp_path / "out", data, reuse=True).reused
+
+
 def test_nvidias_packs(make_model: MakeModel, tmp_path: Path) -> None:
     """The parquet columns of NVIDIA's packing tools: the mask is of labels, so it is rolled."""
     import pyarrow as pa
@@ -180,6 +278,10 @@ BAD: dict[str, tuple[object, str]] = {
     "no kind": ({"body": "x", "id": 1}, "unknown kind: FILE line 2: of no known kind: it has body"),
     "two kinds": ({**chat("a", "b"), "text": "x"}, "of two kinds at once (messages and text)"),
     "half a kind": ({"prompt": "x"}, "of no known kind: it has prompt; the kinds are: messages;"),
+    "no completion": (
+        {"prompt": chat("a", "b")["messages"], "completion": []},
+        "empty answers: FILE line 2: there is no message of the assistant to learn from",
+    ),
     "mixed": ({"prompt": [], "completion": "x"}, "malformed: FILE line 2: prompt is not text"),
     "number": ({"text": 3}, "malformed: FILE line 2: text is not text"),
     "surrogate": ('{"text": "\\ud800"}', "FILE line 2: text holds half a surrogate pair"),
