@@ -229,7 +229,7 @@ def fitted(assignment: Mapping[str, Format], target: str, calibrated: bool) -> A
     out: Assignment = dict(assignment)
     if not calibrated:
         out = {p: "nvfp4_w4a16" if f == "nvfp4" else f for p, f in out.items()}
-    first = {f: p for p, f in reversed(out.items()) if f != "bf16"}
+    first: dict[Format, str] = {f: p for p, f in reversed(out.items()) if f != "bf16"}
     if not first:
         raise UserError("nothing would be quantized: name another preset, or formats, or use bf16")
     if "fp8" in first and not calibrated:
@@ -240,7 +240,7 @@ def fitted(assignment: Mapping[str, Format], target: str, calibrated: bool) -> A
     if target == "mixed":
         return out
     if target == "fp8":
-        wrong = next((f for f in first if f != "fp8"), None)
+        wrong: Format | None = next((f for f in first if f != "fp8"), None)
     else:
         wrong = "fp8" if "fp8" in first else None
         if wrong is None and len(first) > 1:
@@ -248,7 +248,7 @@ def fitted(assignment: Mapping[str, Format], target: str, calibrated: bool) -> A
     if wrong is not None:
         hint = "" if target == "compressed-tensors" else ": mixed can"
         raise UserError(
-            f"{first[cast(Format, wrong)]} is to be {wrong}, which --format {target} cannot hold, "
+            f"{first[wrong]} is to be {wrong}, which --format {target} cannot hold, "
             f"or not beside other formats{hint}"
         )
     if target == "compressed-tensors" and out["lm_head"] != "bf16":
