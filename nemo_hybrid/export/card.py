@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_hybrid import __version__
@@ -55,6 +56,14 @@ def code(text: str) -> str:
     return f"`{shown}`"
 
 
+def _name(path: str) -> str:
+    """What a path ends with, as code: of a run's checkpoint the run and the step."""
+    parts = [part for part in Path(path).parts if part != "checkpoints"]
+    return code(
+        "/".join(parts[-2:] if parts[-1:] and parts[-1].startswith("step_") else parts[-1:])
+    )
+
+
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
@@ -71,9 +80,9 @@ def _head(facts: ExportFacts) -> str:
             "---",
             f"tags: [{', '.join(tags)}]",
             "---",
-            f"# {code(facts.source)} in {what}",
+            f"# {_name(facts.source)} in {what}",
             "",
-            f"Weights of {code(facts.source)}, exported by nemo_hybrid {__version__} with "
+            f"Weights of {_name(facts.source)}, exported by nemo_hybrid {__version__} with "
             f"`--format {facts.target}`. What the source was trained on is said there; its licence "
             "and limits apply.",
             "",
@@ -105,7 +114,7 @@ def _recipe(facts: ExportFacts) -> str:
         rows.append(("input scales", "none: nothing was calibrated, inputs stay BF16"))
     else:
         share = "all" if facts.percentile is None else f"{facts.percentile:g} %"
-        data = "" if facts.calibration_data is None else f" of {code(facts.calibration_data)}"
+        data = "" if facts.calibration_data is None else f" of {_name(facts.calibration_data)}"
         rows.append(("input scales", f"{share} of the values on {seen.tokens:,} tokens{data}"))
     cache = "FP8, with scales of the calibration" if facts.kv_cache == "fp8" else "no scales"
     rows.append(("keys and values", cache))
@@ -163,7 +172,7 @@ def _measured(facts: ExportFacts, measured: Measured | None) -> str:
         return "\n".join(lines)
     before, after = math.exp(measured.source_loss), math.exp(measured.loss)
     lines += [
-        f"- on {measured.tokens:,} tokens of {code(measured.text)}, with dequantized weights and "
+        f"- on {measured.tokens:,} tokens of {_name(measured.text)}, with dequantized weights and "
         "inputs as they are, in FP32:",
         f"  KL(source, export) {measured.kl:.3e} nats per token; perplexity {before:.3f} before, "
         f"{after:.3f} after",

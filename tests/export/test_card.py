@@ -20,7 +20,7 @@ SHAPE = export_config("MEM*EE-")
 
 def facts(**changes: Any) -> ExportFacts:
     base = ExportFacts(
-        source="step_00000420",
+        source="/home/someone/runs/tiny/checkpoints/step_00000420",
         shape=SHAPE,
         target="mixed",
         assignment=assign(SHAPE, "super", {}),
@@ -85,7 +85,14 @@ def test_it_says_what_was_done() -> None:
 
 def test_calibration_and_cache() -> None:
     seen = calibration(unseen={"backbone.layers.1.mixer.experts.up_proj": [0, 2, 3]})
-    text = card(facts(calibration=seen, calibration_data="a.txt", percentile=99.9, kv_cache="fp8"))
+    text = card(
+        facts(
+            calibration=seen,
+            calibration_data="/home/someone/a.txt",
+            percentile=99.9,
+            kv_cache="fp8",
+        )
+    )
     assert "99.9 % of the values on 65,536 tokens of `a.txt`" in text
     assert "3 experts saw no token" in text
     assert "`backbone.layers.1.mixer.experts.up_proj`: 0, 2-3" in text
@@ -113,11 +120,12 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
 
 def test_other_targets() -> None:
     plain = card(facts(target="bf16", assignment=assign(SHAPE, None, {}), preset=None))
-    assert "# `step_00000420` in BF16" in plain
+    assert "# `tiny/step_00000420` in BF16" in plain
     assert "Nothing is quantized" in plain
     assert "transformers loads this directory, too" in plain
     assert "NVIDIA" not in plain
     text = card(facts(target="compressed-tensors", preset=None, budget_bits=4.75))
+    assert "someone" not in text
     assert "computes with wrong values" in text
     assert "at most 4.75 bits per weight on average" in text
 
