@@ -292,7 +292,9 @@ def _check_values(opened: Opened, source: HybridLM | None, result: Result, show:
         f"{format}: relative error {sum(many) / len(many):.4f}, at most {max(many):.4f}"
         for format, many in errors.items()
     ]
-    return sound & result.add("source", faults["source"], "\n".join([*found, "all other tensors equal"]))
+    return sound & result.add(
+        "source", faults["source"], "\n".join([*found, "all other tensors equal"])
+    )
 
 
 def _bad_scales(module: str, parts: Parts) -> list[str]:

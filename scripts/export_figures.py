@@ -1,0 +1,281 @@
+"""What a quantized export costs: time, memory, and how far the model moves.
+
+    python scripts/export_figures.py --model DIR --data STORE [--out FILE] [--dir DIR] [--gb N]
+
+Throughput: a checkpoint of random BF16 weights of at least --gb is exported to NVFP4, and, in
+turns, copied file by file by the safetensors library, with fsync; each time in a new process, which
+gives its peak resident memory. The rate is that of the bytes read. Divergence: --model, a trained
+model, is exported in every preset and with every kind of scales, and runs on held-out text of
+--data: KL divergence and perplexity with weights rounded alone, and with inputs of products rounded
+too. Last: how long measuring sensitivity takes.
+
+Exit status: 0 done, 1 a process failed, 2 a mistake in options or files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_hybrid.doctor import environment
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import replace_file, sync_directory
+from nemo_hybrid.terminal import print_table
+
+PRESETS = (
+    ("conservative", "nvfp4", "amax"),
+    ("super", "mixed", "amax"),
+    ("nano", "nvfp4", "amax"),
+    ("ultra", "mixed", "four_over_six"),
+    ("super", "fp8", "amax"),
+)
+"""Preset, target, scales. The last: what Super quantizes, all of it in FP8."""
+SCALES = ("amax", "mse", "four_over_six", "training")
+PIECE = 512
+EXPERT_BYTES = 2 * 2 * 1024 * 1024  # up and down projection of one expert below
+
+
+def worker(kind: str, source: Path, out: Path) -> dict[str, float]:
+    """One measurement; call it in a process of its own."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.export.assign import planned
+    from nemo_hybrid.export.write import export_directory
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    shape = HybridConfig.from_hf(str(source))
+    imported = _resident("VmRSS")
+    began = time.perf_counter()
+    if kind == "plain":
+        out.mkdir()
+        for path in sorted(source.glob("*.safetensors")):
+            save_file(load_file(path), out / path.name)
+            with open(out / path.name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(out)
+    else:
+        assignment = planned(shape, "nvfp4", "conservative", {}, calibrated=False)
+        export_directory(
+            source, out, assignment, target="nvfp4", search=kind, show_progress=False,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - began,
+        "peak_mib": _resident("VmHWM"),
+        "imported_mib": imported,
+    }
+
+
+def _resident(what: str) -> float:
+    """MiB of this process, now or at most; getrusage would count the parent's from before exec."""
+    status = Path("/proc/self/status").read_text()
+    return (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith(what)) / 1024
+    )
+
+
+def throughput(place: Path, gb: float, repeat: int, pause: float) -> dict[str, Any]:
+    import torch
+
+    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.model.hybrid import HybridLM
+
+    experts = math.ceil(gb * 1e9 / EXPERT_BYTES / 2)
+    shape = HybridConfig(
+        pattern="MEM*E", vocab_size=1024, hidden_size=1024, n_routed_experts=experts,
+        moe_intermediate_size=1024, moe_latent_size=1024, mtp_num_depths=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = HybridLM(shape).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.save_hf(str(place / "source"))
+    del model
+    size = sum(path.stat().st_size for path in (place / "source").glob("*.safetensors"))
+    found: dict[str, list[dict[str, float]]] = {"plain": [], "amax": [], "four_over_six": []}
+    for turn in range(repeat):
+        kinds = list(found)
+        for kind in kinds if turn % 2 else kinds[::-1]:
+            os.sync()
+            time.sleep(pause)  # virtual disks slow down after a burst
+            out = place / "out"
+            done = subprocess.run(
+                [sys.executable, __file__, "--worker", kind, str(place / "source"), str(out)],
+                capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ},
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(f"{kind}: {done.stderr}")
+            found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            written = sum(path.stat().st_size for path in out.iterdir())
+            found[kind][-1]["bytes_written"] = written
+            shutil.rmtree(out)
+            print(f"round {turn + 1} of {repeat}: {kind} {found[kind][-1]}", flush=True)
+    shutil.rmtree(place / "source")
+    middle = {
+        kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        for kind, rows in found.items()
+    }
+    for row in middle.values():
+        row["mb_per_s"] = size / 1e6 / row["seconds"]
+    return {"bytes": size, "rounds": found, "median": middle}
+
+
+def divergence(model: Path, data: str, place: Path, tokens: int, calibration: int) -> list[Any]:
+    """KL divergence and perplexity of every export of the trained model."""
+    import torch
+
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.export.assign import planned
+    from nemo_hybrid.export.calibrate import calibrate, read_pieces
+    from nemo_hybrid.export.simulate import quantized_inputs
+    from nemo_hybrid.export.verify import compare, load_exported, states
+    from nemo_hybrid.export.write import export_directory
+
+    source = load_model(model, torch.float32)
+    pieces = read_pieces(data, model, source.config, tokens, "heldout", PIECE)
+    seen = calibrate(source, read_pieces(data, model, source.config, calibration))
+    before = states(source, pieces, "source")
+    rows = []
+    cases = [*PRESETS, *(("conservative", "nvfp4", scales) for scales in SCALES[1:])]
+    for preset, target, scales in [("bf16", "bf16", "amax"), *cases]:
+        name = "conservative" if preset == "bf16" else preset
+        assignment = planned(source.config, target, name, {}, calibrated=True)
+        out = place / f"{preset}-{target}-{scales}"
+        facts = export_directory(
+            model, out, assignment, target=target, search=scales,  # type: ignore[arg-type]
+            calibration=None if target == "bf16" else seen, show_progress=False,
+        )  # fmt: skip
+        exported = load_exported(out)
+        weights = compare(before, states(exported, pieces, preset), pieces, data)
+        with quantized_inputs(exported, assignment, seen.amax):
+            both = compare(before, states(exported, pieces, preset), pieces, data)
+        rows.append(
+            {
+                "preset": preset, "target": target, "scales": scales,
+                "size_ratio": facts.bytes_after / facts.bytes_before,
+                "kl_weights": weights.kl, "perplexity": math.exp(weights.loss),
+                "kl_with_inputs": both.kl, "perplexity_with_inputs": math.exp(both.loss),
+                "source_perplexity": math.exp(weights.source_loss or math.nan),
+                "weight_errors": facts.errors, "tokens": weights.tokens,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def sensitivity(model: Path, data: str, tokens: int) -> dict[str, Any]:
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.export.calibrate import read_pieces
+    from nemo_hybrid.export.sensitivity import measure
+
+    source = load_model(model)
+    pieces = read_pieces(data, model, source.config, tokens)
+    began = time.perf_counter()
+    found = measure(source, pieces)
+    return {
+        "seconds": time.perf_counter() - began,
+        "tokens": sum(piece.numel() for piece in pieces),
+        "groups": len(found),
+        "formats": len(found[0].kl),
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    if "throughput" in result:
+        median = result["throughput"]["median"]
+        print_table(
+            ("", "MB/s read", "of plain", "peak MiB", "of it before", "bytes written"),
+            [
+                (
+                    kind,
+                    f"{row['mb_per_s']:.0f}",
+                    f"{row['mb_per_s'] / median['plain']['mb_per_s']:.2f}",
+                    f"{row['peak_mib']:.0f}",
+                    f"{row['imported_mib']:.0f}",
+                    f"{row['bytes_written'] / result['throughput']['bytes']:.3f}",
+                )
+                for kind, row in median.items()
+            ],
+            title="Export against a plain copy; bytes written as a share of those read",
+        )
+    print_table(
+        ("preset, target, scales", "size", "KL", "ppl", "KL, inputs too", "ppl"),
+        [
+            (
+                f"{row['preset']}, {row['target']}, {row['scales']}",
+                f"{row['size_ratio']:.3f}",
+                f"{row['kl_weights']:.2e}",
+                f"{row['perplexity']:.3f}",
+                f"{row['kl_with_inputs']:.2e}",
+                f"{row['perplexity_with_inputs']:.3f}",
+            )
+            for row in result["divergence"]
+        ],
+        title=f"source: perplexity {result['divergence'][0]['source_perplexity']:.3f}",
+    )
+    for row in result["divergence"]:
+        for family, errors in row["weight_errors"].items():
+            shown = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
+            print(f"{row['preset']}: relative error of {family}: {shown}")
+    took = result["sensitivity"]
+    print(
+        f"sensitivity of {took['groups']} groups in {took['formats']} formats on {took['tokens']} "
+        f"tokens: {took['seconds']:.1f} s"
+    )
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        kind, source, out = sys.argv[2:]
+        print(json.dumps(worker(kind, Path(source), Path(out))))
+        return 0
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="run or checkpoint of a trained model")
+    parser.add_argument("--data", required=True, help="its token store")
+    parser.add_argument("--dir", help="directory on the disk to measure; default: temporary files")
+    parser.add_argument("--gb", type=float, default=2.0, help="0: no throughput")
+    parser.add_argument("--repeat", type=int, default=4, help="even: each goes first as often")
+    parser.add_argument("--pause", type=float, default=10, help="seconds of rest for the disk")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--calibration_tokens", type=int, default=65536)
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    a = parser.parse_args()
+    result: dict[str, Any] = {"environment": environment()}
+    try:
+        from nemo_hybrid.checkpoint.files import resolve
+
+        model = resolve(a.model)
+        with tempfile.TemporaryDirectory(dir=a.dir) as directory:
+            place = Path(directory)
+            result["divergence"] = divergence(model, a.data, place, a.tokens, a.calibration_tokens)
+            result["sensitivity"] = sensitivity(model, a.data, a.tokens)
+            if a.gb:
+                result["throughput"] = throughput(place, a.gb, a.repeat, a.pause)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report(result)
+    if a.out:
+        replace_file(a.out, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
