@@ -21,12 +21,14 @@ from nemo_hybrid.command_options import (
     CompareOptions,
     DoctorOptions,
     EvalOptions,
+    ExportOptions,
     GenerateOptions,
     ImportOptions,
     InspectOptions,
     MergeOptions,
     PlanOptions,
     PrepareOptions,
+    VerifyOptions,
 )
 from nemo_hybrid.config import RunConfig, TrainingConfig
 from nemo_hybrid.config_load import (
@@ -260,6 +262,8 @@ COMMANDS = {
     "generate": Command(GenerateOptions, _in("generate", "generate_command")),
     "import": Command(ImportOptions, _import),
     "merge": Command(MergeOptions, _in("checkpoint.adapter", "merge_command")),
+    "export": Command(ExportOptions, _in("export.write", "export_command")),
+    "verify-export": Command(VerifyOptions, _in("export.verify", "verify_command")),
     "inspect": Command(InspectOptions, _in("inspection", "inspect_command")),
     "compare-logprobs": Command(CompareOptions, _in("logprobs", "compare_command")),
     "doctor": Command(DoctorOptions, _doctor),

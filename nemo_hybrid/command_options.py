@@ -181,6 +181,60 @@ class MergeOptions(Options):
 
 
 @dataclass
+class ExportOptions(Options):
+    """Write a checkpoint in the number formats that serving engines load."""
+
+    from_: str
+    """Run, checkpoint or Hugging Face directory."""
+    out: str
+    """Directory to write; it must be absent or empty."""
+    format: Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
+    """bf16: plain; nvfp4, mixed, fp8: ModelOpt's layout, mixed with a format per module;
+    compressed-tensors: NVFP4 in that library's layout."""
+    preset: Literal["conservative", "super", "nano", "ultra"] = "conservative"
+    """Which modules are quantized: conservative: experts, shared experts and dense MLPs; the others
+    by module family as NVIDIA published those models."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Formats of further modules, on top of the preset: glob over module names -> bf16, fp8, nvfp4
+    or nvfp4_w4a16."""
+    scales: Literal["amax", "mse", "four_over_six", "training"] = "amax"
+    """NVFP4 scales of weights: from the largest value; from a search for the least error; from the
+    choice between 4 and 6; or those of the 16x16 blocks of NVFP4 training."""
+    calibration: str | None = None
+    """Token store or text file whose activations give the input scales; without it weights alone
+    are quantized (W4A16)."""
+    calibration_tokens: PositiveInt = 65536
+    """Tokens of it to read."""
+    percentile: Annotated[float | None, Bound("lie in (0, 100]", lambda v: 0 < v <= 100)] = None
+    """Share of the activations, in percent, that input scales cover; null: all of them."""
+    kv_cache: Literal["none", "fp8"] = "none"
+    """fp8: write scales for keys and values, which needs calibration."""
+    budget_bits: Annotated[float | None, POSITIVE] = None
+    """Mean bits per weight: instead of a preset, measure each module group's sensitivity and assign
+    formats that fit."""
+
+
+@dataclass
+class VerifyOptions(Options):
+    """Check an exported directory: names, shapes, dtypes, checksums, values."""
+
+    paths: list[str] = field(default_factory=list)
+    """Exported directory."""
+    base: str | None = None
+    """The checkpoint it was made of, to compare probabilities with."""
+    data: str | None = None
+    """UTF-8 text file or token store (its held-out part) to compare on; null: random token ids."""
+    tokens: PositiveInt = 8192
+    """Tokens to compare on."""
+    max_kl: Annotated[float | None, NOT_NEGATIVE] = None
+    """End with status 3 when the mean KL divergence exceeds this, in nats."""
+
+    def validate(self) -> None:
+        super().validate()
+        _check_paths("verify-export", self.paths, 1, 1)
+
+
+@dataclass
 class InspectOptions(Options):
     """Show shape, size and tensors of a model, without loading weights."""
 

@@ -369,7 +369,9 @@ def options_parser(
                 f.name, nargs="*", metavar="PATH", default=[], **(about | {"type": str})
             )
             continue
-        if f.default is MISSING:
+        if f.default_factory is not MISSING:
+            about["default"] = f.default_factory()
+        elif f.default is MISSING:
             about["required"] = True
         else:
             about["default"] = f.default
