@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,8 +23,13 @@ from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.command_options import VerifyOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import decode as decoding
+from nemo_hybrid.export.assign import planned
+from nemo_hybrid.export.calibrate import calibrate
+from nemo_hybrid.export.card import card
 from nemo_hybrid.export.decode import other_decoder
+from nemo_hybrid.export.simulate import quantized_weights
 from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
+from nemo_hybrid.export.write import export_directory
 from nemo_hybrid.model.hybrid import HybridLM
 
 MIXED = {
@@ -391,6 +396,42 @@ def test_a_list_of_the_layers_experts_is_read(made: Made) -> None:
     edit_json(directory, *in_config(merge))
     edit_json(directory, *in_twin(merge))
     assert failed(directory) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "preset", "rules", "calibrated"),
+    [
+        ("mixed", "super", {}, True),
+        ("mixed", "nano", {"mtp.*": "nvfp4", "*latent*": "fp8", "lm_head": "fp8"}, True),
+        ("nvfp4", "nano", {}, True),
+        ("nvfp4", "nano", {}, False),
+        ("fp8", "super", {}, True),
+        ("compressed-tensors", "conservative", {"backbone*.[qkv]_proj": "nvfp4"}, True),
+        ("compressed-tensors", "conservative", {}, False),
+        ("bf16", "conservative", {}, False),
+    ],
+)
+def test_what_the_writer_writes_passes(
+    tmp_path: Path, target: Any, preset: str, rules: dict[str, str], calibrated: bool
+) -> None:
+    model = loud_model(export_config("MEM*EM-"))
+    model.save_hf(str(tmp_path / "base"))
+    assignment = planned(model.config, target, preset, rules, calibrated)
+    seen = calibrate(model, [random_ids(model.config, 1, 40)]) if calibrated else None
+    cache: Literal["none", "fp8"] = (
+        "fp8" if seen is not None and target in ("mixed", "nvfp4", "fp8") else "none"
+    )
+    export_directory(
+        tmp_path / "base", tmp_path / "export", assignment, target=target, calibration=seen,
+        kv_cache=cache, card=card, show_progress=False,
+    )  # fmt: skip
+    result = verify_directory(tmp_path / "export", base=str(tmp_path / "base"), tokens=40)
+    assert [check for check in result.checks if check.passed is False] == []
+    with quantized_weights(model, assignment):
+        weights = {name: t.clone() for name, t in tensors_by_name(model).items()}
+    for name, tensor in tensors_by_name(load_exported(tmp_path / "export")).items():
+        if assignment.get(name.removesuffix(".weight"), "bf16") != "bf16":
+            assert torch.allclose(tensor, weights[name], rtol=1e-6, atol=0), name
 
 
 def test_load_exported_refuses_what_does_not_fit(made: Made) -> None:
