@@ -141,10 +141,13 @@ def stored_values(
 ) -> Tensor:
     """What an export of a weight [.., out, in] stores, decoded and rounded to the weight's dtype:
     the values that engines multiply with. ``amax``: see `weight_tensors`."""
-    if weight.dim() > 2:
-        return torch.stack([stored_values(matrix, format, search, amax) for matrix in weight])
     if format == "bf16":
         return weight.to(torch.bfloat16).to(weight.dtype)
+    if weight.dim() > 2:
+        if search != "amax":
+            return torch.stack([stored_values(matrix, format, search) for matrix in weight])
+        # All matrices at once, each with its own tensor scale.
+        amax = weight.abs().amax((-2, -1), keepdim=True).float()
     stored = weight_tensors(weight, format, amax=amax, search=search)
     return decoded(stored).to(weight.dtype)
 

@@ -11,6 +11,7 @@ from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, Format, places
 from nemo_hybrid.export.calibrate import calibrate
+from nemo_hybrid.export.quantize import Search
 from nemo_hybrid.export.simulate import (
     quantization_aware,
     quantized_inputs,
@@ -108,9 +109,16 @@ def test_query_key_and_value_have_one_scale() -> None:
 def test_stored_values_of_bf16_and_of_a_stack() -> None:
     stack = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(stored_values(stack, "bf16"), stack.bfloat16().float())
-    found = stored_values(stack, "nvfp4")
-    assert all(torch.equal(a, stored_values(b, "nvfp4")) for a, b in zip(found, stack, strict=True))
-    assert torch.equal(found, stored_values(stack, "nvfp4_w4a16"))
+    stack[1] = 0
+    cases: list[tuple[Format, Search]] = [
+        ("nvfp4", "amax"),
+        ("fp8", "amax"),
+        ("nvfp4", "four_over_six"),
+    ]
+    for format, search in cases:
+        alone = [stored_values(matrix, format, search) for matrix in stack]
+        assert torch.equal(stored_values(stack, format, search), torch.stack(alone))
+    assert torch.equal(stored_values(stack, "nvfp4"), stored_values(stack, "nvfp4_w4a16"))
     assert stored_values(stack.bfloat16(), "nvfp4").dtype == torch.bfloat16
 
 
