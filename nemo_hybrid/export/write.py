@@ -57,6 +57,7 @@ WITH_INPUTS = ("fp8", "nvfp4")
 """Formats with an input scale."""
 _LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
+_SHOWN = 8  # experts
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
 
 
@@ -102,10 +103,14 @@ def export_command(options: ExportOptions) -> None:
         listed = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
         print(f"relative error of {kind}: {listed}")
     for place, experts in (calibration.unseen if calibration else {}).items():
-        print(f"{place}: no token reached experts {experts}; they have the others' input scale")
+        shown = ", ".join(map(str, experts[:_SHOWN])) + (", ..." if len(experts) > _SHOWN else "")
+        print(
+            f"{place}: no token reached {len(experts)} experts ({shown}); input scales are those "
+            "of the others"
+        )
     ratio = facts.bytes_after / facts.bytes_before
     print(
-        f"{facts.bytes_after / 1e9:.2f} GB of weights ({ratio:.2f} of the source's) written to "
+        f"{facts.bytes_after / 1e9:.3g} GB of weights ({ratio:.2f} of the source's) written to "
         f"{options.out}; check them with\n"
         f"  nemo-hybrid verify-export {options.out} --base {options.from_}"
     )
