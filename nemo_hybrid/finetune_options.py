@@ -9,6 +9,7 @@ from nemo_hybrid.config import (
     POSITIVE,
     Architecture,
     BelowOne,
+    Bound,
     NotNegativeFloat,
     NotNegativeInt,
     PositiveFloat,
@@ -85,6 +86,21 @@ class LoraOptions:
 
 
 @dataclass
+class DistillOptions:
+    """Quantization-aware distillation: train for an export (arXiv 2601.20088)."""
+
+    preset: Literal["none", "conservative", "super", "nano", "ultra"] = "none"
+    """Which modules compute in the formats of `export --preset`; they learn the probabilities of
+    model.from_hf, which is held in memory beside the model. none: ordinary fine-tuning."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Formats of further modules, as for `export`: glob over module names -> bf16, fp8, nvfp4 or
+    nvfp4_w4a16."""
+    weight: Annotated[float, Bound("lie in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    """Share of the KL divergence from the unquantized model in the main loss; the rest is
+    cross-entropy."""
+
+
+@dataclass
 class FinetuneDataOptions(SampleOptions, SequenceOptions):
     """What is learnt from."""
 
@@ -143,6 +159,7 @@ class FinetuneConfig(TrainingConfig):
     data: FinetuneDataOptions = field(default_factory=FinetuneDataOptions)
     train: FinetuneTrainOptions = field(default_factory=FinetuneTrainOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
 
     def validate(self, shape: Architecture | None = None) -> None:
         super().validate(shape)
@@ -176,6 +193,20 @@ class FinetuneConfig(TrainingConfig):
                 )
         elif self.lora != LoraOptions():
             raise UserError("lora options have no effect without lora.rank")
+        if self.distill.preset != "none":
+            why = (
+                "precision.recipe asks for other formats"
+                if self.precision.low
+                else "lora.rank freezes the weights that would be quantized"
+                if self.lora.rank
+                else "train.trained mtp leaves them as they are"
+                if train.trained == "mtp"
+                else None
+            )
+            if why:
+                raise UserError(f"distill.preset {self.distill.preset} cannot be had: {why}")
+        elif self.distill != DistillOptions():
+            raise UserError("distill options have no effect without distill.preset")
         if train.max_steps:
             self.validate_steps()
 

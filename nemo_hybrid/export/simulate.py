@@ -97,7 +97,8 @@ def quantized_inputs(
 
 def quantization_aware(model: HybridLM, assignment: Mapping[str, Format]) -> None:
     """From now on the model computes with the values of an export, and is trained as if nothing
-    were rounded. Input scales are found anew for every pass; weights are quantized in each.
+    were rounded. Weights are quantized in every pass, and input scales are those of the rows that a
+    process has in it: they depend on how micro-batches and experts are divided.
 
     Raises UserError for places whose products cannot be changed: the head, whose product is one
     operation with the loss.

@@ -21,6 +21,7 @@ from nemo_hybrid.data.loader import Blend, Data, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
@@ -31,6 +32,7 @@ from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.train import finetune
+from nemo_hybrid.train.distill import frozen_teacher, student_formats
 from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
@@ -145,6 +147,8 @@ def check_precision(config: TrainingConfig, hybrid: HybridConfig) -> None:
         tokens = config.train.micro_batch_size * config.data.sequence_length
         model = without_storage(hybrid, config.parallel.ep)
         policy.check(model, config.precision, hybrid, tokens)
+    if isinstance(config, FinetuneConfig) and config.distill.preset != "none":
+        student_formats(config.distill, hybrid)
 
 
 def build_run(
@@ -190,6 +194,11 @@ def build_run(
         probe=probe,
     )
     objective = PretrainObjective(model, config.train)
+    if isinstance(config, FinetuneConfig) and config.distill.preset != "none" and origin:
+        quantization_aware(model, student_formats(config.distill, hybrid))
+        teacher = each(world, lambda: frozen_teacher(origin, hybrid, dispatcher))
+        teacher.to(world.device, dtype)
+        objective = PretrainObjective(model, config.train, teacher, config.distill.weight)
     groups = parameter_groups(model, config.train)
     engine = Engine(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher

@@ -4,7 +4,8 @@ loss = CE + (lambda / D) * sum_k CE_k + mu * aux, where every cross-entropy is a
 global batch divided by the global count of its own valid targets, and aux, the sequence-wise
 balance loss, is the mean over the rows of the global batch. Fine-tuning may take the mean over
 documents (conversations) of each one's own mean instead; each depth then counts the documents, and
-the targets of each, that it has itself.
+the targets of each, that it has itself. In distillation, the KL divergence from a teacher over the
+same tokens, counted in the same way, takes the place of CE or of a share of it.
 
 Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, N = 1 + D losses.
 """
@@ -20,6 +21,7 @@ from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import shift_left
+from nemo_hybrid.train.distill import linear_kl
 from nemo_kernels.loss import linear_cross_entropy
 
 
@@ -82,9 +84,17 @@ def _weights(batch: Batch, valid_NBS: Tensor, per_document: bool) -> Tensor:
 class PretrainObjective(nn.Module):
     """What the engine runs forward and backward."""
 
-    def __init__(self, model: HybridLM, train: TrainOptions) -> None:
+    def __init__(
+        self,
+        model: HybridLM,
+        train: TrainOptions,
+        teacher: HybridLM | None = None,
+        kl_weight: float = 0.0,
+    ) -> None:
+        """``kl_weight``: share of KL(teacher || model) in the main loss, beside cross-entropy."""
         super().__init__()
         self.model = model
+        self.teacher = (teacher, kl_weight)  # in a tuple: its parameters are not the engine's
         # Without a weight the MTP block is not run at all: fine-tuning leaves it as it is.
         self.depths = model.config.mtp_num_depths if train.mtp_loss_weight else 0
         self.weights_N = [1.0] + [train.mtp_loss_weight / max(1, self.depths)] * self.depths
@@ -104,6 +114,11 @@ class PretrainObjective(nn.Module):
         # max(1): a loss without any target in the global batch is zero, not 0/0.
         scale_N = weights_N / normalizer.targets_N.clamp(min=1)
         weights_NT = _weights(batch, valid_NBS, normalizer.per_document)
+        teacher, kl_weight = self.teacher
+        learn_kl = teacher is not None and torch.is_grad_enabled()
+        kl_weights_T = scale_N[0] * weights_NT[0] * kl_weight
+        if learn_kl:
+            scale_N = torch.cat([scale_N[:1] * (1 - kl_weight), scale_N[1:]])
         # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
         loss, ce_NT = linear_cross_entropy(
             torch.stack(hidden).flatten(0, 2),
@@ -111,6 +126,16 @@ class PretrainObjective(nn.Module):
             labels_NBS.flatten(),
             (scale_N[:, None] * weights_NT).flatten(),
         )
+        if teacher is not None and learn_kl:
+            with torch.no_grad():
+                teacher_BSD, _ = teacher.forward_hidden(batch.ids_BS, batch.packing)
+            loss = loss + linear_kl(
+                h_BSD.flatten(0, 1),
+                model.lm_head.weight,
+                teacher_BSD.flatten(0, 1),
+                teacher.lm_head.weight,
+                kl_weights_T,
+            )
         aux_sum = torch.zeros((), device=h_BSD.device)
         for routed in stats.values():
             aux_sum = aux_sum + routed.aux_loss

@@ -1,0 +1,77 @@
+"""Quantization-aware distillation (arXiv 2601.20088): a model that computes in the formats of an
+export learns the probabilities that it had before.
+
+Shapes: T tokens, C tokens of one chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.assign import Assignment, assign
+from nemo_hybrid.finetune_options import DistillOptions
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.latent_moe import Dispatcher
+
+_CHUNK_BYTES = 64 << 20  # of one model's logits
+
+
+def student_formats(options: DistillOptions, shape: HybridConfig) -> Assignment:
+    """Raises UserError where formats and model do not fit."""
+    assignment = assign(shape, options.preset, options.formats)
+    if assignment["lm_head"] != "bf16":
+        raise UserError("distill.formats: lm_head is one operation with the loss: leave it out")
+    return assignment
+
+
+def frozen_teacher(origin: Path, shape: HybridConfig, dispatcher: Dispatcher | None) -> HybridLM:
+    """The weights that fine-tuning began with. Raises UserError."""
+    with torch.device("meta"):
+        teacher = HybridLM(shape, dispatcher=dispatcher)
+    teacher.to_empty(device="cpu").requires_grad_(False)
+    load_weights(
+        origin,
+        tensors_by_name(teacher),
+        teacher.owned_experts,
+        n_experts=shape.n_routed_experts,
+    )
+    return teacher
+
+
+def linear_kl(
+    h_TD: Tensor, head_VD: Tensor, teacher_TD: Tensor, teacher_VD: Tensor, weights_T: Tensor
+) -> Tensor:
+    """Sum over tokens of weight * KL(teacher || student), fp32 scalar, of the softmax of
+    h head^T; gradients for h_TD and head_VD.
+
+    Logits are fp32; those of a chunk of tokens are there at a time, once more in the backward
+    pass. The head's gradient is summed in fp32.
+    """
+    chunk = max(1, _CHUNK_BYTES // (4 * len(head_VD)))
+    heads = head_VD.float(), teacher_VD.detach().float()
+    total = torch.zeros((), device=h_TD.device)
+    rows = zip(*(t.split(chunk) for t in (h_TD, teacher_TD, weights_T)), strict=True)
+    for part in rows:
+        total = total + checkpoint(
+            _chunk_kl, *part, *heads, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+def _chunk_kl(
+    h_CD: Tensor, teacher_CD: Tensor, weights_C: Tensor, head_VD: Tensor, teacher_VD: Tensor
+) -> Tensor:
+    q_CV, p_CV = (
+        F.linear(h.float(), head).log_softmax(-1)
+        for h, head in ((h_CD, head_VD), (teacher_CD, teacher_VD))
+    )
+    return F.kl_div(q_CV, p_CV, log_target=True, reduction="none").sum(-1) @ weights_C

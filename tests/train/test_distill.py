@@ -1,0 +1,176 @@
+"""Quantization-aware distillation: its loss by the formula, and runs that bring the model back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from helpers.chats import tune, write_base, write_chats
+from helpers.commands import Commands, commands_in_one_process
+from helpers.processes import run_command
+from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.export.assign import assign
+from nemo_hybrid.export.simulate import quantization_aware
+from nemo_hybrid.train import distill
+
+DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
+PRESET = "nano"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "hf", **DIVISIBLE)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 60)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with commands_in_one_process() as run:
+        yield run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradients_are_those_of_the_formula(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "_CHUNK_BYTES", 4 * 50 * 7)  # seven tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    h, teacher_h = torch.randn(2, 30, 16, generator=generator).to(dtype)
+    head, teacher_head = torch.randn(2, 50, 16, generator=generator).to(dtype)
+    weights = torch.rand(30, generator=generator)
+    ours = [t.clone().requires_grad_() for t in (h, head)]
+    theirs = [t.double().requires_grad_() for t in (h, head)]
+
+    loss = distill.linear_kl(*ours, teacher_h, teacher_head, weights)
+    p = F.softmax(teacher_h.double() @ teacher_head.double().t(), -1)
+    q = F.softmax(theirs[0] @ theirs[1].t(), -1)
+    expected = (weights * (p * (p / q).log()).sum(-1)).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    for own, their in zip(ours, theirs, strict=True):
+        assert own.grad is not None
+        assert their.grad is not None
+        # The head's gradient is rounded once, however many chunks there are.
+        torch.testing.assert_close(own.grad, their.grad.to(dtype), rtol=2e-2, atol=1e-5)
+
+
+@torch.no_grad()
+def divergence(teacher: Path, student: Path, store: Path) -> float:
+    """Mean KL over learnt tokens of the student with quantized weights and inputs."""
+    a, b = load_model(teacher), load_model(student)
+    quantization_aware(b, assign(b.config, PRESET, {}))
+    total, count, samples = 0.0, 0, SampleStore.open(store)
+    for i in range(len(samples.lengths)):
+        ids, learnt = (torch.from_numpy(part) for part in samples.sample(i))
+        p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (a, b))
+        total += float((p.exp() * (p - q)).sum(-1)[learnt[1:]].sum())
+        count += int(learnt[1:].sum())
+    return total / count
+
+
+def run(
+    commands: Commands, base: Path, chats: Path, out: Path, **sections: dict[str, Any]
+) -> tuple[int | None, str]:
+    file = out.with_suffix(".yaml")
+    file.write_text(dump_config(tune(base, chats, **sections)))
+    ended = commands("finetune", "--config", file, "--run_dir", out)
+    return ended.status, ended.err
+
+
+def test_a_run_brings_the_quantized_model_back_to_its_teacher(
+    commands: Commands, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """On held-out samples; cross-entropy alone on the same samples leads elsewhere."""
+    found = {}
+    for weight in (1.0, 0.01):
+        out = tmp_path / f"run{weight}"
+        status, err = run(
+            commands, base, chats, out,
+            distill={"preset": PRESET, "weight": weight},
+            data={"heldout": 0.2},
+            train={"max_steps": 25, "micro_batch_size": 4, "mtp_loss_weight": 0.0},
+        )  # fmt: skip
+        assert status == 0, err
+        heldout = out / "data/heldout"
+        found[weight] = divergence(base, out / "model", heldout)
+    before = divergence(base, base, heldout)
+    assert found[1.0] < 0.85 * before
+    assert found[0.01] > 2 * before
+
+
+def test_a_resumed_run_has_the_same_teacher(
+    commands: Commands, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    sections: dict[str, Any] = {
+        "distill": {"preset": PRESET},
+        "checkpoint": {"every": 2},
+        "train": {"max_steps": 4, "micro_batch_size": 4},
+    }
+    assert run(commands, base, chats, out, **sections)[0] == 0
+    whole = [load_file(path) for path in sorted((out / "model").glob("*.safetensors"))]
+    shutil.rmtree(out / "checkpoints/step_00000004")
+    assert run(commands, base, chats, out, **sections)[0] == 0
+    again = [load_file(path) for path in sorted((out / "model").glob("*.safetensors"))]
+    for one, other in zip(whole, again, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_experts_divided_over_processes_learn_the_same(
+    commands: Commands, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Input scales, which are those of the rows that a process has, are left out."""
+    weights_alone = {"preset": PRESET, "formats": {"backbone*": "nvfp4_w4a16"}}
+    sections: dict[str, Any] = {"distill": weights_alone, "train": {"max_steps": 2}}
+    assert run(commands, base, chats, tmp_path / "one", **sections)[0] == 0
+    sections["parallel"] = {"ep": 2}
+    file = tmp_path / "two.yaml"
+    file.write_text(dump_config(tune(base, chats, **sections)))
+    run_command("finetune", "--config", file, "--run_dir", tmp_path / "two", size=2)
+    before, one, two = (
+        dict(load_model(path).named_parameters())
+        for path in (base, tmp_path / "one/model", tmp_path / "two/model")
+    )
+    for name, start in before.items():
+        step = (one[name] - start).norm()
+        assert (one[name] - two[name]).norm() <= 0.02 * step + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"distill": {"weight": 0.5}}, "no effect without distill.preset"),
+        ({"distill": {"preset": "nano", "weight": 0.0}}, "distill.weight"),
+        ({"distill": {"preset": "nano"}, "lora": {"rank": 2}}, "lora.rank freezes"),
+        ({"distill": {"preset": "nano"}, "precision": {"recipe": "nvfp4_all"}}, "other formats"),
+        ({"distill": {"preset": "nano"}, "train": {"trained": "mtp"}}, "trained mtp"),
+        ({"distill": {"preset": "nano", "formats": {"*.k_prj": "fp8"}}}, "*.k_prj"),
+        ({"distill": {"preset": "nano", "formats": {"lm_head": "fp8"}}}, "lm_head"),
+    ],
+)
+def test_a_mistake_is_named(
+    commands: Commands,
+    base: Path,
+    chats: Path,
+    tmp_path: Path,
+    sections: dict[str, dict[str, Any]],
+    words: str,
+) -> None:
+    status, err = run(commands, base, chats, tmp_path / "run", **sections)
+    assert status == 2
+    assert words in err
+    assert err.count("error: ") == 1
