@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.chats import MARKED, conversations, tune, write_base, write_chats
+from helpers.commands import Commands, commands_in_one_process
 from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from nemo_hybrid.config_load import dump_config
@@ -24,6 +25,12 @@ from nemo_hybrid.train.metrics import read_metrics
 CHATS, STEPS = 17, 3
 ALIKE: dict[str, Any] = {"aux_loss_weight": 0.0, "router_bias_rate": 0.0, "train_router": True}
 Losses = list[float]
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with commands_in_one_process() as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +110,7 @@ def test_three_steps_are_those_of_plain_pytorch_on_transformers(
     base: Path,
     chats: Path,
     tmp_path: Path,
+    commands: Commands,
     averages: list[str],
     options: dict[str, Any],
     size: int,
@@ -117,7 +125,10 @@ def test_three_steps_are_those_of_plain_pytorch_on_transformers(
     (tmp_path / "run.yaml").write_text(dump_config(config))
     run_dir = tmp_path / "run"
     words = ["finetune", "--config", tmp_path / "run.yaml", "--run_dir", run_dir]
-    run_command(*words, size=size)
+    if size == 1:
+        assert commands(*words).status == 0
+    else:
+        run_command(*words, size=size)
 
     losses, expected = in_plain_pytorch(base, tuple(averages))
     ours = [row.loss for row in read_metrics(run_dir / "metrics.jsonl")]
