@@ -37,7 +37,9 @@ class LossParts(NamedTuple):
     """One micro-batch on one rank; sums, so that shares add up."""
 
     loss: Tensor  # fp32 scalar with gradient: this micro-batch's share of the global loss
-    ce_sums_N: Tensor  # fp32, detached: summed cross-entropies (or documents' means), main first
+    # fp32, detached: summed cross-entropies (or documents' means), main first. In distillation the
+    # first is that of what is learnt: with its share of KL.
+    ce_sums_N: Tensor
     aux_sum: Tensor  # fp32, detached: balance loss summed over rows and layers
     counts: dict[str, Tensor]  # layer name -> routed slots per expert
 
@@ -116,26 +118,29 @@ class PretrainObjective(nn.Module):
         weights_NT = _weights(batch, valid_NBS, normalizer.per_document)
         teacher, kl_weight = self.teacher
         learn_kl = teacher is not None and torch.is_grad_enabled()
-        kl_weights_T = scale_N[0] * weights_NT[0] * kl_weight
+        share_N = torch.ones_like(scale_N)
         if learn_kl:
-            scale_N = torch.cat([scale_N[:1] * (1 - kl_weight), scale_N[1:]])
+            share_N[0] -= kl_weight
         # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
         loss, ce_NT = linear_cross_entropy(
             torch.stack(hidden).flatten(0, 2),
             model.lm_head.weight,
             labels_NBS.flatten(),
-            (scale_N[:, None] * weights_NT).flatten(),
+            ((scale_N * share_N)[:, None] * weights_NT).flatten(),
         )
+        sums_N = share_N * (ce_NT.view(len(hidden), -1) * weights_NT).sum(1)
         if teacher is not None and learn_kl:
             with torch.no_grad():
                 teacher_BSD, _ = teacher.forward_hidden(batch.ids_BS, batch.packing)
-            loss = loss + linear_kl(
+            kl_sum = linear_kl(
                 h_BSD.flatten(0, 1),
                 model.lm_head.weight,
                 teacher_BSD.flatten(0, 1),
                 teacher.lm_head.weight,
-                kl_weights_T,
+                weights_NT[0],
             )
+            loss = loss + kl_sum * (scale_N[0] * kl_weight)
+            sums_N[0] += kl_weight * kl_sum.detach()
         aux_sum = torch.zeros((), device=h_BSD.device)
         for routed in stats.values():
             aux_sum = aux_sum + routed.aux_loss
@@ -143,7 +148,7 @@ class PretrainObjective(nn.Module):
             loss = loss + aux_sum * (self.aux_weight / normalizer.rows)
         return LossParts(
             loss,
-            (ce_NT.view(len(hidden), -1) * weights_NT).sum(1),
+            sums_N,
             aux_sum.detach(),
             {name: routed.counts_E for name, routed in stats.items()},
         )

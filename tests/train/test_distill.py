@@ -21,6 +21,7 @@ from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.export.assign import assign
 from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.train import distill
+from nemo_hybrid.train.metrics import read_metrics
 
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
 PRESET = "nano"
@@ -106,6 +107,9 @@ def test_a_run_brings_the_quantized_model_back_to_its_teacher(
         )  # fmt: skip
         assert status == 0, err
         heldout = out / "data/heldout"
+        losses = [row.loss for row in read_metrics(out / "metrics.jsonl")]
+        assert (losses[0] < 1) == (weight == 1)  # a divergence, or nearly a cross-entropy
+        assert 0 < losses[-1] < losses[0]
         found[weight] = divergence(base, out / "model", heldout)
     before = divergence(base, base, heldout)
     assert found[1.0] < 0.85 * before
