@@ -1,6 +1,8 @@
 """`verify-export`, on directories made by hand: sound ones pass, and each fault is named."""
 
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vllm_check
 from helpers.exported import (
     WEIGHTS,
     build,
@@ -497,3 +500,11 @@ def test_nothing_is_printed_on_the_way(capfd: pytest.CaptureFixture[str]) -> Non
     found = other_decoder()
     assert capfd.readouterr() == ("", "")
     assert found is None or found[0].split()[0] in ("compressed-tensors", "nvidia-modelopt")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_the_check_in_vllm_says_when_there_is_none(
+    made: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert vllm_check.check(made(), sys.executable, 8, 1.0) == vllm_check.ABSENT
+    assert "NOT CHECKED" in capfd.readouterr().out
