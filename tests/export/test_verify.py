@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import vllm_check
 from torch import Tensor
 
-import vllm_check
 from helpers.exported import (
     WEIGHTS,
     build,
