@@ -51,15 +51,19 @@ def quantized_weights(
     model: HybridLM, assignment: Mapping[str, Format], search: Search = "amax"
 ) -> Iterator[None]:
     """Inside, weights have the values that the export would store, rounded to their dtype. The
-    memory that it takes is that of the quantized places' weights. Raises as `weight_tensors`."""
+    memory that it takes is that of the quantized places' weights. Raises UserError naming the place,
+    as `weight_tensors`."""
     kept: dict[str, Tensor] = {}
     try:
         for group in groups(assignment):
             weights = {place: weight_of(model, place).data for place in group}
             shared = None if is_stacked(group[0]) else _amax(*weights.values())
             for place, weight in weights.items():
+                try:
+                    values = stored_values(weight, assignment[place], search, shared)
+                except UserError as error:
+                    raise UserError(f"{place}: {error}") from None
                 kept[place] = weight
-                values = stored_values(weight, assignment[place], search, shared)
                 weight_of(model, place).data = values
         yield
     finally:
