@@ -51,8 +51,8 @@ def quantized_weights(
     model: HybridLM, assignment: Mapping[str, Format], search: Search = "amax"
 ) -> Iterator[None]:
     """Inside, weights have the values that the export would store, rounded to their dtype. The
-    memory that it takes is that of the quantized places' weights. Raises UserError naming the place,
-    as `weight_tensors`."""
+    memory that it takes is that of the quantized places' weights. Raises as `weight_tensors`, but
+    UserError names the place."""
     kept: dict[str, Tensor] = {}
     try:
         for group in groups(assignment):
