@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import BLOCK, Format
 from nemo_kernels.nvfp4.packing import encode, pack
-from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
+from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize
 from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_nearest_
 from nemo_kernels.nvfp4.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
 
@@ -65,6 +65,8 @@ def weight_tensors(
         UserError: w holds NaN or infinity, or 16x16 blocks do not divide it.
         ValueError: a row is not divisible by 16, or format is bf16.
     """
+    if format != "fp8" and w.shape[-1] % BLOCK:
+        raise ValueError(f"w: expected rows divisible by {BLOCK}, got {w.shape[-1]}")
     own = w.abs().amax().float() if w.numel() else torch.zeros(())
     if not own.isfinite():
         raise UserError("it holds NaN or infinity")
@@ -99,8 +101,6 @@ def decoded(stored: Stored) -> Tensor:
 
 
 def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
-    if search == "amax":
-        return quantize_modelopt(w, amax=amax)
     if search == "training":
         if w.shape[0] % BLOCK:
             raise UserError(
@@ -115,14 +115,18 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
     x_NB = w.view(blocks.shape)
     data = torch.empty(len(x_NB), BLOCK // 2, dtype=torch.uint8, device=w.device)
     scale_N = torch.empty_like(block_amax_N)
-    most = E4M3_MAX if search == "mse" else E4M3_MAX_FOUR_OVER_SIX
+    most = E4M3_MAX_FOUR_OVER_SIX if search == "four_over_six" else E4M3_MAX
     tensor_scale = divide(amax, E2M1_MAX * most)
-    choose = _best_of_all if search == "mse" else _four_or_six
     for part in blocks.parts(w.device):
-        x = x_NB[part].float()
-        chosen_N = choose(x, block_amax_N[part], amax)
-        scale_N[part] = _exported(chosen_N, amax, most)
-        data[part] = pack(_codes(x, scale_N[part], tensor_scale))
+        x, largest_N = x_NB[part].float(), block_amax_N[part]
+        if search == "amax":
+            chosen_N = largest_N / (tensor_scale * E2M1_MAX)
+            chosen_N = _rounded(torch.where(chosen_N == 0, 1.0, chosen_N))
+        else:
+            choose = _best_of_all if search == "mse" else _four_or_six
+            chosen_N = _exported(choose(x, largest_N, amax), amax, most)
+        scale_N[part] = chosen_N
+        data[part] = pack(_codes(x, chosen_N, tensor_scale))
     grid = blocks.grid
     return Quantized(
         data.view(*w.shape[:-1], -1), scale_N.view(grid).to(torch.float8_e4m3fn), tensor_scale
@@ -140,7 +144,10 @@ def _exported(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
     """The block scales, E4M3 values in fp32, that modelopt writes for its calibrated maxima."""
     scale_N = divide(block_amax_N, E2M1_MAX)
     scale_N = torch.where(scale_N == 0, 1.0, scale_N)
-    scale_N = scale_N * most / divide(amax, E2M1_MAX)
+    return _rounded(scale_N * most / divide(amax, E2M1_MAX))
+
+
+def _rounded(scale_N: Tensor) -> Tensor:
     return scale_N.clamp_(_LEAST_E4M3, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 

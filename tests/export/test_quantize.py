@@ -12,7 +12,7 @@ from helpers.nvfp4_formula import E2M1, E4M3
 from nemo_hybrid import UserError
 from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
 from nemo_kernels.nvfp4.packing import unpack
-from nemo_kernels.nvfp4.reference import quantize
+from nemo_kernels.nvfp4.reference import quantize, quantize_modelopt
 
 REASON = "nvidia-modelopt is not installed; the dev extra has it"
 
@@ -133,6 +133,14 @@ def test_searches_find_what_a_loop_finds(amax_factor) -> None:
         decoded(weight_tensors(w, "nvfp4", amax=amax, search=s)) for s in ("amax", "mse")
     )
     assert (best - w).square().sum() < 0.95 * (plain - w).square().sum()
+
+
+def test_without_modelopt_the_largest_values_give_the_specification() -> None:
+    for amax in (None, torch.tensor(9.0)):
+        ours = weight_tensors(weight(), "nvfp4", amax=amax)
+        assert bytes_of(list(ours.values())) == bytes_of(
+            list(quantize_modelopt(weight(), amax=amax))
+        )
 
 
 def test_training_scales_are_those_of_training() -> None:
