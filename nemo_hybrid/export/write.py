@@ -49,12 +49,11 @@ from nemo_hybrid.export.layout import (
 )
 from nemo_hybrid.export.quantize import Layout, Search, decoded, weight_tensors
 from nemo_hybrid.export.sensitivity import SPENT_ON, assign_within, measure, sensitivity_report
+from nemo_hybrid.export.simulate import WITH_INPUTS
 from nemo_hybrid.files import naming
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import progress_bar
 
-WITH_INPUTS = ("fp8", "nvfp4")
-"""Formats with an input scale."""
 _LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
 _SHOWN = 8  # experts
