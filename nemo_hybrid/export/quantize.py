@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import BLOCK, Format
 from nemo_kernels.nvfp4.packing import encode, pack
-from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize
+from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
 from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_nearest_
 from nemo_kernels.nvfp4.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
 
@@ -54,7 +54,8 @@ def weight_tensors(
     amax: Tensor | None = None,
     search: Search = "amax",
 ) -> Stored:
-    """What is stored for a weight [out, in], fp32, bf16 or fp16, besides its input scale.
+    """What is stored for a weight [out, in], fp32, bf16 or fp16, besides its input scale; with the
+    search amax and one amax each, [E, 1, 1], also for a stack [E, out, in].
 
     Args:
         amax: fp32 scalar to take for the largest |w|: the one of all weights that an engine fuses.
@@ -101,6 +102,8 @@ def decoded(stored: Stored) -> Tensor:
 
 
 def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
+    if search == "amax" and w.dim() > 2:
+        return quantize_modelopt(w, amax=amax)
     if search == "training":
         if w.shape[0] % BLOCK:
             raise UserError(

@@ -143,6 +143,14 @@ def test_without_modelopt_the_largest_values_give_the_specification() -> None:
         )
 
 
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_a_stack_is_its_matrices(format) -> None:
+    stack = torch.stack([weight(seed=seed) for seed in range(3)])
+    amax = stack.abs().amax((1, 2), keepdim=True).float()
+    values = decoded(weight_tensors(stack, format, amax=amax))
+    assert torch.equal(values, torch.stack([decoded(weight_tensors(w, format)) for w in stack]))
+
+
 def test_training_scales_are_those_of_training() -> None:
     w = weight()
     stored = weight_tensors(w, "nvfp4", search="training")
