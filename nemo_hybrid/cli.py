@@ -202,6 +202,11 @@ def _train(config: TrainingConfig) -> None:
 
 
 def _prepare(options: PrepareOptions) -> None:
+    if options.tokenizer and not (Path(options.tokenizer) / "tokenizer.json").is_file():
+        from nemo_hybrid.checkpoint.files import list_steps, resolve
+
+        if list_steps(Path(options.tokenizer) / "checkpoints"):  # a run's directory
+            options.tokenizer = str(resolve(options.tokenizer))
     if options.preview:
         from nemo_hybrid.data.preview import preview
 

@@ -114,7 +114,7 @@ class EvalOptions(Options):
     from_: str
     """Run directory (its latest checkpoint) or checkpoint directory."""
     data: str
-    """Prepared token store whose held-out part is used."""
+    """Prepared token store, or samples for fine-tuning, whose held-out part is used."""
     sequences: PositiveInt = 256
     """Sequences to evaluate (fewer if the store holds fewer)."""
     micro_batch_size: PositiveInt = 8

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+"""Digest of the weights that an adapter of ours was trained beside."""
 _END_BYTES = 1 << 20
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _STACK = re.compile(r"(.+\.mixer\.experts)((?:\.base_layer)?)")
@@ -247,6 +249,16 @@ def base_digest(base: Path) -> str:
                 file.seek(max(0, size - _END_BYTES))
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def check_base(directory: Path, base: Path) -> None:
+    """Warn where an adapter of ours was trained beside other weights than those of ``base``."""
+    path = directory / BASE
+    if path.is_file() and read_json(path).get("digest") != base_digest(base):
+        log.warning(
+            "%s: this adapter was trained beside other weights than those in %s (or these were "
+            "written anew since)", directory, base,
+        )  # fmt: skip
 
 
 def merge_command(options: MergeOptions) -> None:

@@ -289,6 +289,11 @@ def resolve(path: str | Path) -> Path:
         if pointed is not None and (pointed / "config.json").is_file():
             return pointed
         raise UserError(f"{pointed} has no config.json")
+    if (start / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds an adapter and no whole model: add it to its weights with nemo-hybrid "
+            "merge and name the result"
+        )
     cached = [place.parent for place in start.glob("snapshots/*/config.json")]
     hint = f"; perhaps {cached[0]}" if cached else ""
     raise UserError(

@@ -13,7 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, load_adapter, locate
+from nemo_hybrid.checkpoint.adapter import (
+    base_directory,
+    check_base,
+    is_adapter,
+    load_adapter,
+    locate,
+)
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
@@ -165,6 +171,7 @@ def load_model(
 
 
 def _load_adapted(directory: Path, dtype: torch.dtype | None, base: Path) -> HybridLM:
+    check_base(directory, base)
     model = load_model(base, dtype)
     load_adapter(model, directory)
     merge_adapters(model)

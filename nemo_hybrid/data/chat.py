@@ -147,6 +147,7 @@ class ChatTemplate:
         start = max(len(p) for p in prompts if text.startswith(p))
         if start == len(text):
             raise _unsplittable(turn, "it writes nothing of the answer", text)
+        _check_written(messages[turn], turn, text[len(before) :])
         return text, start
 
     def _prompt(
@@ -236,8 +237,8 @@ def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatT
     """Raise UserError if there is none."""
     if template is None:
         raise UserError(
-            f"{directory} has no chat template ({CHAT_TEMPLATE}), which conversations need: name "
-            "one with chat_template"
+            f"{directory} has no chat template, which conversations need: put one beside the "
+            f"tokenizer as {CHAT_TEMPLATE}, or name one (chat_template) where samples are made"
         )
     return template
 
@@ -297,6 +298,18 @@ def check_answers(messages: Sequence[Message], when: str = "") -> None:
             raise BadRecord(why, "empty answers")
 
 
+def _check_written(message: Message, turn: int, written: str) -> None:
+    """Raise BadRecord if a template leaves a part of an answer out, which would then be learnt
+    without it."""
+    calls = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
+    parts = {f"the call of {name}": name for name in calls}
+    parts["the reasoning"] = message.get("reasoning_content", "").strip()
+    for what, part in parts.items():
+        if part not in written:
+            why = f"turn {turn + 1}: the chat template leaves out {what}"
+            raise BadRecord(f"{why}: it writes {_shorten(written)}", "chat template")
+
+
 def _read_message(item: object, turn: int) -> Message:
     if not isinstance(item, dict):
         raise BadRecord(f"turn {turn} is no JSON object")
@@ -304,7 +317,9 @@ def _read_message(item: object, turn: int) -> Message:
     message = {k: v for k, v in item.items() if v is not None and v != []}
     role = message.get("role")
     if not isinstance(role, str) or role not in _FOLLOWS or not role:
-        raise BadRecord(f"turn {turn} has the unknown role {_shorten(str(role))}", "wrong roles")
+        known = ", ".join(role for role in _FOLLOWS if role)
+        why = f"turn {turn} has the unknown role {_shorten(str(role))}; known: {known}"
+        raise BadRecord(why, "wrong roles")
     content = item.get("content")
     if isinstance(content, list) and _are_objects(content):
         texts = [p.get("text") for p in content if p.get("type") == "text"]
@@ -313,7 +328,8 @@ def _read_message(item: object, turn: int) -> Message:
     if isinstance(content, str):
         message["content"] = content
     elif role != "assistant" or content is not None:
-        raise BadRecord(f"turn {turn}: the content is not text")
+        lacks = "there is no content" if "content" not in item else "the content is not text"
+        raise BadRecord(f"turn {turn}: {lacks}")
     if role == "assistant":
         thoughts = [message.pop(k) for k in _REASONING if k in message]
         if thoughts:

@@ -142,6 +142,7 @@ class SampleMaker:
                 made.unusable.append(Unusable(where, why, "over-long"))
             elif not sample.learnt:
                 why = f"nothing is learnt of its {len(sample.ids)} tokens"
+                why += " after truncation" if made.truncated else ""
                 made.unusable.append(Unusable(where, why, "all-masked"))
             else:
                 made.samples.append(sample)
@@ -302,7 +303,7 @@ def prepare_samples(
         raise UserError(f"{out} exists already; name another --out or remove it first")
     request = _request(maker, sources)
     if not free:
-        mend = "name another run_dir, or remove it to prepare again"
+        mend = "name another run_dir"
         summary = recorded(out, SampleSummary, request, mend)
         for split in summary.samples:
             SampleStore.open(out / split)

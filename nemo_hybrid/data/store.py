@@ -74,6 +74,14 @@ def shard_name(number: int, part: str = "tokens") -> str:
     return f"{part}-{number:05d}.bin"
 
 
+def holds_samples(path: Path) -> bool:
+    """Whether a store is one of samples, as far as it says itself."""
+    try:
+        return SAMPLES in (path / "store.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 @dataclass
 class StoreWriter:
     """Writes one store into a directory that it makes; store.json comes last."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from nemo_hybrid.command_options import EvalOptions
-from nemo_hybrid.config import DataOptions, TrainOptions
-from nemo_hybrid.data.loader import Data, heldout_batches, open_blend, require_tokenizer
+from nemo_hybrid.config import DataOptions, HybridConfig, TrainOptions
+from nemo_hybrid.data.loader import Blend, Data, heldout_batches, open_blend, require_tokenizer
+from nemo_hybrid.data.packing import PackedSamples
+from nemo_hybrid.data.prepare import HELDOUT, TRAIN
+from nemo_hybrid.data.store import SampleStore, holds_samples
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.terminal import print_table
@@ -45,6 +50,18 @@ def evaluate(
     return mean_N.tolist()
 
 
+def _open(options: EvalOptions, shape: HybridConfig) -> Blend | PackedSamples:
+    """A token store, or samples for fine-tuning in packs that hold the longest of them."""
+    train, heldout = (Path(options.data) / split for split in (TRAIN, HELDOUT))
+    if not holds_samples(train):
+        data = DataOptions(path=options.data, sequence_length=options.sequence_length)
+        return open_blend(data, shape)
+    stores = [SampleStore.open(path) for path in (train, heldout) if path.exists()]
+    longest = max(options.sequence_length, *(int(store.lengths.max()) for store in stores))
+    held = stores[1] if len(stores) > 1 else None
+    return PackedSamples(stores[0], held, longest, shape.pad_token_id)
+
+
 def eval_command(options: EvalOptions) -> None:
     """``nemo-hybrid eval``: print the held-out losses of a checkpoint, as a table."""
     from nemo_hybrid.checkpoint.adapter import locate
@@ -52,18 +69,19 @@ def eval_command(options: EvalOptions) -> None:
 
     directory = locate(options.from_)
     model = load_model(directory)
-    data = DataOptions(path=options.data, sequence_length=options.sequence_length)
-    blend = open_blend(data, model.config)
-    require_tokenizer(blend, directory)
-    if not blend.heldout:
+    length, data = options.sequence_length, _open(options, model.config)
+    if isinstance(data, PackedSamples):
+        length = data.sequence_length
+    require_tokenizer(data, directory)
+    if not data.heldout:
         raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
     world = World.start()
     losses = evaluate(
         PretrainObjective(model.to(world.device), TrainOptions()),
-        blend,
+        data,
         world,
         sequences=options.sequences,
-        sequence_length=options.sequence_length,
+        sequence_length=length,
         micro_batch_size=options.micro_batch_size,
     )
     World.stop()

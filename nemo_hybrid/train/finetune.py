@@ -14,6 +14,7 @@ from torch import nn
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.companions import Companions, read_companions
+from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
@@ -194,10 +195,11 @@ def publish_model(config: FinetuneConfig, checkpoint: Path) -> None:
     0 alone. Raises UserError."""
     # Beside an adapter transformers would take config.json for that of a whole model.
     left_out = ["config.json"] if (checkpoint / ADAPTER).is_file() else []
-    publish(checkpoint, Path(config.run_dir) / MODEL, _card(config), left_out)
+    card = _card(config, step_of(checkpoint))
+    publish(checkpoint, Path(config.run_dir) / MODEL, card, left_out)
 
 
-def _card(config: FinetuneConfig) -> str:
+def _card(config: FinetuneConfig, steps: int) -> str:
     """README.md of the model, in the form that the Hugging Face hub reads."""
     train, base = config.train, Path(str(config.model.from_hf)).name
     rows = list(read_metrics(Path(config.run_dir) / METRICS_FILE))
@@ -210,11 +212,11 @@ def _card(config: FinetuneConfig) -> str:
         f"# {base}, fine-tuned",
         "",
         f"{'A LoRA adapter for' if config.lora.rank else 'Weights that began as'} `{base}`, "
-        f"trained with nemo_hybrid {__version__} for {train.max_steps} steps of "
+        f"trained with nemo_hybrid {__version__} for {steps} steps of "
         f"{train.global_batch_size} packs of {config.data.sequence_length} tokens, learning rate "
         f"{train.lr:g}. The base model's licence and limits apply.",
     ]
-    if found:
+    if len(found) > 1:
         before, after = found[0], found[-1]
         lines += [
             "",

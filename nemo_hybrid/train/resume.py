@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.adapter import read_adapter, write_adapter
+from nemo_hybrid.checkpoint.adapter import BASE, read_adapter, write_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.directory import Writer, each
+from nemo_hybrid.checkpoint.files import to_json
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
     Fragment,
@@ -226,6 +227,7 @@ def _adapter(
 
     def write(writer: Writer, shape: HybridConfig, companions: Companions) -> Collection[str]:
         describe_model(writer, shape, policy.weight_dtype(config.precision), companions)
+        writer.write_text(BASE, to_json({"digest": run.identity.base}))
         return write_adapter(writer, options, base, full)
 
     return write

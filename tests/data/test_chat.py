@@ -315,6 +315,19 @@ def test_a_template_that_cannot_be_split(name: str, make_model: MakeModel) -> No
     assert "; it writes '" in why
 
 
+def test_what_a_template_leaves_out_of_an_answer_is_refused(make_model: MakeModel) -> None:
+    """Else an empty answer would be learnt where a tool was called."""
+    model = make_model(
+        "{% set m = namespace() %}" + CHATML.replace("m.content", "(m.content or '')")
+    )
+    called = {"role": "assistant", "tool_calls": [CALL]}
+    thought = answer("hello", reasoning_content="why not")
+    for said, what in ((called, "the call of add"), (thought, "the reasoning")):
+        why = fault(model, {"messages": [user("hi"), said]})
+        assert why.startswith(f"turn 2: the chat template leaves out {what}: it writes")
+    assert not make(model, {"messages": [user("hi"), thought]}, reasoning="strip").unusable
+
+
 def test_the_sample_shown_is_short(make_model: MakeModel) -> None:
     template, _ = UNSPLITTABLE["rewrites history"]
     why = fault(make_model(template), {"messages": [user("x" * 5000), answer("y" * 5000)]})
@@ -330,7 +343,7 @@ def test_templates_that_fail(make_model: MakeModel, tmp_path: Path) -> None:
     assert "no attribute" in fault(make_model("{{ messages[0].a.b }}", "d"), {"messages": TWO})
     with pytest.raises(UserError, match=r"no valid Jinja: .*chat_template.jinja line 2: "):
         make(make_model("a\n{% if %}", "e"), {"messages": TWO})
-    with pytest.raises(UserError, match=r"no chat template .*name one with chat_template"):
+    with pytest.raises(UserError, match=r"no chat template.*name one \(chat_template\)"):
         make(make_model(None, "f"), {"messages": TWO})
 
 
@@ -357,7 +370,7 @@ BAD = {
     "last": ([user("a"), answer("b"), user("c")], "the last turn is the user's"),
     "empty answer": ([user("a"), answer(" \n")], "turn 2: the assistant's message is empty"),
     "null answer": ([user("a"), answer("", content=None)], "turn 2: the assistant's"),
-    "no content": ([{"role": "user"}, answer("b")], "turn 1: the content is not text"),
+    "no content": ([{"role": "user"}, answer("b")], "turn 1: there is no content"),
     "image": ([user([{"type": "image"}]), answer("b")], "turn 1: the content is not text"),
     "number": ([user(3), answer("b")], "turn 1: the content is not text"),
     "thoughts": ([user("a"), answer("b", reasoning_content=3)], "turn 2: the reasoning"),

@@ -18,6 +18,7 @@ from helpers.chats import TEMPLATE, conversations, tune, write_base, write_chats
 from helpers.commands import Commands, Said, commands_in_one_process
 from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
+from helpers.tiny_models import loud
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.data.packing import best_fit
@@ -92,7 +93,9 @@ def is_router(name: str) -> bool:
     return ".gate." in name
 
 
-def test_what_comes_out(base: Path, chats: Path, tmp_path: Path, finetune: Finetune) -> None:
+def test_what_comes_out(
+    base: Path, chats: Path, tmp_path: Path, finetune: Finetune, commands: Commands
+) -> None:
     """All but the routers is trained; MTP tensors are the roundings of their own masters; and
     transformers loads model, tokenizer and template."""
     run = tmp_path / "run"
@@ -148,6 +151,11 @@ def test_what_comes_out(base: Path, chats: Path, tmp_path: Path, finetune: Finet
     assert "fine-tuned" in (model / "README.md").read_text()
     assert not list(model.glob("optimizer*"))
     assert not (model / "run_state.json").exists()
+
+    # What the run measured last is what `eval` finds.
+    seen = commands("eval", "--from", run, "--data", run / "data")
+    assert seen.status == 0, seen.err
+    assert f"{rows[-1].heldout_loss:.4f}" in seen.out
 
     # Started once more it is finished, and makes the model anew where it was lost.
     shutil.rmtree(model)
@@ -325,6 +333,19 @@ def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     )  # fmt: skip
     assert refused.status == 2
     assert "count 2 times" in refused.err
+
+
+def test_merging_with_other_weights_is_warned_of(
+    base: Path, adapted: tuple[Path, list[Any]], tmp_path: Path, commands: Commands
+) -> None:
+    loud(HybridLM.from_hf(str(base)), seed=5).save_hf(str(tmp_path / "drawn"))
+    words = ("merge", "--from", adapted[0] / "model", "--base")
+    said = [
+        commands(*words, directory, "--out", tmp_path / f"merged {i}")
+        for i, directory in enumerate((base, tmp_path / "drawn"))
+    ]
+    assert [one.status for one in said] == [0, 0], said
+    assert ["beside other weights" in one.err + one.out for one in said] == [False, True]
 
 
 def test_frozen_experts_may_be_divided_too(
