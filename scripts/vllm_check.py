@@ -204,7 +204,8 @@ def check(directory: Path, python: str, tokens: int, max_kl: float) -> int:
     print(
         f"{directory}: {len(kl_T)} random tokens; KL(ours || vLLM) {kl:.3e} mean, "
         f"{float(kl_T.median()):.3e} median, {float(kl_T.max()):.3e} at most; "
-        f"|difference of log-probabilities| {float(gap_T.mean()):.3e} mean; same most probable token {float(same):.2%}"
+        f"|difference of log-probabilities| {float(gap_T.mean()):.3e} mean; "
+        f"same most probable token {float(same):.2%}"
     )
     return 0 if kl <= max_kl else 3
 
