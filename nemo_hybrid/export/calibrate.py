@@ -199,7 +199,7 @@ class _Watched(LoopExperts):
 
 class _Magnitudes:
     """The largest magnitude of each expert's inputs (of one: no experts), and with ``percentile``
-    a histogram of all of them, whose bins hold one bf16 number each."""
+    a histogram of all that are not zero, whose bins hold one bf16 number each."""
 
     def __init__(self, experts: int, percentile: float | None) -> None:
         self.amax_E = torch.zeros(experts)
@@ -217,7 +217,8 @@ class _Magnitudes:
                 self.amax_E[expert] = self.amax_E[expert].maximum(rows.amax().float().cpu())
                 self.rows_E[expert] += len(rows)
         if self.percentile is not None:
-            bins = x.flatten().float().view(torch.int32) >> _BIN_BITS
+            # Not of zeros, of which relu leaves many: they have no scale to be covered by.
+            bins = x[x > 0].float().view(torch.int32) >> _BIN_BITS
             self.bins += torch.bincount(bins, minlength=len(self.bins)).cpu()
 
     def unseen(self) -> list[int]:

@@ -219,7 +219,7 @@ def _modelopt(
         for module in formats:
             if _excluded(module, ignore):
                 problems.append(f"{module} is in quantized_layers, but ignore hits it as well")
-    elif algo in _ALGOS:
+    elif isinstance(algo, str) and algo in _ALGOS:
         formats = {m: _ALGOS[algo] for m in modules if not _excluded(m, ignore)}
     else:
         known = ", ".join([*_ALGOS, "MIXED_PRECISION"])
@@ -252,8 +252,9 @@ def _check_twin(
     for name, (ours, theirs) in pairs.items():
         if ours != theirs and not (name.split()[-1] in needed and name.split()[-1] not in twin):
             problems.append(f"config.json and {HF_QUANT} disagree about {name}")
-    if "group_size" in twin and algo != "FP8" and twin["group_size"] not in (GROUP, None):
-        problems.append(f"{HF_QUANT}: group_size is {twin['group_size']!r}, must be {GROUP}")
+    for file, said in ((HF_QUANT, twin), ("config.json", quantization)):
+        if algo != "FP8" and said.get("group_size", GROUP) not in (GROUP, None):
+            problems.append(f"{file}: group_size is {said['group_size']!r}, must be {GROUP}")
 
 
 def _listed(layers: dict[str, Any], modules: list[str], problems: list[str]) -> dict[str, Format]:
@@ -261,7 +262,7 @@ def _listed(layers: dict[str, Any], modules: list[str], problems: list[str]) -> 
     said: dict[str, Format] = {}
     for name, entry in layers.items():
         algo = entry.get("quant_algo") if isinstance(entry, dict) else None
-        if algo not in _ALGOS:
+        if not isinstance(algo, str) or algo not in _ALGOS:
             problems.append(f"quantized_layers: quant_algo of {name} is {algo!r}")
         elif algo != "FP8" and entry.get("group_size") != GROUP:
             problems.append(f"quantized_layers: group_size of {name} is missing or not {GROUP}")

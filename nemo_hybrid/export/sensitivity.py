@@ -136,7 +136,7 @@ def assign_within(
     left -= sum(group.weights * BITS[now] for group, now in zip(measured, chosen, strict=True))
     if left < 0:
         least = budget_bits - left / total
-        raise UserError(f"--budget-bits {budget_bits:g} is too small: give at least {least:.4g}")
+        raise UserError(f"--budget_bits {budget_bits:g} is too small: give at least {least:.4g}")
     while changes := list(_changes(measured, chosen, left)):
         _, back, format = max(changes)
         group = measured[-back]

@@ -309,6 +309,8 @@ def _bad_scales(module: str, parts: Parts) -> list[str]:
             problems.append(f"{module}.{part}: a scale is negative")
         elif tensor.numel() == 1 and not (values > 0).all():
             problems.append(f"{module}.{part}: a scale is not positive")
+        elif tensor.numel() == 1 and not values.reciprocal().isfinite().all():
+            problems.append(f"{module}.{part}: a scale is too small to divide by")
     return problems
 
 

@@ -6,8 +6,8 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, fields
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -124,6 +124,15 @@ def _check_options(options: ExportOptions) -> None:
         raise UserError("calibration is for quantized formats: leave it out with bf16")
     if options.budget_bits is not None and options.formats:
         raise UserError("budget_bits assigns formats itself: leave formats out")
+    default = {f.name: f.default for f in fields(ExportOptions)}
+    idle = {
+        "preset": options.format == "bf16" or options.budget_bits is not None,
+        "scales": options.format in ("bf16", "fp8"),
+        "calibration_tokens": options.calibration is None,
+    }
+    for name, without_effect in idle.items():
+        if without_effect and getattr(options, name) != default[name]:
+            raise UserError(f"{name} has no effect with these options: leave it out")
 
 
 def _within(
@@ -133,7 +142,8 @@ def _within(
     calibration: Calibration,
     options: ExportOptions,
 ) -> tuple[Assignment, dict[str, bytes]]:
-    few = pieces[: 1 + _MEASURED_TOKENS // max(piece.numel() for piece in pieces)]
+    before = accumulate((piece.numel() for piece in pieces), initial=0)
+    few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
     tried: dict[str, tuple[Format, ...]] = {"mixed": ("nvfp4", "fp8"), "fp8": ("fp8",)}
     formats = tried.get(options.format, ("nvfp4",))
     measured = measure(model, few, formats, options.scales, calibration.amax, show=True)
@@ -274,6 +284,11 @@ def _scales(
         # One scale for what engines fuse: q, k and v, and all experts of a layer.
         amax = torch.stack([calibration.amax[place].max().float() for place in group]).max()
         scale = torch.where(amax == 0, 1.0, amax) / _LARGEST[format]
+        if scale < torch.finfo(torch.float32).tiny or not scale.reciprocal().isfinite():
+            raise UserError(
+                f"the inputs of {group[0]} are at most {float(amax):.3g}, too small for a scale: "
+                "calibrate on other data, or with a higher percentile"
+            )
         if layout == "compressed-tensors":
             scale = scale.reciprocal().reshape(1)
         for place in group:

@@ -138,7 +138,7 @@ def test_only_what_was_measured_is_quantized_and_small_budgets_are_refused() -> 
     for place, format in assignment.items():
         kept = place.startswith("mtp.") or "latent" in place or place == "lm_head"
         assert (format == "bf16") == kept
-    with pytest.raises(UserError, match=r"--budget-bits 4.4 is too small: give at least 4.5"):
+    with pytest.raises(UserError, match=r"--budget_bits 4.4 is too small: give at least 4.5"):
         assign_within(4.4, measured, CONFIG)
 
 
