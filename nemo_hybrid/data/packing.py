@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Sampler, digest
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.prepare import HELDOUT, TRAIN
+from nemo_hybrid.data.store import SampleStore, Verify
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> Packs:
         with_room[left].append(pack)
     order = np.argsort(pack_of, kind="stable")
     return Packs(order, np.searchsorted(pack_of[order], np.arange(packs + 1)))
+
+
+def open_stores(root: Path, verify: Verify = "full") -> tuple[SampleStore, SampleStore | None]:
+    """Training and held-out samples below a directory. Raises UserError."""
+    heldout = root / HELDOUT
+    held = SampleStore.open(heldout, verify) if heldout.exists() else None
+    return SampleStore.open(root / TRAIN, verify), held
 
 
 @dataclass(frozen=True)

@@ -228,8 +228,11 @@ def build_run(
     )
 
 
+def with_adapters(config: TrainingConfig) -> bool:
+    return isinstance(config, FinetuneConfig) and config.lora.rank > 0
+
+
 def identity_of(config: TrainingConfig, data: Data, origin: Path | None = None) -> Identity:
-    adapters = isinstance(config, FinetuneConfig) and config.lora.rank > 0
     return Identity(
         data=data.digests,
         weights=list(data.weights),
@@ -238,7 +241,7 @@ def identity_of(config: TrainingConfig, data: Data, origin: Path | None = None) 
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         weight_dtype=str(policy.weight_dtype(config.precision)).removeprefix("torch."),
-        base=base_digest(origin) if origin and adapters else None,
+        base=base_digest(origin) if origin and with_adapters(config) else None,
     )
 
 

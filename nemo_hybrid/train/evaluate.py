@@ -10,9 +10,9 @@ from torch import Tensor
 from nemo_hybrid.command_options import EvalOptions
 from nemo_hybrid.config import DataOptions, HybridConfig, TrainOptions
 from nemo_hybrid.data.loader import Blend, Data, heldout_batches, open_blend, require_tokenizer
-from nemo_hybrid.data.packing import PackedSamples
-from nemo_hybrid.data.prepare import HELDOUT, TRAIN
-from nemo_hybrid.data.store import SampleStore, holds_samples
+from nemo_hybrid.data.packing import PackedSamples, open_stores
+from nemo_hybrid.data.prepare import TRAIN
+from nemo_hybrid.data.store import holds_samples
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.terminal import print_table
@@ -52,14 +52,13 @@ def evaluate(
 
 def _open(options: EvalOptions, shape: HybridConfig) -> Blend | PackedSamples:
     """A token store, or samples for fine-tuning in packs that hold the longest of them."""
-    train, heldout = (Path(options.data) / split for split in (TRAIN, HELDOUT))
-    if not holds_samples(train):
+    if not holds_samples(Path(options.data) / TRAIN):
         data = DataOptions(path=options.data, sequence_length=options.sequence_length)
         return open_blend(data, shape)
-    stores = [SampleStore.open(path) for path in (train, heldout) if path.exists()]
-    longest = max(options.sequence_length, *(int(store.lengths.max()) for store in stores))
-    held = stores[1] if len(stores) > 1 else None
-    return PackedSamples(stores[0], held, longest, shape.pad_token_id)
+    train, heldout = open_stores(Path(options.data))
+    longest = max(int(store.lengths.max()) for store in (train, heldout) if store)
+    length = max(longest, options.sequence_length)
+    return PackedSamples(train, heldout, length, shape.pad_token_id)
 
 
 def eval_command(options: EvalOptions) -> None:

@@ -18,10 +18,9 @@ from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
-from nemo_hybrid.data.packing import PackedSamples
-from nemo_hybrid.data.prepare import HELDOUT, RECORD, TRAIN
+from nemo_hybrid.data.packing import PackedSamples, open_stores
+from nemo_hybrid.data.prepare import RECORD, TRAIN
 from nemo_hybrid.data.samples import prepare_samples
-from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.model.hybrid import HybridLM
@@ -69,12 +68,8 @@ def open_samples(config: FinetuneConfig, hybrid: HybridConfig) -> PackedSamples:
     """Open the samples and pack them. Raises UserError where they do not fit model or options."""
     data = config.data
     root = Path(str(data.path)) if is_prepared(data.path) else Path(config.run_dir) / SAMPLES
-    stores = [
-        SampleStore.open(root / split, data.verify)
-        for split in (TRAIN, HELDOUT)
-        if (root / split).exists()
-    ]
-    for store in stores:
+    train, heldout = open_stores(root, data.verify)
+    for store in filter(None, (train, heldout)):
         if store.info.vocab_size > hybrid.vocab_size:
             raise UserError(
                 f"{store.path} has token ids up to {store.info.vocab_size - 1}, the model's "
@@ -87,13 +82,12 @@ def open_samples(config: FinetuneConfig, hybrid: HybridConfig) -> PackedSamples:
                 f"{store.path} holds a sample of {longest} tokens: set data.sequence_length "
                 f"({data.sequence_length}) to at least that"
             )
-    heldout = stores[1] if len(stores) > 1 else None
     if config.train.eval_sequences and heldout is None:
         raise UserError(
             "there are no held-out samples: set data.heldout above 0, name data.heldout_path, or "
             "set train.eval_sequences to 0"
         )
-    return PackedSamples(stores[0], heldout, data.sequence_length, hybrid.pad_token_id)
+    return PackedSamples(train, heldout, data.sequence_length, hybrid.pad_token_id)
 
 
 def is_prepared(path: str | None) -> bool:

@@ -38,6 +38,7 @@ from nemo_hybrid.train.build import (
     find_origin,
     identity_of,
     open_data,
+    with_adapters,
 )
 from nemo_hybrid.train.evaluate import evaluate
 from nemo_hybrid.train.finetune import describe, publish_model, warnings, with_steps
@@ -100,7 +101,7 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
         identity = asdict(identity_of(config, data, origin))
         on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
     # The checkpoints of adapters do not hold the weights that these are for.
-    load = checkpoint is None or _with_adapters(config)
+    load = checkpoint is None or with_adapters(config)
     run = build_run(config, hybrid, world, data, accumulation, origin, load)
     position = restore(checkpoint, run) if checkpoint else Position()
     on_rank_0(world, lambda: claim_run(config, lock))
@@ -118,10 +119,6 @@ def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
     if first:
         print(_summary(config, "finished"))
     World.stop()
-
-
-def _with_adapters(config: TrainingConfig) -> bool:
-    return isinstance(config, FinetuneConfig) and config.lora.rank > 0
 
 
 def _set_determinism(wanted: bool) -> None:

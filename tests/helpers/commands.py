@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -73,11 +72,7 @@ def _serve() -> None:
     for line in sys.stdin:
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
-            try:
-                status = cli.main(json.loads(line))
-            except Exception:
-                traceback.print_exc()
-                status = 1
+            status = cli.main(json.loads(line))
         answers.write(json.dumps([status, out.getvalue(), err.getvalue()]) + "\n")
         answers.flush()
 
