@@ -7,8 +7,8 @@ width in which experts work, F expert inner width.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,12 +70,14 @@ def calibrate(
     """
     linears, stacks = adaptable(model)
     watched = {*linears, *stacks, "lm_head"} if places is None else set(places)
-    seen = {p: _Magnitudes(len(stacks[p]) if p in stacks else 1, percentile) for p in watched}
-    kv = {p: _Magnitudes(1, None) for p in linears if p.endswith((".k_proj", ".v_proj"))}
+    caches = [p for p in linears if p.endswith((".k_proj", ".v_proj"))]
     tokens, pieces = 0, list(pieces)
     total = sum(piece.numel() for piece in pieces)
-    with ExitStack() as stack, progress_bar("calibrating", total, show) as progress:
-        _watch(model, seen, kv, stack)
+    with (
+        watching(model, watched, percentile) as seen,
+        watching(model, caches, outputs=True) as kv,
+        progress_bar("calibrating", total, show) as progress,
+    ):
         for ids_BS in pieces:
             ids_BS = ids_BS.to(model.lm_head.weight.device)
             h_BSD, _ = model.forward_hidden(ids_BS)
@@ -148,37 +150,47 @@ def _text_ids(data: str, directory: Path, config: HybridConfig) -> Tensor:
     return ids
 
 
-def _watch(
+@contextmanager
+def watching(
     model: HybridLM,
-    seen: dict[str, _Magnitudes],
-    kv: dict[str, _Magnitudes],
-    stack: ExitStack,
-) -> None:
-    """Let everything in ``seen`` and ``kv`` see the model's activations until the stack ends."""
+    places: Collection[str],
+    percentile: float | None = None,
+    *,
+    outputs: bool = False,
+) -> Iterator[dict[str, Magnitudes]]:
+    """Inside, what the products of ``places`` take is seen, or, of linear layers, what they give.
+    Of stacked experts only this process's own are there."""
+    stacks = adaptable(model)[1]
+    seen = {p: Magnitudes(len(stacks[p]) if p in stacks else 1, percentile) for p in places}
 
-    def before(magnitudes: _Magnitudes, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def before(magnitudes: Magnitudes, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         magnitudes.see(args[0])
 
-    def after(magnitudes: _Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
+    def after(magnitudes: Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
         magnitudes.see(output)
 
-    for place, magnitudes in seen.items():
-        if not is_stacked(place):
-            module = model.get_submodule(place)
-            stack.callback(module.register_forward_pre_hook(partial(before, magnitudes)).remove)
-    for place, magnitudes in kv.items():
-        hook = model.get_submodule(place).register_forward_hook(partial(after, magnitudes))
-        stack.callback(hook.remove)
-    for name in sorted({p.rpartition(".")[0] for p in seen if is_stacked(p)}):
-        experts: Any = model.get_submodule(name)
-        stack.callback(setattr, experts, "low_precision", experts.low_precision)
-        experts.low_precision = _Watched(seen.get(f"{name}.up_proj"), seen.get(f"{name}.down_proj"))
+    with ExitStack() as stack:
+        for place, magnitudes in seen.items():
+            if not is_stacked(place):
+                module = model.get_submodule(place)
+                hook = (
+                    module.register_forward_hook(partial(after, magnitudes))
+                    if outputs
+                    else module.register_forward_pre_hook(partial(before, magnitudes))
+                )
+                stack.callback(hook.remove)
+        for name in sorted({p.rpartition(".")[0] for p in seen if is_stacked(p)}):
+            experts: Any = model.get_submodule(name)
+            stack.callback(setattr, experts, "low_precision", experts.low_precision)
+            up, down = seen.get(f"{name}.up_proj"), seen.get(f"{name}.down_proj")
+            experts.low_precision = _Watched(up, down)
+        yield seen
 
 
 class _Watched(LoopExperts):
     """The expert MLP, whose inputs are seen."""
 
-    def __init__(self, up: _Magnitudes | None, down: _Magnitudes | None) -> None:
+    def __init__(self, up: Magnitudes | None, down: Magnitudes | None) -> None:
         self.up, self.down = up, down
 
     def forward(
@@ -197,7 +209,7 @@ class _Watched(LoopExperts):
         return y_RL, h_RF
 
 
-class _Magnitudes:
+class Magnitudes:
     """The largest magnitude of each expert's inputs (of one: no experts), and with ``percentile``
     a histogram of all that are not zero, whose bins hold one bf16 number each."""
 
