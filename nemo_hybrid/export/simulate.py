@@ -77,13 +77,7 @@ def quantized_inputs(
 ) -> Iterator[None]:
     """Inside, inputs of products in nvfp4 and fp8 are rounded as `rounded_input` does; ``amax`` as
     in `Calibration`."""
-    device = model.lm_head.weight.device
-    rounders = {
-        # One scale for all experts, as engines have it.
-        place: partial(rounded_input, format=format, amax=amax[place].max().to(device))
-        for place, format in assignment.items()
-        if format in WITH_INPUTS
-    }
+    rounders = _rounders(model, assignment, amax)
     with ExitStack() as stack:
         for place, rounder in rounders.items():
             if not is_stacked(place):
@@ -99,31 +93,46 @@ def quantized_inputs(
         yield
 
 
-def quantization_aware(model: HybridLM, assignment: Mapping[str, Format]) -> None:
+def quantization_aware(
+    model: HybridLM, assignment: Mapping[str, Format], amax: Mapping[str, Tensor]
+) -> None:
     """From now on the model computes with the values of an export, and is trained as if nothing
-    were rounded. Weights are quantized in every pass, and input scales are those of the rows that a
-    process has in it: they depend on how micro-batches and experts are divided.
+    were rounded. Weights are quantized in every pass; inputs have the scales of ``amax``, as in
+    `Calibration`.
 
     Raises UserError for places whose products cannot be changed: the head, whose product is one
     operation with the loss.
     """
     if assignment.get("lm_head", "bf16") != "bf16":
         raise UserError("lm_head cannot be trained quantized: leave it out of distill.formats")
-    changes: dict[str, tuple[Change | None, Change]] = {}
+    rounders = _rounders(model, assignment, amax)
+    changes: dict[str, Change] = {}
     for group in groups(assignment):
-        format = assignment[group[0]]
-        fused = [weight_of(model, place) for place in group]
-        of_input = partial(rounded_input, format=format) if format in WITH_INPUTS else None
-        of_weight = partial(_quantized, format=format, fused=fused if len(fused) > 1 else ())
-        changes |= dict.fromkeys(group, (of_input, of_weight))
-    for place, (rounder, change) in changes.items():
+        fused = [weight_of(model, place) for place in group] if len(group) > 1 else ()
+        for place in group:
+            changes[place] = partial(_quantized, format=assignment[place], fused=fused)
+    for place, change in changes.items():
         if not is_stacked(place):
             linear: Any = model.get_submodule(place)
-            linear.low_precision = partial(_product, rounder or _unchanged, change)
+            linear.low_precision = partial(_product, rounders.get(place, _unchanged), change)
     for name in sorted({p.rpartition(".")[0] for p in changes if is_stacked(p)}):
         experts: Any = model.get_submodule(name)
-        up, down = (changes.get(f"{name}.{p}_proj", (None, None)) for p in ("up", "down"))
-        experts.low_precision = QuantizedMLP(up[0], down[0], up[1], down[1])
+        up, down = f"{name}.up_proj", f"{name}.down_proj"
+        experts.low_precision = QuantizedMLP(
+            rounders.get(up), rounders.get(down), changes.get(up), changes.get(down)
+        )
+
+
+def _rounders(
+    model: HybridLM, assignment: Mapping[str, Format], amax: Mapping[str, Tensor]
+) -> dict[str, Change]:
+    """Of places whose inputs are rounded, with one scale for all experts, as engines have it."""
+    device = model.lm_head.weight.device
+    return {
+        place: partial(rounded_input, format=format, amax=amax[place].max().to(device))
+        for place, format in assignment.items()
+        if format in WITH_INPUTS
+    }
 
 
 def _quantized(weight: Tensor, format: Format, fused: Sequence[Tensor]) -> Tensor:
@@ -157,15 +166,14 @@ def stored_values(
     return decoded(stored).to(weight.dtype)
 
 
-def rounded_input(x: Tensor, format: Format, amax: Tensor | None = None) -> Tensor:
+def rounded_input(x: Tensor, format: Format, amax: Tensor) -> Tensor:
     """x [.., K] with the values that an engine multiplies, in x's dtype.
 
     fp8: the static scale amax/448. nvfp4: the static tensor scale amax/2688, and scales of blocks
-    of 16 found anew for every row. What exceeds amax saturates; None: that of x. K of nvfp4 is
-    divisible by 16. Gradients pass as if nothing were rounded.
+    of 16 found anew for every row. What exceeds amax saturates. K of nvfp4 is divisible by 16.
+    Gradients pass as if nothing were rounded.
     """
     exact = x.detach().float()
-    amax = exact.abs().amax() if amax is None else amax
     amax = torch.where(amax == 0, 1.0, amax)
     if format == "fp8":
         scale = amax / E4M3_MAX

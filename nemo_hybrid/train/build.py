@@ -32,7 +32,7 @@ from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.train import finetune
-from nemo_hybrid.train.distill import frozen_teacher, student_formats
+from nemo_hybrid.train.distill import frozen_teacher, student_formats, teacher_inputs
 from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.losses import PretrainObjective
@@ -194,8 +194,8 @@ def build_run(
         probe=probe,
     )
     objective = PretrainObjective(model, config.train)
+    teacher = None
     if isinstance(config, FinetuneConfig) and config.distill.preset != "none" and origin:
-        quantization_aware(model, student_formats(config.distill, hybrid))
         teacher = each(world, lambda: frozen_teacher(origin, hybrid, dispatcher))
         teacher.to(world.device, dtype)
         objective = PretrainObjective(model, config.train, teacher, config.distill.weight)
@@ -204,6 +204,11 @@ def build_run(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
     )
     engine.seed_masters(loaded)
+    if teacher is not None and isinstance(config, FinetuneConfig):
+        # Only now are experts' processes connected.
+        formats, length = student_formats(config.distill, hybrid), config.data.sequence_length
+        seen = teacher_inputs(teacher, formats, data, length, config.train.seed, world)
+        quantization_aware(model, formats, seen)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
     # The formula of the work per token is that of training everything.

@@ -16,12 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.data.loader import Data
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, assign
+from nemo_hybrid.export.calibrate import watching
+from nemo_hybrid.export.simulate import WITH_INPUTS
 from nemo_hybrid.finetune_options import DistillOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher
+from nemo_hybrid.parallel.world import World
 
+CALIBRATION_TOKENS = 32768
 _CHUNK_BYTES = 64 << 20  # of one model's logits
 
 
@@ -31,6 +36,34 @@ def student_formats(options: DistillOptions, shape: HybridConfig) -> Assignment:
     if assignment["lm_head"] != "bf16":
         raise UserError("distill.formats: lm_head is one operation with the loss: leave it out")
     return assignment
+
+
+@torch.no_grad()
+def teacher_inputs(
+    teacher: HybridLM, assignment: Assignment, data: Data, length: int, seed: int, world: World
+) -> dict[str, Tensor]:
+    """Place -> the largest magnitude, fp32 scalar, of its inputs, where the format rounds inputs:
+    over the first rows of ``length`` tokens that are trained on, which have `CALIBRATION_TOKENS`,
+    however many processes divide them and the experts. All processes call this together.
+
+    Raises UserError on all of them where the teacher gives no finite numbers.
+    """
+    places = [place for place, format in assignment.items() if format in WITH_INPUTS]
+    if not places:
+        return {}
+    rows = -(-CALIBRATION_TOKENS // length)
+    with watching(teacher, places) as seen:
+        # As many passes everywhere, because experts of other processes take part in them.
+        for i in range(world.rank, -(-rows // world.size) * world.size, world.size):
+            batch = data.rows([i % rows], length, seed).to(teacher.lm_head.weight.device)
+            h_BSD, _ = teacher.forward_hidden(batch.ids_BS, batch.packing)
+            if any(place.startswith("mtp.") for place in places):
+                teacher.forward_mtp(h_BSD, batch.ids_BS, batch.packing)
+    of_ranks = world.gather([float(seen[place].amax_E.max()) for place in places])
+    amax_P = torch.tensor(of_ranks).amax(0)
+    if not amax_P.isfinite().all():
+        raise UserError(f"the inputs of {places[int(amax_P.argmax())]} are not finite")
+    return dict(zip(places, torch.where(amax_P == 0, 1.0, amax_P), strict=True))
 
 
 def frozen_teacher(origin: Path, shape: HybridConfig, dispatcher: Dispatcher | None) -> HybridLM:

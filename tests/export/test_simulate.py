@@ -212,7 +212,7 @@ def test_weights_are_trained_with_the_gradients_of_a_model_that_has_the_stored_o
     model, plain, ids_BS = loud_model(CONFIG), loud_model(CONFIG), random_ids(CONFIG, 2, 20)
     assignment = {p: f for p, f in everything("nvfp4_w4a16").items() if p != "lm_head"}
     before = gradients(model, ids_BS)
-    quantization_aware(model, assignment)
+    quantization_aware(model, assignment, {})
     with quantized_weights(plain, assignment):
         expected, logits = gradients(plain, ids_BS), plain(ids_BS).logits
     torch.testing.assert_close(model(ids_BS).logits, logits, rtol=1e-4, atol=1e-5)
@@ -234,15 +234,20 @@ def test_gradients_of_experts_are_those_of_a_loop_over_tokens(format: Format) ->
     ids_TK, weights_TK, _ = moe.gate(torch.randn(24, CONFIG.hidden_size))
     weights_TK = weights_TK.detach().requires_grad_()
     leaves = [x_TL, weights_TK, moe.experts.up_proj, moe.experts.down_proj]
-    quantization_aware(model, dict.fromkeys(EXPERTS, format))
+    amax = dict(zip(EXPERTS, torch.tensor([2.5, 6.0]), strict=True))  # a few inputs exceed it
+    quantization_aware(model, dict.fromkeys(EXPERTS, format), amax)
     found_TL = moe.dispatcher(x_TL, ids_TK, weights_TK, moe.experts.adapted())
     dy_TL = torch.randn(found_TL.shape, generator=torch.Generator().manual_seed(6))
     found = torch.autograd.grad(found_TL, leaves, dy_TL)
 
     up_EFL, down_ELF = (w + (stored_values(w.detach(), format) - w).detach() for w in leaves[2:])
-    x = x_TL + (rounded_input(x_TL.detach(), format) - x_TL).detach()
+    x = x_TL + (rounded_input(x_TL.detach(), format, amax[EXPERTS[0]]) - x_TL).detach()
     act_TKF = torch.einsum("tl,tkfl->tkf", x, up_EFL[ids_TK]).relu().square()
-    act_TKF = act_TKF + (rounded_input(act_TKF.detach(), format) - act_TKF).detach()
+    assert (x_TL.abs() > amax[EXPERTS[0]]).any()
+    assert (act_TKF > amax[EXPERTS[1]]).any()
+    act_TKF = (
+        act_TKF + (rounded_input(act_TKF.detach(), format, amax[EXPERTS[1]]) - act_TKF).detach()
+    )
     expected_TL = torch.einsum("tk,tkf,tklf->tl", weights_TK, act_TKF, down_ELF[ids_TK])
     expected = torch.autograd.grad(expected_TL, leaves, dy_TL)
     assert relative(found_TL, expected_TL) < 1e-2  # some values lie between two codes
@@ -253,8 +258,8 @@ def test_gradients_of_experts_are_those_of_a_loop_over_tokens(format: Format) ->
 def test_the_head_and_what_is_not_named_stay_as_they_are() -> None:
     model = loud_model(CONFIG)
     place = "backbone.layers.3.mixer.up_proj"
-    quantization_aware(model, {place: "nvfp4", QKV[0]: "bf16"})
+    quantization_aware(model, {place: "nvfp4", QKV[0]: "bf16"}, {place: torch.tensor(1.0)})
     changed = [n for n, m in model.named_modules() if getattr(m, "low_precision", None)]
     assert changed == [place]
     with pytest.raises(UserError, match="lm_head cannot be trained quantized"):
-        quantization_aware(model, {"lm_head": "fp8"})
+        quantization_aware(model, {"lm_head": "fp8"}, {})

@@ -19,6 +19,7 @@ from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.export.assign import assign
+from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.train import distill
 from nemo_hybrid.train.metrics import read_metrics
@@ -73,10 +74,11 @@ def test_the_divergence_and_its_gradients_are_those_of_the_formula(
 def divergence(teacher: Path, student: Path, store: Path) -> float:
     """Mean KL over learnt tokens of the student with quantized weights and inputs."""
     a, b = load_model(teacher), load_model(student)
-    quantization_aware(b, assign(b.config, PRESET, {}))
     total, count, samples = 0.0, 0, SampleStore.open(store)
-    for i in range(len(samples.lengths)):
-        ids, learnt = (torch.from_numpy(part) for part in samples.sample(i))
+    rows = [samples.sample(i) for i in range(len(samples.lengths))]
+    seen = calibrate(b, [torch.from_numpy(ids)[None] for ids, _ in rows])
+    quantization_aware(b, assign(b.config, PRESET, {}), seen.amax)
+    for ids, learnt in (map(torch.from_numpy, row) for row in rows):
         p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (a, b))
         total += float((p.exp() * (p - q)).sum(-1)[learnt[1:]].sum())
         count += int(learnt[1:].sum())
@@ -137,9 +139,7 @@ def test_a_resumed_run_has_the_same_teacher(
 def test_experts_divided_over_processes_learn_the_same(
     commands: Commands, base: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """Input scales, which are those of the rows that a process has, are left out."""
-    weights_alone = {"preset": PRESET, "formats": {"backbone*": "nvfp4_w4a16"}}
-    sections: dict[str, Any] = {"distill": weights_alone, "train": {"max_steps": 2}}
+    sections: dict[str, Any] = {"distill": {"preset": PRESET}, "train": {"max_steps": 2}}
     assert run(commands, base, chats, tmp_path / "one", **sections)[0] == 0
     sections["parallel"] = {"ep": 2}
     file = tmp_path / "two.yaml"
