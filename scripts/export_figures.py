@@ -7,7 +7,8 @@ turns, copied file by file by the safetensors library, with fsync; each time in 
 gives its peak resident memory. The rate is that of the bytes read. Divergence: --model, a trained
 model, is exported in every preset and with every kind of scales, and runs on held-out text of
 --data: KL divergence and perplexity with weights rounded alone, and with inputs of products rounded
-too. Last: how long measuring sensitivity takes.
+too. Sensitivity: how long measuring it takes. Recovery: what distillation for preset nano on text
+of --data brings back of the divergence.
 
 Exit status: 0 done, 1 a process failed, 2 a mistake in options or files.
 """
@@ -42,6 +43,7 @@ PRESETS = (
 """Preset, target, scales. The last: what Super quantizes, all of it in FP8."""
 SCALES = ("amax", "mse", "four_over_six", "training")
 PIECE = 512
+DISTILLED, STEP_TOKENS = 256, 2048  # of a row and of a step of distillation
 EXPERT_BYTES = 2 * 2 * 1024 * 1024  # up and down projection of one expert below
 
 
@@ -194,6 +196,58 @@ def sensitivity(model: Path, data: str, tokens: int) -> dict[str, Any]:
     }
 
 
+def recovery(model: Path, data: str, place: Path, steps: int, tokens: int) -> dict[str, Any]:
+    """What distillation for preset nano brings back: exports of the model before and after it."""
+    import torch
+
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.export.assign import planned
+    from nemo_hybrid.export.calibrate import calibrate, read_pieces
+    from nemo_hybrid.export.simulate import quantized_inputs
+    from nemo_hybrid.export.verify import compare, load_exported, states
+    from nemo_hybrid.export.write import export_directory
+
+    source = load_model(model, torch.float32)
+    learnt = read_pieces(data, model, source.config, steps * STEP_TOKENS, length=DISTILLED)
+    with open(place / "text.jsonl", "w") as file:
+        for ids in (ids_1S[0].tolist() for ids_1S in learnt if ids_1S.shape[1] > 1):
+            pack = {"input_ids": ids, "loss_mask": [1] * len(ids), "seq_start_id": [0]}
+            file.write(json.dumps(pack) + "\n")
+    options = {
+        "--model.from_hf": model, "--run_dir": place / "run", "--data.path": place / "text.jsonl",
+        "--data.packed_mask": "tokens", "--data.sequence_length": DISTILLED, "--data.heldout": 0,
+        "--train.eval_sequences": 0, "--train.max_steps": steps, 
+        "--train.global_batch_size": STEP_TOKENS // DISTILLED, "--train.micro_batch_size": 4,
+        "--train.lr": 1e-4, "--train.mtp_loss_weight": 0, "--train.schedule": "cosine", "--train.warmup_steps": steps // 10,
+        "--precision.recipe": "fp32", "--distill.preset": "nano",
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    began = time.perf_counter()
+    if subprocess.run([sys.executable, "-m", "nemo_hybrid", "finetune", *words]).returncode:
+        raise RuntimeError("finetune failed")
+    seconds = time.perf_counter() - began
+    pieces = read_pieces(data, model, source.config, tokens, "heldout", PIECE)
+    calibration = read_pieces(data, model, source.config, tokens)
+    before = states(source, pieces, "source")
+    assignment = planned(source.config, "nvfp4", "nano", {}, calibrated=True)
+    found: dict[str, Any] = {"steps": steps, "step_tokens": STEP_TOKENS, "seconds": seconds}
+    for name, directory in {"before": model, "after": place / "run" / "model"}.items():
+        seen = calibrate(load_model(directory, torch.float32), calibration)
+        out = place / f"distilled-{name}"
+        export_directory(
+            directory, out, assignment, target="nvfp4", calibration=seen, show_progress=False
+        )
+        exported = load_exported(out)
+        weights = compare(before, states(exported, pieces, name), pieces, data)
+        with quantized_inputs(exported, assignment, seen.amax):
+            both = compare(before, states(exported, pieces, name), pieces, data)
+        found[name] = {
+            "kl_weights": weights.kl, "perplexity": math.exp(weights.loss),
+            "kl_with_inputs": both.kl, "perplexity_with_inputs": math.exp(both.loss),
+        }  # fmt: skip
+    return found
+
+
 def report(result: dict[str, Any]) -> None:
     if "throughput" in result:
         median = result["throughput"]["median"]
@@ -231,6 +285,14 @@ def report(result: dict[str, Any]) -> None:
         for family, errors in row["weight_errors"].items():
             shown = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
             print(f"{row['preset']}: relative error of {family}: {shown}")
+    if "recovery" in result:
+        found = result["recovery"]
+        for name in ("before", "after"):
+            row = found[name]
+            print(
+                f"nano {name} {found['steps']} steps of distillation: KL {row['kl_weights']:.2e}, "
+                f"inputs too {row['kl_with_inputs']:.2e}, ppl {row['perplexity_with_inputs']:.3f}"
+            )
     took = result["sensitivity"]
     print(
         f"sensitivity of {took['groups']} groups in {took['formats']} formats on {took['tokens']} "
@@ -252,6 +314,7 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=10, help="seconds of rest for the disk")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--calibration_tokens", type=int, default=65536)
+    parser.add_argument("--distill_steps", type=int, default=200, help="0: no distillation")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     a = parser.parse_args()
     result: dict[str, Any] = {"environment": environment()}
@@ -263,6 +326,8 @@ def main() -> int:
             place = Path(directory)
             result["divergence"] = divergence(model, a.data, place, a.tokens, a.calibration_tokens)
             result["sensitivity"] = sensitivity(model, a.data, a.tokens)
+            if a.distill_steps:
+                result["recovery"] = recovery(model, a.data, place, a.distill_steps, a.tokens)
             if a.gb:
                 result["throughput"] = throughput(place, a.gb, a.repeat, a.pause)
     except UserError as error:
