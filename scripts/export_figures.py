@@ -214,14 +214,24 @@ def recovery(model: Path, data: str, place: Path, steps: int, tokens: int) -> di
             pack = {"input_ids": ids, "loss_mask": [1] * len(ids), "seq_start_id": [0]}
             file.write(json.dumps(pack) + "\n")
     options = {
-        "--model.from_hf": model, "--run_dir": place / "run", "--data.path": place / "text.jsonl",
-        "--data.packed_mask": "tokens", "--data.sequence_length": DISTILLED, "--data.heldout": 0,
-        "--train.eval_sequences": 0, "--train.max_steps": steps, 
-        "--train.global_batch_size": STEP_TOKENS // DISTILLED, "--train.micro_batch_size": 4,
-        "--train.lr": 1e-4, "--train.mtp_loss_weight": 0, "--train.schedule": "cosine", "--train.warmup_steps": steps // 10,
-        "--precision.recipe": "fp32", "--distill.preset": "nano",
-    }  # fmt: skip
-    words = [str(word) for pair in options.items() for word in pair]
+        "model.from_hf": model,
+        "run_dir": place / "run",
+        "data.path": place / "text.jsonl",
+        "data.packed_mask": "tokens",
+        "data.sequence_length": DISTILLED,
+        "data.heldout": 0,
+        "train.eval_sequences": 0,
+        "train.max_steps": steps,
+        "train.global_batch_size": STEP_TOKENS // DISTILLED,
+        "train.micro_batch_size": 4,
+        "train.lr": 1e-4,
+        "train.mtp_loss_weight": 0,
+        "train.schedule": "cosine",
+        "train.warmup_steps": steps // 10,
+        "precision.recipe": "fp32",
+        "distill.preset": "nano",
+    }
+    words = [word for name, given in options.items() for word in (f"--{name}", str(given))]
     began = time.perf_counter()
     if subprocess.run([sys.executable, "-m", "nemo_hybrid", "finetune", *words]).returncode:
         raise RuntimeError("finetune failed")
