@@ -1,23 +1,19 @@
 """`compare-logprobs`: do two checkpoints give a text the same probabilities?
 
-Only one model is in memory at a time: of each, the final hidden states of all tokens and the head
-stay, and logits are made for a few tokens at once.
+Only one model is in memory at a time.
 
-Shapes: T compared tokens, S tokens of one piece, C tokens of one chunk, D hidden, V vocabulary.
+Shapes: S tokens of one piece, T compared tokens.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_hybrid.checkpoint.adapter import locate
 from nemo_hybrid.checkpoint.load import load_model
@@ -26,27 +22,10 @@ from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.divergence import PerToken, States, per_token, ready, states_of
 from nemo_hybrid.inspection import inspect
 from nemo_hybrid.precision.policy import DTYPES
-from nemo_hybrid.terminal import print_table, progress_bar
-
-_CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
-
-
-class States(NamedTuple):
-    """What one model's log-probabilities of T tokens are made of."""
-
-    h_TD: Tensor
-    head_VD: Tensor
-
-
-class PerToken(NamedTuple):
-    """The comparison, token by token: float64, in nats, on the CPU."""
-
-    a_T: Tensor  # log-probability of the token in A
-    b_T: Tensor
-    kl_T: Tensor  # KL(A || B) of the distributions that the token was drawn from
-    same_top_T: Tensor  # bool: the most probable token is the same one
+from nemo_hybrid.terminal import print_table
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ def compare_command(options: CompareOptions) -> int:
         states_b = our_states(b, *how)
     else:
         states_b = their_states(b, *how, unclamped=options.backend == "transformers_unclamped")
-    found = compare(states_a, states_b, text.ids[1:])
+    found = per_token(states_a, states_b, text.ids[1:], show=True)
     _print(options, a, b, text, found)
     mean = float((found.b_T - found.a_T).abs().mean())
     limit = math.inf if options.tolerance is None else options.tolerance
@@ -88,40 +67,17 @@ def compare_command(options: CompareOptions) -> int:
     return 0 if math.isfinite(mean) and mean <= limit else 3
 
 
-@torch.no_grad()
-def compare(a: States, b: States, labels_T: Tensor) -> PerToken:
-    """Compare two models' distributions of the same tokens, in chunks of tokens."""
-    chunk = max(1, _CHUNK_BYTES // (8 * len(a.head_VD)))
-    parts = []
-    with progress_bar("comparing", len(labels_T), show=True) as progress:
-        for start in range(0, len(labels_T), chunk):
-            rows = slice(start, start + chunk)
-            label_C1 = labels_T[rows, None]
-            p_CV, q_CV = _log_probs(a, rows), _log_probs(b, rows)
-            parts.append(
-                PerToken(
-                    p_CV.gather(1, label_C1)[:, 0],
-                    q_CV.gather(1, label_C1)[:, 0],
-                    (p_CV.exp() * (p_CV - q_CV)).sum(1),
-                    p_CV.argmax(1) == q_CV.argmax(1),
-                )
-            )
-            progress(min(start + chunk, len(labels_T)))
-    return PerToken(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _log_probs(states: States, rows: slice) -> Tensor:
-    h_CD = states.h_TD[rows].to(states.head_VD.device)
-    return F.linear(h_CD, states.head_VD).cpu().double().log_softmax(-1)
-
-
 def our_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
     """Final hidden states by this program. ids [T + 1]; pieces of ``length`` tokens are one
     document each. Raises UserError as load_model does."""
     _announce(directory, "nemo_hybrid")
-    model = load_model(directory, dtype).to(_device()).eval()
-    h_TD = _by_pieces(lambda ids_BS: model.forward_hidden(ids_BS)[0], ids, length)
-    return States(h_TD, model.lm_head.weight.detach())
+    model = ready(load_model(directory, dtype))
+
+    def hidden(ids_1S: Tensor) -> Tensor:
+        return model.forward_hidden(ids_1S)[0]
+
+    pieces = ids[None, :-1].split(length, 1)
+    return states_of(hidden, model.lm_head.weight, pieces, "computing", True)
 
 
 def their_states(
@@ -154,7 +110,7 @@ def their_states(
             raise UserError(
                 f"transformers loads {directory} with {len(names)} {what}, such as {names[0]}"
             )
-    model = model.to(_device()).eval()
+    model = ready(model)
     if unclamped:
         limited = [module for module in model.modules() if hasattr(module, "time_step_limit")]
         if len(limited) != HybridConfig.from_hf(str(directory)).pattern.count("M"):
@@ -165,25 +121,11 @@ def their_states(
         for module in limited:
             module.time_step_limit = (0.0, math.inf)
 
-    def hidden(ids_BS: Tensor) -> Tensor:
-        return model.model(ids_BS, use_cache=False).last_hidden_state
+    def hidden(ids_1S: Tensor) -> Tensor:
+        return model.model(ids_1S, use_cache=False).last_hidden_state
 
-    return States(_by_pieces(hidden, ids, length), model.lm_head.weight.detach())
-
-
-@torch.no_grad()
-def _by_pieces(forward: Callable[[Tensor], Tensor], ids: Tensor, length: int) -> Tensor:
-    """Hidden states [T, D] on the CPU of ids[:-1], one piece after the other."""
-    parts = []
-    with progress_bar("computing", len(ids) - 1, show=True) as progress:
-        for piece_S in ids[:-1].split(length):
-            parts.append(forward(piece_S[None].to(_device()))[0].cpu())
-            progress(sum(map(len, parts)))
-    return torch.cat(parts)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pieces = ids[None, :-1].split(length, 1)
+    return states_of(hidden, model.lm_head.weight, pieces, "computing", True)
 
 
 def _announce(directory: Path, backend: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -18,11 +19,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.weights import Stored
+from nemo_hybrid.export import assign
 from nemo_hybrid.export.schema import Format, Schema
 from nemo_hybrid.files import naming
 from nemo_kernels.nvfp4.reference import Quantized, dequantize
 
+KV_SCALES = (".k_scale", ".v_scale")
 Parts = Mapping[str, Tensor]
 """A module's tensors by the last part of their names."""
 Decoder = Callable[[Parts, Format], Tensor]
@@ -77,6 +81,34 @@ def decode(parts: Parts, format: Format) -> Tensor:
         )
     tensor_scale = 1 / parts["weight_global_scale"].view(())
     return dequantize(Quantized(packed, parts["weight_scale"], tensor_scale))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Formats, and largest magnitudes that scales cover, by our name without ``.weight``: of
+    inputs, for all experts of a layer together; and of keys and values."""
+
+    formats: Mapping[str, assign.Format]
+    amax: Mapping[str, Tensor]
+    kv: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_scales(opened: Opened) -> Scales:
+    """Scales are magnitudes over 448 in FP8, which keys and values are in, too, over 2688 in NVFP4;
+    compressed-tensors has the reciprocals."""
+    formats: dict[str, assign.Format] = {}
+    amax: dict[str, Tensor] = {}
+    for module, format in opened.schema.formats.items():
+        for part in opened.schema.parts(module):
+            if part.startswith("input_"):
+                scale = opened.read(f"{module}.{part}").view(())
+                place = from_hub(f"{module}.weight")[0].removesuffix(".weight")
+                formats[place] = format
+                largest = 448.0 if format == "fp8" else 2688.0
+                amax[place] = largest * (1 / scale if "global" in part else scale)
+    caches = (name for name in opened.names if name.endswith(KV_SCALES))
+    kv = {name.rpartition(".")[0]: 448.0 * float(opened.read(name)) for name in caches}
+    return Scales(formats, amax, kv)
 
 
 def other_decoder() -> tuple[str, Decoder] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,10 +33,10 @@ GROUP = 16
 _EMBEDDINGS = "backbone.embeddings.weight"
 _ALGOS: dict[str, Format] = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4_w4a16"}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_NEEDED = ("architectures", "hybrid_override_pattern", "num_hidden_layers", "mamba_ssm_cache_dtype")
+_NEEDED = ("architectures", "hybrid_override_pattern", "num_hidden_layers")
 _EXPERT = re.compile(r"(.+\.mixer\.experts)\.\d+\.(up|down)_proj")
 _QKV = re.compile(r"(.+\.mixer)\.[qkv]_proj")
-_FP4 = {"num_bits": 4, "type": "float", "group_size": GROUP}
+_FP8_CACHE = {"type": "float", "num_bits": 8, "dynamic": False}
 
 
 class Slot(NamedTuple):
@@ -98,8 +98,11 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
         raise UserError(f"{path} describes {experts} expert weights; the files hold {entries}")
     problems = [f"config.json: {name} is missing" for name in _NEEDED if raw.get(name) is None]
     dtype = raw.get("dtype", raw.get("torch_dtype"))
-    if dtype not in _DTYPES:
-        problems.append(f"config.json: dtype is {dtype!r}, must be one of {', '.join(_DTYPES)}")
+    state = raw.get("mamba_ssm_cache_dtype")
+    for name, value in (("dtype", dtype), ("mamba_ssm_cache_dtype", state)):
+        if value not in tuple(_DTYPES):
+            known = ", ".join(_DTYPES)
+            problems.append(f"config.json: {name} is {value!r}, must be one of {known}")
     plain = _plain(config, _DTYPES.get(str(dtype), "BF16"))
     # Engines keep routers and convolutions as linear layers, too.
     modules = {
@@ -117,13 +120,18 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
         raise UserError(f"{path}: quantization_config is not an object")
     elif quantization.get("quant_method") == "modelopt":
         layout = "modelopt"
-        formats, kv_cache = _modelopt(directory, quantization, list(modules), problems)
+        kv_cache = _has_scales(quantization.get("kv_cache_scheme"), problems)
+        _check_twin(directory, quantization, kv_cache, problems)
+        formats = _modelopt(quantization, list(modules), problems)
     elif quantization.get("quant_method") == "compressed-tensors":
         layout = "compressed-tensors"
-        formats, kv_cache = _compressed(quantization, list(modules), problems)
+        kv_cache = _has_scales(quantization.get("kv_cache_scheme"), problems)
+        formats = _compressed(quantization, list(modules), problems)
     else:
         method = quantization.get("quant_method")
         raise UserError(f"{path}: quant_method is {method!r}; known: modelopt, compressed-tensors")
+    if quantization is not None and not formats:
+        problems.append("config.json: quantization_config is there, but no module is quantized")
     problems += _misfits(formats, modules)
     tensors = dict(plain)
     for module, format in formats.items():
@@ -199,34 +207,86 @@ def _texts(value: Any, where: str) -> list[str]:
     return value
 
 
-def _is_fp8(scheme: Any) -> bool:
-    return isinstance(scheme, dict) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+def _has_scales(scheme: Any, problems: list[str]) -> bool:
+    """Whether keys and values have scales, by kv_cache_scheme."""
+    if scheme is None:
+        return False
+    found = {"dynamic": False, **scheme} if isinstance(scheme, dict) else {}
+    wrong = [key for key, must in _FP8_CACHE.items() if found.get(key) != must]
+    problems += [f"config.json: kv_cache_scheme.{k} must be {_FP8_CACHE[k]!r}" for k in wrong]
+    return not wrong
 
 
 def _modelopt(
-    directory: Path, quantization: dict[str, Any], modules: list[str], problems: list[str]
-) -> tuple[dict[str, Format], bool]:
-    """Formats by module, and whether keys and values have scales; problems are added."""
-    algo, kv_cache = quantization.get("quant_algo"), _is_fp8(quantization.get("kv_cache_scheme"))
+    quantization: dict[str, Any], modules: list[str], problems: list[str]
+) -> dict[str, Format]:
+    """Formats by module; problems are added."""
+    algo = quantization.get("quant_algo")
     ignore = _texts(quantization.get("ignore"), "config.json: quantization_config.ignore")
-    layers = quantization.get("quantized_layers")
-    _check_twin(directory, quantization, kv_cache, problems)
-    formats: dict[str, Format] = {}
     if algo == "MIXED_PRECISION":
+        layers = quantization.get("quantized_layers")
         if not isinstance(layers, dict) or not layers:
             raise UserError("config.json: quantized_layers is missing or empty")
-        formats = _listed(layers, modules, problems)
-        for module in formats:
-            if _excluded(module, ignore):
-                problems.append(f"{module} is in quantized_layers, but ignore hits it as well")
+        said = _said(layers, problems)
+        formats = _listed(said, ignore, modules, problems)
     elif isinstance(algo, str) and algo in _ALGOS:
+        said = {"Linear": _ALGOS[algo]}
         formats = {m: _ALGOS[algo] for m in modules if not _excluded(m, ignore)}
     else:
         known = ", ".join([*_ALGOS, "MIXED_PRECISION"])
         raise UserError(f"config.json: quant_algo is {algo!r}; known: {known}")
-    if not formats:
-        problems.append(f"config.json: quant_algo is {algo}, but no module is quantized")
-    return formats, kv_cache
+    # The groups repeat what is said above, for readers that know compressed-tensors alone.
+    held: list[str] = []
+    for name, group, targets in _groups(quantization):
+        held += targets
+        found = {said.get(target) for target in targets}
+        format = found.pop() if len(found) == 1 else None
+        if format is not None:
+            _check_numbers(name, group, "modelopt", format, problems)
+            continue
+        stray = next((target for target in targets if target not in said), None)
+        what = f"names {stray}, which is not quantized" if stray else "is not of one format"
+        problems.append(f"config_groups.{name}.targets {what}")
+    problems += [f"config_groups: {name} is in no targets" for name in said.keys() - set(held)]
+    if len(held) > len(set(held)):
+        problems.append("config_groups: a module is in targets twice")
+    return formats
+
+
+def _groups(quantization: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """Name, contents and targets of every group. Raises UserError for what is none."""
+    where = "config.json: quantization_config.config_groups"
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"{where} is missing or empty")
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise UserError(f"{where}.{name} is not an object")
+        yield name, group, _texts(group.get("targets"), f"{where}.{name}.targets")
+
+
+def _check_numbers(
+    name: str, group: dict[str, Any], layout: Layout, format: Format, problems: list[str]
+) -> None:
+    """What a group must say of its weights and inputs."""
+    weights: dict[str, object] = {"type": "float", "dynamic": False, "num_bits": 8}
+    weights |= {"group_size": None} if format == "fp8" else {"num_bits": 4, "group_size": GROUP}
+    inputs: dict[str, object] | None = weights
+    if layout == "compressed-tensors":
+        weights |= {"strategy": "tensor_group", "symmetric": True}
+        inputs = {**weights, "dynamic": "local"}
+    if format == "nvfp4_w4a16":
+        inputs = None
+    wanted = {"weights": weights, "input_activations": inputs, "output_activations": None}
+    for part, numbers in wanted.items():
+        where, found = f"config_groups.{name}.{part}", group.get(part)
+        if numbers is None or not isinstance(found, dict):
+            if numbers is not found:
+                must = "null or absent" if numbers is None else "an object"
+                problems.append(f"{where} must be {must}: its modules are {format}")
+            continue
+        wrong = [key for key, must in numbers.items() if found.get(key) != must]
+        problems += [f"{where}.{key} must be {numbers[key]!r}" for key in wrong]
 
 
 def _check_twin(
@@ -257,8 +317,8 @@ def _check_twin(
             problems.append(f"{file}: group_size is {said['group_size']!r}, must be {GROUP}")
 
 
-def _listed(layers: dict[str, Any], modules: list[str], problems: list[str]) -> dict[str, Format]:
-    """Formats by quantized_layers: of a layer's experts, one entry speaks for all."""
+def _said(layers: dict[str, Any], problems: list[str]) -> dict[str, Format]:
+    """Formats by entry of quantized_layers."""
     said: dict[str, Format] = {}
     for name, entry in layers.items():
         algo = entry.get("quant_algo") if isinstance(entry, dict) else None
@@ -268,15 +328,28 @@ def _listed(layers: dict[str, Any], modules: list[str], problems: list[str]) -> 
             problems.append(f"quantized_layers: group_size of {name} is missing or not {GROUP}")
         else:
             said[name] = _ALGOS[algo]
+    return said
+
+
+def _listed(
+    said: dict[str, Format], ignore: list[str], modules: list[str], problems: list[str]
+) -> dict[str, Format]:
+    """Formats by quantized_layers, as vLLM's ModelOptMixedPrecisionConfig looks them up.
+
+    A module that ignore hits is unquantized. Otherwise its own entry counts; for what is fused
+    (q, k and v; a layer's experts), that of the whole or of any part; and for experts without one,
+    that of any other module of the same layer, which is never meant.
+    """
     of_experts: defaultdict[str, set[Format]] = defaultdict(set)
+    beside: dict[str, str] = {}  # first entry of each layer
     known = set(modules)
     for name, format in said.items():
         match = _EXPERT.fullmatch(name)
-        if match:
-            of_experts[match[1]].add(format)
-        elif name.endswith(".mixer.experts"):
-            of_experts[name].add(format)
-        if name not in known and not (name.endswith(".experts") and f"{name}.0.up_proj" in known):
+        owner = match[1] if match else name
+        if owner.endswith(".mixer.experts"):
+            of_experts[owner].add(format)
+        beside.setdefault(name.partition(".mixer.")[0], name)
+        if name not in known and f"{name}.0.up_proj" not in known:
             problems.append(f"quantized_layers names {name}, which is no module of the model")
     formats: dict[str, Format] = {}
     for module in modules:
@@ -284,19 +357,34 @@ def _listed(layers: dict[str, Any], modules: list[str], problems: list[str]) -> 
         found = of_experts[match[1]] if match else {said[module]} if module in said else set()
         if len(found) > 1:
             problems.append(f"quantized_layers gives {module} several formats")
+        if found and _excluded(module, ignore):
+            problems.append(f"{module} is in quantized_layers, but ignore hits it as well")
         if found:
             formats[module] = min(found)
+        elif match and module.endswith(".experts.0.up_proj") and not _excluded(module, ignore):
+            other = beside.get(module.partition(".mixer.")[0])
+            if other is not None:
+                problems.append(
+                    f"{match[1]} is neither in quantized_layers nor in ignore: vLLM takes it for "
+                    f"{said[other]}, because {other} is"
+                )
     return formats
 
 
-def _excluded(module: str, patterns: list[str]) -> bool:
-    """Whether vLLM takes a module for excluded: by name, by a part of it, or by a wildcard. Experts
-    of a layer are one module there."""
-    match = _EXPERT.fullmatch(module)
-    seen = match[1] if match else module
-    for pattern in patterns:
-        split = pattern.endswith("*") and not pattern.endswith(".*")
-        for part in (pattern[:-1], f"{pattern[:-1]}.*") if split else (pattern,):
+def _excluded(module: str, entries: list[str]) -> bool:
+    """Whether vLLM takes a module for excluded, as it looks for the name under which it has it:
+    q, k and v are one module there, and so are a layer's experts.
+
+    By an entry that is the module's name, or of experts one that holds theirs; and by an entry that
+    is a part of vLLM's name or matches it as a glob, "name*" standing for name and all below it.
+    """
+    expert, qkv = _EXPERT.fullmatch(module), _QKV.fullmatch(module)
+    seen = expert[1] if expert else f"{qkv[1]}.qkv_proj" if qkv else module
+    for entry in entries:
+        if entry == module or (expert and seen in entry):
+            return True
+        split = entry.endswith("*") and not entry.endswith(".*")
+        for part in (entry[:-1], f"{entry[:-1]}.*") if split else (entry,):
             if part in seen or fnmatchcase(seen, part):
                 return True
     return False
@@ -304,34 +392,21 @@ def _excluded(module: str, patterns: list[str]) -> bool:
 
 def _compressed(
     quantization: dict[str, Any], modules: list[str], problems: list[str]
-) -> tuple[dict[str, Format], bool]:
+) -> dict[str, Format]:
     """As `_modelopt`, of compressed-tensors."""
-    where = "config.json: quantization_config"
-    fixed = {"format": "nvfp4-pack-quantized", "quantization_status": "compressed"}
-    for key, value in fixed.items():
+    where, packed = "config.json: quantization_config", "nvfp4-pack-quantized"
+    for key, value in {"format": packed, "quantization_status": "compressed"}.items():
         if quantization.get(key) != value:
             problems.append(f"{where}.{key} is {quantization.get(key)!r}, must be {value!r}")
     ignore = _texts(quantization.get("ignore"), f"{where}.ignore")
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise UserError(f"{where}.config_groups is missing or empty")
     schemes: list[tuple[list[str], Format]] = []
-    for name, group in groups.items():
-        if not isinstance(group, dict):
-            raise UserError(f"{where}.config_groups.{name} is not an object")
-        targets = _texts(group.get("targets"), f"{where}.config_groups.{name}.targets")
-        given = group.get("input_activations")
-        wanted: dict[str, dict[str, object]] = {
-            "weights": {**_FP4, "strategy": "tensor_group", "symmetric": True}
-        }
-        if given is not None:
-            wanted["input_activations"] = {**wanted["weights"], "dynamic": "local"}
-        for part, values in wanted.items():
-            found = group.get(part)
-            for key, must in values.items():
-                if not isinstance(found, dict) or found.get(key) != must:
-                    problems.append(f"config_groups.{name}.{part}.{key} must be {must!r}")
-        schemes.append((targets, "nvfp4" if given is not None else "nvfp4_w4a16"))
+    for name, group, targets in _groups(quantization):
+        # Engines tell the formats apart by the inputs' numbers alone.
+        format: Format = "nvfp4" if group.get("input_activations") is not None else "nvfp4_w4a16"
+        _check_numbers(name, group, "compressed-tensors", format, problems)
+        if group.get("format") not in (None, packed):
+            problems.append(f"config_groups.{name}.format must be {packed!r}")
+        schemes.append((targets, format))
     formats: dict[str, Format] = {}
     for module in modules:
         by_prefix = set()
@@ -343,10 +418,10 @@ def _compressed(
                 f"{module} is matched with the prefix backbone or model alone: entries of ignore "
                 "and targets must hold for both"
             )
-        format = next((f for f in by_prefix if f), None)
-        if format:
-            formats[module] = format
-    return formats, _is_fp8(quantization.get("kv_cache_scheme"))
+        found = next((f for f in by_prefix if f), None)
+        if found:
+            formats[module] = found
+    return formats
 
 
 def _of_group(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from helpers.tiny_models import loud_model, random_ids, tiny_config
-from nemo_hybrid import cli, logprobs
+from nemo_hybrid import cli
 from nemo_hybrid.data.tokenizer import train_tokenizer
-from nemo_hybrid.logprobs import compare, our_states, their_states
+from nemo_hybrid.export import divergence
+from nemo_hybrid.export.divergence import per_token
+from nemo_hybrid.logprobs import our_states, their_states
 from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config("MEM*E-", mtp_num_depths=1)
@@ -94,11 +96,11 @@ def by_hand(a: HybridLM, b: HybridLM, ids: Tensor, length: int) -> dict[str, Ten
 def test_values_are_those_computed_by_hand(
     length: int, chunk_bytes: int, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", chunk_bytes)
     ids = random_ids(CONFIG, 1, 41)[0]
     expected = by_hand(model_with(), model_with(one_weight), ids, length)
     a, b = (our_states(saved / name, ids, length, torch.float32) for name in "ab")
-    found = compare(a, b, ids[1:])
+    found = per_token(a, b, ids[1:])
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found.a_T, expected["a"], **close)
     torch.testing.assert_close(found.b_T, expected["b"], **close)
@@ -141,7 +143,7 @@ def test_low_precision_is_close(saved: Path) -> None:
     ids = random_ids(CONFIG, 1, 31)[0]
     a, b = (our_states(saved / "a", ids, 16, d) for d in (torch.float32, torch.bfloat16))
     assert b.h_TD.dtype == b.head_VD.dtype == torch.bfloat16
-    found = compare(a, b, ids[1:])
+    found = per_token(a, b, ids[1:])
     assert 0 < found.kl_T.mean() < 0.1
 
 
@@ -153,8 +155,8 @@ def test_transformers_agrees_but_for_its_limit(tmp_path: Path) -> None:
         compute(tmp_path / "slow", ids, 24, torch.float32)
         for compute in (our_states, their_states, partial(their_states, unclamped=True))
     )
-    assert compare(ours, unlimited, ids[1:]).kl_T.max() < 1e-6
-    assert compare(ours, limited, ids[1:]).kl_T.max() > 1e-2
+    assert per_token(ours, unlimited, ids[1:]).kl_T.max() < 1e-6
+    assert per_token(ours, limited, ids[1:]).kl_T.max() > 1e-2
 
 
 def test_transformers_as_a_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

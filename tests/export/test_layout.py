@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -73,22 +74,23 @@ def wanted(assignment: dict) -> dict[str, str | None]:
 
 
 def vllm_algo(config: dict, name: str) -> str | None:
-    """By the rules of vLLM's modelopt.py: excluded by name, by part, by glob; experts of a layer
-    are one module; in mixed precision, its fallbacks."""
+    """By the rules of vLLM's modelopt.py: excluded by name, by part, by glob; q, k and v are one
+    module, and so are experts of a layer; in mixed precision, its fallbacks."""
     head, dot, _ = name.partition(".experts.")
-    seen = (head + ".experts" if dot else name).replace("backbone", "model")
+    name = (head + ".experts" if dot else name).replace("backbone", "model")
+    seen = re.sub(r"\.[qkv]_proj$", ".qkv_proj", name)
     ignore = []
     for entry in config["ignore"]:
         split = entry.endswith("*") and not entry.endswith(".*")
         ignore += [entry[:-1], entry[:-1] + ".*"] if split else [entry]
     ignore = [entry.replace("backbone", "model") for entry in ignore]
-    if any(entry in seen or fnmatch(seen, entry) for entry in ignore):
+    if any(entry == name or entry in seen or fnmatch(seen, entry) for entry in ignore):
         return None
     if config["quant_algo"] != "MIXED_PRECISION":
         return config["quant_algo"]
     layers = {k.replace("backbone", "model"): v for k, v in config["quantized_layers"].items()}
-    if seen in layers:
-        return layers[seen]["quant_algo"]
+    if name in layers:
+        return layers[name]["quant_algo"]
     for start in (seen + ".", seen.removesuffix("experts") if dot else "no such"):
         for key, layer in layers.items():
             if key.startswith(start):
@@ -140,7 +142,8 @@ def test_both_files_agree_as_modelopts_do(kv_cache) -> None:
             assignment = planned(CONFIG, target, preset, {}, calibrated or target != "nvfp4")
             config, whole = quantization_configs(CONFIG, assignment, target, kv_cache)
             theirs = convert.convert_hf_quant_config_format(json.loads(json.dumps(whole)))
-            config.pop("group_size", None)  # vLLM reads it there; modelopt has it in the groups
+            # vLLM reads it there; modelopt has it in the groups alone.
+            assert config.pop("group_size", None) == (None if target == "fp8" else 16)
             assert config.pop("config_groups").keys() == theirs["config_groups"].keys()
             theirs_groups = theirs.pop("config_groups")
             again, _ = quantization_configs(CONFIG, assignment, target, kv_cache)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +24,7 @@ from nemo_hybrid.checkpoint.files import manifest_text
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.export.verify import verify_directory
 from nemo_hybrid.files import FileRecord
 from nemo_hybrid.hf_config import config_to_hf
 from nemo_hybrid.model.hybrid import HybridLM
@@ -32,6 +34,31 @@ from .tiny_models import loud_model, tiny_config
 WEIGHTS = "model.safetensors"
 ALGOS = {"fp8": "FP8", "nvfp4": "NVFP4", "nvfp4_w4a16": "W4A16_NVFP4"}
 QKV = ("q_proj", "k_proj", "v_proj")
+
+
+MIXED = {
+    "backbone*.experts.*": "nvfp4",
+    "*.shared_experts.*": "fp8",
+    "*.mixer.in_proj": "fp8",
+    "backbone.layers.2.mixer.[qkv]_proj": "nvfp4_w4a16",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "mixed": {"formats": MIXED, "kv_cache": True},
+    "nvfp4": {"formats": {"backbone*.experts.*": "nvfp4"}, "algo": "NVFP4"},
+    "w4a16": {"formats": {"backbone*.experts.*": "nvfp4_w4a16"}, "algo": "W4A16_NVFP4"},
+    "fp8": {"formats": {"*.mixer.in_proj": "fp8", "*.shared_experts.*": "fp8"}, "algo": "FP8"},
+    "compressed": {
+        "formats": {"backbone*.experts.*": "nvfp4", "*.mixer.[qkv]_proj": "nvfp4"},
+        "layout": "compressed-tensors",
+    },
+    "compressed_w4a16": {
+        "formats": {"backbone*.experts.*": "nvfp4_w4a16"},
+        "layout": "compressed-tensors",
+    },
+}
+EXPERT = "backbone.layers.1.mixer.experts.0.up_proj"
+ANY = "backbone.layers.1.mixer.shared_experts.up_proj"
+Made = Callable[..., Path]
 
 
 def export_config(pattern: str = "ME*-", **changes: object) -> HybridConfig:
@@ -103,7 +130,8 @@ def build(
             compressed = layout == "compressed-tensors"
             parts = fp8(w, amax) if format == "fp8" else nvfp4(w, amax, compressed)
             if format != "nvfp4_w4a16":
-                given = torch.tensor(0.01)
+                # For inputs of up to 4, which are those of a loud model by their size.
+                given = torch.tensor(4.0) / (448 if format == "fp8" else 2688)
                 parts |= (
                     {"input_global_scale": (1 / given).view(1)}
                     if compressed
@@ -128,6 +156,7 @@ def build(
     write_json(directory / "config.json", described)
     if twin is not None:
         write_json(directory / "hf_quant_config.json", twin)
+    (directory / "README.md").write_text("# Made by hand")
     seal(directory)
     return model, read
 
@@ -163,9 +192,17 @@ def quantization(
         "exclude_modules": rest, **mixed,
     }  # fmt: skip
     scheme = {"type": "float", "num_bits": 8} if kv_cache else None
+    groups = {}
+    for format in sorted(set(modules.values())):
+        numbers = {"dynamic": False, "num_bits": 8, "type": "float"}
+        if format != "fp8":
+            numbers |= {"num_bits": 4, "group_size": 16}
+        inputs = {} if format == "nvfp4_w4a16" else {"input_activations": numbers}
+        targets = [m for m, f in modules.items() if f == format] if mixed else ["Linear"]
+        groups[f"group_{format}"] = {"targets": targets, "weights": numbers, **inputs}
     config = {
         "quant_method": "modelopt", "quant_algo": algo, "ignore": rest, "producer": producer,
-        "kv_cache_scheme": scheme, **mixed,
+        "kv_cache_scheme": scheme, "config_groups": groups, **mixed,
     }  # fmt: skip
     return config, {"producer": producer, "quantization": twin}
 
@@ -213,3 +250,18 @@ def seal(directory: Path) -> None:
             content = path.read_bytes()
             records[path.name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
     (directory / "manifest.json").write_text(manifest_text(records))
+
+
+def save_base(source: HybridLM, place: Path) -> None:
+    """Beside the export, whose generation settings are then the base's."""
+    source.save_hf(str(place / "base"))
+    shutil.copy(place / "base" / "generation_config.json", place / "export")
+    seal(place / "export")
+
+
+def failed(directory: Path, base: bool = True) -> dict[str, str]:
+    """Name of a check that failed -> what it says."""
+    result = verify_directory(
+        directory, base=str(directory.parent / "base") if base else None, tokens=40
+    )
+    return {check.name: check.note for check in result.checks if check.passed is False}

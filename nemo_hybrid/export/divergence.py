@@ -1,0 +1,105 @@
+"""Two models' distributions of the same tokens, without both in memory.
+
+Of each model the final hidden states of all tokens and the head stay; logits are made for a few
+tokens at once.
+
+Shapes: T compared tokens, S tokens of one piece, C tokens of one chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nemo_hybrid.terminal import progress_bar
+
+CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class States(NamedTuple):
+    """What one model's log-probabilities of T tokens are made of."""
+
+    h_TD: Tensor
+    head_VD: Tensor
+
+
+class PerToken(NamedTuple):
+    """The comparison, token by token: float64, in nats, on the CPU."""
+
+    a_T: Tensor  # log-probability of the token in A
+    b_T: Tensor
+    kl_T: Tensor  # KL(A || B) of the distributions that the token was drawn from
+    same_top_T: Tensor  # bool: the most probable token is the same one
+
+
+@torch.no_grad()
+def per_token(a: States, b: States, labels_T: Tensor, *, show: bool = False) -> PerToken:
+    """Compare in chunks of tokens: logits in the states' dtype, softmax and sums in float64."""
+    chunk = max(1, CHUNK_BYTES // (8 * len(a.head_VD)))
+    parts = []
+    with progress_bar("comparing", len(labels_T), show) as progress:
+        for start in range(0, len(labels_T), chunk):
+            rows = slice(start, start + chunk)
+            label_C1 = labels_T[rows, None]
+            p_CV, q_CV = _log_probs(a, rows), _log_probs(b, rows)
+            parts.append(
+                PerToken(
+                    p_CV.gather(1, label_C1)[:, 0],
+                    q_CV.gather(1, label_C1)[:, 0],
+                    (p_CV.exp() * (p_CV - q_CV)).sum(1),
+                    p_CV.argmax(1) == q_CV.argmax(1),
+                )
+            )
+            progress(min(start + chunk, len(labels_T)))
+    return PerToken(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _log_probs(states: States, rows: slice) -> Tensor:
+    h_CD = states.h_TD[rows].to(states.head_VD.device)
+    return F.linear(h_CD, states.head_VD).cpu().double().log_softmax(-1)
+
+
+@torch.no_grad()
+def states_of(
+    hidden: Callable[[Tensor], Tensor],
+    head_VD: Tensor,
+    pieces: Sequence[Tensor],
+    title: str,
+    show: bool,
+) -> States:
+    """Run a model, on the head's device, on pieces of ids [1, S]; ``hidden`` gives [1, S, D]."""
+    parts: list[Tensor] = []
+    with progress_bar(title, sum(piece.numel() for piece in pieces), show) as progress:
+        for ids_1S in pieces:
+            parts.append(hidden(ids_1S.to(head_VD.device))[0].cpu())
+            progress(sum(map(len, parts)))
+    return States(torch.cat(parts), head_VD.detach())
+
+
+def ready(model: Module) -> Module:
+    """The model where it runs best: on a CUDA device with room for it, otherwise on the CPU."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    size = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    return model.to(chosen_device(size, free)).eval()
+
+
+def chosen_device(size: int, free: int | None) -> torch.device:
+    """CUDA where ``free`` bytes hold a model of ``size`` bytes and what it computes; otherwise the
+    CPU, which is said on stderr. None: there is no CUDA device."""
+    needed = size + size // 8 + (1 << 30)
+    if free is None or free >= needed:
+        return torch.device("cpu" if free is None else "cuda")
+    print(
+        f"the model needs {needed / 1e9:.1f} GB, but the CUDA device has {free / 1e9:.1f} GB free: "
+        "running on the CPU",
+        file=sys.stderr,
+        flush=True,
+    )
+    return torch.device("cpu")
