@@ -40,8 +40,8 @@ OPERANDS: dict[str, Callable[[Tensor], Any]] = {
     "x, wgrad: 1x16 along tokens, RHT": lambda x: operands(x, None, RHT),
     "dy, dgrad: 1x16 along features, SR": lambda x: operands(x, Rounding(seed=1), None),
     "dy, wgrad: 1x16 along tokens, RHT, SR": lambda x: operands(x, None, RHT._replace(seed=1)),
-    "MXFP8: 1x32 along features": lambda x: mxfp8.operands(x, rows=True, columns=False),
-    "MXFP8: 1x32 along tokens": lambda x: mxfp8.operands(x, rows=False, columns=True),
+    "MXFP8: 1x32 along features": lambda x: mxfp8.operand(x, columnwise=False),
+    "MXFP8: 1x32 along tokens": lambda x: mxfp8.operand(x, columnwise=True),
 }
 RECIPES = ("bf16", "fp32", "nvfp4_super", "nvfp4_all")
 LEAST_EFFECT, MOST_EFFECT = 1e-5, 0.5

@@ -21,21 +21,14 @@ BLOCK = 32
 _MANTISSA = (1 << 23) - 1
 
 
-def operands(x: Tensor, rows: bool, columns: bool) -> tuple[Operand | None, Operand | None]:
-    """x [.., M, N], quantized for products that sum over N (``rows``), and over M (``columns``).
+def operand(x: Tensor, columnwise: bool) -> Operand:
+    """x [.., M, N], quantized for products that sum over N, or ``columnwise`` over M.
 
     Values are bf16, exact where they are 2^-133 at least. A block with NaN or infinity is NaN.
 
     Raises:
         ValueError: the dimension is not divisible by 32.
     """
-    return (
-        _operand(x, columnwise=False) if rows else None,
-        _operand(x, columnwise=True) if columns else None,
-    )
-
-
-def _operand(x: Tensor, columnwise: bool) -> Operand:
     dim = -2 if columnwise else -1
     if x.dim() < 2 or x.shape[dim] % BLOCK:
         raise ValueError(

@@ -1,21 +1,75 @@
-"""Operands and products of a layer in the format of each of its passes.
+"""Number formats of a layer's three matrix products, and the operands of each pass in its format.
 
 Shapes: M, N dimensions of a tensor or a product; P rows of E experts' segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import hashlib
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemo_hybrid.precision.formats import Format, Ingredients, PassFormats
 from nemo_hybrid.precision.health import Probe
-from nemo_hybrid.precision.streams import Streams
 from nemo_kernels import mxfp8, nvfp4
 from nemo_kernels.nvfp4.operand import Operand, Rounding
+
+Format = Literal["bf16", "fp32", "nvfp4", "mxfp8"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BLOCKS = {"bf16": 1, "fp32": 1, "nvfp4": 16, "mxfp8": 32}
+"""By what number the dimension that a product sums over must be divisible."""
+
+
+class PassFormats(NamedTuple):
+    """Format of both operands: forward y = x W^T, dgrad dx = dy W, wgrad dW = dy^T x."""
+
+    forward: Format
+    dgrad: Format
+    wgrad: Format
+
+
+class Ingredients(NamedTuple):
+    """What can be taken out of the NVFP4 recipe (arXiv 2509.25149 section 4), to see its worth."""
+
+    rht: bool = True
+    """The random Hadamard transform of both operands of wgrad."""
+    stochastic_rounding: bool = True
+    """Of gradients."""
+    two_dimensional_weights: bool = True
+    """Scales of weights per 16x16 block: forward and dgrad see the same weights."""
+
+
+class Streams:
+    """Seeds for stochastic rounding: another one for every tensor that is rounded in a run.
+
+    They are made of (seed, rank, batch, micro-batch, layer, use, operand), so that a resumed run
+    draws what one that never stopped would draw.
+
+    Only gradients are rounded stochastically, and the backward pass of a layer's use happens once,
+    whether its activations are recomputed or not. So uses are counted there.
+    """
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._run = seed, rank
+        self.start(0, 0)
+
+    def start(self, batch: int, micro_batch: int) -> None:
+        """Everything from here on belongs to this micro-batch of this global batch."""
+        self._at = batch, micro_batch
+        self._uses: dict[str, int] = {}
+
+    def next_use(self, layer: str) -> tuple[object, ...]:
+        """What to give to :meth:`seed` during one backward pass of a layer."""
+        use = self._uses[layer] = self._uses.get(layer, -1) + 1
+        return (*self._run, *self._at, use, layer)
+
+    @staticmethod
+    def seed(use: tuple[object, ...], operand: str) -> int:
+        """64 bits for one operand, as a signed number."""
+        digest = hashlib.blake2b(repr((*use, operand)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
 
 _NEAREST = Rounding()
 
@@ -100,32 +154,16 @@ def operands(
     both are NVFP4."""
     if rows and columns and rows.format == columns.format == "nvfp4":
         return nvfp4.operands(x, rows.rounding, columns.rounding, ends_E)
-    return (
-        None if rows is None else _MAKE[rows.format](x, rows.rounding, False, ends_E),
-        None if columns is None else _MAKE[columns.format](x, columns.rounding, True, ends_E),
-    )
+    return _operand(x, rows, False, ends_E), _operand(x, columns, True, ends_E)
 
 
-def _nvfp4(x: Tensor, rounding: Rounding, columnwise: bool, ends_E: Tensor | None) -> Any:
-    if columnwise:
-        return nvfp4.operands(x, None, rounding, ends_E)[1]
-    return nvfp4.operands(x, rounding, None, ends_E)[0]
-
-
-def _mxfp8(x: Tensor, rounding: Rounding, columnwise: bool, ends_E: Tensor | None) -> Any:
-    return mxfp8.operands(x, rows=not columnwise, columns=columnwise)[columnwise]
-
-
-def _cast(dtype: torch.dtype) -> Callable[..., Any]:
-    def cast(x: Tensor, rounding: Rounding, columnwise: bool, ends_E: Tensor | None) -> Operand:
-        return Operand(x.to(dtype), None, columnwise)
-
-    return cast
-
-
-_MAKE: dict[str, Callable[..., Any]] = {
-    "nvfp4": _nvfp4,
-    "mxfp8": _mxfp8,
-    "bf16": _cast(torch.bfloat16),
-    "fp32": _cast(torch.float32),
-}
+def _operand(x: Tensor, side: Side | None, columnwise: bool, ends_E: Tensor | None) -> Any:
+    if side is None:
+        return None
+    if side.format == "nvfp4" and columnwise:
+        return nvfp4.operands(x, None, side.rounding, ends_E)[1]
+    if side.format == "nvfp4":
+        return nvfp4.operands(x, side.rounding, None, ends_E)[0]
+    if side.format == "mxfp8":
+        return mxfp8.operand(x, columnwise)
+    return Operand(x.to(DTYPES[side.format]), None, columnwise)

@@ -17,10 +17,9 @@ from torch import nn
 
 from nemo_hybrid.config import Architecture, PrecisionOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.precision.experts import QuantizedExperts
-from nemo_hybrid.precision.formats import BLOCKS, Format, Ingredients, PassFormats
 from nemo_hybrid.precision.health import Probe
-from nemo_hybrid.precision.linear import QuantizedLinear
+from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
+from nemo_hybrid.precision.operands import BLOCKS, DTYPES, Format, Ingredients, PassFormats, Streams
 from nemo_hybrid.precision.products import (
     Product,
     glob_of,
@@ -29,9 +28,6 @@ from nemo_hybrid.precision.products import (
     low_formats,
     table_of,
 )
-from nemo_hybrid.precision.streams import Streams
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Rules = tuple[tuple[str, str], ...]
 

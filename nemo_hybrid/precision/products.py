@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.precision.formats import BLOCKS, PassFormats
+from nemo_hybrid.precision.operands import BLOCKS, PassFormats
 from nemo_kernels import nvfp4
 
 

@@ -23,8 +23,8 @@ from helpers.runs import tiny_run
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision.health import Probe
+from nemo_hybrid.precision.operands import Streams
 from nemo_hybrid.precision.policy import Precision
-from nemo_hybrid.precision.streams import Streams
 from nemo_hybrid.train import build, loop
 from nemo_hybrid.train.guard import Guard
 from nemo_kernels.nvfp4.operand import Rounding

@@ -16,9 +16,8 @@ from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision import policy, products
-from nemo_hybrid.precision.experts import QuantizedExperts
-from nemo_hybrid.precision.formats import PassFormats
-from nemo_hybrid.precision.linear import QuantizedLinear
+from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
+from nemo_hybrid.precision.operands import PassFormats
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 SHAPE = HybridConfig(pattern="MEM*-EME", mamba_num_heads=16, mamba_head_dim=32)

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_hybrid.precision.experts import QuantizedExperts, most_rows
-from nemo_hybrid.precision.formats import Ingredients, PassFormats
-from nemo_hybrid.precision.linear import QuantizedLinear
-from nemo_hybrid.precision.streams import Streams
+from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear, most_rows
+from nemo_hybrid.precision.operands import Ingredients, PassFormats, Streams
 from nemo_kernels import mxfp8
 from nemo_kernels.moe import grouped_mlp, moe_mlp
 from nemo_kernels.nvfp4.reference import dequantize, quantize
@@ -91,9 +89,7 @@ def test_mxfp8_has_blocks_along_what_each_product_sums_over() -> None:
 
     def blocks(t: Tensor) -> Tensor:
         """Along the last dimension."""
-        made = mxfp8.operands(t.contiguous(), rows=True, columns=False)[0]
-        assert made is not None
-        return made.values.double()
+        return mxfp8.operand(t.contiguous(), columnwise=False).values.double()
 
     x, w, dy = spread(64, 96, seed=1), spread(160, 96, seed=2), spread(64, 160, seed=3)
     formats = PassFormats("mxfp8", "mxfp8", "mxfp8")

@@ -1,26 +1,60 @@
-"""The routed experts' MLP with its six grouped matrix products in low precision.
+"""A linear layer, and the routed experts' MLP with its six grouped products, in low precision.
 
-Each expert's rows are padded with zeros, so that no block holds rows of two experts.
+Master weights and the optimizer are not touched by it: weights are quantized as they are given, in
+every pass, and what is kept for the backward pass is what came. Gradients of weights are summed in
+fp32 and rounded once to the weight's dtype.
 
-Shapes: R routed slots sorted by expert, P the same padded, E experts, L width in which experts
-work, F expert inner width.
+Shapes: T tokens, K in-features, N out-features; R routed slots sorted by expert, P the same padded,
+E experts, L width in which experts work, F expert inner width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from nemo_hybrid.precision.formats import BLOCKS
-from nemo_hybrid.precision.operands import Products
+from nemo_hybrid.precision.operands import BLOCKS, Products
 from nemo_kernels import nvfp4
 from nemo_kernels.moe.function import Gradients, Wanted
 
 
+class QuantizedLinear(Products):
+    """``(x [.., K], weight [N, K]) -> x W^T [.., N]``."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        y_TN: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, self)
+        return y_TN.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight: Tensor, products: QuantizedLinear) -> Tensor:
+        ctx.products, ctx.weight_dtype = products, weight.dtype
+        weight_NK = weight.to(x_TK.dtype)
+        ctx.save_for_backward(x_TK, weight_NK)
+        a, b = products.forward_input(x_TK), products.forward_weight(weight_NK)
+        return nvfp4.product(a, b, x_TK.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+        products: QuantizedLinear = ctx.products
+        x_TK, weight_NK = ctx.saved_tensors
+        use = products.streams.next_use(products.name)
+        wgrad = ctx.needs_input_grad[1]  # frozen weights need none
+        for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy", wgrad=wgrad)
+        dx_TK = nvfp4.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
+        if not wgrad:
+            return dx_TK, None, None
+        dweight_NK = nvfp4.product(for_wgrad, products.wgrad_input(x_TK), torch.float32)
+        return dx_TK, dweight_NK.to(ctx.weight_dtype), None
+
+
 class Segments(NamedTuple):
-    """Experts' rows with room for zeros behind each expert's."""
+    """Experts' rows with room for zeros behind each one's: no block holds rows of two."""
 
     place_R: Tensor  # int64: where each row goes
     ends_E: Tensor  # int32: the row after each expert's last one, zeros included
@@ -33,28 +67,24 @@ class Segments(NamedTuple):
 
 class QuantizedExperts(Products):
     """An implementation of ``nemo_kernels.moe.function.Experts``; what it keeps of the
-    pre-activation is padded: [P, F]. As for linear layers, weights are quantized in every pass."""
+    pre-activation is padded: [P, F]."""
 
     def groups(self, counts_E: Tensor) -> Tensor:
         return counts_E
 
     def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
+        self, x_RL: Tensor, weights_R: Tensor, groups: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
     ) -> tuple[Tensor, Tensor]:
         segments = self._segments(groups, x_RL.shape[0])
-        h_PF = self._up(x_RL, segments, w_up_EFL)
+        h_PF = self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
         weights_P1 = segments.pad(weights_R)[:, None]
         act_PF = h_PF.float().relu().square_().mul_(weights_P1).to(x_RL.dtype)
         y_PL = self._forward_product(act_PF, w_down_ELF, segments)
         return y_PL.index_select(0, segments.place_R), h_PF
 
     def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
-        return self._up(x_RL, self._segments(groups, x_RL.shape[0]), w_up_EFL)
+        segments = self._segments(groups, x_RL.shape[0])
+        return self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
 
     def backward(
         self,
@@ -84,9 +114,6 @@ class QuantizedExperts(Products):
         place_R = segments.place_R
         dx_RL, dweights_R = dx_PL.index_select(0, place_R), dweights_P.index_select(0, place_R)
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
-
-    def _up(self, x_RL: Tensor, segments: Segments, w_up_EFL: Tensor) -> Tensor:
-        return self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
 
     def _forward_product(self, x_P: Tensor, weight_E: Tensor, segments: Segments) -> Tensor:
         ends_E = segments.ends_E
