@@ -9,6 +9,10 @@ if G and Q continue H, which is checked for every turn.
 Templates may leave the reasoning of earlier turns out of the history. Then the whole text does not
 begin with Q, and the turn is learnt in a sample of its own, which ends with it: there it is
 rendered as a model would have written it.
+
+Reasoning is the field reasoning_content, and in text every block from <think> to the next </think>.
+Where prompts open the thinking, answers begin inside of it; data made with them has a </think> that
+nothing opens. It ends reasoning where it begins a line; elsewhere somebody mentions it.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +41,7 @@ Span = tuple[int, int]
 """From and to which character."""
 
 THINK, END_OF_THINKING = "<think>", "</think>"
+_BLOCK = re.compile(f"{THINK}.*?(?={END_OF_THINKING})", re.DOTALL)
 _FOLLOWS = {
     "": {"system", "developer", "user"},
     "system": {"user"},
@@ -296,6 +301,52 @@ def check_answers(messages: Sequence[Message], when: str = "") -> None:
         if message["role"] == "assistant" and is_empty(message):
             why = f"turn {turn}: the assistant's message is empty{when}"
             raise BadRecord(why, "empty answers")
+
+
+def change_reasoning(message: Message, change: Callable[[str], str]) -> Message:
+    """The message with other reasoning, in its own field and in the content; without if empty."""
+    content, inside = message.get("content", ""), None
+    if reasoning := message.get("reasoning_content"):
+        inside = False
+        message = {**message, "reasoning_content": change(reasoning)}
+        if not message["reasoning_content"]:
+            del message["reasoning_content"]
+    new, at = "", 0
+    for begin, end in _blocks(content, (0, len(content)), inside):
+        new += content[at:begin]
+        at = end + len(END_OF_THINKING)
+        block = content[begin:end]
+        opening = f"{THINK}\n" if block.startswith(THINK) else ""
+        if changed := change(block.removeprefix(THINK).strip()):
+            new += f"{opening}{changed}\n{END_OF_THINKING}"
+        elif not new or new[-1].isspace():
+            at = len(content) - len(content[at:].lstrip())
+    return {**message, "content": new + content[at:]} if at else message
+
+
+def learnt_parts(text: str, span: Span, masked: bool) -> list[Span]:
+    """Parts of an answer in a rendered text: without its reasoning, or if that is not masked,
+    without every </think> that ends some."""
+    start, stop = span
+    before = text[:start].rstrip()
+    inside = True if before.endswith(THINK) else False if before.endswith(END_OF_THINKING) else None
+    parts = []
+    for begin, end in _blocks(text, span, inside):
+        parts.append((start, begin if masked else len(text[:end].rstrip())))
+        start = end + len(END_OF_THINKING)
+    return [*parts, (start, stop)]
+
+
+def _blocks(text: str, span: Span, inside: bool | None) -> list[Span]:
+    """From where to which </think> each block of reasoning reaches. inside: whether the span begins
+    in one; None: that is not known."""
+    start, stop = span
+    end, opening = text.find(END_OF_THINKING, start, stop), text.find(THINK, start, stop)
+    if inside is None and not 0 <= opening < end:
+        inside = end == start or (end > 0 and text[end - 1] == "\n")
+    first = [(start, end)] if inside and end >= 0 else []
+    after = end if first else start
+    return first + [m.span() for m in _BLOCK.finditer(text, after, stop)]
 
 
 def _check_written(message: Message, turn: int, written: str) -> None:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from nemo_hybrid.data.sources import (
     find_sources,
     read_documents,
 )
-from nemo_hybrid.data.store import StoreWriter, TokenStore
+from nemo_hybrid.data.store import TOKENS, StoreWriter, TokenStore
 from nemo_hybrid.data.tokenizer import (
     TextTokenizer,
     check_vocab_size,
@@ -121,23 +121,11 @@ def prepare(
     if given is None:
         given = train_tokenizer(corpus.training_texts(), vocab_size)
     with replacing(out) as partial:
-        writers = {
-            split: StoreWriter(
-                partial / split,
-                vocab_size=given.vocab_size,
-                eos_id=given.eos_id,
-                tokenizer_sha256=given.sha256,
-            )
-            for split in corpus.splits
-        }
-        try:
+        with split_writers(partial, corpus.splits, given) as writers:
             _encode(corpus, given, writers)
             summary = _summary(corpus, given, writers, started)
             for writer in writers.values():
                 writer.finish(summary.sources)
-        finally:
-            for writer in writers.values():
-                writer.close()
         for name, data in given.files.items():
             write_file(partial / name, [data])
         write_record(partial, request, asdict(summary))
@@ -224,6 +212,28 @@ def empty_split(split: str, count: int, what: str, heldout: float) -> UserError:
         f"none of the {count} {what} falls into the {split} split at heldout {heldout}: give more "
         f"{what}, another heldout fraction or seed, or heldout 0 for no held-out split"
     )
+
+
+@contextmanager
+def split_writers(
+    directory: Path, splits: Iterable[str], tokenizer: TextTokenizer, format: str = TOKENS
+) -> Iterator[dict[str, StoreWriter]]:
+    """A writer for the store of each split, closed on the way out."""
+    writers = {
+        split: StoreWriter(
+            directory / split,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=tokenizer.sha256,
+            format=format,
+        )
+        for split in splits
+    }
+    try:
+        yield writers
+    finally:
+        for writer in writers.values():
+            writer.close()
 
 
 def _encode(corpus: _Corpus, tokenizer: TextTokenizer, writers: dict[str, StoreWriter]) -> None:

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from nemo_hybrid.data.chat import (
     Message,
     Rendering,
+    change_reasoning,
     check_answers,
     files_with,
     is_empty,
+    learnt_parts,
     load_template,
     need_template,
     read_messages,
@@ -39,9 +41,9 @@ from nemo_hybrid.data.prepare import (
     recorded,
     replacing,
     split_of,
+    split_writers,
     write_record,
 )
-from nemo_hybrid.data.reasoning import change_reasoning, learnt_parts
 from nemo_hybrid.data.sample_summary import NAMED, SampleSummary
 from nemo_hybrid.data.sources import (
     BadRecord,
@@ -347,23 +349,12 @@ def _write(
 ) -> SampleSummary:
     """Write the stores. Raises UserError after the last record for unusable ones, unless they may
     be skipped, and for an empty split."""
-    options, tokenizer = maker.options, maker.tokenizer
-    own_heldout = bool(sources[HELDOUT])
+    options, own_heldout = maker.options, bool(sources[HELDOUT])
     splits = (TRAIN, HELDOUT) if own_heldout or options.heldout else (TRAIN,)
-    writers = {
-        split: StoreWriter(
-            partial / split,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            tokenizer_sha256=tokenizer.sha256,
-            format=SAMPLES,
-        )
-        for split in splits
-    }
     learnt: Counter[str] = Counter()
-    summary = SampleSummary("", tokenizer.vocab_size, {}, {}, {})
+    summary = SampleSummary("", maker.tokenizer.vocab_size, {}, {}, {})
     total = max(1, sum(s.size for found in sources.values() for s in found))
-    try:
+    with split_writers(partial, splits, maker.tokenizer, SAMPLES) as writers:
         with progress_bar("prepare: samples", total, progress) as update:
             before = 0
             for named, source in ((split, s) for split, found in sources.items() for s in found):
@@ -371,9 +362,8 @@ def _write(
                     if made.key:
                         update(before + made.done * source.size)
                     summary.count(made)
-                    split = (
-                        named if own_heldout else split_of(made.key, maker.seed, options.heldout)
-                    )
+                    drawn = split_of(made.key, maker.seed, options.heldout)
+                    split = named if own_heldout else drawn
                     for sample in made.samples:
                         writers[split].add(sample.ids, sample.targets)
                         learnt[split] += sample.learnt
@@ -386,9 +376,6 @@ def _write(
             summary.learnt[split] = learnt[split]
             files = sum(map(len, sources.values()))
             writer.finish({"files": files, "records": summary.records, "dropped": summary.dropped})
-    finally:
-        for writer in writers.values():
-            writer.close()
     return summary
 
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.hf_config import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -204,7 +205,7 @@ def _wrap(tokenizer: Tokenizer, eos_id: int, files: dict[str, bytes]) -> TextTok
 
 
 def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> int:
-    settings = [_json_object(directory / name, files.get(name, b"{}")) for name in (CONFIG, _MAP)]
+    settings = [parse_json(files.get(name, b"{}"), directory / name) for name in (CONFIG, _MAP)]
     for options in settings:
         token = options.get("eos_token")
         if isinstance(token, dict):
@@ -216,13 +217,3 @@ def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> i
         f"{directory / CONFIG} must name an eos_token of the vocabulary: documents are ended with"
         " it"
     )
-
-
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        options = json.loads(content)
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}") from e
-    if not isinstance(options, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return options

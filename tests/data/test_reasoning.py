@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_hybrid.data import chat
-from nemo_hybrid.data.reasoning import change_reasoning, learnt_parts
+from nemo_hybrid.data.chat import change_reasoning, learnt_parts
 from nemo_hybrid.data.samples import Made, SampleMaker
 from nemo_hybrid.data.sources import Record
 from nemo_hybrid.errors import UserError
