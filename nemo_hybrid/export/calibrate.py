@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,11 @@ from nemo_hybrid.model.lora import adaptable
 from nemo_hybrid.terminal import progress_bar
 from nemo_kernels.moe.reference import LoopExperts
 
+_CHARACTERS = 6
+"""Of a text, for a token that is wanted: so many are read at first, and as many again until there
+are enough tokens."""
+_UNCERTAIN = 64
+"""Tokens at the end of what was read that the text behind it may change."""
 _BIN_BITS = 16
 """Of an fp32 number that its bin leaves out: a bin lies between two neighbours in bf16."""
 
@@ -110,11 +116,23 @@ def read_pieces(
     part of a token store: pieces [1, S] of one document each, of at most ``length``.
 
     Of the training part they are drawn at random (always the same), of the held-out part evenly
-    spaced; of a text file they are the first. Raises UserError.
+    spaced; of a text file they are the first. Held-out pieces have two tokens at least: of one
+    there is nothing to predict. Raises UserError.
     """
+    pieces = _pieces(data, directory, config, tokens, split, length)
+    if split == "heldout":
+        pieces = [piece for piece in pieces if piece.shape[1] > 1]
+    if not pieces:
+        raise UserError(f"{data}: fewer than two tokens; there is nothing to predict")
+    return pieces
+
+
+def _pieces(
+    data: str, directory: Path, config: HybridConfig, tokens: int, split: str, length: int
+) -> list[Tensor]:
     rows = -(-tokens // length)
     if not Path(data).is_dir():
-        return list(_text_ids(data, directory, config)[:tokens][None].split(length, 1))
+        return list(_text_ids(data, directory, config, tokens)[None].split(length, 1))
     blend = open_blend(DataOptions(path=data, sequence_length=length), config)
     require_tokenizer(blend, directory)
     if split == "train":
@@ -131,15 +149,24 @@ def read_pieces(
     ]
 
 
-def _text_ids(data: str, directory: Path, config: HybridConfig) -> Tensor:
+def _text_ids(data: str, directory: Path, config: HybridConfig, tokens: int) -> Tensor:
+    """The first ids of a text file, which is read no further than they take.
+
+    They are those of the whole text, unless what follows changes more than 64 tokens before it:
+    tokenizers merge within words.
+    """
+    ids, text = np.empty(0, np.int64), ""
     try:
-        with naming("read", Path(data)):
-            text = Path(data).read_text(encoding="utf-8")
+        with naming("read", Path(data)), open(data, encoding="utf-8") as file:
+            tokenizer, size = load_tokenizer(directory), _CHARACTERS * (tokens + _UNCERTAIN)
+            while len(ids) < tokens + _UNCERTAIN and (more := file.read(size)):
+                text += more
+                size, ids = len(text), tokenizer.encode([text])[0]
     except UnicodeDecodeError:
         raise UserError(
             f"{data} is neither a UTF-8 text file nor a token store (made by `nemo-hybrid prepare`)"
         ) from None
-    ids = torch.from_numpy(load_tokenizer(directory).encode([text])[0])
+    ids = ids[:tokens]
     if not len(ids):
         raise UserError(f"{data} is empty")
     if int(ids.max()) >= config.vocab_size:
@@ -147,7 +174,7 @@ def _text_ids(data: str, directory: Path, config: HybridConfig) -> Tensor:
             f"{data} holds token id {int(ids.max())}, beyond the model's vocab_size "
             f"{config.vocab_size}"
         )
-    return ids
+    return torch.from_numpy(ids)
 
 
 @contextmanager

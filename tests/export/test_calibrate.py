@@ -1,17 +1,21 @@
 """Calibration against activations computed by hand, and reading what to calibrate on."""
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, train_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export import calibrate as calibrate_module
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -163,3 +167,46 @@ def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:
         read_pieces(str(text), store, config, 5)
     with pytest.raises(UserError, match=r"cannot read .*absent"):
         read_pieces(str(tmp_path / "absent"), store, config, 5)
+
+
+def words(count: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    some = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 12))) for _ in range(60)]
+    return "".join(draw.choice(some) + draw.choice([" ", "  ", "\n", ", "]) for _ in range(count))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 500, 4000])
+@pytest.mark.parametrize("per_token", [1, 6])
+def test_a_text_is_read_no_further_than_its_tokens_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, per_token: int
+) -> None:
+    """Whatever the place where reading ended, the ids are those of the whole text."""
+    whole = words(20_000)
+    tokenizer = train_tokenizer([whole[:3000]], 400)
+    for name, content in tokenizer.files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "text").write_text(whole)
+    config = tiny_config("E", vocab_size=tokenizer.vocab_size)
+    encoded: list[int] = []
+    encode = TextTokenizer.encode
+
+    def counted(self: TextTokenizer, texts: list[str]) -> list[NDArray[np.int64]]:
+        encoded.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextTokenizer, "encode", counted)
+    monkeypatch.setattr(calibrate_module, "_CHARACTERS", per_token)
+    pieces = read_pieces(str(tmp_path / "text"), tmp_path, config, tokens, length=100)
+    ids = torch.cat(pieces, 1)[0]
+    assert len(ids) == tokens
+    assert max(encoded) < 20 * (tokens + 64)
+    assert (len(encoded) > 1) == (per_token == 1)
+    assert ids.tolist() == encode(tokenizer, [whole])[0][:tokens].tolist()
+
+
+def test_one_token_is_nothing_to_predict(tmp_path: Path) -> None:
+    store, config = write_corpus(tmp_path / "store"), HybridConfig(**TINY_MODEL)
+    pieces = read_pieces(str(store), store, config, 300, "heldout", 3)
+    assert min(p.shape[1] for p in pieces) == 2
+    with pytest.raises(UserError, match="fewer than two tokens; there is nothing to predict"):
+        read_pieces(str(store), store, config, 300, "heldout", 1)
