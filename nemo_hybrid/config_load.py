@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os.path
 import re
@@ -40,6 +41,8 @@ PATH_KEYS = (
 )
 """Keys that hold a path. The keys inside data.blend are paths too."""
 
+_GLOBS = dict[str, str]
+"""Type of options that map globs to formats; a YAML file of them can be named instead."""
 NOT_A_PATH = {"resume": ("auto", "never")}
 
 # YAML 1.1 reads 1e-3 as a string, because it wants a dot. We read it as everybody means it.
@@ -150,7 +153,7 @@ def read_config(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str,
     """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
     flat: dict[str, Any] = {}
     inner = sections(kind)
-    for key, value in _read_yaml(file).items():
+    for key, value in read_yaml(file).items():
         if key not in inner:
             flat |= _known({str(key): value}, file, kind)
         elif isinstance(value, str):
@@ -164,7 +167,7 @@ def read_section(
     file: Path, section: str, kind: type[TrainingConfig] = RunConfig
 ) -> dict[str, Any]:
     """The same of a file that holds the keys of one section, such as a model's shape."""
-    return _known(_in_section(_read_yaml(file), section, file), file, kind)
+    return _known(_in_section(read_yaml(file), section, file), file, kind)
 
 
 def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
@@ -177,12 +180,15 @@ def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
 
 
 def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict[str, Any]:
-    """The same keys, if there are such, with paths seen from the file."""
+    """The same keys, if there are such, with paths seen from the file, and mappings of globs that
+    are kept in files of their own."""
     known = key_types(kind)
-    for key in flat:
+    for key, value in flat.items():
         if key not in known:
             near = suggest(key, [*sections(kind), *known])
             raise UserError(f"{file}: unknown key {key}{near}")
+        if known[key] == _GLOBS and isinstance(value, str):
+            flat = {**flat, key: read_yaml(_resolve(value, file.parent))}
     return _resolve_paths(flat, file.parent)
 
 
@@ -195,7 +201,7 @@ def run_parser(
     return parser
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
     """Content of a YAML file that holds a mapping; an empty file is an empty mapping."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
@@ -395,7 +401,8 @@ def parse_words(
 ) -> dict[str, Any]:
     """Parse command-line words; what argparse and jsonargparse refuse becomes a UserError."""
     try:
-        parsed: dict[str, Any] = parser.parse_args(_complete(words, types)).as_dict()
+        words = _with_files(_complete(words, types), types)
+        parsed: dict[str, Any] = parser.parse_args(words).as_dict()
     except argparse.ArgumentError as e:
         raise UserError(one_line(e, types)) from None
     return parsed
@@ -410,6 +417,29 @@ def _complete(words: Sequence[str], types: dict[str, Any]) -> list[str]:
         if word in switches and following.lower() not in ("true", "false", "yes", "no"):
             completed.append("true")
     return completed
+
+
+def _with_files(words: Sequence[str], types: dict[str, Any]) -> list[str]:
+    """The words with what a YAML file holds for its name, where globs and formats are expected."""
+    options = {flag(name) for name, hint in types.items() if hint == _GLOBS}
+    read: list[str] = []
+    before = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if before in options:
+            word = _from_file(word)
+        elif equals and name in options:
+            word = f"{name}={_from_file(value)}"
+        before = "" if before in options else word
+        read.append(word)
+    return read
+
+
+def _from_file(value: str) -> str:
+    """The content, as JSON, of a file that holds a mapping; the value itself if it is one."""
+    if "{" in value or ": " in value:
+        return value
+    return json.dumps(read_yaml(Path(value).expanduser()))
 
 
 def one_line(error: BaseException, types: dict[str, Any]) -> str:
@@ -447,5 +477,5 @@ def type_in_words(hint: Any) -> str:
     if get_origin(hint) is dict:
         if args[1] is float:
             return "a mapping of paths to numbers"
-        return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\""
+        return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
     return f"one of {', '.join(str(a) for a in args)}" if args else ""
