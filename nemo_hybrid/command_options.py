@@ -196,7 +196,7 @@ class ExportOptions(Options):
     by module family as NVIDIA published those models."""
     formats: dict[str, str] = field(default_factory=dict)
     """Formats of further modules, on top of the preset: glob over module names -> bf16, fp8, nvfp4
-    or nvfp4_w4a16."""
+    or nvfp4_w4a16; or a YAML file of that."""
     scales: Literal["amax", "mse", "four_over_six", "training"] = "amax"
     """NVFP4 scales of weights: from the largest value; from a search for the least error; from the
     choice between 4 and 6; or those of the 16x16 blocks of NVFP4 training."""
@@ -209,9 +209,14 @@ class ExportOptions(Options):
     """Share of the activations, in percent, that input scales cover; null: all of them."""
     kv_cache: Literal["none", "fp8"] = "none"
     """fp8: write scales for keys and values, which needs calibration."""
-    budget_bits: Annotated[float | None, POSITIVE] = None
+    budget_bits: Annotated[float | None, Bound("lie between 0 and 16", lambda v: 0 < v < 16)] = None
     """Mean bits per weight: instead of a preset, measure each module group's sensitivity and assign
     formats that fit."""
+    heldout: str | None = None
+    """Token store (its held-out part) or other text file: measure KL divergence and perplexity of
+    the export on it, for the model card."""
+    heldout_tokens: PositiveInt = 8192
+    """Tokens of it to read."""
 
 
 @dataclass
@@ -227,7 +232,8 @@ class VerifyOptions(Options):
     tokens: PositiveInt = 8192
     """Tokens to compare on."""
     max_kl: Annotated[float | None, NOT_NEGATIVE] = None
-    """End with status 3 when the mean KL divergence exceeds this, in nats."""
+    """End with status 3 when the mean KL divergence, with or without rounded inputs, exceeds this,
+    in nats."""
 
     def validate(self) -> None:
         super().validate()

@@ -8,7 +8,7 @@ A place is a weight that may be quantized, by our name without ``.weight``:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -81,9 +81,13 @@ def _is_place(name: str) -> bool:
     return is_stacked(name) or name.endswith(("_proj.weight", "lm_head.weight"))
 
 
-def unquantizable(shape: HybridConfig) -> list[str]:
-    """Names, as in places, of all other weights."""
-    return [n.removesuffix(".weight") for n in _parameters(shape) if not _is_place(n)]
+def unquantizable(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
+    """All other weights, as in `places`."""
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in _parameters(shape).items()
+        if not _is_place(name)
+    }
 
 
 def family(place: str) -> str:
@@ -168,7 +172,7 @@ def _unnamed(place: str, glob: str) -> str | None:
     )
 
 
-def _nothing(glob: str, sizes: Iterable[str], others: Sequence[str]) -> UserError:
+def _nothing(glob: str, sizes: Iterable[str], others: Iterable[str]) -> UserError:
     other = next((name for name in others if fnmatchcase(name, glob)), None)
     if other is not None:
         parts = other.split(".")

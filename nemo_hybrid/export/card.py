@@ -7,17 +7,27 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_hybrid import __version__
-from nemo_hybrid.export.assign import family, places
+from nemo_hybrid.checkpoint.files import MANIFEST
+from nemo_hybrid.checkpoint.publish import CARD
+from nemo_hybrid.checkpoint.state import RUN_STATE
+from nemo_hybrid.command_options import ExportOptions
+from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config_load import read_yaml
+from nemo_hybrid.export.assign import family, places, unquantizable
+from nemo_hybrid.export.layout import ExportFacts, with_inputs
+from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
+from nemo_hybrid.files import naming
+from nemo_hybrid.hf_config import read_json
 
 if TYPE_CHECKING:
-    from nemo_hybrid.export.layout import ExportFacts
     from nemo_hybrid.export.verify import Measured
 
 _WORDS = {
     "bf16": "BF16",
+    "fp32": "FP32",
     "fp8": "FP8 (E4M3, one scale per tensor)",
     "nvfp4": "NVFP4 (E2M1 in blocks of 16), inputs too",
     "nvfp4_w4a16": "NVFP4 (E2M1 in blocks of 16), weights alone",
@@ -30,30 +40,83 @@ _SCALES = {
 }
 _LAYER = re.compile(r"(backbone|mtp)\.layers\.(\d+)\.(.+)")
 _LONGEST = 200
+_QUOTED = 4000  # characters of the source's own card
 
 
-def card(facts: ExportFacts, measured: Measured | None = None) -> str:
+def card(
+    options: ExportOptions, facts: ExportFacts, origin: str, measured: Measured | None = None
+) -> str:
     """The model card, in the form that the Hugging Face hub reads.
 
-    Without ``measured`` it says that nothing was. Texts that come from users and files stand in it
-    as code, on one line, so that they cannot become Markdown or HTML.
+    ``origin``: see `lineage`. Without ``measured`` it says that nobody did. Texts that come from
+    users and files stand in it as code, so that they cannot become Markdown or HTML.
     """
     sections = [
-        _head(facts),
-        _recipe(facts),
+        _head(options, facts),
+        origin,
+        _recipe(options, facts),
         _precision(facts),
         _measured(facts, measured),
-        _engines(facts),
-        _unchecked(facts, measured),
+        _engines(options, facts),
+        _unchecked(options, facts, measured),
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def lineage(source: Path) -> str:
+    """The section on where the weights of a checkpoint come from: what its own files say of that.
+
+    Raises UserError for one of them that cannot be read.
+    """
+    run_file, state_file, own = source / "run.yaml", source / RUN_STATE, source / CARD
+    run = read_yaml(run_file) if run_file.is_file() else {}
+    state = read_json(state_file) if state_file.is_file() else {}
+    manifest = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+
+    def told(section: str, key: str) -> Any:
+        inside = run.get(section)
+        return inside.get(key) if isinstance(inside, dict) else None
+
+    step, batch = state.get("step"), told("train", "global_batch_size")
+    length, blend = told("data", "sequence_length"), told("data", "blend")
+    data = [p for p in (*(blend if isinstance(blend, dict) else ()), told("data", "path")) if p]
+    digests = state.get("data")
+    found = {
+        "checkpoint": _name(str(source)),
+        "SHA-256 in its manifest": _codes([manifest.get("sha256")]),
+        "began as": _name(base) if isinstance(base := told("model", "from_hf"), str) else "",
+        "optimizer steps": f"{step:,}" if isinstance(step, int) else "",
+        "each of": f"{batch:,} sequences of {length:,} tokens"
+        if isinstance(batch, int) and isinstance(length, int)
+        else "",
+        "number formats of training": _codes([told("precision", "recipe")]),
+        "distilled for": _codes([p for p in [told("distill", "preset")] if p != "none"]),
+        "training data": ", ".join(_name(path) for path in data if isinstance(path, str)),
+        "digests of the data": _codes(digests if isinstance(digests, list) else []),
+    }
+    lines = ["## Lineage", "", _table(("", ""), [row for row in found.items() if row[1]])]
+    if own.is_file():
+        with naming("read", own), open(own, encoding="utf-8", errors="replace") as file:
+            text = file.read(_QUOTED)
+        # Four spaces make it code, whatever it says.
+        quoted = ["    " + _printable(line.expandtabs(4)) for line in text.splitlines()]
+        lines += ["", f"Its own `{CARD}` says:", "", *quoted]
+    return "\n".join(lines)
+
+
 def code(text: str) -> str:
     """A text of unknown origin as inline code that no character of it can end."""
-    shown = "".join(c if c.isprintable() else "?" for c in text)[:_LONGEST]
+    shown = _printable(text)[:_LONGEST]
     shown = shown.replace("`", "'").replace("|", "\\|").strip() or "?"
     return f"`{shown}`"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _codes(values: Iterable[object]) -> str:
+    return ", ".join(code(value) for value in values if isinstance(value, str))
 
 
 def _name(path: str) -> str:
@@ -70,21 +133,21 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _head(facts: ExportFacts) -> str:
+def _head(options: ExportOptions, facts: ExportFacts) -> str:
     formats = sorted(set(facts.assignment.values()) - {"bf16"})
     tags = ["nemotron_h", *dict.fromkeys(name.partition("_")[0] for name in formats)]
     what = ", ".join(tag.upper() for tag in tags[1:]) or "BF16"
     bits = 8 * facts.bytes_after / facts.parameters
+    name = _name(str(facts.source))
     return "\n".join(
         [
             "---",
             f"tags: [{', '.join(tags)}]",
             "---",
-            f"# {_name(facts.source)} in {what}",
+            f"# {name} in {what}",
             "",
-            f"Weights of {_name(facts.source)}, exported by nemo_hybrid {__version__} with "
-            f"`--format {facts.target}`. What the source was trained on is said there; its licence "
-            "and limits apply.",
+            f"Weights of {name}, exported by nemo_hybrid {__version__} with "
+            f"`--format {options.format}`. Licence and limits of the source apply.",
             "",
             f"{facts.parameters:,} parameters in {facts.bytes_after:,} bytes ({bits:.2f} bits "
             f"each, scales included), {facts.bytes_after / facts.bytes_before:.1%} of the "
@@ -93,31 +156,30 @@ def _head(facts: ExportFacts) -> str:
     )
 
 
-def _recipe(facts: ExportFacts) -> str:
-    if facts.target == "bf16":
+def _recipe(options: ExportOptions, facts: ExportFacts) -> str:
+    if options.format == "bf16":
         return (
             "## Recipe\n\nNothing is quantized: weights are BF16, those that decide by small "
             "differences (`A_log`, `D`, `dt_bias`, router biases) FP32."
         )
-    rows = [
-        ("layout", "compressed-tensors" if facts.target == "compressed-tensors" else "ModelOpt")
-    ]
-    if facts.budget_bits is not None:
-        chosen = f"measured sensitivity, at most {facts.budget_bits:g} bits per weight on average"
-    else:
-        chosen = "single names" if facts.preset is None else f"preset `{facts.preset}`"
-    rows.append(("formats by", chosen))
+    layout = "compressed-tensors" if options.format == "compressed-tensors" else "ModelOpt"
+    rows = [("layout", layout), ("formats by", _choice(options, facts))]
+    if options.formats:
+        changes = (f"{code(glob)}: {code(given)}" for glob, given in options.formats.items())
+        rows.append(("changed by globs, the last counts", "; ".join(changes)))
     if any(format.startswith("nvfp4") for format in facts.assignment.values()):
-        rows.append(("NVFP4 block scales", f"`{facts.search}`: {_SCALES[facts.search]}"))
-    seen = facts.calibration
-    if seen is None:
-        rows.append(("input scales", "none: nothing was calibrated, inputs stay BF16"))
+        rows.append(("NVFP4 block scales", f"`{options.scales}`: {_SCALES[options.scales]}"))
+    seen, data = facts.calibration, ""
+    if seen is not None:
+        data = f"{seen.tokens:,} tokens of {_name(options.calibration or '')}"
+    if not with_inputs(facts.assignment):
+        why = "nothing was calibrated" if seen is None else "weights alone are quantized"
+        rows.append(("input scales", f"none: {why}, inputs stay BF16"))
     else:
-        share = "all" if facts.percentile is None else f"{facts.percentile:g} %"
-        data = "" if facts.calibration_data is None else f" of {_name(facts.calibration_data)}"
-        rows.append(("input scales", f"{share} of the values on {seen.tokens:,} tokens{data}"))
-    cache = "FP8, with scales of the calibration" if facts.kv_cache == "fp8" else "no scales"
-    rows.append(("keys and values", cache))
+        share = "all" if options.percentile is None else f"{options.percentile:g} %"
+        rows.append(("input scales", f"{share} of the values on {data}"))
+    cache = f"FP8, with scales for the largest ones on {data}"
+    rows.append(("keys and values", cache if options.kv_cache == "fp8" else "no scales"))
     lines = ["## Recipe", "", _table(("", ""), rows)]
     if seen is not None and seen.unseen:
         count = sum(len(experts) for experts in seen.unseen.values())
@@ -128,35 +190,66 @@ def _recipe(facts: ExportFacts) -> str:
             + "; ".join(f"{code(place)}: {_ranges(who)}" for place, who in seen.unseen.items())
             + ".",
         ]
-    if facts.preset is not None:
+    if options.budget_bits is None and options.preset != "conservative" and options.format != "fp8":
         lines += [
             "",
-            "Presets follow the formats that NVIDIA published for its models by module family. "
-            "They are not NVIDIA's assignment of single layers.",
+            "The preset follows the formats that NVIDIA published for its model of this name, by "
+            "module family. It is not NVIDIA's assignment of single layers.",
         ]
     return "\n".join(lines)
 
 
+def _choice(options: ExportOptions, facts: ExportFacts) -> str:
+    if options.budget_bits is None:
+        preset = f"preset `{options.preset}`"
+        return f"{preset}, all that it quantizes in FP8" if options.format == "fp8" else preset
+    groups = candidates(facts.shape, ())
+    return (
+        f"measured sensitivity (`{TABLE_FILE}`): {mean_bits(groups, facts.assignment):.3f} bits "
+        f"on average, at most {options.budget_bits:g}, of the {sum(g.weights for g in groups):,} "
+        "weights that a budget may quantize"
+    )
+
+
 def _precision(facts: ExportFacts) -> str:
-    layers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    sizes, weights = places(facts.shape), defaultdict[tuple[str, str], int](int)
-    for place, format in facts.assignment.items():
-        match = _LAYER.fullmatch(place)
-        key = (f"{match[1]} … {match[3]}" if match else place, format)
-        layers[key] += [int(match[2])] if match else []
-        weights[key] += math.prod(sizes[place])
-    rows = [
-        (f"`{name}`", _ranges(layers[name, format]), _WORDS[format], f"{weights[name, format]:,}")
-        for name, format in sorted(layers, key=lambda key: (family(key[0]), key))
-    ]
+    never = unquantizable(facts.shape)
+    sizes = places(facts.shape) | never
+    kept = {n: "fp32" if n.rpartition(".")[2] in FP32_NAMES else "bf16" for n in never}
+    found: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name, format in (facts.assignment | kept).items():
+        match = _LAYER.fullmatch(name)
+        shown = f"{match[1]} … {match[3]}" if match else name
+        found["" if name in never else family(name), shown, format].append(name)
+    rows = []
+    for kind, shown, format in sorted(found, key=lambda key: (not key[0], key)):
+        names = found[kind, shown, format]
+        layers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
+        weights = sum(math.prod(sizes[name]) for name in names)
+        rows.append((f"`{shown}`", _ranges(layers), _WORDS[format], f"{weights:,}"))
     left = (
-        "Routers, embeddings, convolutions and norms are never quantized; head, latent projections "
-        "and the multi-token-prediction block only where the table says so. `A_log`, `D`, "
-        "`dt_bias` and router biases are FP32."
+        "What is BF16 or FP32 here is excluded from quantization: routers, embeddings, "
+        "convolutions and norms always; head, latent projections and the multi-token-prediction "
+        "block unless a glob names them."
     )
     return "\n".join(
         ["## Precision", "", _table(("modules", "layers", "format", "weights"), rows), "", left]
     )
+
+
+def measured_table(found: Measured) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows: what was rounded, and what that costs."""
+    losses = [
+        ("nothing: the source", None, found.source_loss),
+        ("weights", found.kl, found.loss),
+        ("weights, and inputs of products", found.rounded_kl, found.rounded_loss),
+    ]
+    rows = [
+        [what, "" if kl is None else f"{kl:.3e}", f"{math.exp(min(loss, 700)):.3f}"]
+        for what, kl, loss in losses
+        if loss is not None
+    ]
+    header = ["rounded", "KL(source, export), nats per token", "perplexity"]
+    return f"{found.tokens:,} tokens of {_name(found.text)}, in FP32", header, rows
 
 
 def _measured(facts: ExportFacts, measured: Measured | None) -> str:
@@ -164,24 +257,19 @@ def _measured(facts: ExportFacts, measured: Measured | None) -> str:
     for kind, scales in sorted(facts.errors.items()):
         shown = ", ".join(f"{value:.4f} with `{name}`" for name, value in scales.items())
         lines.append(f"- relative error of the weights, {kind.replace('_', ' ')}: {shown}")
-    if measured is None or measured.kl is None or measured.source_loss is None:
+    if measured is not None:
+        title, header, rows = measured_table(measured)
+        lines += [f"- KL divergence and perplexity on {title}:", "", _table(header, rows)]
+    else:
         lines.append(
             "- KL divergence and perplexity: not measured. `nemo-hybrid verify-export DIR --base "
             "SOURCE --data TEXT` does it."
         )
-        return "\n".join(lines)
-    before, after = math.exp(measured.source_loss), math.exp(measured.loss)
-    lines += [
-        f"- on {measured.tokens:,} tokens of {_name(measured.text)}, with dequantized weights and "
-        "inputs as they are, in FP32:",
-        f"  KL(source, export) {measured.kl:.3e} nats per token; perplexity {before:.3f} before, "
-        f"{after:.3f} after",
-    ]
     return "\n".join(lines)
 
 
-def _engines(facts: ExportFacts) -> str:
-    fp8 = facts.kv_cache == "fp8"
+def _engines(options: ExportOptions, facts: ExportFacts) -> str:
+    fp8 = options.kv_cache == "fp8"
     further = {
         "mixed": " vLLM 0.15 refuses `MIXED_PRECISION`.",
         "bf16": " transformers loads this directory, too.",
@@ -191,7 +279,7 @@ def _engines(facts: ExportFacts) -> str:
         "",
         "`DIR` is this directory. Least versions: vLLM 0.32, whose loaders names and configuration "
         "follow; SGLang 0.5.23 and TensorRT-LLM 1.2.1, which were not tried."
-        + further.get(facts.target, ""),
+        + further.get(options.format, ""),
         "",
         "```sh",
         f"vllm serve DIR{' --kv-cache-dtype fp8' * fp8}",
@@ -199,7 +287,7 @@ def _engines(facts: ExportFacts) -> str:
         "trtllm-serve DIR",
         "```",
     ]
-    if facts.target == "compressed-tensors":
+    if options.format == "compressed-tensors":
         lines += [
             "",
             "transformers 5.23 loads the layers of experts of this layout without a warning and "
@@ -215,7 +303,7 @@ def _engines(facts: ExportFacts) -> str:
     return "\n".join(lines)
 
 
-def _unchecked(facts: ExportFacts, measured: Measured | None) -> str:
+def _unchecked(options: ExportOptions, facts: ExportFacts, measured: Measured | None) -> str:
     lines = [
         "## Not checked",
         "",
@@ -223,13 +311,13 @@ def _unchecked(facts: ExportFacts, measured: Measured | None) -> str:
         "FP8 units; speed was not measured.",
         "- No benchmark was run: questions, code, long contexts, tools, languages.",
         "- Acceptance of drafted tokens was not measured.",
+        "- After they were written, tensors were neither compared with the source one by one nor "
+        "decoded by another library: `nemo-hybrid verify-export DIR --base SOURCE` does it.",
     ]
-    if any(format in ("nvfp4", "fp8") for format in facts.assignment.values()):
+    if with_inputs(facts.assignment) and (measured is None or measured.rounded_kl is None):
         lines.append("- What the rounding of inputs costs is not part of any number above.")
-    if facts.kv_cache == "fp8":
+    if options.kv_cache == "fp8":
         lines.append("- What FP8 keys and values cost was not measured.")
-    if measured is None:
-        lines.append("- Weights were not compared with the source after they were written.")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,9 +25,11 @@ from torch import Tensor
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.names import expert_name, is_stacked
 from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.export.assign import BLOCK, Assignment, Format, places, unquantizable
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.assign import BLOCK, Assignment, Format, groups, places, unquantizable
 from nemo_hybrid.export.calibrate import Calibration
-from nemo_hybrid.export.quantize import Layout, Search
+from nemo_hybrid.export.quantize import Layout
+from nemo_hybrid.export.simulate import WITH_INPUTS
 
 Target = Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
 HF_QUANT = "hf_quant_config.json"
@@ -34,6 +37,7 @@ ALGOS: dict[Format, str] = {"fp8": "FP8", "nvfp4": "NVFP4", "nvfp4_w4a16": "W4A1
 INPUT_SCALES: dict[Layout, str] = {
     "modelopt": "input_scale", "compressed-tensors": "input_global_scale",
 }  # fmt: skip
+_LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 # TensorRT-LLM and older vLLM and SGLang read these files only under this name of a producer.
 _PRODUCER = {"name": "modelopt", "version": f"nemo_hybrid {__version__}"}
@@ -41,20 +45,12 @@ _PRODUCER = {"name": "modelopt", "version": f"nemo_hybrid {__version__}"}
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What the model card says of an export."""
+    """What came of an export."""
 
-    source: str
+    source: Path
     shape: HybridConfig
-    target: Target
     assignment: Assignment
-    search: Search
-    preset: str | None
-    """None: assigned under a budget, or by globs alone."""
-    budget_bits: float | None
     calibration: Calibration | None
-    calibration_data: str | None
-    percentile: float | None
-    kv_cache: Literal["none", "fp8"]
     parameters: int
     bytes_before: int
     """Of all weights, as of bytes_after."""
@@ -62,6 +58,11 @@ class ExportFacts:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Family -> kind of NVFP4 scales -> relative error of the weights, ||stored - w|| / ||w||: for
     the chosen scales and for amax."""
+
+
+def with_inputs(assignment: Mapping[str, Format]) -> list[str]:
+    """The places whose products take rounded inputs."""
+    return [place for place, format in assignment.items() if format in WITH_INPUTS]
 
 
 def layout_of(target: Target) -> Layout:
@@ -93,11 +94,45 @@ def stored_like(shape: tuple[int, ...], format: Format, layout: Layout) -> dict[
             "weight_scale": ((rows, width // BLOCK), torch.float8_e4m3fn),
             second: (scalar, torch.float32),
         }
-    if format in ("fp8", "nvfp4"):
+    if format in WITH_INPUTS:
         sizes[INPUT_SCALES[layout]] = (scalar, torch.float32)
     return {
         part: torch.empty(size, dtype=dtype, device="meta") for part, (size, dtype) in sizes.items()
     }
+
+
+def stored_scales(
+    assignment: Mapping[str, Format],
+    layout: Layout,
+    calibration: Calibration | None,
+    kv_cache: str,
+) -> dict[str, dict[str, Tensor]]:
+    """Place -> last name part -> scale, of inputs, and of keys and values. Raises UserError where
+    the calibration lacks a place, or saw too little for a scale."""
+    out: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for group in groups(assignment):
+        format = assignment[group[0]]
+        if format not in WITH_INPUTS:
+            continue
+        if calibration is None or any(place not in calibration.amax for place in group):
+            raise UserError(f"{group[0]} is {format}, whose input scale needs calibration")
+        # One scale for what engines fuse: q, k and v, and all experts of a layer.
+        amax = torch.stack([calibration.amax[place].max().float() for place in group]).max()
+        scale = torch.where(amax == 0, 1.0, amax) / _LARGEST[format]
+        if scale < torch.finfo(torch.float32).tiny or not scale.reciprocal().isfinite():
+            raise UserError(
+                f"the inputs of {group[0]} are at most {float(amax):.3g}, too small for a scale: "
+                "calibrate on other data, or with a higher percentile"
+            )
+        if layout == "compressed-tensors":
+            scale = scale.reciprocal().reshape(1)
+        for place in group:
+            out[place][INPUT_SCALES[layout]] = scale
+    if kv_cache == "fp8" and calibration is not None:
+        for place, largest in calibration.kv.items():
+            part = f"{place.rpartition('.')[2][0]}_scale"
+            out[place][part] = torch.tensor((largest or 1.0) / 448.0)
+    return dict(out)
 
 
 def quantization_configs(

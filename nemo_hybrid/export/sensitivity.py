@@ -1,6 +1,6 @@
 """Which modules suffer from quantization, and which formats fit into a budget of bits.
 
-Shapes: B rows, S sequence, T tokens, C tokens of one chunk, D hidden, V vocabulary.
+Shapes: B rows, S sequence, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import BLOCK, Assignment, Format, family, places
+from nemo_hybrid.export.divergence import States, per_token
 from nemo_hybrid.export.quantize import Search
 from nemo_hybrid.export.simulate import simulated
 from nemo_hybrid.model.hybrid import HybridLM
@@ -28,7 +28,6 @@ BITS: dict[Format, float] = {"bf16": 16.0, "fp8": 8.0, "nvfp4": 4.5, "nvfp4_w4a1
 TABLE_FILE, PLOT_FILE = "sensitivity.json", "sensitivity.png"
 SPENT_ON = ("experts", "shared_experts", "mamba", "attention", "mlp")
 """Families that a budget is for: the others are quantized only where somebody names them."""
-_CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
 
 
 @dataclass(frozen=True)
@@ -67,51 +66,49 @@ def measure(
     layers, head_VD = list(model.backbone.layers), model.lm_head.weight.float()
     inputs = [model.backbone.embeddings(ids_BS.to(head_VD.device)) for ids_BS in pieces]
 
-    def hidden(first: int) -> Tensor:
-        """[T, D] after the final norm, from the inputs of layer ``first`` on."""
+    def states(first: int) -> States:
+        """From the inputs of layer ``first`` on."""
         parts = []
         for x_BSD in inputs:
             for layer in layers[first:]:
                 x_BSD = layer(x_BSD, None)[0]
             parts.append(model.backbone.norm_f(x_BSD).flatten(0, 1).float())
-        return torch.cat(parts)
+        return States(torch.cat(parts), head_VD)
 
-    base_TD, groups = hidden(0), budget_groups(model.config)
+    base, groups = states(0), candidates(model.config, formats)
     measured: list[Sensitivity] = []
     with progress_bar("measuring sensitivity", len(groups), show) as progress:
         for i, layer in enumerate(layers):
-            for (_, kind), shapes in ((k, s) for k, s in groups.items() if k[0] == i):
+            for group in (group for group in groups if group.layer == i):
                 kl: dict[Format, float] = {}
-                for format in formats:
-                    if format == "fp8" or not any(shape[-1] % BLOCK for shape in shapes.values()):
-                        with simulated(model, dict.fromkeys(shapes, format), search, input_amax):
-                            kl[format] = mean_kl(base_TD, hidden(i), head_VD)
-                size = sum(map(math.prod, shapes.values()))
-                measured.append(Sensitivity(i, kind, tuple(shapes), size, kl))
+                for format in group.kl:
+                    with simulated(model, dict.fromkeys(group.places, format), search, input_amax):
+                        kl[format] = _mean_kl(base, states(i))
+                measured.append(replace(group, kl=kl))
                 progress(len(measured))
             inputs = [layer(x_BSD, None)[0] for x_BSD in inputs]
     return measured
 
 
-def budget_groups(shape: HybridConfig) -> dict[tuple[int, str], dict[str, tuple[int, ...]]]:
-    """Places, with the shapes of their weights, by layer and family."""
-    groups: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
+def candidates(shape: HybridConfig, formats: Sequence[Format]) -> list[Sensitivity]:
+    """Every group that a budget is for, in the formats that its widths allow; 0 stands for what
+    nobody has measured."""
+    found: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
     for place, size in places(shape).items():
         if (kind := family(place)) in SPENT_ON:
-            groups.setdefault((int(place.split(".")[2]), kind), {})[place] = size
-    return groups
+            found.setdefault((int(place.split(".")[2]), kind), {})[place] = size
+    out = []
+    for (layer, kind), sizes in found.items():
+        uneven = any(size[-1] % BLOCK for size in sizes.values())
+        kl = {format: 0.0 for format in formats if format == "fp8" or not uneven}
+        out.append(Sensitivity(layer, kind, tuple(sizes), sum(map(math.prod, sizes.values())), kl))
+    return out
 
 
-@torch.no_grad()
-def mean_kl(p_TD: Tensor, q_TD: Tensor, head_VD: Tensor) -> float:
-    """KL(P || Q) in nats, mean over T tokens, of the logits of fp32 hidden states; softmax and sums
-    in float64. Raises UserError where it is not finite."""
-    chunk = max(1, _CHUNK_BYTES // (8 * len(head_VD)))
-    total = torch.zeros((), dtype=torch.float64, device=head_VD.device)
-    for p_CD, q_CD in zip(p_TD.split(chunk), q_TD.split(chunk), strict=True):
-        p_CV, q_CV = (F.linear(h, head_VD).double().log_softmax(-1) for h in (p_CD, q_CD))
-        total += (p_CV.exp() * (p_CV - q_CV)).sum()
-    mean = float(total) / len(p_TD)
+def _mean_kl(base: States, changed: States) -> float:
+    """Raises UserError where it is not finite."""
+    labels_T = torch.zeros(len(base.h_TD), dtype=torch.int64)  # nobody asks for theirs
+    mean = float(per_token(base, changed, labels_T).kl_T.mean())
     if not math.isfinite(mean):
         raise UserError("the model's logits are not finite: the checkpoint is broken")
     return mean

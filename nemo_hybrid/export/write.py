@@ -6,9 +6,10 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import (
+    BLOCK,
     Assignment,
     Format,
     check,
@@ -38,65 +40,86 @@ from nemo_hybrid.export.assign import (
     planned,
 )
 from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
+from nemo_hybrid.export.card import card, lineage, measured_table
+from nemo_hybrid.export.decode import Scales
+from nemo_hybrid.export.divergence import States, ready
 from nemo_hybrid.export.layout import (
     HF_QUANT,
-    INPUT_SCALES,
     ExportFacts,
     Target,
     layout_of,
     quantization_configs,
     stored_like,
+    stored_scales,
+    with_inputs,
 )
 from nemo_hybrid.export.quantize import Layout, Search, decoded, weight_tensors
-from nemo_hybrid.export.sensitivity import SPENT_ON, assign_within, measure, sensitivity_report
-from nemo_hybrid.export.simulate import WITH_INPUTS
+from nemo_hybrid.export.sensitivity import (
+    SPENT_ON,
+    assign_within,
+    candidates,
+    measure,
+    sensitivity_report,
+)
+from nemo_hybrid.export.verify import (
+    Measured,
+    compare,
+    load_exported,
+    rounded_states,
+    states,
+)
 from nemo_hybrid.files import naming
-from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.terminal import progress_bar
+from nemo_hybrid.terminal import print_table, progress_bar
 
-_LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
 _SHOWN = 8  # experts
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
 
 
 def export_command(options: ExportOptions) -> None:
-    """``nemo-hybrid export``. Raises UserError."""
-    from nemo_hybrid.export.card import card
+    """``nemo-hybrid export``. What can be refused without a model is refused before one is loaded.
 
-    source = _source(options.from_)
-    new_directory(options.out)
+    Raises UserError."""
+    source, out = _source(options.from_), new_directory(options.out)
     _check_options(options)
     shape = HybridConfig.from_hf(str(source))
     calibrated, budget = options.calibration is not None, options.budget_bits
-    reports: dict[str, bytes] = {}
     if budget is None:
         assignment = planned(shape, options.format, options.preset, options.formats, calibrated)
-    else:
-        assignment = {p: "fp8" if family(p) in SPENT_ON else "bf16" for p in places(shape)}
-    calibration = None
+        if calibrated and options.kv_cache == "none" and not with_inputs(assignment):
+            raise UserError("calibration has no effect without rounded inputs: leave it out")
+    else:  # in the fewest bits that may come of it
+        assignment = assign_within(budget, candidates(shape, _tried(options)), shape)
+    _check_cache(options.kv_cache, options.format, shape, calibrated)
+    _prepared(source, out, assignment, options.format, options.scales)
+    origin = lineage(source)
+    pieces, heldout = [], []
     if options.calibration is not None:
         pieces = read_pieces(options.calibration, source, shape, options.calibration_tokens)
-        model = load_model(source)
-        inputs = [place for place, format in assignment.items() if format in WITH_INPUTS]
-        calibration = calibrate(model, pieces, options.percentile, inputs, show=True)
-        if budget is not None:
-            assignment, reports = _within(budget, model, pieces, calibration, options)
-        del model
+    if options.heldout is not None:
+        heldout = read_pieces(options.heldout, source, shape, options.heldout_tokens, "heldout")
+    before = states(load_model(source, torch.float32), heldout, "source", True) if heldout else None
+    calibration, reports = None, dict[str, bytes]()
+    if pieces:
+        calibration, assignment, reports = _calibrated(source, pieces, assignment, options)
+
+    def describe(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
+        measured = None
+        if before is not None:
+            measured = _measured(directory, before, heldout, facts, options)
+            title, header, rows = measured_table(measured)
+            print_table(header, rows, title=title)
+        return {**reports, CARD: card(options, facts, origin, measured).encode()}
+
     facts = export_directory(
         source,
-        Path(options.out),
+        out,
         assignment,
         target=options.format,
         search=options.scales,
         calibration=calibration,
         kv_cache=options.kv_cache,
-        card=card,
-        preset=options.preset if budget is None else None,
-        budget_bits=budget,
-        calibration_data=options.calibration,
-        percentile=options.percentile,
-        reports=reports,
+        describe=describe,
     )
     for kind, errors in facts.errors.items():
         listed = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
@@ -122,6 +145,8 @@ def _check_options(options: ExportOptions) -> None:
                 raise UserError(f"{name} needs calibration: name a text file or a token store")
     elif options.format == "bf16":
         raise UserError("calibration is for quantized formats: leave it out with bf16")
+    elif options.calibration == options.heldout and not Path(options.calibration).is_dir():
+        raise UserError("heldout is the text of the calibration: name another one")
     if options.budget_bits is not None and options.formats:
         raise UserError("budget_bits assigns formats itself: leave formats out")
     default = {f.name: f.default for f in fields(ExportOptions)}
@@ -129,27 +154,74 @@ def _check_options(options: ExportOptions) -> None:
         "preset": options.format == "bf16" or options.budget_bits is not None,
         "scales": options.format in ("bf16", "fp8"),
         "calibration_tokens": options.calibration is None,
+        "heldout_tokens": options.heldout is None,
     }
     for name, without_effect in idle.items():
         if without_effect and getattr(options, name) != default[name]:
             raise UserError(f"{name} has no effect with these options: leave it out")
 
 
-def _within(
-    budget: float,
-    model: HybridLM,
-    pieces: list[Tensor],
-    calibration: Calibration,
-    options: ExportOptions,
-) -> tuple[Assignment, dict[str, bytes]]:
-    before = accumulate((piece.numel() for piece in pieces), initial=0)
-    few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
+def _check_cache(kv_cache: str, target: str, shape: HybridConfig, calibrated: bool) -> None:
+    if kv_cache == "none":
+        return
+    if target in ("bf16", "compressed-tensors"):
+        raise UserError("kv_cache fp8 is written with --format nvfp4, mixed and fp8 only")
+    if not calibrated:
+        raise UserError("kv_cache fp8 needs calibration: name a text file or a token store")
+    if "*" not in shape.pattern:
+        raise UserError("kv_cache: the model has no attention, thus no keys and values")
+
+
+def _tried(options: ExportOptions) -> tuple[Format, ...]:
+    """The formats that a budget is spent on."""
     tried: dict[str, tuple[Format, ...]] = {"mixed": ("nvfp4", "fp8"), "fp8": ("fp8",)}
-    formats = tried.get(options.format, ("nvfp4",))
-    measured = measure(model, few, formats, options.scales, calibration.amax, show=True)
-    chosen = assign_within(budget, measured, model.config)
-    assignment = fitted(chosen, options.format, calibrated=True)
-    return assignment, sensitivity_report(measured, assignment, budget)
+    return tried.get(options.format, ("nvfp4",))
+
+
+def _calibrated(
+    source: Path, pieces: list[Tensor], assignment: Assignment, options: ExportOptions
+) -> tuple[Calibration, Assignment, dict[str, bytes]]:
+    """The calibration; with a budget, an assignment that keeps it, and the files that say why."""
+    budget, reports = options.budget_bits, dict[str, bytes]()
+    inputs = with_inputs(assignment)
+    if budget is not None:
+        inputs = [place for place in assignment if family(place) in SPENT_ON]
+    model = ready(load_model(source))
+    calibration = calibrate(model, pieces, options.percentile, inputs, show=True)
+    if budget is not None:
+        before = accumulate((piece.numel() for piece in pieces), initial=0)
+        few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
+        amax, formats = calibration.amax, _tried(options)
+        measured = measure(model, few, formats, options.scales, amax, show=True)
+        chosen = assign_within(budget, measured, model.config)
+        assignment = fitted(chosen, options.format, calibrated=True)
+        reports = sensitivity_report(measured, assignment, budget)
+    rounded = with_inputs(assignment)
+    unseen = {place: e for place, e in calibration.unseen.items() if place in rounded}
+    return replace(calibration, unseen=unseen), assignment, reports
+
+
+def _measured(
+    directory: Path,
+    before: States,
+    pieces: list[Tensor],
+    facts: ExportFacts,
+    options: ExportOptions,
+) -> Measured:
+    """The model of a directory against its source. Raises UserError where its logits are not
+    finite."""
+    text = str(options.heldout)
+    model = load_exported(directory)
+    found = compare(before, states(model, pieces, "export", True), pieces, text)
+    if with_inputs(facts.assignment):
+        assert facts.calibration is not None
+        scales = Scales(formats=facts.assignment, amax=facts.calibration.amax)
+        after = rounded_states(model, scales, pieces, True)
+        rounded = compare(before, after, pieces, text)
+        found = found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
+    if not all(math.isfinite(x) for x in found if isinstance(x, float)):
+        raise UserError("logits are not finite: the checkpoint is broken")
+    return found
 
 
 def _source(path: str | Path) -> Path:
@@ -192,12 +264,7 @@ def export_directory(
     search: Search = "amax",
     calibration: Calibration | None = None,
     kv_cache: Literal["none", "fp8"] = "none",
-    card: Callable[[ExportFacts], str] | None = None,
-    preset: str | None = None,
-    budget_bits: float | None = None,
-    calibration_data: str | None = None,
-    percentile: float | None = None,
-    reports: Mapping[str, bytes] | None = None,
+    describe: Callable[[Path, ExportFacts], Mapping[str, bytes]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     show_progress: bool = True,
 ) -> ExportFacts:
@@ -207,38 +274,27 @@ def export_directory(
     Every tensor is read once (q, k and v twice, for their common scale). In memory are the
     quantized tensors of one output file, which has ``max_shard_bytes`` at most, and one tensor of
     the source.
-    ``out`` is whole or absent; its manifest has a checksum of every file. ``reports``: further
-    files; ``preset`` to ``percentile`` are for the card.
+    ``out`` is whole or absent; its manifest has a checksum of every file. ``describe`` gives
+    further files, by name, of the directory, in which then everything else is.
 
     Raises UserError before anything is written for a source that is quantized or does not fit its
     config.json, for what `assign.check` refuses, for missing calibration, for too little disk and
     an ``out`` that exists; and, nothing staying behind, for NaN.
     """
-    out = new_directory(out)
-    read, _ = read_source(_source(source), as_stored=True)
-    read.report.raise_errors()
-    sizes = places(read.config)
-    check(assignment, sizes)
-    layout = layout_of(target)
-    plan = _plan(read, assignment, layout, _scales(assignment, layout, calibration, kv_cache))
+    out, layout = new_directory(out), layout_of(target)
+    scales = stored_scales(assignment, layout, calibration, kv_cache)
+    read, plan = _prepared(source, out, assignment, target, search, scales)
+    _check_cache(kv_cache, target, read.config, calibration is not None)
     shards = list(_shards(plan, max_shard_bytes))
     facts = ExportFacts(
-        source=str(source),
+        source=read.stored.directory,
         shape=read.config,
-        target=target,
         assignment=dict(assignment),
-        search=search,
-        preset=preset,
-        budget_bits=budget_bits,
         calibration=calibration,
-        calibration_data=calibration_data,
-        percentile=percentile,
-        kv_cache=kv_cache,
         parameters=sum(_elements(read, item.read) for item in plan),
         bytes_before=sum(_bytes(read, item.read) for item in plan),
         bytes_after=sum(shard.size for shard in shards),
     )
-    _check_disk(out, facts.bytes_after + _BESIDE_WEIGHTS)
     in_config, hf_quant = quantization_configs(read.config, assignment, target, kv_cache == "fp8")
     shared = _shared_amax(read, plan, assignment)
     exporter = _Exporter(read, layout, search, shared)
@@ -257,51 +313,39 @@ def export_directory(
         describe_model(writer, read.config, torch.bfloat16, read.companions, more)
         if hf_quant is not None:
             writer.write_text(HF_QUANT, files.to_json(hf_quant))
-        for name, content in (reports or {}).items():
-            writer.write(name, [content])
-        if card is not None:
-            writer.write_text(CARD, card(facts))
+        if describe is not None:
+            for name, content in describe(writer.directory, facts).items():
+                writer.write(name, [content])
 
     write_directory(out, OneProcess(), write, lambda writer, parts: None)
     log_report(read.report)
     return facts
 
 
-def _scales(
+def _prepared(
+    source: Path,
+    out: Path,
     assignment: Mapping[str, Format],
-    layout: Layout,
-    calibration: Calibration | None,
-    kv_cache: str,
-) -> dict[str, dict[str, Tensor]]:
-    """Place -> last name part -> scale, of inputs, and of keys and values."""
-    out: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for group in groups(assignment):
-        format = assignment[group[0]]
-        if format not in WITH_INPUTS:
-            continue
-        if calibration is None or any(place not in calibration.amax for place in group):
-            raise UserError(f"{group[0]} is {format}, whose input scale needs calibration")
-        # One scale for what engines fuse: q, k and v, and all experts of a layer.
-        amax = torch.stack([calibration.amax[place].max().float() for place in group]).max()
-        scale = torch.where(amax == 0, 1.0, amax) / _LARGEST[format]
-        if scale < torch.finfo(torch.float32).tiny or not scale.reciprocal().isfinite():
+    target: Target,
+    search: Search,
+    scales: Mapping[str, dict[str, Tensor]] = MappingProxyType({}),
+) -> tuple[Source, list[_Item]]:
+    """The source, and everything to write, in the order in which it is read. Raises UserError for
+    all that headers and free space tell to be impossible."""
+    read, _ = read_source(_source(source), as_stored=True)
+    read.report.raise_errors()
+    sizes = places(read.config)
+    check(assignment, sizes)
+    for place, format in assignment.items():
+        if search == "training" and format.startswith("nvfp4") and sizes[place][-2] % BLOCK:
             raise UserError(
-                f"the inputs of {group[0]} are at most {float(amax):.3g}, too small for a scale: "
-                "calibrate on other data, or with a higher percentile"
+                f"{place} has {sizes[place][-2]} rows, which the 16x16 blocks of training do not "
+                "divide: take other scales"
             )
-        if layout == "compressed-tensors":
-            scale = scale.reciprocal().reshape(1)
-        for place in group:
-            out[place][INPUT_SCALES[layout]] = scale
-    if kv_cache == "fp8":
-        if layout == "compressed-tensors" or all(f == "bf16" for f in assignment.values()):
-            raise UserError("kv_cache fp8 is written with --format nvfp4, mixed and fp8 only")
-        if calibration is None:
-            raise UserError("kv_cache fp8 needs calibration: name a text file or a token store")
-        for place, largest in calibration.kv.items():
-            part = f"{place.rpartition('.')[2][0]}_scale"
-            out[place][part] = torch.tensor((largest or 1.0) / 448.0)
-    return dict(out)
+    plan = _plan(read, assignment, layout_of(target), scales)
+    size = sum(tensor.nbytes for item in plan for tensor in item.like.values())
+    _check_disk(out, size + _BESIDE_WEIGHTS)
+    return read, plan
 
 
 def _plan(

@@ -20,6 +20,7 @@ from nemo_hybrid.export.sensitivity import (
     TABLE_FILE,
     Sensitivity,
     assign_within,
+    candidates,
     mean_bits,
     measure,
     sensitivity_report,
@@ -140,6 +141,19 @@ def test_only_what_was_measured_is_quantized_and_small_budgets_are_refused() -> 
         assert (format == "bf16") == kept
     with pytest.raises(UserError, match=r"--budget_bits 4.4 is too small: give at least 4.5"):
         assign_within(4.4, measured, CONFIG)
+
+
+def test_a_budget_is_refused_before_anything_is_measured() -> None:
+    """Unmeasured groups get what the budget leads to at least."""
+    groups = candidates(CONFIG, FORMATS)
+    cheapest = assign_within(4.5, groups, CONFIG)
+    assert cheapest == assign_within(12.0, groups, CONFIG)
+    assert {cheapest[place] for group in groups for place in group.places} == {"nvfp4"}
+    with pytest.raises(UserError, match=r"give at least 4\.5"):
+        assign_within(4.4, groups, CONFIG)
+    narrow = candidates(tiny_config("-M", intermediate_size=40), FORMATS)
+    assert [list(group.kl) for group in narrow] == [["fp8"], ["nvfp4", "fp8"]]
+    assert [group.weights for group in narrow] == [2 * 32 * 40, 32 * (164 + 48)]
 
 
 def test_the_report_is_a_table_json_and_a_plot(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from nemo_hybrid.checkpoint.tensors import TensorFile, tensor_bytes
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.export.assign import assign, places, planned
 from nemo_hybrid.export.calibrate import Calibration
-from nemo_hybrid.export.layout import modules_of
+from nemo_hybrid.export.layout import ExportFacts, modules_of
 from nemo_hybrid.export.quantize import decoded, weight_tensors
 from nemo_hybrid.export.write import export_directory
 
@@ -70,6 +70,15 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {n: t for p in directory.glob("*.safetensors") for n, t in load_file(p).items()}
 
 
+def described(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
+    """Files that name the tensors which are there already, and their size."""
+    config = json.loads((directory / "config.json").read_text())
+    assert (directory / "hf_quant_config.json").exists() == (
+        config["quantization_config"]["quant_method"] == "modelopt"
+    )
+    return {"report.json": json.dumps([sorted(tensors(directory)), facts.bytes_after]).encode()}
+
+
 def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor_bytes(tensor))
 
@@ -104,8 +113,7 @@ def test_every_tensor(source, tmp_path, target) -> None:
     search = "four_over_six" if target == "nvfp4" else "amax"
     facts = export_directory(
         source, tmp_path / "out", assignment, target=target, search=search, calibration=seen,
-        kv_cache=kv, card=lambda facts: f"card of {facts.parameters}", max_shard_bytes=1 << 14,
-        reports={"report.json": b"{}"},
+        kv_cache=kv, describe=described, max_shard_bytes=1 << 14,
     )  # fmt: skip
     verify(tmp_path / "out")
     before, sizes, wanted = tensors(source), places(CONFIG), {}
@@ -148,8 +156,9 @@ def test_every_tensor(source, tmp_path, target) -> None:
     assert all(path.stat().st_size < (1 << 14) + 12_000 or "lm_head.weight" in load_file(path)
                or "backbone.embeddings.weight" in load_file(path) for path in files)  # fmt: skip
     assert facts.bytes_after == sum(t.nbytes for t in written.values())
-    assert (tmp_path / "out" / "README.md").read_text() == f"card of {facts.parameters}"
-    assert (tmp_path / "out" / "report.json").read_text() == "{}"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == [sorted(written), facts.bytes_after]
+    assert facts.parameters == sum(t.numel() for t in before.values())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert config["quantization_config"]["quant_method"] in ("modelopt", "compressed-tensors")
@@ -284,6 +293,9 @@ def test_disk_directory_and_width(source, tmp_path, monkeypatch) -> None:
     unfit = dict.fromkeys(places(narrow), "nvfp4_w4a16")
     with pytest.raises(UserError, match=r"experts\.down_proj has rows of 24, which blocks of 16"):
         export_directory(tmp_path / "narrow", tmp_path / "out", unfit, target="nvfp4")
+    odd = assign(CONFIG, None, {"backbone.layers.0.mixer.in_proj": "nvfp4_w4a16"})
+    with pytest.raises(UserError, match="in_proj has 196 rows, which the 16x16 blocks"):
+        export_directory(source, tmp_path / "out", odd, target="nvfp4", search="training")
     with pytest.raises(UserError, match="kv_cache fp8 needs calibration"):
         export_directory(source, tmp_path / "out", assignment, target="nvfp4", kv_cache="fp8")
     with pytest.raises(UserError, match="kv_cache fp8 is written with --format nvfp4"):
@@ -292,6 +304,25 @@ def test_disk_directory_and_width(source, tmp_path, monkeypatch) -> None:
             kv_cache="fp8",
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+    loud_model(tiny_config("M-", **WIDE)).save_hf(str(tmp_path / "blind"))
+    blind = planned(tiny_config("M-", **WIDE), "nvfp4", "conservative", {}, calibrated=False)
+    with pytest.raises(UserError, match="kv_cache: the model has no attention"):
+        export_directory(
+            tmp_path / "blind", tmp_path / "out", blind, target="nvfp4", kv_cache="fp8",
+            calibration=Calibration({}, {}, {}, 1),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_last_may_fail(source, tmp_path) -> None:
+    def fails(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
+        assert tensors(directory)
+        raise UserError("no card")
+
+    assignment = planned(CONFIG, "nvfp4", "conservative", {}, calibrated=False)
+    with pytest.raises(UserError, match="no card"):
+        export_directory(source, tmp_path / "out", assignment, target="nvfp4", describe=fails)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_each_tensor_is_read_once(source, tmp_path, monkeypatch) -> None:
