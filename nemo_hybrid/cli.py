@@ -192,7 +192,7 @@ def _run_with_config(command: Command, words: list[str]) -> int:
 def _train(config: TrainingConfig) -> None:
     launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
     # Checked here already, because importing the training loop takes seconds.
-    from nemo_hybrid.checkpoint.shape import model_shape
+    from nemo_hybrid.checkpoint.files import model_shape
 
     config.validate(model_shape(config.model))
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))

@@ -17,9 +17,8 @@ import torch
 import yaml
 
 from nemo_hybrid.checkpoint.adapter import adapted_in, is_adapter, locate, read_adapter
-from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve, verify
+from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, model_shape, resolve, verify
 from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
-from nemo_hybrid.checkpoint.shape import model_shape
 from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
 from nemo_hybrid.checkpoint.weights import Report, pickles
 from nemo_hybrid.command_options import InspectOptions

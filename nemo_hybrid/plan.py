@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.files import model_shape
 from nemo_hybrid.command_options import PlanOptions
 from nemo_hybrid.config import Architecture, RunConfig
 from nemo_hybrid.errors import UserError

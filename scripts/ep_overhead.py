@@ -19,7 +19,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.files import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.batch import Batch

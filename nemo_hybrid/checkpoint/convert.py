@@ -11,12 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
-    Writer,
-    new_directory,
-    write_directory,
-)
+from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import Source, read_source, tensors_by_name
 from nemo_hybrid.checkpoint.names import expert_name
@@ -76,10 +71,7 @@ def _not_carried(source: Source) -> list[str]:
 
 
 def _write(
-    writer: Writer,
-    source: Source,
-    targets: dict[str, torch.Tensor],
-    done: Callable[[float], None],
+    writer: Writer, source: Source, targets: dict[str, torch.Tensor], done: Callable[[float], None]
 ) -> Shards:
     shards = Shards()
     bytes_read = 0

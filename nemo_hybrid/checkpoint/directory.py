@@ -30,8 +30,6 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
-    def barrier(self) -> None: ...
-
     def gather(self, obj: Any) -> list[Any]:
         """The objects of all ranks, in rank order, on every rank."""
 
@@ -41,9 +39,6 @@ class OneProcess:
 
     rank = 0
     size = 1
-
-    def barrier(self) -> None:
-        pass
 
     def gather(self, obj: Any) -> list[Any]:
         return [obj]

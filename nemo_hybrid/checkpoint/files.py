@@ -1,4 +1,4 @@
-"""Manifests of checkpoint directories, and the choice of a checkpoint.
+"""Manifests of checkpoint directories, and the choice of a checkpoint or of the shape in one.
 
 Layout of a run's checkpoints::
 
@@ -20,10 +20,11 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_hybrid.config import Architecture, HybridConfig, ModelOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import (
     TEMPORARY,
@@ -34,7 +35,7 @@ from nemo_hybrid.files import (
     side_by_side,
     sync_directory,
 )
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.hf_config import config_from_hf, read_json
 
 log = logging.getLogger(__name__)
 
@@ -300,3 +301,25 @@ def resolve(path: str | Path) -> Path:
         f"{path} holds no checkpoint: expected a directory with config.json, or a run directory "
         f"with checkpoints{hint}"
     )
+
+
+def model_shape(options: ModelOptions) -> HybridConfig:
+    """The shape that model.from_hf holds, or without it the one that the options give.
+
+    Raises UserError where from_hf cannot be read, and for options that were given (they are not
+    the defaults) and say something else than it.
+    """
+    if not options.from_hf:
+        return options.hybrid()
+    shape, default = config_from_hf(resolve(options.from_hf)), Architecture()
+    contrary = []
+    for f in fields(Architecture):
+        given, there = getattr(options, f.name), getattr(shape, f.name)
+        if given not in (there, getattr(default, f.name)):
+            contrary.append(f"model.{f.name} is {given!r} here, {there!r} there")
+    if contrary:
+        raise UserError(
+            f"model.from_hf gives the shape of the model, but {'; '.join(contrary)}: leave such "
+            "options out"
+        )
+    return shape

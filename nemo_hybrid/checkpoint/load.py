@@ -21,12 +21,7 @@ from nemo_hybrid.checkpoint.adapter import (
     locate,
 )
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
-from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
-    Writer,
-    new_directory,
-    write_directory,
-)
+from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import TORCH_DTYPES, Header, tensor_bytes
 from nemo_hybrid.checkpoint.weights import (
@@ -94,9 +89,8 @@ def read_source(
             model = HybridLM(config).to(dtype or _lossless_dtype(stored))
     except RuntimeError:  # more elements than 64 bits can count
         raise UserError(f"{path} describes a model of impossible size") from None
-    report, reads = account(
-        stored, tensors_by_name(model), None, config.n_routed_experts, {}, as_stored=as_stored
-    )
+    experts, tensors = config.n_routed_experts, tensors_by_name(model)
+    report, reads = account(stored, tensors, None, experts, as_stored=as_stored)
     companions = read_companions(directory)
     return Source(replace(config), config_json, companions, stored, report, reads), model
 

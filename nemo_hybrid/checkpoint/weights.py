@@ -146,20 +146,18 @@ def load_weights(
     owned_experts: range | None = None,
     *,
     n_experts: int | None = None,
-    skip: Mapping[str, str] | None = None,
 ) -> Report:
     """Copy a directory's weights into ``targets`` (our name -> tensor), shard by shard.
 
     Stacked targets [len(owned_experts), ...] receive the owned experts only (None: all of them),
     and only these are read; ``n_experts`` is the model's number of experts, so that missing ones
-    are noticed on every rank alike. ``skip`` maps prefixes of our names to the reason why such
-    tensors stay in the file. BF16 values are widened where the target is fp32, and fp32 ones
+    are noticed on every rank alike. BF16 values are widened where the target is fp32, and fp32 ones
     rounded where it is BF16.
 
     Raises UserError, before anything is copied, unless every tensor is mapped or skipped.
     """
     stored = read_headers(directory)
-    report, reads = account(stored, targets, owned_experts, n_experts, skip or {})
+    report, reads = account(stored, targets, owned_experts, n_experts)
     report.raise_errors()
     copy_weights(stored, reads, targets)
     log_report(report)
@@ -226,7 +224,6 @@ def account(
     targets: Mapping[str, torch.Tensor],
     owned: range | None,
     n_experts: int | None,
-    skip: Mapping[str, str],
     *,
     as_stored: bool = False,
 ) -> tuple[Report, list[Read]]:
@@ -237,7 +234,7 @@ def account(
     """
     if owned is None:
         owned = range(max((len(t) for name, t in targets.items() if is_stacked(name)), default=0))
-    places = _Places(targets, owned, n_experts or owned.stop, skip, as_stored)
+    places = _Places(targets, owned, n_experts or owned.stop, as_stored)
     report = Report(stored.directory)
     add = report.findings.append
     reads: list[Read] = []
@@ -267,35 +264,27 @@ def account(
     return report, reads
 
 
+@dataclass
 class _Places:
     """Where a model has places for tensors, and which of them have been found."""
 
-    def __init__(
-        self,
-        targets: Mapping[str, torch.Tensor],
-        owned: range,
-        n_experts: int,
-        skip: Mapping[str, str],
-        as_stored: bool,
-    ) -> None:
-        for name, target in targets.items():
-            if is_stacked(name) and len(owned) != len(target):
-                raise ValueError(f"{name} holds {len(target)} experts, but {len(owned)} are owned")
-        self.targets = targets
-        self.owned = owned
-        self.n_experts = n_experts
-        self.skip = skip
-        self.as_stored = as_stored
-        # our name -> expert -> name on disk; expert None stands for the whole tensor
-        self._found: defaultdict[str, dict[int | None, str]] = defaultdict(dict)
+    targets: Mapping[str, torch.Tensor]
+    owned: range
+    n_experts: int
+    as_stored: bool
+    found: dict[str, dict[int | None, str]] = field(default_factory=lambda: defaultdict(dict))
+    """Our name -> expert -> name on disk; expert None stands for the whole tensor."""
+
+    def __post_init__(self) -> None:
+        for name, target in self.targets.items():
+            if is_stacked(name) and len(self.owned) != len(target):
+                held = f"{len(target)} experts, but {len(self.owned)} are owned"
+                raise ValueError(f"{name} holds {held}")
 
     def take(self, file: str, name: str, entry: Entry) -> Read | str:
         """How to read a tensor, or why to skip it. Raises ValueError saying what is wrong."""
         own, expert = from_hub(name)
         self._refuse_twin(name, own, expert)
-        reason = self._skip_reason(own)
-        if reason is not None:
-            return reason
         target = self.targets.get(own)
         if target is None or (expert is not None and expert >= self.n_experts):
             raise ValueError(_UNEXPECTED)
@@ -320,8 +309,8 @@ class _Places:
     def missing(self) -> Iterator[str]:
         """Names on disk of what has not been found."""
         for own in self.targets:
-            found = self._found[own]
-            if None in found or self._skip_reason(own) is not None:
+            found = self.found[own]
+            if None in found:
                 continue
             if is_stacked(own):
                 yield from (expert_name(own, e) for e in range(self.n_experts) if e not in found)
@@ -329,7 +318,7 @@ class _Places:
                 yield own
 
     def _refuse_twin(self, name: str, own: str, expert: int | None) -> None:
-        found = self._found[own]
+        found = self.found[own]
         # Some writers keep the experts stacked: one tensor in the place of all.
         twin = found.get(expert) or found.get(None)
         if twin is None and expert is None:
@@ -337,9 +326,6 @@ class _Places:
         if twin is not None:
             raise ValueError(f"is the same tensor as {twin}")
         found[expert] = name
-
-    def _skip_reason(self, own: str) -> str | None:
-        return next((why for prefix, why in self.skip.items() if own.startswith(prefix)), None)
 
 
 def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:

@@ -9,10 +9,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.model.attention import Attention
-from nemo_hybrid.model.cache import AttentionCache, MambaCache
+from nemo_hybrid.model.attention import Attention, AttentionCache
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
-from nemo_hybrid.model.mamba2 import Mamba2
+from nemo_hybrid.model.mamba2 import Mamba2, MambaCache
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats

@@ -4,18 +4,27 @@ Shapes: B batch, S sequence, D hidden, H heads, P head dim, I = H*P inner width,
 N state, C = I + 2*G*N conv channels, K conv kernel, J = K - 1.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.model.cache import MambaCache
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import GatedRMSNorm
 from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import ssd_scan, ssd_step
+
+
+@dataclass
+class MambaCache:
+    """The last inputs of the convolution [B, C, J] and the state of the scan [B, H, P, N], fp32."""
+
+    conv_BCJ: Tensor = field(default_factory=lambda: torch.empty(0))
+    ssm_BHPN: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class CausalConv1d(nn.Module):

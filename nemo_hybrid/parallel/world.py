@@ -70,9 +70,6 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
-    def barrier(self) -> None:
-        dist.barrier(self.group)
-
     def gather(self, item: Any) -> list[Any]:
         """The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.size

@@ -18,8 +18,7 @@ from nemo_hybrid.checkpoint.directory import (
     together,
     verify_together,
 )
-from nemo_hybrid.checkpoint.files import step_name, step_of
-from nemo_hybrid.checkpoint.shape import model_shape
+from nemo_hybrid.checkpoint.files import model_shape, step_name, step_of
 from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.config import TrainingConfig
 from nemo_hybrid.data.batch import Batch

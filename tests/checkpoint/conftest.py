@@ -49,14 +49,11 @@ class ThreadWorld:
     size: int
     shared: _Shared
 
-    def barrier(self) -> None:
-        self.shared.barrier.wait()
-
     def gather(self, obj: Any) -> list[Any]:
         self.shared.slots[self.rank] = obj
-        self.barrier()
+        self.shared.barrier.wait()
         everything = list(self.shared.slots)
-        self.barrier()
+        self.shared.barrier.wait()
         return everything
 
 

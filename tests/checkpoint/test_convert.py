@@ -198,7 +198,7 @@ def test_a_rank_reads_its_own_experts_only(tmp_path, stacked) -> None:
             assert len(report.having("skipped")) == 4 * (8 - len(owned))
 
     began = bytes_read()
-    report, _ = account(read_headers(tmp_path / "in"), whole, None, None, {})
+    report, _ = account(read_headers(tmp_path / "in"), whole, None, None)
     assert not report.having("error")
     assert bytes_read() - began < headers + index + 1000
 

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.tiny_models import CHUNK, CONV, loud_model, random_ids, tiny_config
 from nemo_hybrid.generate import generate, sample
-from nemo_hybrid.model.cache import AttentionCache, MambaCache
+from nemo_hybrid.model.attention import AttentionCache
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.mamba2 import MambaCache
 
 PATTERNS = ["M", "*", "E", "-", "ME*-ME"]
 # Shorter than the convolution, as long, around a chunk, and off the chunk grid.
