@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -85,21 +84,24 @@ def states_of(
 
 def ready(model: Module) -> Module:
     """The model where it runs best: on a CUDA device with room for it, otherwise on the CPU."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    size = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
-    return model.to(chosen_device(size, free)).eval()
+    tensors = [*model.parameters(), *model.buffers()]
+    if torch.cuda.is_available() and not tensors[0].is_cuda:
+        model = model.to(
+            chosen_device(sum(t.nbytes for t in tensors), torch.cuda.mem_get_info()[0])
+        )
+    return model.eval()
 
 
-def chosen_device(size: int, free: int | None) -> torch.device:
-    """CUDA where ``free`` bytes hold a model of ``size`` bytes and what it computes; otherwise the
-    CPU, which is said on stderr. None: there is no CUDA device."""
+def chosen_device(size: int, free: int) -> str:
+    """cuda where ``free`` bytes hold a model of ``size`` bytes and what it computes; otherwise cpu,
+    which is said on stderr."""
     needed = size + size // 8 + (1 << 30)
-    if free is None or free >= needed:
-        return torch.device("cpu" if free is None else "cuda")
+    if free >= needed:
+        return "cuda"
     print(
         f"the model needs {needed / 1e9:.1f} GB, but the CUDA device has {free / 1e9:.1f} GB free: "
         "running on the CPU",
         file=sys.stderr,
         flush=True,
     )
-    return torch.device("cpu")
+    return "cpu"

@@ -71,16 +71,14 @@ class Schema:
     def shared(self) -> dict[str, list[str]]:
         """What engines hold one number of for several modules -> names of those scalars."""
         out: defaultdict[str, list[str]] = defaultdict(list)
-        for module in self.formats:
-            qkv, expert = _QKV.fullmatch(module), _EXPERT.fullmatch(module)
-            if not qkv and not expert:
-                continue
-            for part, slot in _slots(self.layout, self.formats[module], (0, 0)).items():
-                if slot.dtype == "F32" and qkv:
-                    out[f"{qkv[1]}.{{q,k,v}}_proj.{part}"].append(f"{module}.{part}")
-                elif slot.dtype == "F32" and expert and part.startswith("input"):
-                    out[f"{expert[1]}.*.{expert[2]}_proj.{part}"].append(f"{module}.{part}")
-        return dict(out)
+        for module, format in self.formats.items():
+            owner = _in_engines(module)
+            experts = owner.endswith(".experts")
+            what = f"{owner}.*.{module.rpartition('.')[2]}" if experts else owner
+            for part, slot in _slots(self.layout, format, (0, 0)).items():
+                if slot.dtype == "F32" and (part.startswith("input") or not experts):
+                    out[f"{what}.{part}"].append(f"{module}.{part}")
+        return {what: names for what, names in out.items() if len(names) > 1}
 
 
 def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
@@ -101,8 +99,9 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
     state = raw.get("mamba_ssm_cache_dtype")
     for name, value in (("dtype", dtype), ("mamba_ssm_cache_dtype", state)):
         if value not in tuple(_DTYPES):
-            known = ", ".join(_DTYPES)
-            problems.append(f"config.json: {name} is {value!r}, must be one of {known}")
+            problems.append(
+                f"config.json: {name} is {value!r}, must be one of {', '.join(_DTYPES)}"
+            )
     plain = _plain(config, _DTYPES.get(str(dtype), "BF16"))
     # Engines keep routers and convolutions as linear layers, too.
     modules = {
@@ -118,20 +117,20 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
             problems.append(f"{HF_QUANT} is there, but config.json has no quantization_config")
     elif not isinstance(quantization, dict):
         raise UserError(f"{path}: quantization_config is not an object")
-    elif quantization.get("quant_method") == "modelopt":
-        layout = "modelopt"
-        kv_cache = _has_scales(quantization.get("kv_cache_scheme"), problems)
-        _check_twin(directory, quantization, kv_cache, problems)
-        formats = _modelopt(quantization, list(modules), problems)
-    elif quantization.get("quant_method") == "compressed-tensors":
-        layout = "compressed-tensors"
-        kv_cache = _has_scales(quantization.get("kv_cache_scheme"), problems)
-        formats = _compressed(quantization, list(modules), problems)
     else:
-        method = quantization.get("quant_method")
-        raise UserError(f"{path}: quant_method is {method!r}; known: modelopt, compressed-tensors")
-    if quantization is not None and not formats:
-        problems.append("config.json: quantization_config is there, but no module is quantized")
+        method, known = quantization.get("quant_method"), "modelopt, compressed-tensors"
+        kv_cache = _has_scales(quantization.get("kv_cache_scheme"), problems)
+        if method == "modelopt":
+            layout = "modelopt"
+            _check_twin(directory, quantization, kv_cache, problems)
+            formats = _modelopt(quantization, list(modules), problems)
+        elif method == "compressed-tensors":
+            layout = "compressed-tensors"
+            formats = _compressed(quantization, list(modules), problems)
+        else:
+            raise UserError(f"{path}: quant_method is {method!r}; known: {known}")
+        if not formats:
+            problems.append("config.json: quantization_config is there, but no module is quantized")
     problems += _misfits(formats, modules)
     tensors = dict(plain)
     for module, format in formats.items():
@@ -188,17 +187,18 @@ def _misfits(formats: Mapping[str, Format], modules: Mapping[str, tuple[int, ...
     ]
     fused: defaultdict[str, set[str]] = defaultdict(set)
     for module in modules:
-        match = _QKV.fullmatch(module) or _EXPERT.fullmatch(module)
-        if match:
-            fused[match[1]].add(formats.get(module, "unquantized"))
-    for owner, found in fused.items():
-        if len(found) > 1:
-            what = "experts" if owner.endswith("experts") else "q_proj, k_proj and v_proj"
-            problems.append(
-                f"{what} of {owner} have several formats, which engines fuse: "
-                f"{', '.join(sorted(found))}"
-            )
-    return problems
+        fused[_in_engines(module)].add(formats.get(module, "unquantized"))
+    return problems + [
+        f"{owner}, one module in engines, has several formats: {', '.join(sorted(found))}"
+        for owner, found in fused.items()
+        if len(found) > 1
+    ]
+
+
+def _in_engines(module: str) -> str:
+    """The name under which vLLM has a module: q, k and v are one, and so are a layer's experts."""
+    expert, qkv = _EXPERT.fullmatch(module), _QKV.fullmatch(module)
+    return expert[1] if expert else f"{qkv[1]}.qkv_proj" if qkv else module
 
 
 def _texts(value: Any, where: str) -> list[str]:
@@ -309,9 +309,11 @@ def _check_twin(
         "quantized_layers": (quantization.get("quantized_layers"), twin.get("quantized_layers")),
         "the KV cache": ("FP8" if kv_cache else None, twin.get("kv_cache_quant_algo")),
     }
-    for name, (ours, theirs) in pairs.items():
-        if ours != theirs and not (name.split()[-1] in needed and name.split()[-1] not in twin):
-            problems.append(f"config.json and {HF_QUANT} disagree about {name}")
+    problems += [
+        f"config.json and {HF_QUANT} disagree about {name}"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
     for file, said in ((HF_QUANT, twin), ("config.json", quantization)):
         if algo != "FP8" and said.get("group_size", GROUP) not in (GROUP, None):
             problems.append(f"{file}: group_size is {said['group_size']!r}, must be {GROUP}")
@@ -334,54 +336,49 @@ def _said(layers: dict[str, Any], problems: list[str]) -> dict[str, Format]:
 def _listed(
     said: dict[str, Format], ignore: list[str], modules: list[str], problems: list[str]
 ) -> dict[str, Format]:
-    """Formats by quantized_layers, as vLLM's ModelOptMixedPrecisionConfig looks them up.
+    """Formats by quantized_layers.
 
-    A module that ignore hits is unquantized. Otherwise its own entry counts; for what is fused
-    (q, k and v; a layer's experts), that of the whole or of any part; and for experts without one,
-    that of any other module of the same layer, which is never meant.
+    vLLM's rule (0.32, ModelOptMixedPrecisionConfig): what ignore hits is unquantized. Otherwise the
+    module's own entry counts, or that of a part of it (one expert's; one of q, k and v); and for
+    experts without any, the first entry of another module of their layer. The last is never meant,
+    so it is a problem; and so is an entry for a part of q, k and v (see `_misfits`).
     """
     of_experts: defaultdict[str, set[Format]] = defaultdict(set)
     beside: dict[str, str] = {}  # first entry of each layer
     known = set(modules)
     for name, format in said.items():
-        match = _EXPERT.fullmatch(name)
-        owner = match[1] if match else name
-        if owner.endswith(".mixer.experts"):
-            of_experts[owner].add(format)
+        of_experts[_in_engines(name)].add(format)
         beside.setdefault(name.partition(".mixer.")[0], name)
         if name not in known and f"{name}.0.up_proj" not in known:
             problems.append(f"quantized_layers names {name}, which is no module of the model")
     formats: dict[str, Format] = {}
     for module in modules:
-        match = _EXPERT.fullmatch(module)
-        found = of_experts[match[1]] if match else {said[module]} if module in said else set()
+        owner = _in_engines(module)
+        experts = owner.endswith(".experts")
+        found = of_experts[owner] if experts else {said[module]} if module in said else set()
         if len(found) > 1:
             problems.append(f"quantized_layers gives {module} several formats")
         if found and _excluded(module, ignore):
             problems.append(f"{module} is in quantized_layers, but ignore hits it as well")
         if found:
             formats[module] = min(found)
-        elif match and module.endswith(".experts.0.up_proj") and not _excluded(module, ignore):
+        elif module == f"{owner}.0.up_proj" and not _excluded(module, ignore):
             other = beside.get(module.partition(".mixer.")[0])
             if other is not None:
                 problems.append(
-                    f"{match[1]} is neither in quantized_layers nor in ignore: vLLM takes it for "
+                    f"{owner} is neither in quantized_layers nor in ignore: vLLM takes it for "
                     f"{said[other]}, because {other} is"
                 )
     return formats
 
 
 def _excluded(module: str, entries: list[str]) -> bool:
-    """Whether vLLM takes a module for excluded, as it looks for the name under which it has it:
-    q, k and v are one module there, and so are a layer's experts.
-
-    By an entry that is the module's name, or of experts one that holds theirs; and by an entry that
-    is a part of vLLM's name or matches it as a glob, "name*" standing for name and all below it.
-    """
-    expert, qkv = _EXPERT.fullmatch(module), _QKV.fullmatch(module)
-    seen = expert[1] if expert else f"{qkv[1]}.qkv_proj" if qkv else module
+    """Whether vLLM takes a module for excluded: by an entry that is its name, or of experts one
+    that holds theirs; and by one that is a part of its name there or matches that as a glob,
+    "name*" standing for name and all below it."""
+    seen = _in_engines(module)
     for entry in entries:
-        if entry == module or (expert and seen in entry):
+        if entry == module or (seen.endswith(".experts") and seen in entry):
             return True
         split = entry.endswith("*") and not entry.endswith(".*")
         for part in (entry[:-1], f"{entry[:-1]}.*") if split else (entry,):

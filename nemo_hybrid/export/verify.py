@@ -129,12 +129,13 @@ def verify_command(options: VerifyOptions) -> int:
             print(f"{check.name}: {line}")
     if not result.passed:
         return 2
-    found, limit = result.measured, options.max_kl
-    if limit is None:
+    found = result.measured
+    if options.max_kl is None:
         return 0
-    kls = [] if found is None else [kl for kl in (found.kl, found.rounded_kl) if kl is not None]
+    assert found is not None  # where every check passed, the model ran
     # Not a number compares as false.
-    return 0 if kls and all(kl <= limit for kl in kls) else 3
+    kls = [kl for kl in (found.kl, found.rounded_kl) if kl is not None]
+    return 0 if all(kl <= options.max_kl for kl in kls) else 3
 
 
 def verify_directory(
@@ -160,6 +161,7 @@ def verify_directory(
     except UserError as error:
         result.add("configuration", [str(error)], "")
         return result
+    # Files that are damaged or missing may be looked into.
     if any(check.passed is False for check in result.checks[2:]):
         result.skip("values", "the tensors are not the expected ones")
         return result
@@ -375,9 +377,7 @@ def _check_scales(
     model: HybridLM, scales: Scales, pieces: list[Tensor], result: Result, show: bool
 ) -> None:
     """Compare them with the largest inputs, keys and values of the model."""
-    stored = {f"inputs of {place}": float(amax) for place, amax in scales.amax.items()}
-    stored |= {f"outputs of {place}": amax for place, amax in scales.kv.items()}
-    if not stored:
+    if not scales.amax and not scales.kv:
         result.skip("scales", "the formats have none for inputs, keys and values")
         return
     try:
@@ -385,18 +385,16 @@ def _check_scales(
     except UserError as error:
         result.add("scales", [str(error)], "")
         return
-    seen = {f"inputs of {place}": float(amax.max()) for place, amax in run.amax.items()}
-    seen |= {f"outputs of {place}": amax for place, amax in run.kv.items()}
-    ratios = {what: amax / seen[what] for what, amax in stored.items()}
+    pairs = [(f"inputs of {p}", float(a), float(run.amax[p].max())) for p, a in scales.amax.items()]
+    pairs += [(f"outputs of {p}", largest, run.kv[p]) for p, largest in scales.kv.items()]
     problems = [
-        f"{what}: the scale covers magnitudes up to {stored[what]:.3g}, {ratio:.2g} times the "
-        f"largest seen, {seen[what]:.3g}"
-        for what, ratio in ratios.items()
-        if not 1 / PLAUSIBLE <= ratio <= PLAUSIBLE
+        f"{what}: the scale covers magnitudes up to {covered:.3g}; the largest seen is {seen:.3g}"
+        for what, covered, seen in pairs
+        if not 1 / PLAUSIBLE <= covered / seen <= PLAUSIBLE
     ]
-    lowest, highest = min(ratios.values()), max(ratios.values())
-    found = f"{len(ratios)} cover {lowest:.2g} to {highest:.2g} times the largest magnitude seen"
-    result.add("scales", problems, found)
+    ratios = [covered / seen for _, covered, seen in pairs]
+    span = f"{min(ratios):.2g} to {max(ratios):.2g}"
+    result.add("scales", problems, f"{len(pairs)} cover {span} times the largest magnitude seen")
 
 
 def rounded_states(model: HybridLM, scales: Scales, pieces: list[Tensor], show: bool) -> States:
@@ -426,11 +424,10 @@ def compare(before: States | None, after: States, pieces: list[Tensor], text: st
     """Means over all tokens."""
     labels_T = torch.cat([ids_1S[0, 1:] for ids_1S in pieces])
     found = divergence.per_token(before or after, after, labels_T)
-    kl, source_loss = float(found.kl_T.mean()), -float(found.a_T.mean())
-    alone, loss = before is None, -float(found.b_T.mean())
-    return Measured(
-        None if alone else kl, None if alone else source_loss, loss, len(labels_T), text
-    )
+    measured = Measured(None, None, -float(found.b_T.mean()), len(labels_T), text)
+    if before is None:
+        return measured
+    return measured._replace(kl=float(found.kl_T.mean()), source_loss=-float(found.a_T.mean()))
 
 
 def _add_model(result: Result, found: Measured) -> None:

@@ -69,7 +69,7 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
         (
             "mixed",
             in_config(lambda q: q["quantized_layers"].pop("backbone.layers.2.mixer.v_proj")),
-            "v_proj of backbone.layers.2.mixer have several formats, which engines fuse",
+            "backbone.layers.2.mixer.qkv_proj, one module in engines, has several formats",
         ),
         ("nvfp4", ("config.json", lambda c: c.pop("mamba_ssm_cache_dtype")), "mamba_ssm_cache"),
         (
