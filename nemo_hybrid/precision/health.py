@@ -11,22 +11,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import hadamard
 from nemo_kernels.nvfp4.operand import Rounding
-from nemo_kernels.nvfp4.packing import decode_packed
-from nemo_kernels.nvfp4.reference import quantize
+from nemo_kernels.nvfp4.reference import scale_operand
 from nemo_kernels.nvfp4.rounding import E2M1_MAX
-from nemo_kernels.nvfp4.scales import BLOCK
 
 Shares = dict[str, dict[str, float]]
 """Group, figure: a share between 0 and 1."""
 
 ROLES = ("x", "w", "dy")
 """Operands: activations, weights, gradients of outputs."""
-_PART = 1 << 22
-"""Elements looked at together, whose copies take memory beside the training."""
-_ROUNDED = 1 + 2.0**-20
-"""What the limit's own rounding may make of it."""
+_LIMIT = E2M1_MAX * (1 + 2.0**-20)
+"""Of scaled values, with what the factor's own rounding may make of it."""
 
 
 class Probe:
@@ -64,32 +59,19 @@ class Probe:
         """Count what quantizing x to NVFP4 as :func:`nemo_kernels.nvfp4.operands` does it loses.
 
         x: [M, N], with ``ends_E`` rows of experts; or [E, M, N]. Where x is transformed, the
-        transformed values count. Stochastic rounding draws other bits than the product has.
+        transformed values count. Stochastic rounding draws the reference's bits.
         """
         if not x.numel():
             return
         counts_3 = self._counts[self._place[name], 1 + ROLES.index(role)]
-        step = max(1, _PART // x.shape[1:].numel())
-        parts = x.detach().split(-(-step // BLOCK) * BLOCK if x.dim() == 2 else step)
-        turned = [_transformed(part, rounding, columnwise) for part in parts]
-        amax_R = _amax(turned, ends_E)
-        for part, z, amax in zip(parts, turned, amax_R.split([len(p) for p in parts]), strict=True):
-            if x.dim() == 3:
-                amax = amax[:, None, None]
-            elif rounding.tile[0] > 1:
-                amax = amax[0]
-            else:
-                amax = amax[::BLOCK][None] if columnwise else amax[:, None]
-            q = quantize(part, columnwise=columnwise, amax=amax, **rounding._asdict())
-            size = (z.mT if columnwise else z).abs().float().unflatten(-1, (-1, BLOCK))
-            scale = q.block_scale.float()
-            code = decode_packed(q.data).unflatten(-1, (-1, BLOCK))
-            limit = scale * q.tensor_scale * (E2M1_MAX * _ROUNDED)
+        scaled = scale_operand(x, rounding, columnwise, ends_E)
+        for part, codes in scaled.rounded(rounding.seed):
+            size = scaled.x[part].abs().float()
             there = size > 0
             counts_3 += torch.stack([
                 there.sum(),
-                (there & (code * scale.unsqueeze(-1) == 0)).sum(),
-                (size > limit.unsqueeze(-1)).sum(),
+                (there & (codes * scaled.scale[part] == 0)).sum(),
+                (size * scaled.factor[part] > _LIMIT).sum(),
             ])  # fmt: skip
 
     def read(
@@ -136,21 +118,3 @@ def group_of(name: str) -> str:
     elif last in ("fc1_latent_proj", "fc2_latent_proj"):
         last = "latent_proj"
     return f"mtp.{last}" if name.startswith("mtp.") else last
-
-
-def _transformed(x: Tensor, rounding: Rounding, columnwise: bool) -> Tensor:
-    return hadamard.transform(x, -2 if columnwise else -1) if rounding.rht else x
-
-
-def _amax(parts: list[Tensor], ends_E: Tensor | None) -> Tensor:
-    """The amax that rules each row (or expert's matrix) of the parts, fp32."""
-    inner = tuple(range(1, parts[0].dim()))
-    own_R = torch.cat([torch.linalg.vector_norm(z, torch.inf, inner) for z in parts]).float()
-    if len(inner) == 2:
-        return own_R
-    if ends_E is None:
-        return own_R.amax().expand_as(own_R)
-    row_R = torch.arange(len(own_R), dtype=torch.int32, device=own_R.device)
-    segment_R = torch.searchsorted(ends_E, row_R, right=True).clamp_max_(len(ends_E) - 1)
-    largest_E = own_R.new_zeros(len(ends_E)).scatter_reduce_(0, segment_R, own_R, "amax")
-    return largest_E[segment_R]

@@ -9,11 +9,10 @@ from torch import Tensor
 from helpers.corpus import write_corpus
 from helpers.processes import run_command
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.precision import health
 from nemo_hybrid.precision.health import Probe, group_of
 from nemo_hybrid.train import metrics
 from nemo_hybrid.train.metrics import StepMetrics, read_metrics
-from nemo_kernels.nvfp4 import hadamard
+from nemo_kernels.nvfp4 import hadamard, scales
 from nemo_kernels.nvfp4.operand import Rounding
 from nemo_kernels.nvfp4.reference import dequantize, quantize
 from train.low_precision import low_run
@@ -71,7 +70,7 @@ def test_counts_are_those_of_the_quantized_tensor(rounding, columnwise):
 @pytest.mark.parametrize("rounding", [Rounding(), SQUARE, Rounding(rht=True)])
 @pytest.mark.parametrize("part", [1 << 22, 40 * 32])
 def test_experts_have_tensor_scales_of_their_own(monkeypatch, rounding, columnwise, part):
-    monkeypatch.setattr(health, "_PART", part)
+    monkeypatch.setitem(scales._PART, "cpu", part)
     if rounding.tile == (16, 16):
         x, more = draw(3, 32, 48), {}
         x *= torch.tensor([1, 1e-6, 1e3]).view(3, 1, 1)

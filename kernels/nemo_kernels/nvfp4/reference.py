@@ -141,18 +141,22 @@ def fake_quantize(
 def operands(
     x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
 ) -> tuple[Operand | None, Operand | None]:
-    """x, quantized for products that sum over its last dimension, and over the one before.
+    """:func:`nemo_kernels.nvfp4.operands`; values of ends are checked on CPU tensors and in debug
+    mode."""
+    made = [
+        None if how is None else _operand(x, how, columnwise, ends_E)
+        for how, columnwise in ((rows, False), (columns, True))
+    ]
+    return made[0], made[1]
 
-    Args:
-        x: fp32, bf16 or fp16 [M, N]; or experts' weights [E, M, N], each with a tensor scale.
-        rows: how to quantize it in blocks along N; columns: along M. None: not.
-        ends_E: x holds experts' rows, those of expert e end before row ends_E[e] (int32, multiples
-            of 16), and each expert's have a tensor scale. Rows after the last end must be zeros.
 
-    Raises:
-        ValueError: a dimension is not divisible by 16, or a dtype or a shape is not as described;
-            on CPU tensors and in debug mode, ends are not.
-    """
+def _operand(x: Tensor, how: Rounding, columnwise: bool, ends_E: Tensor | None) -> Operand:
+    scaled = scale_operand(x, how, columnwise, ends_E)
+    return Operand(scaled.decoded(how.seed).view(x.shape), scaled.tensor_scale, columnwise)
+
+
+def scale_operand(x: Tensor, how: Rounding, columnwise: bool, ends_E: Tensor | None) -> Scaled:
+    """What one of the `operands` is before it is rounded; arguments and errors are those."""
     if x.dim() not in (2, 3) or (x.dim() == 3 and ends_E is not None):
         raise ValueError(f"x: expected [M, N], or [E, M, N] without ends_E, got {list(x.shape)}")
     if (x.dim() == 3 or ends_E is not None) and x.shape[-2] % BLOCK:
@@ -163,18 +167,9 @@ def operands(
     if x.dim() == 3:
         n_experts, m, _ = x.shape
         ends_E = torch.arange(1, n_experts + 1, dtype=torch.int32, device=x.device) * m
-    made = [
-        None if how is None else _operand(x, how, columnwise, ends_E)
-        for how, columnwise in ((rows, False), (columns, True))
-    ]
-    return made[0], made[1]
-
-
-def _operand(x: Tensor, how: Rounding, columnwise: bool, ends_E: Tensor | None) -> Operand:
-    scaled = _scale(
+    return _scale(
         x, how.tile, columnwise, how.rht, four_over_six=False, seed=how.seed, ends_E=ends_E
     )
-    return Operand(scaled.decoded(how.seed).view(x.shape), scaled.tensor_scale, columnwise)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -211,7 +206,7 @@ def quantize_modelopt(x: Tensor, *, amax: Tensor | None = None) -> Quantized:
     return Quantized(pack(codes), scale.to(torch.float8_e4m3fn), tensor_scale)
 
 
-class _Scaled(NamedTuple):
+class Scaled(NamedTuple):
     """A tensor looked at as blocks, with what is needed to round it."""
 
     x: Tensor  # transformed, in the shape of blocks
@@ -252,7 +247,7 @@ def _scale(
     seed: int | None,
     amax: Tensor | None = None,
     ends_E: Tensor | None = None,
-) -> _Scaled:
+) -> Scaled:
     if rht and tile[0] > 1:
         raise ValueError("rht: expected tile (1, 16), got (16, 16)")
     if four_over_six and seed is not None:
@@ -276,7 +271,7 @@ def _scale(
         scale, factor = block_scales(block_amax, amax_in_grid)
         tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
     scale, factor = (t.reshape(blocks.grid_view) for t in (scale, factor))
-    return _Scaled(x.view(blocks.shape), blocks, scale, factor, tensor_scale)
+    return Scaled(x.view(blocks.shape), blocks, scale, factor, tensor_scale)
 
 
 def _expect_blocks(x: Tensor, tile: tuple[int, int], columnwise: bool) -> None:

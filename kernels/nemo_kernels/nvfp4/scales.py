@@ -19,9 +19,10 @@ E4M3_MAX = 448.0
 # Four-over-six keeps the scale of a block that uses 6 below this: 1.5 times as much still fits.
 E4M3_MAX_FOUR_OVER_SIX = 256.0
 FLT_MAX = torch.finfo(torch.float32).max
-# Elements worked on at a time: their temporaries stay in a CPU's L2 cache.
+# Elements worked on at a time: their temporaries stay in a CPU's L2 cache, and are small beside
+# what else is on a GPU.
 _PART = {"cpu": 1 << 17}
-_PART_ELSEWHERE = 1 << 28
+_PART_ELSEWHERE = 1 << 24
 
 
 def parts(shape: torch.Size, device: torch.device) -> Iterator[slice]:
