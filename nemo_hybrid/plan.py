@@ -16,11 +16,7 @@ from nemo_hybrid.command_options import PlanOptions
 from nemo_hybrid.config import Architecture, RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.build import check_precision
-from nemo_hybrid.train.flops import (
-    forward_flops_per_token,
-    parameter_counts,
-    train_flops_per_token,
-)
+from nemo_hybrid.train.flops import forward_flops_per_token, parameter_counts, train_flops_per_token
 from nemo_hybrid.train.memory import Layout, Memory, groups_of, layout_of, peak
 
 

@@ -39,11 +39,7 @@ class MTPBlock(nn.Module):
         return self.layers[0], self.layers[-1]
 
     def forward(
-        self,
-        h_BSD: Tensor,
-        e_BSD: Tensor,
-        documents: Documents | None,
-        wide: Wide | None = None,
+        self, h_BSD: Tensor, e_BSD: Tensor, documents: Documents | None, wide: Wide | None = None
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
         """One depth: previous hidden state (after its final norm) and embeddings of tokens t + k.
 

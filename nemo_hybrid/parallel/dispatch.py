@@ -81,12 +81,7 @@ class AllToAllDispatcher(nn.Module):
         # The number of rows is known here, so that nothing waits for a GPU once more.
         owner_Q = torch.repeat_interleave(local, arrived_SE.flatten(), output_size=sum(receive))
         by_expert_Q = owner_Q.argsort(stable=True)
-        y_QL = grouped_mlp(
-            x_QL[by_expert_Q],
-            weights_Q[by_expert_Q],
-            arrived_SE.sum(0),
-            *experts,
-        )
+        y_QL = grouped_mlp(x_QL[by_expert_Q], weights_Q[by_expert_Q], arrived_SE.sum(0), *experts)
         y_QL = y_QL[_inverse(by_expert_Q)]
         y_RL = _AllToAll.apply(y_QL, receive, send, self.group)
         y_TKL = y_RL[inverse_R].view(-1, top_k, x_TL.shape[1])

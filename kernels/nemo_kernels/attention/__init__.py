@@ -14,10 +14,7 @@ PATHS = {"flash_attn": "nemo_kernels.attention.external"}
 
 
 def attention(
-    q_BSHP: Tensor,
-    k_BSGP: Tensor,
-    v_BSGP: Tensor,
-    documents: Documents | None = None,
+    q_BSHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, documents: Documents | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(P)) v over earlier tokens of the same document: [B,S,H,P].
 

@@ -20,10 +20,7 @@ attention_step = reference.attention_step
 
 
 def attention(
-    q_BSHP: Tensor,
-    k_BSGP: Tensor,
-    v_BSGP: Tensor,
-    documents: Documents | None = None,
+    q_BSHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, documents: Documents | None = None
 ) -> Tensor:
     if q_BSHP.dtype not in (torch.float16, torch.bfloat16):
         return reference.attention(q_BSHP, k_BSGP, v_BSGP, documents)

@@ -13,10 +13,7 @@ from nemo_kernels.documents import Documents
 
 
 def attention(
-    q_BSHP: Tensor,
-    k_BSGP: Tensor,
-    v_BSGP: Tensor,
-    documents: Documents | None = None,
+    q_BSHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, documents: Documents | None = None
 ) -> Tensor:
     # CPUs without bf16 matrix units run this twice as fast in fp32.
     dtype = torch.float32 if q_BSHP.is_cpu and q_BSHP.dtype == torch.bfloat16 else q_BSHP.dtype
@@ -38,9 +35,6 @@ def attention(
 
 def attention_step(q_BHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor) -> Tensor:
     o_BH1P = F.scaled_dot_product_attention(
-        q_BHP[:, :, None],
-        k_BTGP.transpose(1, 2),
-        v_BTGP.transpose(1, 2),
-        enable_gqa=True,
+        q_BHP[:, :, None], k_BTGP.transpose(1, 2), v_BTGP.transpose(1, 2), enable_gqa=True
     )
     return o_BH1P[:, :, 0]
