@@ -75,7 +75,7 @@ def calibrate(
     not finite.
     """
     linears, stacks = adaptable(model)
-    watched = {*linears, *stacks, "lm_head"} if places is None else set(places)
+    watched = [*linears, *stacks, "lm_head"] if places is None else places
     caches = [p for p in linears if p.endswith((".k_proj", ".v_proj"))]
     tokens, pieces = 0, list(pieces)
     total = sum(piece.numel() for piece in pieces)

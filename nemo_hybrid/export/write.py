@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -403,6 +404,8 @@ def _bytes(source: Source, read: Read) -> int:
 
 def _check_disk(out: Path, needed: int) -> None:
     above = next(path for path in out.parents if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"cannot write {out}: {above} is no directory to write into")
     with naming("write", out):
         free = shutil.disk_usage(above).free
     if free < needed:

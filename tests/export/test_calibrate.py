@@ -130,6 +130,10 @@ def test_zeros_give_a_scale_that_can_divide_and_nan_is_an_error() -> None:
         mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match=f"{place} are not finite"):
         calibrate(model, [ids_BS], None, [place])
+    later = "backbone.layers.3.mixer.in_proj"  # to blame is what comes first
+    for places in ([place, later], [later, place]):
+        with pytest.raises(UserError, match=f"{places[0]} are not finite"):
+            calibrate(model, [ids_BS], None, places)
     with pytest.raises(UserError, match="no token"):
         calibrate(model, [])
 
