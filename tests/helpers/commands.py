@@ -1,4 +1,5 @@
-"""Commands one after the other in one process of their own: importing takes longer than most runs.
+"""Commands one after the other in one process of their own: its first steps take longer than most
+runs, even where it does not have to import anything (see `helpers.forks`).
 
 DeepSpeed joins one world per process, which they share.
 """
@@ -8,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = Path(__file__).parents[1]
+from helpers.processes import TESTS, Process, end, look, start
 
 
 class Said(NamedTuple):
@@ -27,55 +30,56 @@ class Said(NamedTuple):
 class Commands:
     """``commands("finetune", "--config", file)`` runs a command in a world of one."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def __call__(self, *words: str | Path) -> Said:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the process ended"
-        return Said(*json.loads(line))
+        self._connection.send_bytes(json.dumps([str(word) for word in words]).encode())
+        return Said(*json.loads(self._connection.recv_bytes()))
 
 
 @contextmanager
 def commands_in_one_process() -> Iterator[Commands]:
+    """Ends with EOFError where a command ends its process."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield Commands(process)
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        address, said = f"{directory}/socket", Path(directory) / "said"
+        process = start([__file__, address], environment, said)
+        try:
+            with _connect(address, process, said) as connection:
+                yield Commands(connection)
+        finally:
+            end(process)
 
 
-def _serve() -> None:
+def _connect(address: str, process: Process, said: Path) -> Connection:
+    while True:
+        try:
+            return Client(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert look(process) is None, said.with_suffix(".err").read_text()
+            time.sleep(0.05)
+
+
+def _serve(address: str) -> None:
     from nemo_hybrid import cli
     from nemo_hybrid.parallel.world import World
 
     World.stop = lambda: None  # type: ignore[method-assign,assignment]
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed past Python goes elsewhere
-    for line in sys.stdin:
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            status = cli.main(json.loads(line))
-        answers.write(json.dumps([status, out.getvalue(), err.getvalue()]) + "\n")
-        answers.flush()
+    with Listener(address) as listener, listener.accept() as connection:
+        while True:
+            words = json.loads(connection.recv_bytes())
+            out, err = io.StringIO(), io.StringIO()
+            with redirect_stdout(out), redirect_stderr(err):
+                status = cli.main(words)
+            answer = [status, out.getvalue(), err.getvalue()]
+            connection.send_bytes(json.dumps(answer).encode())
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.corpus import write_corpus
 from helpers.once import once
-from helpers.processes import run_command
+from helpers.processes import run_python
 from helpers.runs import tiny_run
 from nemo_hybrid.config_load import dump_config
 
@@ -58,7 +58,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Unbroken:
         config.checkpoint.every = 4
         (out / "run.yaml").write_text(dump_config(config))
         words = ["pretrain", "--config", out / "run.yaml", "--run_dir", out / "run", *LAYOUT]
-        finished = run_command(*words, size=2)
+        # As users start it, not as a fork: the runs compared with it are both.
+        finished = run_python(["-m", "nemo_hybrid", *words], size=2, fresh=True)
         (out / "stdout").write_text(finished[0].stdout)
         assert finished[1].stdout == ""
 
