@@ -86,6 +86,8 @@ def vllm_algo(config: dict, name: str) -> str | None:
     ignore = [entry.replace("backbone", "model") for entry in ignore]
     if any(entry == name or entry in seen or fnmatch(seen, entry) for entry in ignore):
         return None
+    if dot and any(name in entry for entry in ignore):
+        return None
     if config["quant_algo"] != "MIXED_PRECISION":
         return config["quant_algo"]
     layers = {k.replace("backbone", "model"): v for k, v in config["quantized_layers"].items()}
