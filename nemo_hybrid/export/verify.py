@@ -56,7 +56,7 @@ PLAUSIBLE = 32.0
 """What a scale of inputs, keys or values covers is at most so many times the largest magnitude seen
 here, and at least its reciprocal. Calibration on other data, or a percentile, stays within: on the
 quick start's model 0.3 to 3.3 times was found with text of another kind, random ids or 512 tokens,
-and 0.096 with the percentile 99. Lost factors (448, 2688, powers of 10 and 2 from 100 and 64 on) and
+and 0.1 with the percentile 99. Lost factors (448, 2688, powers of 10 and 2 from 100 and 64 on) and
 inversions do not, but of scales so near to 1 that they change little."""
 _SHOWN = 20
 
