@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Literal
 
 from nemo_hybrid.config import (
@@ -217,6 +218,29 @@ class ExportOptions(Options):
     the export on it, for the model card."""
     heldout_tokens: PositiveInt = 8192
     """Tokens of it to read."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.calibration is None:
+            for name in ("percentile", "budget_bits"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} needs calibration: name a text file or a token store")
+        elif self.format == "bf16":
+            raise UserError("calibration is for quantized formats: leave it out with bf16")
+        elif self.calibration == self.heldout and not Path(self.heldout).is_dir():
+            raise UserError("heldout is the text of the calibration: name another one")
+        if self.budget_bits is not None and self.formats:
+            raise UserError("budget_bits assigns formats itself: leave formats out")
+        default = {f.name: f.default for f in fields(self)}
+        idle = {
+            "preset": self.format == "bf16" or self.budget_bits is not None,
+            "scales": self.format in ("bf16", "fp8"),
+            "calibration_tokens": self.calibration is None,
+            "heldout_tokens": self.heldout is None,
+        }
+        for name, without_effect in idle.items():
+            if without_effect and getattr(self, name) != default[name]:
+                raise UserError(f"{name} has no effect with these options: leave it out")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -82,7 +82,6 @@ def export_command(options: ExportOptions) -> None:
 
     Raises UserError."""
     source, out = _source(options.from_), new_directory(options.out)
-    _check_options(options)
     shape = HybridConfig.from_hf(str(source))
     calibrated, budget = options.calibration is not None, options.budget_bits
     if budget is None:
@@ -137,29 +136,6 @@ def export_command(options: ExportOptions) -> None:
         f"{options.out}; check them with\n"
         f"  nemo-hybrid verify-export {options.out} --base {options.from_}"
     )
-
-
-def _check_options(options: ExportOptions) -> None:
-    if options.calibration is None:
-        for name in ("percentile", "budget_bits"):
-            if getattr(options, name) is not None:
-                raise UserError(f"{name} needs calibration: name a text file or a token store")
-    elif options.format == "bf16":
-        raise UserError("calibration is for quantized formats: leave it out with bf16")
-    elif options.calibration == options.heldout and not Path(options.calibration).is_dir():
-        raise UserError("heldout is the text of the calibration: name another one")
-    if options.budget_bits is not None and options.formats:
-        raise UserError("budget_bits assigns formats itself: leave formats out")
-    default = {f.name: f.default for f in fields(ExportOptions)}
-    idle = {
-        "preset": options.format == "bf16" or options.budget_bits is not None,
-        "scales": options.format in ("bf16", "fp8"),
-        "calibration_tokens": options.calibration is None,
-        "heldout_tokens": options.heldout is None,
-    }
-    for name, without_effect in idle.items():
-        if without_effect and getattr(options, name) != default[name]:
-            raise UserError(f"{name} has no effect with these options: leave it out")
 
 
 def _check_cache(kv_cache: str, target: str, shape: HybridConfig, calibrated: bool) -> None:
@@ -237,14 +213,13 @@ def _source(path: str | Path) -> Path:
 @dataclass
 class _Item:
     """What becomes of one matrix or other tensor of the source. ``like``: names on disk -> tensors
-    without storage; ``format`` and ``place`` of what is quantized."""
+    without storage, or scales of inputs, keys and values; ``format`` and ``place`` of what is
+    quantized."""
 
     read: Read
     like: dict[str, Tensor]
     place: str | None = None
     format: Format = "bf16"
-    given: dict[str, Tensor] = field(default_factory=dict)
-    """Of ``like``, what the weight does not say: scales of inputs, keys and values."""
 
 
 @dataclass
@@ -368,14 +343,10 @@ def _plan(
                 dtype = torch.float32 if kept else torch.bfloat16
                 plan.append(_Item(part, {name: torch.empty(shape, dtype=dtype, device="meta")}))
                 continue
+            like = stored_like(shape, format, layout) | scales.get(place, {})
             module = name.removesuffix(".weight")
-            given = scales.get(place, {})
-            like = stored_like(shape, format, layout) | given
-            item = _Item(
-                part, {f"{module}.{p}": tensor for p, tensor in like.items()}, place, format
-            )
-            item.given = {f"{module}.{p}": tensor for p, tensor in given.items()}
-            plan.append(item)
+            named = {f"{module}.{last}": tensor for last, tensor in like.items()}
+            plan.append(_Item(part, named, place, format))
     return plan
 
 
@@ -464,9 +435,9 @@ class _Exporter:
                 return tensor
 
             for item in shard.items:
-                made |= item.given
+                made |= {part: t for part, t in item.like.items() if not t.is_meta}
                 if item.format == "bf16":
-                    reads |= {part: item.read for part in item.like if part not in item.given}
+                    reads |= dict.fromkeys(item.like.keys() - made.keys(), item.read)
                 else:
                     assert item.place is not None
                     weight = load(item.read)

@@ -61,7 +61,9 @@ def files(tmp_path_factory) -> Path:
 def options(files: Path, out: Path, **changes: object) -> ExportOptions:
     model = "reader" if str(changes.get("calibration")).endswith("text") else "model"
     source = str(files / str(changes.pop("from_", model)))
-    return ExportOptions(from_=source, out=str(out), **changes)  # type: ignore[arg-type]
+    given = ExportOptions(from_=source, out=str(out), **changes)  # type: ignore[arg-type]
+    given.validate()
+    return given
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_what_is_exported_is_verified(files, tmp_path, capsys, changes) -> None:
     rest = {k: v for k, v in changes.items() if k != "data"}
     if data:
         rest["calibration"] = str(files / data)
-        rest["calibration_tokens"] = 600
+        rest["calibration_tokens"] = 250
     given = options(files, tmp_path / "out", **rest)
     export_command(given)
     said = capsys.readouterr().out
@@ -113,7 +115,7 @@ def test_what_is_exported_is_verified(files, tmp_path, capsys, changes) -> None:
     [
         {"format": "bf16"},
         {"format": "compressed-tensors"},
-        {"format": "mixed", "preset": "super", "calibration": "store", "calibration_tokens": 600,
+        {"format": "mixed", "preset": "super", "calibration": "store", "calibration_tokens": 250,
          "formats": {"lm_head": "nvfp4"}},
     ],
     ids=["bf16", "weights", "inputs"],
@@ -123,9 +125,9 @@ def test_the_card_has_what_held_out_text_gives(files, tmp_path, capsys, changes)
     if "calibration" in changes:
         changes = changes | {"calibration": str(files / changes["calibration"])}
     store, out = str(files / "store"), tmp_path / "out"
-    export_command(options(files, out, heldout=store, heldout_tokens=300, **changes))
+    export_command(options(files, out, heldout=store, heldout_tokens=150, **changes))
     said, readme = capsys.readouterr().out, (out / "README.md").read_text()
-    pieces = read_pieces(store, files / "model", CONFIG, 300, "heldout")
+    pieces = read_pieces(store, files / "model", CONFIG, 150, "heldout")
     rows, inputs = [], "calibration" in changes
     with torch.no_grad():
         p, q = ([m(ids).logits[0, :-1].double().log_softmax(-1) for ids in pieces] for m in (
@@ -139,7 +141,7 @@ def test_the_card_has_what_held_out_text_gives(files, tmp_path, capsys, changes)
     assert rows[0] == ("nothing", "", f"{before:.3f}")
     assert float(rows[1][1]) == pytest.approx(kl, rel=2e-3, abs=1e-12)
     assert float(rows[1][2]) == pytest.approx(after, rel=1e-3)
-    found = verify_directory(out, base=str(files / "model"), data=store, tokens=300).measured
+    found = verify_directory(out, base=str(files / "model"), data=store, tokens=150).measured
     assert found is not None
     if inputs:
         assert rows[2][1:] == (f"{found.rounded_kl:.3e}", f"{math.exp(found.rounded_loss):.3f}")
