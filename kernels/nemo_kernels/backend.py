@@ -20,7 +20,7 @@ at the first use and once per process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
@@ -87,8 +87,14 @@ def report(device_type: str) -> list[tuple[str, str, str]]:
     return [(op, *path(op, device_type)) for op in OPS]
 
 
+def draw(device_type: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal numbers in bf16 for self-checks, the same on every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(device_type, torch.bfloat16) for s in shapes]
+
+
 def relative_deviation(
-    run: Callable[..., Tensor], implementations: tuple[Any, Any], inputs: tuple[Tensor, ...]
+    run: Callable[..., Tensor], implementations: tuple[Any, Any], inputs: Sequence[Tensor]
 ) -> float:
     """For self-checks: how far ``run(implementation, *inputs)`` and its gradients with respect to
     the inputs differ between two implementations. The largest ratio, over output and gradients, of

@@ -28,9 +28,9 @@ class Shipped:
     """Triton's type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i32" ..."""
     constants: dict[str, Any]
     """Values of the constexpr arguments."""
-    instruction: dict[int, str | None]
+    instruction: dict[int, str]
     """Instruction that the code for an architecture must contain: "wgmma" on 90, "tcgen05" on 100.
-    None: needs none, which a kernel with a matrix product may not say."""
+    Empty: needs none, which a kernel with a matrix product may not say."""
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()

@@ -1,9 +1,10 @@
 """Where kernel tests run: on the GPU if there is one, else in Triton's interpreter, repaired.
 
 Every test module that runs a Triton kernel takes its device from here: ``DEVICE``. Importing this
-repairs three faults of the interpreter (seen in Triton 3.6 to 3.9): it truncates fp32 to bf16 and
-rounds it to fp8 in its own way, it multiplies the bits of bf16 operands in ``tl.dot``, and it lacks
-``tl.dot_scaled`` or takes E4M3 scales for powers of two.
+repairs four faults of the interpreter (seen in Triton 3.6 to 3.9): it truncates fp32 to bf16 and
+rounds it to fp8 in its own way, it multiplies the bits of bf16 operands in ``tl.dot``, it lacks
+``tl.dot_scaled`` or takes E4M3 scales for powers of two, and it passes over arguments that a kernel
+does not have, which the compiler refuses.
 Arithmetic on bf16 values stays wrong, which is why kernels compute in fp32 only.
 """
 
@@ -33,6 +34,7 @@ NARROW = {tl.bfloat16, tl.float8e4nv, tl.float8e5}  # stored as integers by the 
 
 stock_convert_float = interpreter._convert_float
 stock_create_dot = InterpreterBuilder.create_dot
+stock_launch = interpreter.GridExecutor.__call__
 stock_create_dot_scaled = getattr(InterpreterBuilder, "create_dot_scaled", None)
 
 
@@ -86,6 +88,14 @@ def e2m1_values(bytes_MK, scale):
     return grouped.reshape(len(bytes_MK), -1)
 
 
+def launch(self, *args, **kwargs):
+    unknown = kwargs.keys() - {*self.arg_names, "num_warps", "num_stages", "warmup"}
+    if unknown:
+        raise KeyError(f"Keyword argument {min(unknown)} was specified but unrecognised")
+    return stock_launch(self, *args, **kwargs)
+
+
+interpreter.GridExecutor.__call__ = launch
 interpreter._convert_float = convert_float
 InterpreterBuilder.create_dot = create_dot
 InterpreterBuilder.create_dot_scaled = create_dot_scaled

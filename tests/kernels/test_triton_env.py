@@ -159,3 +159,9 @@ def test_the_stock_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
             interpreter.InterpreterBuilder, "create_dot_scaled", triton_env.stock_create_dot_scaled
         )
         assert not scaled_error(*scaled_operands()) < 0.1
+
+
+def test_an_argument_that_a_kernel_does_not_have_is_refused() -> None:
+    x = torch.ones(BLOCK, device=DEVICE)
+    with pytest.raises(KeyError, match="ROWS was specified but unrecognised"):
+        cast_kernel[(1,)](x, x, BLOCK=BLOCK, ROWS=1)

@@ -12,7 +12,7 @@ from flash_attn import flash_attn_varlen_func
 from torch import Tensor
 
 from nemo_kernels.attention import reference
-from nemo_kernels.backend import relative_deviation
+from nemo_kernels.backend import draw, relative_deviation
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
@@ -45,14 +45,8 @@ def attention(
 
 
 def self_check(device_type: str) -> float:
-    generator = torch.Generator(device_type).manual_seed(0)
-    q_BSHP, k_BSGP, v_BSGP = (
-        torch.randn(shape, generator=generator, device=device_type, dtype=torch.bfloat16)
-        for shape in ((2, 96, 4, 64), (2, 96, 2, 64), (2, 96, 2, 64))
-    )
+    inputs = draw(device_type, (2, 96, 4, 64), (2, 96, 2, 64), (2, 96, 2, 64))
     documents = Documents.from_numbers((torch.arange(96) // 37).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, documents),
-        (attention, reference.attention),
-        (q_BSHP, k_BSGP, v_BSGP),
+        lambda impl, *t: impl(*t, documents), (attention, reference.attention), inputs
     )

@@ -12,7 +12,7 @@ import torch
 from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 
-from nemo_kernels.backend import relative_deviation
+from nemo_kernels.backend import draw, relative_deviation
 from nemo_kernels.conv1d import reference
 from nemo_kernels.documents import Documents
 
@@ -33,14 +33,8 @@ def causal_conv1d(
 
 
 def self_check(device_type: str) -> float:
-    generator = torch.Generator(device_type).manual_seed(0)
-    x_BSC, weight_CK, bias_C = (
-        torch.randn(shape, generator=generator, device=device_type, dtype=torch.bfloat16)
-        for shape in ((2, 96, 64), (64, 4), (64,))
-    )
+    inputs = draw(device_type, (2, 96, 64), (64, 4), (64,))
     documents = Documents.from_numbers((torch.arange(96) // 37).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, documents),
-        (causal_conv1d, reference.causal_conv1d),
-        (x_BSC, weight_CK, bias_C),
+        lambda impl, *t: impl(*t, documents), (causal_conv1d, reference.causal_conv1d), inputs
     )

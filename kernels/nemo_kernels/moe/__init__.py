@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nemo_kernels import backend
 from nemo_kernels.checks import expect, expect_device, expect_range, may_read
-from nemo_kernels.moe.function import Experts, GroupedMLP, MoeMLP
+from nemo_kernels.moe import function
+from nemo_kernels.moe.function import Experts
 from nemo_kernels.moe.routing import Slots
 
 __all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
@@ -114,10 +115,11 @@ def grouped_mlp(
     if may_read(counts_E) and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
+    arguments = (x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
     if experts is not None:
-        return GroupedMLP.apply(experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
+        return function.grouped_mlp(experts, *arguments)
     impl = backend.implementation("moe", x_RL.device.type, *_size(w_up_EFL, x_RL))
-    return impl.grouped_mlp(x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
+    return impl.grouped_mlp(*arguments)
 
 
 def moe_mlp(
@@ -164,10 +166,10 @@ def moe_mlp(
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
+    arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
     if experts is not None:
-        slots = impl.sort_slots(topk_ids_TK, n_experts)
-        return MoeMLP.apply(experts, x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
-    return impl.moe_mlp(x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
+        return function.moe_mlp(experts, *arguments, impl.sort_slots)
+    return impl.moe_mlp(*arguments)
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:

@@ -41,13 +41,17 @@ def _product(
 
 @triton.jit
 def _block(
-    first_M, end_M, tile, column_block, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    expert_M, first_M, end_M, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Rows and columns of a program, and which of them exist."""
+    """The expert of a program (negative: none), its rows and columns, and which of them exist."""
+    # Column blocks of a tile, and the tiles of an expert, run next to each other: they share
+    # operands in the second-level cache.
+    n_columns = tl.cdiv(width, BLOCK_N)
+    tile, column_block = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
     row_M = tl.load(first_M + tile) + tl.arange(0, BLOCK_M)
     column_N = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    return row_M, row_M < tl.load(end_M + tile), column_N, column_N < width
+    expert = tl.load(expert_M + tile).to(tl.int64)
+    return expert, row_M, row_M < tl.load(end_M + tile), column_N, column_N < width
 
 
 @triton.jit
@@ -62,14 +66,9 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h = x @ w^T, and act = weight * relu(h)^2 of h as it is stored. An output may be None."""
-    n_columns = tl.cdiv(F, BLOCK_N)
-    # Column blocks of a tile, and the tiles of an expert, run next to each other: they share
-    # operands in the second-level cache.
-    tile, column_block = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert = tl.load(expert_M + tile).to(tl.int64)
+    expert, row_M, ok_M, f_N, ok_N = _block(expert_M, first_M, end_M, F, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    row_M, ok_M, f_N, ok_N = _block(first_M, end_M, tile, column_block, F, BLOCK_M, BLOCK_N)
     token_M = tl.load(token_R + row_M, mask=ok_M, other=0).to(tl.int64)
     l_K = tl.arange(0, BLOCK_K)
     x_MK = x_TL + token_M[:, None] * L + l_K[None, :]
@@ -93,12 +92,9 @@ def rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = a @ b, b of the row's expert. One stride of b is 1."""
-    n_columns = tl.cdiv(Q, BLOCK_N)
-    tile, column_block = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert = tl.load(expert_M + tile).to(tl.int64)
+    expert, row_M, ok_M, q_N, ok_N = _block(expert_M, first_M, end_M, Q, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    row_M, ok_M, q_N, ok_N = _block(first_M, end_M, tile, column_block, Q, BLOCK_M, BLOCK_N)
     row_M = row_M.to(tl.int64)
     p_K = tl.arange(0, BLOCK_K)
     a_MK = a_RP + row_M[:, None] * P + p_K[None, :]
@@ -131,12 +127,11 @@ def down_dgrad_kernel(
 ):  # fmt: skip
     """From dact = dy @ w: dh = 2 * weight * relu(h) * dact, act once more for the gradient of w,
     and the sums of relu(h)^2 * dact over each column block, parts of the routing weight's."""
-    n_columns = tl.cdiv(F, BLOCK_N)
-    tile, column_block = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
-    expert = tl.load(expert_M + tile).to(tl.int64)
+    expert, row_M, ok_M, f_N, ok_N = _block(expert_M, first_M, end_M, F, BLOCK_M, BLOCK_N)
     if expert < 0:
         return
-    row_M, ok_M, f_N, ok_N = _block(first_M, end_M, tile, column_block, F, BLOCK_M, BLOCK_N)
+    n_columns = tl.cdiv(F, BLOCK_N)
+    column_block = tl.program_id(0) % n_columns
     token_M = tl.load(token_R + row_M, mask=ok_M, other=0).to(tl.int64)
     l_K = tl.arange(0, BLOCK_K)
     dy_MK = dy_TL + token_M[:, None] * L + l_K[None, :]
@@ -260,22 +255,18 @@ def plan(dtype: torch.dtype, rows: int, experts: int, *widths: int) -> Plan:
 def shipped() -> list[Shipped]:
     """Each kernel with each of its tiles: in bf16, with products and weights' gradients also in
     fp32, and in fp32; combining as many slots as published models have."""
-    matrix: dict[int, str | None] = {90: "wgmma", 100: "tcgen05"}
-    plain: dict[int, str | None] = dict.fromkeys(matrix, "fma.rn.f32")
+    matrix, plain = {90: "wgmma", 100: "tcgen05"}, dict.fromkeys((90, 100), "fma.rn.f32")
     kernels = _shipped("*bf16", {*PLANS.values()}, matrix, aligned=True)
     kernels += _shipped("*bf16", {PLAIN}, matrix, aligned=False)
     kernels += _shipped("*fp32", {FP32}, plain, aligned=False)
     combine = {"y_RL": "*bf16", "inverse_R": "*i64", "out_TL": "*bf16", "L": "i32"}
-    none: dict[int, str | None] = {90: None, 100: None}
     for slots in (6, 22):
         constants = {"n_slots": slots, "BLOCK_N": COMBINED}
-        kernels.append(Shipped(combine_kernel, combine, constants, none, 4, 3, ("L",)))
+        kernels.append(Shipped(combine_kernel, combine, constants, {}, 4, 3, ("L",)))
     return kernels
 
 
-def _shipped(
-    x: str, plans: set[Plan], instruction: dict[int, str | None], aligned: bool
-) -> list[Shipped]:
+def _shipped(x: str, plans: set[Plan], instruction: dict[int, str], aligned: bool) -> list[Shipped]:
     """Products of operands of type x; ``aligned``: of widths that are multiples of 16."""
     tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32", "L": "i32", "F": "i32"}
     gathered = {"token_R": "*i32", "w_EFL": x, "weight_R": "*fp32"}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.backend import relative_deviation
-from nemo_kernels.moe.routing import Slots, combine
+from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.moe.routing import Slots, combine, sort_slots
 
 Wanted = tuple[bool, bool]
 """Whether the gradients of w_up_EFL and of w_down_ELF are wanted; frozen weights have none."""
@@ -33,11 +33,9 @@ class Experts(Protocol):
         self, x_RL: Tensor, weights_R: Tensor, groups: Any, w_up_EFL: Tensor, w_down_ELF: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Output y_RL and the pre-activation h_RF in x's dtype."""
-        ...
 
     def pre_activation(self, x_RL: Tensor, groups: Any, w_up_EFL: Tensor) -> Tensor:
         """h_RF, to the bit that of forward."""
-        ...
 
     def backward(
         self,
@@ -51,114 +49,102 @@ class Experts(Protocol):
         wanted: Wanted,
     ) -> Gradients:
         """Gradients of x_RL, weights_R, w_up_EFL, w_down_ELF; zero for experts without rows."""
-        ...
 
 
-class GroupedMLP(torch.autograd.Function):
-    """``grouped_mlp``; keeps its inputs and, without ``recompute``, the pre-activation."""
+class ExpertMLP(torch.autograd.Function):
+    """Both entry points. ``slots`` None: x is sorted already, and results are not combined.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        experts: Experts,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        counts_E: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        recompute: bool,
-    ) -> Tensor:
-        ctx.experts, ctx.groups = experts, experts.groups(counts_E)
-        ctx.weight_dtype = w_up_EFL.dtype
-        w_up_EFL, w_down_ELF = w_up_EFL.to(x_RL.dtype), w_down_ELF.to(x_RL.dtype)
-        y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
-        kept = None if recompute else h_RF
-        ctx.save_for_backward(kept, x_RL, weights_R, w_up_EFL, w_down_ELF)
-        return y_RL.to(x_RL.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_RL: Tensor) -> tuple[Tensor | None, ...]:
-        h_RF, x_RL, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
-        if h_RF is None:
-            h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
-        dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
-            dy_RL.contiguous(),
-            h_RF,
-            x_RL,
-            weights_R,
-            ctx.groups,
-            w_up_EFL,
-            w_down_ELF,
-            ctx.needs_input_grad[4:6],
-        )
-        return (
-            None,
-            dx_RL.to(x_RL.dtype),
-            dweights_R.to(weights_R.dtype),
-            None,
-            None if dup_EFL is None else dup_EFL.to(ctx.weight_dtype),
-            None if ddown_ELF is None else ddown_ELF.to(ctx.weight_dtype),
-            None,
-        )
-
-
-class MoeMLP(torch.autograd.Function):
-    """``moe_mlp``; keeps its inputs (not their K-fold gather), the sort and, without
-    ``recompute``, the pre-activation."""
+    Keeps its inputs (not their K-fold gather), the sort and, without ``recompute``, the
+    pre-activation.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         experts: Experts,
         x_TL: Tensor,
-        slots: Slots,
-        topk_weights_TK: Tensor,
+        weights: Tensor,
+        slots: Slots | None,
+        counts_E: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
         recompute: bool,
     ) -> Tensor:
-        order_R, inverse_R, counts_E = slots
-        ctx.experts, ctx.groups = experts, experts.groups(counts_E)
+        ctx.experts, ctx.groups, ctx.shape = experts, experts.groups(counts_E), weights.shape
         ctx.weight_dtype = w_up_EFL.dtype
         w_up_EFL, w_down_ELF = w_up_EFL.to(x_TL.dtype), w_down_ELF.to(x_TL.dtype)
-        ctx.k = topk_weights_TK.shape[1]
-        token_R = order_R.div(ctx.k, rounding_mode="floor")
-        weights_R = topk_weights_TK.reshape(-1).index_select(0, order_R)
-        x_RL = x_TL.index_select(0, token_R)
-        y_RL, h_RF = experts.forward(x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF)
+        token_R = inverse_R = None
+        if slots is not None:
+            token_R = slots.order_R.div(weights.shape[1], rounding_mode="floor")
+            inverse_R = slots.inverse_R
+            weights = weights.reshape(-1).index_select(0, slots.order_R)
+        x_RL = _gathered(x_TL, token_R)
+        y_RL, h_RF = experts.forward(x_RL, weights, ctx.groups, w_up_EFL, w_down_ELF)
         kept = None if recompute else h_RF
-        ctx.save_for_backward(kept, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF)
-        return combine(y_RL, inverse_R, x_TL.shape[0]).to(x_TL.dtype)
+        ctx.save_for_backward(kept, x_TL, token_R, inverse_R, weights, w_up_EFL, w_down_ELF)
+        return _combined(y_RL, inverse_R, len(x_TL)).to(x_TL.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TL: Tensor) -> tuple[Tensor | None, ...]:
         h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
-        n_tokens = x_TL.shape[0]
-        dy_RL, x_RL = dy_TL.index_select(0, token_R), x_TL.index_select(0, token_R)
+        dy_RL, x_RL = _gathered(dy_TL, token_R).contiguous(), _gathered(x_TL, token_R)
         if h_RF is None:
             h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
-        dx_RL, dweights_R, dup_EFL, ddown_ELF = ctx.experts.backward(
-            dy_RL,
-            h_RF,
-            x_RL,
-            weights_R,
-            ctx.groups,
-            w_up_EFL,
-            w_down_ELF,
-            ctx.needs_input_grad[4:6],
+        wanted = ctx.needs_input_grad[5:7]
+        dx_RL, dweights, dup_EFL, ddown_ELF = ctx.experts.backward(
+            dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF, wanted
         )
-        dweights_TK = dweights_R.index_select(0, inverse_R).view(n_tokens, ctx.k)
         return (
             None,
-            combine(dx_RL, inverse_R, n_tokens).to(x_TL.dtype),
+            _combined(dx_RL, inverse_R, len(x_TL)).to(x_TL.dtype),
+            _gathered(dweights, inverse_R).view(ctx.shape).to(weights_R.dtype),
             None,
-            dweights_TK.to(weights_R.dtype),
+            None,
             None if dup_EFL is None else dup_EFL.to(ctx.weight_dtype),
             None if ddown_ELF is None else ddown_ELF.to(ctx.weight_dtype),
             None,
         )
+
+
+def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
+    return t if places is None else t.index_select(0, places)
+
+
+def _combined(y_RL: Tensor, inverse_R: Tensor | None, n_tokens: int) -> Tensor:
+    return y_RL if inverse_R is None else combine(y_RL, inverse_R, n_tokens)
+
+
+def grouped_mlp(
+    experts: Experts,
+    x_RL: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool = False,
+) -> Tensor:
+    """``nemo_kernels.moe.grouped_mlp`` by an implementation of the experts."""
+    return ExpertMLP.apply(
+        experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute
+    )
+
+
+def moe_mlp(
+    experts: Experts,
+    x_TL: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    recompute: bool = False,
+    sort: Callable[[Tensor, int], Slots] = sort_slots,
+) -> Tensor:
+    """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts."""
+    slots = sort(topk_ids_TK, w_up_EFL.shape[0])
+    return ExpertMLP.apply(
+        experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute
+    )
 
 
 def self_check(
@@ -166,23 +152,12 @@ def self_check(
 ) -> float:
     """Largest deviation of an implementation of ``moe_mlp`` from the reference's, relative to its
     largest value, of output and gradients in bf16, with an expert that gets no token."""
-    generator = torch.Generator().manual_seed(0)
-    n_experts, n_tokens, width, inner = 5, 96, 64, 128
-    shapes = (
-        (n_tokens, width),
-        (n_tokens, 2),
-        (n_experts, inner, width),
-        (n_experts, width, inner),
-    )
-    inputs = [
-        torch.randn(shape, generator=generator).to(device_type, torch.bfloat16) for shape in shapes
-    ]
-    pairs = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type)
-    ids_TK = pairs.repeat(n_tokens // len(pairs), 1)
+    inputs = draw(device_type, (96, 64), (96, 2), (5, 128, 64), (5, 64, 128))
+    ids_TK = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type).repeat(32, 1)
     return relative_deviation(
         lambda mlp, x_TL, weights_TK, up_EFL, down_ELF: mlp(
             x_TL, ids_TK, weights_TK, up_EFL, down_ELF
         ),
         (moe_mlp, reference),
-        tuple(inputs),
+        inputs,
     )

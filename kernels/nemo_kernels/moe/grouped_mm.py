@@ -8,12 +8,14 @@ Shapes as in ``reference``.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from nemo_kernels.moe import function, reference
-from nemo_kernels.moe.function import Gradients, GroupedMLP, MoeMLP, Wanted
+from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
 __all__ = [
@@ -32,12 +34,7 @@ class GroupedMMExperts:
         return counts_E.cumsum(0).int()
 
     def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
+        self, x_RL: Tensor, weights_R: Tensor, groups: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
     ) -> tuple[Tensor, Tensor]:
         h_RF = self.pre_activation(x_RL, groups, w_up_EFL)
         act_RF = h_RF.to(accumulation_dtype(x_RL)).relu()
@@ -45,6 +42,14 @@ class GroupedMMExperts:
         return grouped_mm(act_RF, w_down_ELF.mT, offs=groups), h_RF
 
     def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
+        """Raises ValueError for rows that cannot be aligned."""
+        n_experts, *widths = w_up_EFL.shape
+        if not supports(x_RL.dtype, n_experts, 1, *widths):
+            raise ValueError(
+                f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // x_RL.dtype.itemsize} "
+                f"for {x_RL.dtype} (path grouped_mm of op moe), got {list(w_up_EFL.shape)}; path "
+                "reference takes any"
+            )
         return grouped_mm(x_RL, w_up_EFL.mT, offs=groups)
 
     def backward(
@@ -73,33 +78,8 @@ class GroupedMMExperts:
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
 
 
-def grouped_mlp(
-    x_RL: Tensor,
-    weights_R: Tensor,
-    counts_E: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    _check_alignment(x_RL, w_up_EFL)
-    return GroupedMLP.apply(
-        GroupedMMExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
-    )
-
-
-def moe_mlp(
-    x_TL: Tensor,
-    topk_ids_TK: Tensor,
-    topk_weights_TK: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    _check_alignment(x_TL, w_up_EFL)
-    slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
-    return MoeMLP.apply(
-        GroupedMMExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute
-    )
+grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())
+moe_mlp = partial(function.moe_mlp, GroupedMMExperts())
 
 
 def self_check(device_type: str) -> float:
@@ -110,13 +90,3 @@ def self_check(device_type: str) -> float:
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
     """Whether rows of these widths (F and L, or none) can be aligned."""
     return all(width % (_ALIGNMENT // dtype.itemsize) == 0 for width in widths)
-
-
-def _check_alignment(x: Tensor, w_up_EFL: Tensor) -> None:
-    n_experts, *widths = w_up_EFL.shape
-    if not supports(x.dtype, n_experts, 1, *widths):
-        raise ValueError(
-            f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // x.dtype.itemsize} for "
-            f"{x.dtype} (path grouped_mm of op moe), got {list(w_up_EFL.shape)}; path reference "
-            "takes any"
-        )

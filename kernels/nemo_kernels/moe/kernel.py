@@ -279,12 +279,7 @@ def _over_tiles(
 
 
 def _up(
-    tile: Tile,
-    x_TL: Tensor,
-    rows: _Rows,
-    w_EFL: Tensor,
-    h_RF: Tensor | None,
-    act_RF: Tensor | None,
+    tile: Tile, x_TL: Tensor, rows: _Rows, w_EFL: Tensor, h_RF: Tensor | None, act_RF: Tensor | None
 ) -> None:
     """Write h and act, those that are given."""
     _, inner, width = w_EFL.shape
@@ -323,12 +318,7 @@ def _down_dgrad(
 
 
 def _wgrad(
-    tile: Tile,
-    row_RF: Tensor,
-    gathered_TL: Tensor,
-    token_R: Tensor,
-    end_E: Tensor,
-    out_EFL: Tensor,
+    tile: Tile, row_RF: Tensor, gathered_TL: Tensor, token_R: Tensor, end_E: Tensor, out_EFL: Tensor
 ) -> None:
     """Write each expert's sum over its rows of the outer products."""
     n_experts, inner, width = out_EFL.shape

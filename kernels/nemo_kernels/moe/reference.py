@@ -11,10 +11,13 @@ do not go to memory. On a GPU the loop waits for the group sizes.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from nemo_kernels.moe.function import Gradients, GroupedMLP, MoeMLP, Wanted
+from nemo_kernels.moe import function
+from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
 
 __all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
@@ -95,28 +98,5 @@ def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
         h.copy_(torch.mm(x.to(acc), up.to(acc).t()))
 
 
-def grouped_mlp(
-    x_RL: Tensor,
-    weights_R: Tensor,
-    counts_E: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    return GroupedMLP.apply(
-        LoopExperts(), x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
-    )
-
-
-def moe_mlp(
-    x_TL: Tensor,
-    topk_ids_TK: Tensor,
-    topk_weights_TK: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    slots = sort_slots(topk_ids_TK, w_up_EFL.shape[0])
-    return MoeMLP.apply(
-        LoopExperts(), x_TL, slots, topk_weights_TK, w_up_EFL, w_down_ELF, recompute
-    )
+grouped_mlp = partial(function.grouped_mlp, LoopExperts())
+moe_mlp = partial(function.moe_mlp, LoopExperts())

@@ -23,7 +23,8 @@ from nemo_kernels.shipped import Shipped
 
 MAX_CHOICES = 32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WARPS, _STAGES = 1, 3  # a warp holds a token: sums and maxima need no shared memory
+# A warp holds a token: sums and maxima need no shared memory.
+_OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 3}
 
 
 def topk_router(
@@ -79,21 +80,9 @@ class _Router(torch.autograd.Function):
         weights_TK = torch.empty_like(ids_TK, dtype=torch.float32)
         scores_TE = torch.empty_like(logits_TE)
         if n_tokens:
-            _router_kernel[(n_tokens,)](
-                logits_TE,
-                bias_E.float().contiguous(),
-                ids_TK,
-                weights_TK,
-                scores_TE,
-                n_experts,
-                k,
-                scaling_factor,
-                int(normalize),
-                EXPERTS=padded(n_experts),
-                CHOICES=MAX_CHOICES,
-                num_warps=_WARPS,
-                num_stages=_STAGES,
-            )
+            tensors = (logits_TE, bias_E.float().contiguous(), ids_TK, weights_TK, scores_TE)
+            sizes = (n_experts, k, scaling_factor, int(normalize), padded(n_experts), MAX_CHOICES)
+            _router_kernel[(n_tokens,)](*tensors, *sizes, **_OPTIONS)
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TD, weight_ED, ids_TK, scores_TE)
@@ -115,21 +104,11 @@ class _Router(torch.autograd.Function):
             dweights_TK = scores_TE.new_zeros(n_tokens, k)
         dlogits_TE = torch.empty_like(scores_TE)
         if n_tokens:
+            gradients = (dweights_TK.contiguous(), dscores_TE.contiguous())
+            sizes = (stride, n_experts, k, ctx.scaling_factor, int(ctx.normalize))
+            choices = (padded(n_experts), MAX_CHOICES)
             _router_backward_kernel[(n_tokens,)](
-                dweights_TK.contiguous(),
-                dscores_TE.contiguous(),
-                ids_TK,
-                scores_TE,
-                dlogits_TE,
-                stride,
-                n_experts,
-                k,
-                ctx.scaling_factor,
-                int(ctx.normalize),
-                EXPERTS=padded(n_experts),
-                CHOICES=MAX_CHOICES,
-                num_warps=_WARPS,
-                num_stages=_STAGES,
+                *gradients, ids_TK, scores_TE, dlogits_TE, *sizes, *choices, **_OPTIONS
             )
         dx_TD = dweight_ED = None
         if ctx.needs_input_grad[0]:
@@ -149,18 +128,9 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["k", "normalize"])
 def _router_kernel(
-    logits_TE,
-    bias_E,
-    ids_TK,
-    weights_TK,
-    scores_TE,
-    n_experts,
-    k,
-    scaling_factor,
-    normalize,
-    EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr,
-):
+    logits_TE, bias_E, ids_TK, weights_TK, scores_TE, n_experts, k, scaling_factor, normalize,
+    EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
     """One token: the highest of the remaining experts is taken k times."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
@@ -191,19 +161,9 @@ def _router_kernel(
 
 @triton.jit(do_not_specialize=["k", "normalize"])
 def _router_backward_kernel(
-    dweights_TK,
-    dscores_TE,
-    ids_TK,
-    scores_TE,
-    dlogits_TE,
-    dscores_stride,
-    n_experts,
-    k,
-    scaling_factor,
-    normalize,
-    EXPERTS: tl.constexpr,
-    CHOICES: tl.constexpr,
-):
+    dweights_TK, dscores_TE, ids_TK, scores_TE, dlogits_TE, dscores_stride,
+    n_experts, k, scaling_factor, normalize, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
     """One token. With w_i = scale * s_i / total over its choices, and total = sum of s_j:
     ds_i = scale * (dw_i - sum_j(dw_j * s_j) / total) / total; without normalising, scale * dw_i."""
     token = tl.program_id(0).to(tl.int64)
@@ -236,19 +196,13 @@ def shipped() -> list[Shipped]:
     forward = {"logits_TE": "*fp32", "bias_E": "*fp32", "weights_TK": "*fp32", **tensors, **sizes}
     gradients = {"dweights_TK": "*fp32", "dscores_TE": "*fp32", "dlogits_TE": "*fp32"}
     backward = {**gradients, **tensors, "dscores_stride": "i32", **sizes}
-    return [
-        Shipped(
-            kernel,
-            signature,
-            {"EXPERTS": experts, "CHOICES": MAX_CHOICES},
-            {90: None, 100: None},
-            _WARPS,
-            _STAGES,
-            divisible,
-        )
+    kernels = []
+    for experts in (128, 256, 512, 1024):
+        constants = {"EXPERTS": experts, "CHOICES": MAX_CHOICES}
         for kernel, signature, divisible in (
             (_router_kernel, forward, ("n_experts",)),
             (_router_backward_kernel, backward, ("n_experts", "dscores_stride")),
-        )
-        for experts in (128, 256, 512, 1024)
-    ]
+        ):
+            item = Shipped(kernel, signature, constants, {}, **_OPTIONS, divisible=divisible)
+            kernels.append(item)
+    return kernels

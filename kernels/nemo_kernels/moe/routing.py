@@ -24,12 +24,7 @@ class Slots(NamedTuple):
 
 
 def topk_router(
-    x_TD: Tensor,
-    weight_ED: Tensor,
-    bias_E: Tensor,
-    k: int,
-    scaling_factor: float,
-    normalize: bool,
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, k: int, scaling_factor: float, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(x_TD)
     scores_TE = torch.mm(x_TD.to(acc), weight_ED.to(acc).t()).sigmoid()

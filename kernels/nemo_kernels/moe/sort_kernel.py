@@ -28,7 +28,7 @@ MAX_ROWS = 2**31 - 2 * _MAX_TILE
 _SLOTS, _COMPARED = 256, 16  # slots per block, and how many of them are compared with all at a time
 _SCAN = (512, 8)  # blocks and experts at a time in the running sum
 _TILES = (32, 128)  # tiles that a program writes, and experts that it reads at a time
-_WARPS, _STAGES = 4, 3
+_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
 
 
 class Tiles(NamedTuple):
@@ -71,40 +71,16 @@ def _sort(ids_R: Tensor, n_experts: int) -> Slots:
     experts = padded(n_experts)
     if n_slots:
         _count_kernel[(n_blocks,)](
-            ids_R,
-            before_BE,
-            n_slots,
-            n_experts,
-            SLOTS=_SLOTS,
-            COMPARED=_COMPARED,
-            EXPERTS=experts,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            ids_R, before_BE, n_slots, n_experts, SLOTS=_SLOTS, EXPERTS=experts, **_OPTIONS
         )
-    _scan_kernel[(triton.cdiv(n_experts, _SCAN[1]),)](
-        before_BE,
-        counts_E,
-        n_blocks,
-        n_experts,
-        BLOCKS=_SCAN[0],
-        EXPERTS=_SCAN[1],
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+    blocks, columns = _SCAN
+    _scan_kernel[(triton.cdiv(n_experts, columns),)](
+        before_BE, counts_E, n_blocks, n_experts, BLOCKS=blocks, EXPERTS=columns, **_OPTIONS
     )
     if n_slots:
+        sizes = {"SLOTS": _SLOTS, "COMPARED": _COMPARED, "EXPERTS": experts}
         _place_kernel[(n_blocks,)](
-            ids_R,
-            before_BE,
-            order_R,
-            inverse_R,
-            n_slots,
-            n_blocks,
-            n_experts,
-            SLOTS=_SLOTS,
-            COMPARED=_COMPARED,
-            EXPERTS=experts,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts, **sizes, **_OPTIONS
         )
     return Slots(order_R, inverse_R, counts_E)
 
@@ -131,17 +107,9 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
     n_tiles = triton.cdiv(n_rows, rows_per_tile) + n_experts
     tiles = Tiles(*(counts_E.new_empty(n_tiles, dtype=torch.int32) for _ in Tiles._fields))
     with torch.cuda.device_of(counts_E):
+        sizes = (n_experts, n_rows, n_tiles, rows_per_tile)
         _tile_kernel[(triton.cdiv(n_tiles, _TILES[0]),)](
-            counts_E.contiguous(),
-            *tiles,
-            n_experts,
-            n_rows,
-            n_tiles,
-            rows_per_tile,
-            TILES=_TILES[0],
-            EXPERTS=_TILES[1],
-            num_warps=_WARPS,
-            num_stages=_STAGES,
+            counts_E.contiguous(), *tiles, *sizes, TILES=_TILES[0], EXPERTS=_TILES[1], **_OPTIONS
         )
     return tiles
 
@@ -198,17 +166,9 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["n_slots", "n_blocks"])
 def _place_kernel(
-    ids_R,
-    before_BE,
-    order_R,
-    inverse_R,
-    n_slots,
-    n_blocks,
-    n_experts,
-    SLOTS: tl.constexpr,
-    COMPARED: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+    ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts,
+    SLOTS: tl.constexpr, COMPARED: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     """Write each slot of a block to its place: its expert's first place, plus the expert's slots in
     earlier blocks, plus those before it in this block, which are found by comparing all pairs."""
     block = tl.program_id(0).to(tl.int64)
@@ -241,17 +201,9 @@ def _place_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def _tile_kernel(
-    counts_E,
-    expert_M,
-    first_M,
-    end_M,
-    n_experts,
-    n_rows,
-    n_tiles,
-    rows_per_tile,
-    TILES: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
+    counts_E, expert_M, first_M, end_M, n_experts, n_rows, n_tiles, rows_per_tile,
+    TILES: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
     """The expert of a tile follows those whose tiles all lie before it, which are added up."""
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tile_expert = tl.zeros([TILES], tl.int32)
@@ -289,41 +241,24 @@ def _rows_of(counts_E, expert, mask, n_rows):
 def shipped() -> list[Shipped]:
     """Each kernel as it is launched. The padded number of experts is the only choice."""
     table, size = {"before_BE": "*i32"}, {"n_experts": "i32"}
-    slots = {"ids_R": "*i64", **table}
-    tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32"}
-    rows = {"n_rows": "i32", "n_tiles": "i32", "rows_per_tile": "i32"}
+    slots = {"ids_R": "*i64", **table, "n_slots": "i32", **size}
+    places = {**slots, "order_R": "*i64", "inverse_R": "*i64", "n_blocks": "i32"}
+    scan = {**table, "counts_E": "*i64", "n_blocks": "i32", **size}
+    tiles = {"counts_E": "*i64", "expert_M": "*i32", "first_M": "*i32", "end_M": "*i32", **size}
+    tiles |= {"n_rows": "i32", "n_tiles": "i32", "rows_per_tile": "i32"}
 
     def declare(
-        kernel: Any, signature: dict[str, str], constants: dict[str, Any], *divisible: str
+        kernel: Any, signature: dict[str, str], *divisible: str, **constants: int
     ) -> Shipped:
-        none: dict[int, str | None] = {90: None, 100: None}
-        return Shipped(kernel, signature, constants, none, _WARPS, _STAGES, divisible)
+        divisible = ("n_experts", *divisible)
+        return Shipped(kernel, signature, constants, {}, **_OPTIONS, divisible=divisible)
 
     kernels = [
-        declare(
-            _scan_kernel,
-            {**table, "counts_E": "*i64", "n_blocks": "i32", **size},
-            {"BLOCKS": _SCAN[0], "EXPERTS": _SCAN[1]},
-            "n_experts",
-        ),
-        declare(
-            _tile_kernel,
-            {"counts_E": "*i64", **tiles, **size, **rows},
-            {"TILES": _TILES[0], "EXPERTS": _TILES[1]},
-            "n_experts",
-            "rows_per_tile",
-        ),
+        declare(_scan_kernel, scan, BLOCKS=_SCAN[0], EXPERTS=_SCAN[1]),
+        declare(_tile_kernel, tiles, "rows_per_tile", TILES=_TILES[0], EXPERTS=_TILES[1]),
     ]
     for experts in (128, 256, 512, 1024):
-        block = {"SLOTS": _SLOTS, "EXPERTS": experts}
-        places = {"order_R": "*i64", "inverse_R": "*i64", "n_slots": "i32", "n_blocks": "i32"}
-        kernels += [
-            declare(_count_kernel, {**slots, "n_slots": "i32", **size}, block, "n_experts"),
-            declare(
-                _place_kernel,
-                {**slots, **places, **size},
-                {**block, "COMPARED": _COMPARED},
-                "n_experts",
-            ),
-        ]
+        sizes = {"SLOTS": _SLOTS, "EXPERTS": experts}
+        kernels.append(declare(_count_kernel, slots, **sizes))
+        kernels.append(declare(_place_kernel, places, **sizes, COMPARED=_COMPARED))
     return kernels

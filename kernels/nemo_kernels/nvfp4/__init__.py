@@ -18,10 +18,7 @@ from torch import Tensor
 from nemo_kernels import backend
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 
-PATHS = {
-    "transformer_engine": "nemo_kernels.nvfp4.external",
-    "triton": "nemo_kernels.nvfp4.kernel",
-}
+PATHS = {"transformer_engine": "nemo_kernels.nvfp4.external", "triton": "nemo_kernels.nvfp4.kernel"}
 
 
 def segment_alignment(device_type: str) -> int:

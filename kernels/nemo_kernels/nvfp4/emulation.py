@@ -26,7 +26,7 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
     """Row p of expert e times b[e]^T: [P, N], of a over [P, K] and b over [E, N, K]. Zeros after
     the last end. Waits for a GPU, which has to tell the ends."""
     out_PN = a.matrix.new_zeros(a.matrix.shape[0], b.matrix.shape[1], dtype=dtype)
-    for e, (rows, weight) in enumerate(zip(_segments(ends_E), b.matrix, strict=True)):
+    for e, (rows, weight) in enumerate(zip(segments(ends_E), b.matrix, strict=True)):
         out_PN[rows] = _scaled(_mm(a.matrix[rows], weight.mT), a, b, e)
     return out_PN
 
@@ -36,7 +36,7 @@ def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) ->
     [N, P]. Waits for a GPU, which has to tell the ends."""
     (m, _), (n, _) = a.matrix.shape, b.matrix.shape
     out_EMN = a.matrix.new_empty(ends_E.numel(), m, n, dtype=dtype)
-    for e, rows in enumerate(_segments(ends_E)):
+    for e, rows in enumerate(segments(ends_E)):
         out_EMN[e] = _scaled(_mm(a.matrix[:, rows], b.matrix[:, rows].mT), a, b, e)
     return out_EMN
 
@@ -55,6 +55,7 @@ def _scaled(result: Tensor, a: Operand, b: Operand, expert: int | None = None) -
     return result
 
 
-def _segments(ends_E: Tensor) -> list[slice]:
+def segments(ends_E: Tensor) -> list[slice]:
+    """Rows of each expert; waits for a GPU."""
     ends = [0, *ends_E.tolist()]
     return [slice(start, end) for start, end in pairwise(ends)]

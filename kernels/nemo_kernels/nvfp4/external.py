@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_engine.pytorch import NVFP4Quantizer
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
+from nemo_kernels.backend import draw
 from nemo_kernels.nvfp4 import emulation, grouped, layout, reference
 from nemo_kernels.nvfp4.operand import Operand, Rounding
 
@@ -72,7 +73,7 @@ def operands(
         if x.dim() == 2 and ends_E is None:
             made = quantizer(x)
         else:
-            parts = list(x) if ends_E is None else [x[part] for part in _segments(ends_E)]
+            parts = list(x) if ends_E is None else [x[part] for part in emulation.segments(ends_E)]
             made = [quantizer(part) if part.numel() else None for part in parts]
     return (
         None if rows is None else Native(made, x.shape, False),
@@ -99,7 +100,7 @@ def grouped_product(
     assert isinstance(b, Native)
     width = b.shape[-1 if b.columnwise else -2]
     out_PN = torch.zeros(a.shape[0], width, dtype=dtype, device=ends_E.device)
-    for rows, one, weight in zip(_segments(ends_E), a.tensor, b.tensor, strict=True):
+    for rows, one, weight in zip(emulation.segments(ends_E), a.tensor, b.tensor, strict=True):
         if one is not None:
             out_PN[rows] = _product(one, a.columnwise, weight, b.columnwise, dtype)
     return out_PN
@@ -129,10 +130,7 @@ def self_check(device_type: str) -> float:
     """
     if torch.cuda.get_device_capability() < (10, 0):
         raise RuntimeError("needs a GPU of compute capability 10.0 or later")
-    generator = torch.Generator().manual_seed(0)
-    x, w = (
-        torch.randn(256, 256, generator=generator).to(device_type, torch.bfloat16) for _ in range(2)
-    )
+    x, w = draw(device_type, (256, 256), (256, 256))
     results = []
     for path in (operands, reference.operands):
         multiply: Any = product if path is operands else reference.product
@@ -146,11 +144,6 @@ def self_check(device_type: str) -> float:
 def _alike(rows: Rounding, columns: Rounding) -> bool:
     """Whether one quantizer makes both; of their seeds it takes the first."""
     return rows.tile == columns.tile and (rows.seed is None) == (columns.seed is None)
-
-
-def _segments(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _product(a: Any, a_columnwise: bool, b: Any, b_columnwise: bool, dtype: torch.dtype) -> Tensor:

@@ -307,7 +307,7 @@ def _declare(
         signature[name] = f"tensordesc<u8{_code_block(rows, tile.k)}>"
         signature[f"{name}_scale"] = f"tensordesc<fp8e4nv{_scale_block(rows, tile.k)}>"
         signature[f"{name}_tensor_scale"] = "*fp32"
-    native: dict[int, str | None] = {100: "kind::mxf4nvf4"}
+    native = {100: "kind::mxf4nvf4"}
     return Shipped(
         kernel, signature, constants, native, tile.warps, tile.stages, sizes, archs=(100,)
     )

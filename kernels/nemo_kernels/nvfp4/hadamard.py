@@ -32,12 +32,6 @@ def transform(x: Tensor, dim: int) -> Tensor:
     return result.view(x.shape)
 
 
-def inverse(x: Tensor, dim: int) -> Tensor:
-    """Undoes :func:`transform`, but for its rounding."""
-    result = _butterflies(_blocks(x, dim).float()) * _signs(x)
-    return result.to(x.dtype).view(x.shape)
-
-
 def _blocks(x: Tensor, dim: int) -> Tensor:
     """x as [before, 16, after]: places within a block along the middle dimension."""
     if x.shape[dim] % BLOCK:

@@ -2,8 +2,7 @@
 
 On chips with units for NVFP4 (sm_100, sm_103), operands are packed and products are native; on
 others an operand holds decoded values in bf16, which are exact, and products are emulated. What the
-quantizers do not take goes to the reference: four-over-six, a transform along rows, an amax per
-part, and stacked matrices with one tensor scale.
+quantizers do not take, such as a transform along rows, goes to the reference.
 """
 
 from __future__ import annotations
@@ -15,18 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import (
-    emulation,
-    gemm_kernel,
-    grouped,
-    layout,
-    quantizer,
-    reference,
-)
+from nemo_kernels.backend import draw
+from nemo_kernels.nvfp4 import emulation, gemm_kernel, grouped, layout, quantize_kernel, reference
 from nemo_kernels.nvfp4.layout import Packed
 from nemo_kernels.nvfp4.operand import Operand, Rounding
-from nemo_kernels.nvfp4.quantizer import Result
-from nemo_kernels.nvfp4.reference import Quantized
+from nemo_kernels.nvfp4.quantize_kernel import Result
 from nemo_kernels.nvfp4.scales import BLOCK
 
 DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
@@ -36,43 +28,6 @@ SEGMENT_ALIGNMENT = layout.SEGMENT_ALIGNMENT if NATIVE else BLOCK
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_COLUMNS = 2**31 // 64
 """Within a program's rows, places are int32."""
-
-
-def quantize(
-    x: Tensor,
-    *,
-    tile: tuple[int, int] = (1, 16),
-    columnwise: bool = False,
-    rht: bool = False,
-    four_over_six: bool = False,
-    seed: int | None = None,
-    amax: Tensor | None = None,
-) -> Quantized:
-    """:func:`.reference.quantize`."""
-    how = Rounding(tile, rht, seed)
-    made = _alone(x, how, columnwise, four_over_six, amax)
-    if made is None:
-        return reference.quantize(
-            x,
-            tile=tile,
-            columnwise=columnwise,
-            rht=rht,
-            four_over_six=four_over_six,
-            seed=seed,
-            amax=amax,
-        )
-    assert made.scale is not None
-    outer = x.shape[-1:] if columnwise else x.shape[:-1]
-    data, scale = (t.view(*outer, t.shape[-1]) for t in (made.data, made.scale))
-    return Quantized(data, scale, made.tensor_scale.view(()))
-
-
-def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """:func:`.reference.dequantize`."""
-    if q.tensor_scale.numel() != 1:
-        return reference.dequantize(q, dtype)
-    data, scale = q.data.contiguous(), q.block_scale.contiguous()
-    return quantizer.dequantize(data, scale, q.tensor_scale, dtype)
 
 
 def operands(
@@ -86,9 +41,7 @@ def operands(
     if rows is not None and columns is not None and rows.tile != columns.tile:
         return operands(x, rows, None, ends_E)[0], operands(x, None, columns, ends_E)[1]
     shared = rows == columns and rows is not None and rows.tile[0] > 1 and not NATIVE
-    made = quantizer.quantize(
-        x_EMN, rows, None if shared else columns, ends_E, packed=NATIVE, swizzled=NATIVE
-    )
+    made = quantize_kernel.quantize(x_EMN, rows, None if shared else columns, ends_E, packed=NATIVE)
     if shared:  # the same values in the same places
         made = made[0], made[0]
     scalar = x.dim() == 2 and ends_E is None
@@ -121,24 +74,18 @@ def grouped_wgrad(
 
 
 def self_check(device_type: str) -> float:
-    """Deviation of products from the reference's; infinity where codes or scales differ."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(128, 256, generator=generator).to(device_type, torch.bfloat16)
-    w_ENK = torch.randn(2, 96, 256, generator=generator).to(device_type, torch.bfloat16)
+    """Deviation of products from the reference's; infinity where quantized values differ."""
+    x, w_ENK = draw(device_type, (128, 256), (2, 96, 256))
     ends_E = torch.tensor([0, 128], dtype=torch.int32, device=device_type)
     rows, columns = Rounding(seed=1), Rounding(rht=True, seed=2)
-    for (tile, rht, seed), columnwise in (
-        (rows, False),
-        (columns, True),
-        (Rounding((16, 16)), False),
-    ):
-        found, wanted = (
-            f(x, tile=tile, columnwise=columnwise, rht=rht, seed=seed)
-            for f in (quantize, reference.quantize)
-        )
-        same_scales = torch.equal(found.block_scale.float(), wanted.block_scale.float())
-        if not same_scales or not torch.equal(found.data, wanted.data):
-            return torch.inf
+    for sides in ((rows, columns), (Rounding((16, 16)), None)):
+        made = quantize_kernel.quantize(x[None], *sides, packed=False)
+        for found, wanted in zip(made, reference.operands(x, *sides), strict=True):
+            if found is None or wanted is None or wanted.tensor_scale is None:
+                continue
+            same_scale = torch.equal(found.tensor_scale[0], wanted.tensor_scale)
+            if not same_scale or not torch.equal(found.data[0], wanted.values):
+                return torch.inf
 
     def products(path: Any) -> list[Tensor]:
         a, transposed = path.operands(x, rows, columns)
@@ -169,25 +116,6 @@ def _takes(x: Tensor, rows: Rounding | None, columns: Rounding | None) -> bool:
         and not (rows is not None and rows.rht)
         and not (columns is not None and columns.rht and columns.tile[0] > 1)
     )
-
-
-def _alone(
-    x: Tensor,
-    how: Rounding,
-    columnwise: bool,
-    four_over_six: bool,
-    amax: Tensor | None,
-) -> Result | None:
-    """One side of x, packed, with one tensor scale; None if the kernels do not take it."""
-    if not columnwise and how.tile == (1, BLOCK) and x.dim() and x.shape[-1]:
-        x = x.reshape(-1, x.shape[-1])
-    rows, columns = (None, how) if columnwise else (how, None)
-    if four_over_six or x.dim() != 2 or not _takes(x, rows, columns):
-        return None
-    if amax is not None and (amax.numel() != 1 or amax.dim() or amax.dtype != torch.float32):
-        return None
-    x_1MN = x.detach().contiguous().unsqueeze(0)
-    return quantizer.quantize(x_1MN, rows, columns, amax=amax, packed=True)[columnwise]
 
 
 def _operand(

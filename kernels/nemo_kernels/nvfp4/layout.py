@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nemo_kernels.nvfp4.scales import BLOCK
@@ -30,7 +29,7 @@ class Packed(NamedTuple):
     Fields:
         data: uint8 [.., R, K/2], contiguous: two codes per byte, the even element's in the low
             nibble.
-        scale: float8_e4m3fn [.., A, C, 512], contiguous; :func:`swizzle`. The padding is zero.
+        scale: float8_e4m3fn [.., A, C, 512], contiguous, in atoms. The padding is zero.
         tensor_scale: fp32 scalar, or [E]: one per expert.
     """
 
@@ -47,44 +46,3 @@ class Packed(NamedTuple):
 def atoms(rows: int, k: int) -> tuple[int, int]:
     """(A, C) of a tensor of that many rows and columns."""
     return -(-rows // ATOM_ROWS), -(-k // ATOM_K)
-
-
-def swizzle(block_scale: Tensor) -> Tensor:
-    """Scales in plain order [.., R, K/16], of a type of one byte, in atoms [.., A, C, 512].
-
-    Raises:
-        ValueError: fewer than two dimensions, or another size of element.
-    """
-    if block_scale.dim() < 2 or block_scale.element_size() != 1:
-        raise ValueError(
-            "block_scale: expected at least 2 dimensions of a type of one byte, got "
-            f"{list(block_scale.shape)} of {block_scale.dtype}"
-        )
-    *outer, rows, blocks = block_scale.shape
-    n_rows, n_columns = atoms(rows, blocks * BLOCK)
-    padded = torch.zeros(
-        (*outer, n_rows * ATOM_ROWS, n_columns * ATOM_BLOCKS),
-        dtype=torch.uint8,
-        device=block_scale.device,
-    )
-    padded[..., :rows, :blocks] = block_scale.view(torch.uint8)
-    # [A, r div 32, r mod 32, C, k] to [A, C, r mod 32, r div 32, k]; r in the atom
-    parts = padded.unflatten(-2, (n_rows, 4, 32)).unflatten(-1, (n_columns, ATOM_BLOCKS))
-    return parts.transpose(-4, -2).flatten(-3).view(block_scale.dtype)
-
-
-def unswizzle(scale: Tensor, rows: int, blocks: int) -> Tensor:
-    """Undoes :func:`swizzle`: [.., A, C, 512] to [.., R, K/16].
-
-    Raises:
-        ValueError: scale has not the atoms of so many rows and blocks.
-    """
-    n_rows, n_columns = atoms(rows, blocks * BLOCK)
-    if scale.dim() < 3 or scale.shape[-3:] != (n_rows, n_columns, ATOM_BYTES):
-        raise ValueError(
-            f"scale: expected shape [.., {n_rows}, {n_columns}, {ATOM_BYTES}], got "
-            f"{list(scale.shape)}"
-        )
-    parts = scale.view(torch.uint8).unflatten(-1, (32, 4, ATOM_BLOCKS))
-    plain = parts.transpose(-4, -2).flatten(-2).flatten(-4, -2)
-    return plain[..., :rows, :blocks].contiguous().view(scale.dtype)

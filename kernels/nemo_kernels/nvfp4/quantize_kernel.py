@@ -1,4 +1,4 @@
-"""Triton kernels that quantize to NVFP4, bit for bit as :mod:`.reference` does, and decode it.
+"""Triton kernels that quantize to NVFP4, bit for bit as :mod:`.reference` does.
 
 Two passes: ``amax_kernel`` finds the largest values of tensors or experts' segments, before and
 after the Hadamard transform; ``quantize_kernel`` then reads a tile once and writes it row-wise,
@@ -17,10 +17,17 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from nemo_kernels.nvfp4 import hadamard, rounding
+from nemo_kernels.nvfp4.layout import ATOM_BYTES, atoms
+from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels.nvfp4.scales import BLOCK
 from nemo_kernels.shipped import Shipped
 
+TILE = {"B": 4, "C": 16, "num_warps": 4}
+"""Column-wise, 32 bytes of codes lie together."""
+AMAX = {"B": 4, "C": 8, "STEPS": 8, "num_warps": 4}
 _INFINITY = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _FLT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
@@ -28,6 +35,100 @@ _MINUS = tl.constexpr(sum(1 << i for i, sign in enumerate(hadamard.SIGNS) if sig
 _GAMMA = tl.constexpr(rounding._signed(rounding._GAMMA))
 _MIX_1 = tl.constexpr(rounding._signed(rounding._MIX[0][1]))
 _MIX_2 = tl.constexpr(rounding._signed(rounding._MIX[1][1]))
+
+
+class Result(NamedTuple):
+    """Quantized matrices.
+
+    Fields:
+        data: uint8 codes [E, R, K/2], K being the dimension along which blocks lie; or bf16 code
+            times block scale, in x's layout.
+        scale: of codes: float8_e4m3fn [E, A, C, 512], in atoms (:mod:`.layout`); else None.
+        tensor_scale: fp32 [S].
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    tensor_scale: Tensor
+
+
+def quantize(
+    x_EMN: Tensor,
+    rows: Rounding | None,
+    columns: Rounding | None,
+    ends_E: Tensor | None = None,
+    *,
+    packed: bool,
+) -> tuple[Result | None, Result | None]:
+    """x quantized with blocks along rows, along columns, or both, in two passes over it.
+
+    Args:
+        x_EMN: contiguous fp32, bf16 or fp16; one tensor scale per matrix. N must be divisible by
+            16, and M unless only ``rows`` are wanted, with blocks of 1x16.
+        rows, columns: how; tiles are the same; no Hadamard transform of rows.
+        ends_E: int32, for one matrix: its rows are segments, each with a tensor scale of its own,
+            that end before these multiples of 16. Rows after the last end must be zeros.
+        packed: codes, with scales in atoms, padded with zeros; else decoded values.
+    """
+    (n_matrices, m, n), device = x_EMN.shape, x_EMN.device
+    n_scales = n_matrices if ends_E is None else ends_E.numel()
+    segment_T = None
+    if ends_E is not None:
+        first_T = torch.arange(0, m, BLOCK, dtype=torch.int32, device=device)
+        segment_T = torch.searchsorted(ends_E, first_T, right=True, out_int32=True)
+    rht = columns is not None and columns.rht
+    made = [
+        None if how is None else _empty(x_EMN, shape, n_scales, packed)
+        for how, shape in ((rows, (m, n)), (columns, (n, m)))
+    ]
+    if not x_EMN.numel():
+        return made[0], made[1]
+    bits_2S = torch.zeros(2, n_scales, dtype=torch.int32, device=device)
+    plain = bits_2S[0] if rows is not None or not rht else None
+    sizes, n_row_tiles = (m, n, n_scales), triton.cdiv(m, BLOCK * TILE["B"])
+    with torch.cuda.device_of(x_EMN):
+        grid = (n_row_tiles * triton.cdiv(n, BLOCK * AMAX["C"] * AMAX["STEPS"]), n_matrices)
+        transformed = bits_2S[1] if rht else None
+        amax_kernel[grid](x_EMN, plain, transformed, segment_T, *sizes, **AMAX)
+        grid = (n_row_tiles * triton.cdiv(n, BLOCK * TILE["C"]), n_matrices)
+        quantize_kernel[grid](
+            x_EMN,
+            segment_T,
+            *_side(rows, made[0], bits_2S[0]),
+            *_side(columns, made[1], bits_2S[int(rht)]),
+            *sizes,
+            SQUARE=any(how is not None and how.tile[0] > 1 for how in (rows, columns)),
+            RHT=rht,
+            ROW_RANDOM=rows is not None and rows.seed is not None,
+            COLUMN_RANDOM=columns is not None and columns.seed is not None,
+            **TILE,
+        )
+    return made[0], made[1]
+
+
+def _empty(x_EMN: Tensor, shape: tuple[int, int], n_scales: int, packed: bool) -> Result:
+    n_matrices, device = x_EMN.shape[0], x_EMN.device
+    # Where there is nothing to quantize, no program writes it.
+    make = torch.empty if x_EMN.numel() else torch.zeros
+    tensor_scale = make(n_scales, dtype=torch.float32, device=device)
+    if not packed:
+        return Result(torch.empty_like(x_EMN, dtype=torch.bfloat16), None, tensor_scale)
+    r, k = shape
+    data = torch.empty(n_matrices, r, k // 2, dtype=torch.uint8, device=device)
+    size = (n_matrices, *atoms(r, k), ATOM_BYTES)
+    scale = torch.zeros(size, dtype=torch.uint8, device=device)
+    return Result(data, scale.view(torch.float8_e4m3fn), tensor_scale)
+
+
+def _side(how: Rounding | None, made: Result | None, amax: Tensor) -> tuple[Any, ...]:
+    """Arguments of ``quantize_kernel``. Codes are written by eights."""
+    if how is None or made is None:
+        return None, None, None, None, 0
+    seed = rounding._signed(how.seed or 0)
+    if made.scale is None:
+        return amax, made.data, None, made.tensor_scale, seed
+    codes, scale = made.data.view(torch.int32), made.scale.view(torch.uint8)
+    return amax, codes, scale, made.tensor_scale, seed
 
 
 @triton.jit
@@ -138,18 +239,13 @@ def _scale_codes(scale):
 
 
 @triton.jit
-def _scale_places(matrix, row, group, rows, groups, SWIZZLED: tl.constexpr):
+def _scale_places(matrix, row, group, rows, groups):
     """(first place of the matrix, place in it) of the scale of a row's group of 16; see
     :mod:`.layout`. A matrix has fewer than 2^31 of them."""
-    if SWIZZLED:
-        columns = tl.cdiv(groups, 4)
-        first = matrix * tl.cdiv(rows, 128) * columns * 512
-        place = (row // 128 * columns + group // 4) * 512
-        place += row % 32 * 16 + row // 32 % 4 * 4 + group % 4
-    else:
-        first = matrix * rows * groups
-        place = row * groups + group
-    return first, place
+    columns = tl.cdiv(groups, 4)
+    place = (row // 128 * columns + group // 4) * 512
+    place += row % 32 * 16 + row // 32 % 4 * 4 + group % 4
+    return matrix * tl.cdiv(rows, 128) * columns * 512, place
 
 
 @triton.jit
@@ -209,7 +305,7 @@ def amax_kernel(
 def _quantize_tile(
     x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, first_row, first_column, M, N,
     COLUMNWISE: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr, RANDOM: tl.constexpr,
-    SWIZZLED: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A tile [A, B, C, 16] from row ``first_row`` of its blocks of 16 rows on: one side of it."""
     WIDTH: tl.constexpr = C * 16
@@ -251,7 +347,7 @@ def _quantize_tile(
         tl.store(data + place, tl.reshape(codes, (WIDTH, B * 2)), mask=ok)
         scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (1, B, C, 16)), (B, WIDTH))
         t_B = first_t + tl.arange(0, B)
-        at, place = _scale_places(matrix, column[:, None], t_B, N, M // 16, SWIZZLED)
+        at, place = _scale_places(matrix, column[:, None], t_B, N, M // 16)
         ok = (column < N)[:, None] & (t_B * 16 < M)
         tl.store(scale_ptr + at + place, tl.trans(scale).to(tl.uint8), mask=ok)
     else:
@@ -262,7 +358,7 @@ def _quantize_tile(
         scale = tl.reshape(tl.broadcast_to(_scale_codes(scale), (A, B, C, 1)), (A, B * C))
         row, group, _ = _places(N // 16, A, B, WIDTH, 16)
         group += first_column // 16
-        at, place = _scale_places(matrix, first_row + row, group, M, N // 16, SWIZZLED)
+        at, place = _scale_places(matrix, first_row + row, group, M, N // 16)
         ok = (first_row + row < M) & (group * 16 < N)
         tl.store(scale_ptr + at + place, scale.to(tl.uint8), mask=ok)
 
@@ -271,7 +367,7 @@ def _quantize_tile(
 def _quantize_side(
     x_EMN, segment_T, amax_S, data, scale_ptr, tensor_scale_S, seed, M, N, S,
     COLUMNWISE: tl.constexpr, SQUARE: tl.constexpr, RHT: tl.constexpr, RANDOM: tl.constexpr,
-    SWIZZLED: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """16 B rows of 16 C columns, some rows or columns at a time, for which registers suffice."""
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -288,13 +384,13 @@ def _quantize_side(
         for column in range(0, C * 16, C * 16 // PARTS):
             _quantize_tile(
                 x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, 0, first_column + column,
-                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 16, B, C // PARTS,
+                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, 16, B, C // PARTS,
             )  # fmt: skip
     else:
         for row in range(0, 16, 4):
             _quantize_tile(
                 x_EMN, data, scale_ptr, amax_B, seed, matrix, first_t, row, first_column,
-                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, SWIZZLED, 4, B, C,
+                M, N, COLUMNWISE, SQUARE, RHT, RANDOM, 4, B, C,
             )  # fmt: skip
 
 
@@ -305,7 +401,7 @@ def quantize_kernel(
     column_amax_S, column_data, column_scale, column_tensor_scale_S, column_seed: tl.int64,
     M, N, S,
     SQUARE: tl.constexpr, RHT: tl.constexpr, ROW_RANDOM: tl.constexpr,
-    COLUMN_RANDOM: tl.constexpr, SWIZZLED: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    COLUMN_RANDOM: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A side whose data is None is not made; where its scale is None, data are decoded values in
     x's layout, else codes by eights. SQUARE: blocks of 16x16. The second side finds x in a cache.
@@ -313,49 +409,24 @@ def quantize_kernel(
     if row_data is not None:
         _quantize_side(
             x_EMN, segment_T, row_amax_S, row_data, row_scale, row_tensor_scale_S, row_seed,
-            M, N, S, False, SQUARE, False, ROW_RANDOM, SWIZZLED, B, C,
+            M, N, S, False, SQUARE, False, ROW_RANDOM, B, C,
         )  # fmt: skip
     if column_data is not None:
         _quantize_side(
             x_EMN, segment_T, column_amax_S, column_data, column_scale, column_tensor_scale_S,
-            column_seed, M, N, S, True, SQUARE, RHT, COLUMN_RANDOM, SWIZZLED, B, C,
+            column_seed, M, N, S, True, SQUARE, RHT, COLUMN_RANDOM, B, C,
         )  # fmt: skip
-
-
-@triton.jit
-def dequantize_kernel(data, scale_G, tensor_scale, out, G, BLOCKS: tl.constexpr):
-    """Each program decodes some of G blocks, of 8 bytes each."""
-    g = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    ok = (g < G)[:, None]
-    byte = tl.load(data + g[:, None] * 8 + tl.arange(0, 8), mask=ok, other=0).to(tl.int32)
-    codes = tl.reshape(tl.join(byte & 15, byte >> 4), (BLOCKS, 16))
-    index = codes & 7
-    values = tl.where(index < 2, index * 0.5, ((index + 252) << 22).to(tl.float32, bitcast=True))
-    values = tl.where(codes > 7, -values, values)
-    values *= tl.load(scale_G + g, mask=g < G, other=0.0).to(tl.float32)[:, None]
-    values *= tl.load(tensor_scale).to(tl.float32)
-    place = g[:, None] * 16 + tl.arange(0, 16)
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=ok)
-
-
-TILE = {"B": 4, "C": 16, "num_warps": 4}
-"""Column-wise, 32 bytes of codes lie together."""
-AMAX = {"B": 4, "C": 8, "STEPS": 8, "num_warps": 4}
-DECODED = {"BLOCKS": 128, "num_warps": 4}
 
 
 def shipped() -> list[Shipped]:
     """The operands of training's products, decoded and as codes: of activations, of gradients, of
     weights, and without the transform, random bits or 16x16 blocks."""
-    plain, tile = dict.fromkeys((90, 100)), {"B": TILE["B"], "C": TILE["C"]}
-    sizes = {"M": "i32", "N": "i32", "S": "i32"}
+    tile, sizes = {"B": TILE["B"], "C": TILE["C"]}, {"M": "i32", "N": "i32", "S": "i32"}
     kernels = []
 
     def declare(kernel: Any, values: dict[str, Any], types: dict[str, str], *archs: int) -> None:
         """Arguments without a type are None or constexpr."""
-        kernels.append(
-            Shipped(kernel, types, values, plain, TILE["num_warps"], 3, ("M", "N"), archs)
-        )
+        kernels.append(Shipped(kernel, types, values, {}, TILE["num_warps"], 3, ("M", "N"), archs))
 
     for x in ("*bf16", "*fp32"):
         types = {"x_EMN": x, "segment_T": "*i32", **sizes}
@@ -376,14 +447,9 @@ def shipped() -> list[Shipped]:
                             kinds[f"{side}_{name}"] = kind
                         else:
                             values[f"{side}_{name}"] = None
-                values |= {"SQUARE": how.square, "RHT": how.rht, "SWIZZLED": packed}
-                values |= {"ROW_RANDOM": how.random and how.rows, "COLUMN_RANDOM": how.random}
+                values |= {"SQUARE": how.square, "RHT": how.rht, "COLUMN_RANDOM": how.random}
+                values["ROW_RANDOM"] = how.random and how.rows
                 declare(quantize_kernel, values, kinds, arch)
-    for out in ("*bf16", "*fp32"):
-        types = {"data": "*u8", "scale_G": "*fp8e4nv", "tensor_scale": "*fp32", "out": out}
-        types["G"] = "i32"
-        constants = {"BLOCKS": DECODED["BLOCKS"]}
-        kernels.append(Shipped(dequantize_kernel, types, constants, plain, DECODED["num_warps"], 3))
     return kernels
 
 

@@ -12,7 +12,7 @@ import torch
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from nemo_kernels.backend import relative_deviation
+from nemo_kernels.backend import draw, relative_deviation
 from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import reference
 
@@ -48,15 +48,11 @@ def ssd_scan(
 
 
 def self_check(device_type: str) -> float:
-    generator = torch.Generator(device_type).manual_seed(0)
-    x_BSHP, B_BSGN, C_BSGN = (
-        torch.randn(shape, generator=generator, device=device_type, dtype=torch.bfloat16)
-        for shape in ((2, 160, 4, 64), (2, 160, 2, 32), (2, 160, 2, 32))
+    group = (2, 160, 2, 32)
+    x_BSHP, B_BSGN, C_BSGN, *others = draw(
+        device_type, (2, 160, 4, 64), group, group, (2, 160, 4), (4,), (4,)
     )
-    dt_BSH, A_H, D_H = (
-        torch.rand(shape, generator=generator, device=device_type) + 0.01
-        for shape in ((2, 160, 4), (4,), (4,))
-    )
+    dt_BSH, A_H, D_H = (t.float().sigmoid() for t in others)
     documents = Documents.from_numbers((torch.arange(160) // 90).expand(2, -1)).to(device_type)
     return relative_deviation(
         lambda impl, *t: impl(*t, 64, documents)[0],
