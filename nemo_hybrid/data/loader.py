@@ -130,7 +130,6 @@ class Data(Protocol):
     @property
     def tokens(self) -> int:
         """Training tokens."""
-        ...
 
     @property
     def tokenizer_dir(self) -> Path: ...
@@ -141,26 +140,21 @@ class Data(Protocol):
     @property
     def digests(self) -> list[str]:
         """Identity of what is trained on."""
-        ...
 
     @property
     def weights(self) -> Sequence[float]:
         """With which it is drawn."""
-        ...
 
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
         """Training rows of global sample numbers."""
-        ...
 
     def heldout_windows(self, sequence_length: int) -> int:
         """Rows that there are for evaluation."""
-        ...
 
     def heldout_rows(
         self, windows: Sequence[int], samples: Sequence[int], sequence_length: int
     ) -> Batch:
         """Some of them; where the sample number is -1 the row is padding."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.data.sample_summary import SampleSummary
-from nemo_hybrid.data.samples import prepare_samples
+from nemo_hybrid.data.samples import SampleSummary, prepare_samples
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.finetune_options import SampleOptions
 
