@@ -15,7 +15,7 @@ from nemo_hybrid.config import HybridConfig, PrecisionOptions
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.precision import policy, products
+from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
 from nemo_hybrid.precision.operands import PassFormats
 
@@ -109,7 +109,7 @@ def test_work_is_the_matmul_work_of_the_model() -> None:
     passes = SHAPE.mtp_num_depths
     macs = sum(
         n * (passes if name.startswith("mtp.") else 1)
-        for name, _, n in products.work_of(model, found, SHAPE)
+        for name, _, n in policy.work_of(model, found, SHAPE)
     )
     # Scan and attention scores are what is left, at the shortest sequence nearly nothing.
     rest = train_flops_per_token(SHAPE, 1) / 6 - macs
@@ -223,7 +223,7 @@ def test_streams_know_batch_micro_batch_and_rank() -> None:
 
 def test_table_says_native_where_the_chosen_path_is(monkeypatch: pytest.MonkeyPatch) -> None:
     native = [False]
-    monkeypatch.setattr(products.nvfp4, "native", lambda kind: kind == "cuda" and native[0])
+    monkeypatch.setattr(policy.nvfp4, "native", lambda kind: kind == "cuda" and native[0])
     formats = {"*.q_proj": "nvfp4/bf16/bf16", "*.k_proj": "nvfp4/mxfp8/bf16"}
     given = PrecisionOptions(recipe="nvfp4_super", formats=formats)
 
