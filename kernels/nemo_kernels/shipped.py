@@ -7,7 +7,7 @@ A module of Triton kernels ends with ``def shipped() -> list[Shipped]`` and stan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 MODULES = (
     "nemo_kernels.moe.sort_kernel",
@@ -39,3 +39,19 @@ class Shipped:
     """Architectures on which this configuration is launched."""
     spills: str = ""
     """Why registers may spill here; empty: they may not."""
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a program's product, and the warps and stages that compute it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+    def options(self) -> dict[str, int]:
+        return {**self.blocks(), "num_warps": self.warps, "num_stages": self.stages}

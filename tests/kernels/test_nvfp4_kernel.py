@@ -15,7 +15,7 @@ from helpers.swizzled import swizzle, unswizzle
 from helpers.triton_env import DEVICE, MULTIPLIES_FP4, guarded_memory
 from nemo_kernels.nvfp4 import kernel, quantize_kernel, reference
 from nemo_kernels.nvfp4.layout import Packed
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.operand import Operand, Rounding, multiplier
 from nemo_kernels.nvfp4.quantize_kernel import Result
 from nemo_kernels.nvfp4.reference import Quantized
 
@@ -292,19 +292,20 @@ def test_native_products_of_packed_operands(monkeypatch: pytest.MonkeyPatch) -> 
         wide, _ = kernel.operands(x[:, :32].contiguous(), Rounding(), None, ends_E)
         made = (rows, columns, weight, grouped_rows, grouped_columns, weights, transposed, wide)
         assert all(isinstance(operand, Packed if native else Operand) for operand in made)
+        by = multiplier(kernel, rows, weight)
         results.append(
             [
-                kernel.product(rows, weight, torch.float32),
-                kernel.product(columns, columns, torch.float32),
-                kernel.grouped_product(grouped_rows, weights, ends_E, torch.float32),
-                kernel.grouped_product(wide, transposed, ends_E, torch.float32),
-                kernel.grouped_wgrad(grouped_columns, grouped_columns, ends_E, torch.float32),
+                by.product(rows, weight, torch.float32),
+                by.product(columns, columns, torch.float32),
+                by.grouped_product(grouped_rows, weights, ends_E, torch.float32),
+                by.grouped_product(wide, transposed, ends_E, torch.float32),
+                by.grouped_wgrad(grouped_columns, grouped_columns, ends_E, torch.float32),
             ]
         )
     for emulated, native_result in zip(*results, strict=True):
         torch.testing.assert_close(native_result, emulated, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="expected both packed or both decoded"):
-        kernel.product(reference.operands(x, Rounding(), None)[0], weight, torch.float32)
+    with pytest.raises(ValueError, match="expected both emulated or neither"):
+        multiplier(kernel, reference.operands(x, Rounding(), None)[0], weight)
 
 
 def test_self_check_passes_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:

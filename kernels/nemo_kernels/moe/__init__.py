@@ -137,10 +137,7 @@ def moe_mlp(
         x_TL: tokens.
         topk_ids_TK: int64 experts of each token, each in [0, E).
         topk_weights_TK: their routing weights.
-        w_up_EFL, w_down_ELF: experts' weights, in x's dtype; or in fp32: they are rounded to x's
-            dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
-        recompute: compute the pre-activation once more in the backward pass.
-        experts: calculates the expert MLP instead of the path's, for example in low precision.
+        w_up_EFL, w_down_ELF, recompute, experts: as for :func:`grouped_mlp`.
 
     Returns:
         y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass

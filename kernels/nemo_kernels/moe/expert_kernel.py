@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_kernels.shipped import Shipped
+from nemo_kernels.shipped import Shipped, Tile
 
 
 @triton.jit
@@ -198,16 +198,6 @@ def combine_kernel(
     tl.store(out_TL + token * L + l_N, acc_N.to(out_TL.dtype.element_ty), mask=ok_N)
 
 
-class Tile(NamedTuple):
-    """Rows, columns and depth of a program's product, and the warps and stages that compute it."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
 class Plan(NamedTuple):
     """The tiles of a call. ``up`` (also for its output's gradient, and for products that stay in
     fp32) has F columns, ``down`` has L; both have the same rows. ``wgrad`` has F rows and L
@@ -282,9 +272,8 @@ def _shipped(x: str, plans: set[Plan], instruction: dict[int, str], aligned: boo
         kernel: object, tile: Tile, signature: dict[str, str], **fixed: int | None
     ) -> Shipped:
         kept = {name: kind for name, kind in signature.items() if name not in fixed}
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
         sizes = tuple(name for name, kind in kept.items() if kind[0] != "*") if aligned else ()
-        constants = {**fixed, **blocks}
+        constants = {**fixed, **tile.blocks()}
         return Shipped(kernel, kept, constants, instruction, tile.warps, tile.stages, sizes)
 
     kernels = []

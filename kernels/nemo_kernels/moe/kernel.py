@@ -25,10 +25,11 @@ from torch.autograd.function import once_differentiable
 from nemo_kernels import backend
 from nemo_kernels.checks import expect_device
 from nemo_kernels.moe import expert_kernel, function, reference
-from nemo_kernels.moe.expert_kernel import Plan, Tile
+from nemo_kernels.moe.expert_kernel import Plan
 from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
 from nemo_kernels.moe.routing import Slots
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
+from nemo_kernels.shipped import Tile
 
 __all__ = [
     "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
@@ -267,8 +268,7 @@ def _rows(weights: Tensor, slots: Slots | None, counts_E: Tensor, rows_per_tile:
 
 
 def _launch(kernel: Any, blocks: int, tile: Tile, *arguments: Any) -> None:
-    sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    kernel[(blocks,)](*arguments, **sizes, num_warps=tile.warps, num_stages=tile.stages)
+    kernel[(blocks,)](*arguments, **tile.options())
 
 
 def _over_tiles(

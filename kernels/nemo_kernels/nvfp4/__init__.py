@@ -3,7 +3,7 @@
 ``reference`` is the specification of the format. This module is what training takes of it, by the
 path that ``backend`` chooses for op "nvfp4": operands of products, quantized as they are needed,
 and products of them. An operand goes only to products of the path that made it; but every path
-also multiplies `operand.Operand`, which is how other formats are emulated.
+names in ``EMULATION`` what multiplies `operand.Operand`, which is how other formats are emulated.
 
 Shapes: M, N dimensions of a product, K that it sums over; P rows of E experts' segments.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels import backend
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.operand import Operand, Rounding, multiplier
 
 PATHS = {"transformer_engine": "nemo_kernels.nvfp4.external", "triton": "nemo_kernels.nvfp4.kernel"}
 
@@ -56,20 +56,22 @@ def operands(
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """a b^T [M, N] of operands over [M, K] and [N, K]: sums in fp32, rounded once to dtype."""
-    result: Tensor = _path(a[0].device.type).product(a, b, dtype)
+    result: Tensor = multiplier(_path(a[0].device.type), a, b).product(a, b, dtype)
     return result
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Row p of expert e times b[e]^T: [P, N], of a over [P, K] and b over [E, N, K]. Zeros after
     the last end."""
-    result: Tensor = _path(ends_E.device.type).grouped_product(a, b, ends_E, dtype)
+    path = multiplier(_path(ends_E.device.type), a, b)
+    result: Tensor = path.grouped_product(a, b, ends_E, dtype)
     return result
 
 
 def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over each expert's rows of outer products: [E, M, N], of a over [M, P], b over [N, P]."""
-    result: Tensor = _path(ends_E.device.type).grouped_wgrad(a, b, ends_E, dtype)
+    path = multiplier(_path(ends_E.device.type), a, b)
+    result: Tensor = path.grouped_wgrad(a, b, ends_E, dtype)
     return result
 
 

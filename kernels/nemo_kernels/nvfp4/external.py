@@ -19,8 +19,9 @@ from transformer_engine.pytorch.cpp_extensions import general_gemm
 
 from nemo_kernels.backend import draw
 from nemo_kernels.nvfp4 import emulation, grouped, layout, reference
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.operand import Rounding
 
+EMULATION = grouped
 DEVICE_TYPES = ("cuda",)
 NATIVE = True
 SEGMENT_ALIGNMENT = layout.SEGMENT_ALIGNMENT
@@ -81,23 +82,13 @@ def operands(
     )
 
 
-def product(a: Native | Operand, b: Native | Operand, dtype: torch.dtype) -> Tensor:
+def product(a: Native, b: Native, dtype: torch.dtype) -> Tensor:
     """:func:`nemo_kernels.nvfp4.product`; see :func:`_product`."""
-    if isinstance(a, Operand) and isinstance(b, Operand):
-        return emulation.product(a, b, dtype)
-    assert isinstance(a, Native)
-    assert isinstance(b, Native)
     return _product(a.tensor, a.columnwise, b.tensor, b.columnwise, dtype)
 
 
-def grouped_product(
-    a: Native | Operand, b: Native | Operand, ends_E: Tensor, dtype: torch.dtype
-) -> Tensor:
+def grouped_product(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`nemo_kernels.nvfp4.grouped_product`."""
-    if isinstance(a, Operand) and isinstance(b, Operand):
-        return grouped.grouped_product(a, b, ends_E, dtype)
-    assert isinstance(a, Native)
-    assert isinstance(b, Native)
     width = b.shape[-1 if b.columnwise else -2]
     out_PN = torch.zeros(a.shape[0], width, dtype=dtype, device=ends_E.device)
     for rows, one, weight in zip(emulation.segments(ends_E), a.tensor, b.tensor, strict=True):
@@ -106,14 +97,8 @@ def grouped_product(
     return out_PN
 
 
-def grouped_wgrad(
-    a: Native | Operand, b: Native | Operand, ends_E: Tensor, dtype: torch.dtype
-) -> Tensor:
+def grouped_wgrad(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
-    if isinstance(a, Operand) and isinstance(b, Operand):
-        return grouped.grouped_wgrad(a, b, ends_E, dtype)
-    assert isinstance(a, Native)
-    assert isinstance(b, Native)
     size = (len(a.tensor), a.shape[-1], b.shape[-1])
     out_EMN = torch.zeros(size, dtype=dtype, device=ends_E.device)
     for out_MN, one, other in zip(out_EMN, a.tensor, b.tensor, strict=True):

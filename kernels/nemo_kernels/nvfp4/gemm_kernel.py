@@ -11,7 +11,7 @@ other, each a multiple of 128 rows; A and C atoms of scales along rows and K.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from nemo_kernels.nvfp4.layout import (
 )
 from nemo_kernels.nvfp4.operand import expect_ends
 from nemo_kernels.nvfp4.scales import BLOCK
-from nemo_kernels.shipped import Shipped
+from nemo_kernels.shipped import Shipped, Tile
 
 _E2M1 = tl.constexpr("e2m1")  # a string will not do in the interpreter of Triton 3.6
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -258,25 +258,9 @@ def _wgrad_kernel(
     )  # fmt: skip
 
 
-class _Tile(NamedTuple):
-    """Rows, columns and depth of a program's product, and the warps and stages that compute it."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-
-    def options(self) -> dict[str, int]:
-        return {**self.blocks(), "num_warps": self.warps, "num_stages": self.stages}
-
-
 # By whether the number of columns is a multiple of 256.
-_ROWS = {False: _Tile(128, 128, 256, 8, 4), True: _Tile(128, 256, 256, 8, 4)}
-_WGRAD = {False: _Tile(128, 128, 128, 8, 6), True: _Tile(128, 256, 128, 8, 6)}
+_ROWS = {False: Tile(128, 128, 256, 8, 4), True: Tile(128, 256, 256, 8, 4)}
+_WGRAD = {False: Tile(128, 128, 128, 8, 6), True: Tile(128, 256, 128, 8, 6)}
 
 
 def shipped() -> list[Shipped]:
@@ -295,7 +279,7 @@ def shipped() -> list[Shipped]:
 
 
 def _declare(
-    kernel: Any, tile: _Tile, dtype: str, sizes: tuple[str, ...], ends_E: str | None = None
+    kernel: Any, tile: Tile, dtype: str, sizes: tuple[str, ...], ends_E: str | None = None
 ) -> Shipped:
     signature = {"out": dtype, **dict.fromkeys(sizes, "i32")}
     constants: dict[str, Any] = dict(tile.blocks())

@@ -1,5 +1,5 @@
-"""Grouped products of emulated operands by the Triton kernels of ``moe``: as :mod:`.emulation`'s,
-but sizes of segments stay on the device, so that nothing waits for it.
+"""Products of emulated operands on a GPU: as :mod:`.emulation`'s, but grouped ones by the Triton
+kernels of ``moe``. Sizes of segments stay on the device, so that nothing waits for it.
 
 Shapes: P rows of E experts' segments, K and N widths, M and N those of a weight gradient.
 """
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from nemo_kernels.moe import expert_kernel
 from nemo_kernels.moe.kernel import outer_products, rows_products
+from nemo_kernels.nvfp4.emulation import product
 from nemo_kernels.nvfp4.operand import Operand
+
+__all__ = ["grouped_product", "grouped_wgrad", "product"]
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:

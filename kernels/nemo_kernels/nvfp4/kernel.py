@@ -15,12 +15,15 @@ import triton
 from torch import Tensor
 
 from nemo_kernels.backend import draw
-from nemo_kernels.nvfp4 import emulation, gemm_kernel, grouped, layout, quantize_kernel, reference
+from nemo_kernels.nvfp4 import gemm_kernel, grouped, layout, quantize_kernel, reference
 from nemo_kernels.nvfp4.layout import Packed
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels.nvfp4.operand import Operand, Rounding, multiplier
 from nemo_kernels.nvfp4.quantize_kernel import Result
 from nemo_kernels.nvfp4.scales import BLOCK
 
+EMULATION = grouped
+product, grouped_product = gemm_kernel.gemm, gemm_kernel.grouped_rows
+grouped_wgrad = gemm_kernel.grouped_wgrad
 DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 """CPU tensors only in Triton's interpreter."""
 NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
@@ -48,31 +51,6 @@ def operands(
     return _operand(made[0], x, False, scalar), _operand(made[1], x, True, scalar)
 
 
-def product(a: Operand | Packed, b: Operand | Packed, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.product`."""
-    if isinstance(a, Packed) and isinstance(b, Packed):
-        return gemm_kernel.gemm(a, b, dtype)
-    return emulation.product(_emulated(a), _emulated(b), dtype)
-
-
-def grouped_product(
-    a: Operand | Packed, b: Operand | Packed, ends_E: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_product`."""
-    if isinstance(a, Packed) and isinstance(b, Packed):
-        return gemm_kernel.grouped_rows(a, b, ends_E, dtype)
-    return grouped.grouped_product(_emulated(a), _emulated(b), ends_E, dtype)
-
-
-def grouped_wgrad(
-    a: Operand | Packed, b: Operand | Packed, ends_E: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
-    if isinstance(a, Packed) and isinstance(b, Packed):
-        return gemm_kernel.grouped_wgrad(a, b, ends_E, dtype)
-    return grouped.grouped_wgrad(_emulated(a), _emulated(b), ends_E, dtype)
-
-
 def self_check(device_type: str) -> float:
     """Deviation of products from the reference's; infinity where quantized values differ."""
     x, w_ENK = draw(device_type, (128, 256), (2, 96, 256))
@@ -90,13 +68,14 @@ def self_check(device_type: str) -> float:
     def products(path: Any) -> list[Tensor]:
         a, transposed = path.operands(x, rows, columns)
         b, _ = path.operands(w_ENK[0], Rounding(), None)
-        grouped, for_wgrad = path.operands(x, rows, columns, ends_E)
+        of_experts, for_wgrad = path.operands(x, rows, columns, ends_E)
         weights, _ = path.operands(w_ENK, Rounding((16, 16)), None)
+        by = multiplier(path, a, b)
         return [
-            path.product(a, b, torch.float32),
-            path.product(transposed, transposed, torch.float32),
-            path.grouped_product(grouped, weights, ends_E, torch.float32),
-            path.grouped_wgrad(for_wgrad, for_wgrad, ends_E, torch.float32),
+            by.product(a, b, torch.float32),
+            by.product(transposed, transposed, torch.float32),
+            by.grouped_product(of_experts, weights, ends_E, torch.float32),
+            by.grouped_wgrad(for_wgrad, for_wgrad, ends_E, torch.float32),
         ]
 
     pairs = zip(products(sys.modules[__name__]), products(reference), strict=True)
@@ -128,9 +107,3 @@ def _operand(
         return Operand(made.data.view(x.shape), tensor_scale, columnwise)
     data, scale = (made.data, made.scale) if x.dim() == 3 else (made.data[0], made.scale[0])
     return Packed(data, scale, tensor_scale)
-
-
-def _emulated(x: Operand | Packed) -> Operand:
-    if isinstance(x, Packed):
-        raise ValueError("operands: expected both packed or both decoded, got one of each")
-    return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class Operand(NamedTuple):
     def matrix(self) -> Tensor:
         """The values with the dimension that is summed over last."""
         return self.values.mT if self.columnwise else self.values
+
+
+def multiplier(path: Any, a: object, b: object) -> Any:
+    """The module that multiplies two operands which a path made: the path, or where they are
+    emulated what it names for that. Raises ValueError for one of each."""
+    kinds = {isinstance(x, Operand) for x in (a, b)}
+    if len(kinds) > 1:
+        raise ValueError("operands: expected both emulated or neither, got one of each")
+    return path.EMULATION if kinds.pop() else path
 
 
 def expect_ends(ends_E: Tensor, n_rows: int, alignment: int = BLOCK) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.checks import expect_device
-from nemo_kernels.nvfp4 import hadamard
+from nemo_kernels.nvfp4 import emulation, hadamard
 from nemo_kernels.nvfp4.emulation import grouped_product, grouped_wgrad, product
 from nemo_kernels.nvfp4.operand import Operand, Rounding, expect_ends
 from nemo_kernels.nvfp4.packing import decode_packed, encode, pack
@@ -47,10 +47,11 @@ from nemo_kernels.nvfp4.scales import (
 )
 
 __all__ = [
-    "NATIVE", "SEGMENT_ALIGNMENT", "Quantized", "dequantize", "fake_quantize", "grouped_product",
-    "grouped_wgrad", "operands", "product", "quantize", "quantize_modelopt",
+    "EMULATION", "NATIVE", "SEGMENT_ALIGNMENT", "Quantized", "dequantize", "fake_quantize",
+    "grouped_product", "grouped_wgrad", "operands", "product", "quantize", "quantize_modelopt",
 ]  # fmt: skip
 
+EMULATION = emulation
 NATIVE = False
 """Products are emulated."""
 SEGMENT_ALIGNMENT = BLOCK
