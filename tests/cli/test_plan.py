@@ -302,7 +302,7 @@ def test_measured_peaks(tmp_path: Path, record_property: Callable[[str, object],
     tensors take is known exactly. (`pytest -s` shows the figures.)"""
     store = write_corpus(tmp_path / "store")
     for name, at in plan_memory.LAYOUTS.items():
-        finished = run_python([plan_memory.__file__, store, name], at["processes"], fresh=True)
+        finished = run_python([plan_memory.__file__, store, name], at["processes"])
         real = [json.loads(f.stdout.splitlines()[-1]) for f in finished]
         config = plan_memory.run_of(name)
         config.checkpoint.asynchronous = False

@@ -108,10 +108,11 @@ def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dty
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["activations", "gradients", "weights"])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[: 1 if DEVICE == "cpu" else 2], ids=str)
 def test_a_million_values(name: str, dtype: torch.dtype) -> None:
     """Every layout in which training quantizes; reference and TransformerEngine's formula are
-    compared on as many in test_nvfp4_formula."""
+    compared on as many in test_nvfp4_formula. The slow interpreter gets fp32 alone: bf16 becomes it
+    when it is read, as above, and the arithmetic is the same."""
     x = data(dtype, 1040, 1040)
     made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True)
     for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):

@@ -164,12 +164,9 @@ def test_source_file(path: str) -> None:
 
 
 def test_each_optional_library_is_imported_in_one_file() -> None:
+    names = {path: [*imported((ROOT / path).read_text())] for path in SOURCES}
     for library in OPTIONAL_LIBRARIES:
-        users = [
-            path
-            for path in SOURCES
-            if any(starts(name, library) for name in imported((ROOT / path).read_text()))
-        ]
+        users = [path for path in SOURCES if any(starts(name, library) for name in names[path])]
         assert len(users) <= 1, f"{library} is imported in {users}"
 
 

@@ -149,7 +149,7 @@ def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
     import nemo_hybrid.train.loop  # noqa: F401  what takes seconds at the first refusal
 
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    with Job(program(unbroken, run_dir, {"slow_step": 0.7}), log) as job:
+    with Job(program(unbroken, run_dir, {"slow_step": 1.5}), log) as job:
         train_until(job, run_dir, 5)
         assert pretrain("--config", unbroken.config, "--run_dir", run_dir, *LAYOUT[2:]) == 2
         message = capsys.readouterr().err

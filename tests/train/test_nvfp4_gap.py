@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import nvfp4_gap as script
 import pytest
 
-SCRIPT = Path(script.__file__)
 SMALL = (
     "--tokens", "1536", "--seeds", "2", "--model.vocab_size", "96", "--model.hidden_size", "32",
     "--data.sequence_length", "32", "--model.pattern", "MEE", "--train.eval_sequences", "8",
@@ -75,11 +72,8 @@ def test_the_gap_over_training_is_found_again():
     assert script.gap_over_training(base * factor, base / [[1.05], [1], [1]])[1].min() > 2
 
 
-def run(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, "--work", work, "--jobs", "2", *SMALL, *words],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def run(work: Path, *words: str) -> int:
+    return script.main(["--work", str(work), "--jobs", "2", *SMALL, *words])
 
 
 @pytest.fixture
@@ -89,10 +83,22 @@ def work(tmp_path: Path, store: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_experiment_and_its_continuation(work):
-    made = run(work, "--variants", "recipe", "all-nvfp4")
-    assert made.returncode == 0, made.stderr
-    assert "recipe, seed 2: held-out loss" in made.stdout
+def test_the_experiment_and_its_continuation(work, capsys):
+    assert run(work, "--variants", "recipe") == 0
+    said = capsys.readouterr().out
+    assert "4 runs, of which 0 are complete" in said
+    assert "recipe, seed 2: held-out loss" in said
+    assert list(json.loads((work / "nvfp4_gap.json").read_text())["variants"]) == ["bf16", "recipe"]
+
+    # Finished runs are used again, the missing ones made, and another configuration is refused.
+    logs = work / "1536-tokens" / "logs"
+    before = {log.name: log.read_text() for log in logs.iterdir()}
+    assert run(work, "--variants", "recipe", "all-nvfp4") == 0
+    assert "6 runs, of which 4 are complete" in capsys.readouterr().out
+    assert all((logs / name).read_text() == log for name, log in before.items())
+    assert run(work, "--train.lr", "1e-3") == 2
+    assert "another configuration" in capsys.readouterr().err
+
     result = json.loads((work / "nvfp4_gap.json").read_text())
     assert list(result["variants"]) == ["bf16", "recipe", "all-nvfp4"]
     assert result["tokens"] == 1536
@@ -117,22 +123,11 @@ def test_the_experiment_and_its_continuation(work):
     assert "emulated" in text
     assert (work / "nvfp4_gap.png").read_bytes().startswith(b"\x89PNG")
 
-    # Finished runs are used again, the missing ones made, and another configuration is refused.
-    logs = work / "1536-tokens" / "logs"
-    before = {log.name: log.read_text() for log in logs.iterdir()}
-    again = run(work, "--variants", "recipe-no-sr")
-    assert again.returncode == 0, again.stderr
-    assert "4 runs, of which 2 are complete" in again.stdout
-    assert all((logs / name).read_text() == log for name, log in before.items())
-    other = run(work, "--train.lr", "1e-3")
-    assert other.returncode == 2
-    assert "another configuration" in other.stderr
-
 
 @pytest.mark.slow
-def test_a_failed_run_ends_the_experiment_with_its_message(work):
-    failed = run(work, "--variants", "recipe", "--model.hidden_size", "24")
-    assert failed.returncode == 1
-    assert "recipe, seed 1 failed with status 2" in failed.stderr
-    assert "not divisible by" in failed.stderr
+def test_a_failed_run_ends_the_experiment_with_its_message(work, capsys):
+    assert run(work, "--variants", "recipe", "--model.hidden_size", "24") == 1
+    said = capsys.readouterr().err
+    assert "recipe, seed 1 failed with status 2" in said
+    assert "not divisible by" in said
     assert not (work / "nvfp4_gap.json").exists()
