@@ -19,5 +19,5 @@ status=0
 "$bin/ruff" format --check . || status=1
 "$bin/mypy" || status=1
 "$bin/python" scripts/compile_kernels.py || status=1
-"$bin/python" -m pytest -n 2 "$@" || status=$?
+"$bin/python" -m pytest -n 2 --dist worksteal "$@" || status=$?
 exit "$status"

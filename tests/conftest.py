@@ -6,7 +6,13 @@ Processes that tests start inherit it. ``helpers.triton_env`` repairs the interp
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: at the end one would leave the other workers of pytest-xdist idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
