@@ -14,8 +14,7 @@ from torch import Tensor
 from nemo_kernels import backend
 from nemo_kernels.checks import expect, expect_device, expect_range, may_read
 from nemo_kernels.moe import function
-from nemo_kernels.moe.function import Experts
-from nemo_kernels.moe.routing import Slots
+from nemo_kernels.moe.function import Experts, Slots
 
 __all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
@@ -165,7 +164,7 @@ def moe_mlp(
     impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
     arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
     if experts is not None:
-        return function.moe_mlp(experts, *arguments, impl.sort_slots)
+        return function.moe_mlp(experts, *arguments, sort=impl.sort_slots)
     return impl.moe_mlp(*arguments)
 
 

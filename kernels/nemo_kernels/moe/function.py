@@ -7,18 +7,29 @@ work, F expert inner width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_kernels.backend import draw, relative_deviation
-from nemo_kernels.moe.routing import Slots, combine, sort_slots
 
 Wanted = tuple[bool, bool]
 """Whether the gradients of w_up_EFL and of w_down_ELF are wanted; frozen weights have none."""
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Slots(NamedTuple):
+    """Routed slots sorted by expert. Slot ``t*K + k`` is the k-th choice of token t."""
+
+    order_R: Tensor
+    """int64: the slot at each sorted place; its token is ``order_R // K``."""
+    inverse_R: Tensor
+    """int64: the sorted place of each slot."""
+    counts_E: Tensor
+    """int64: slots per expert."""
 
 
 class Experts(Protocol):
@@ -112,7 +123,12 @@ def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _combined(y_RL: Tensor, inverse_R: Tensor | None, n_tokens: int) -> Tensor:
-    return y_RL if inverse_R is None else combine(y_RL, inverse_R, n_tokens)
+    """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]."""
+    if inverse_R is None:
+        return y_RL
+    if not n_tokens:
+        return y_RL.new_zeros(0, y_RL.shape[1])
+    return F.embedding_bag(inverse_R.view(n_tokens, -1), y_RL, mode="sum")
 
 
 def grouped_mlp(
@@ -138,7 +154,8 @@ def moe_mlp(
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
     recompute: bool = False,
-    sort: Callable[[Tensor, int], Slots] = sort_slots,
+    *,
+    sort: Callable[[Tensor, int], Slots],
 ) -> Tensor:
     """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts."""
     slots = sort(topk_ids_TK, w_up_EFL.shape[0])

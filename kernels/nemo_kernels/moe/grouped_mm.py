@@ -16,7 +16,7 @@ from torch.nn.functional import grouped_mm
 
 from nemo_kernels.moe import function, reference
 from nemo_kernels.moe.function import Gradients, Wanted
-from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
+from nemo_kernels.moe.reference import accumulation_dtype, sort_slots, topk_router
 
 __all__ = [
     "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
@@ -79,7 +79,7 @@ class GroupedMMExperts:
 
 
 grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())
-moe_mlp = partial(function.moe_mlp, GroupedMMExperts())
+moe_mlp = partial(function.moe_mlp, GroupedMMExperts(), sort=sort_slots)
 
 
 def self_check(device_type: str) -> float:

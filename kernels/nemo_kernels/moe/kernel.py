@@ -26,8 +26,8 @@ from nemo_kernels import backend
 from nemo_kernels.checks import expect_device
 from nemo_kernels.moe import expert_kernel, function, reference
 from nemo_kernels.moe.expert_kernel import Plan
+from nemo_kernels.moe.function import Slots
 from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
-from nemo_kernels.moe.routing import Slots
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
 from nemo_kernels.shipped import Tile
 

@@ -1,7 +1,7 @@
 """Mixture-of-experts operations in plain PyTorch: the specification.
 
-Shapes: T tokens, E experts, K experts per token, R routed slots (T*K), L width in which experts
-work, F expert inner width.
+Shapes: T tokens, D hidden, E experts, K experts per token, R routed slots (T*K), L width in which
+experts work, F expert inner width.
 
 Everything is computed in fp32 (float64 for float64 inputs) and rounded where it is stored. On CPUs
 without matrix units for bf16 that is also the faster way. The experts work one after the other,
@@ -17,10 +17,32 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.moe import function
-from nemo_kernels.moe.function import Gradients, Wanted
-from nemo_kernels.moe.routing import accumulation_dtype, sort_slots, topk_router
+from nemo_kernels.moe.function import Gradients, Slots, Wanted
 
 __all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+
+
+def topk_router(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, k: int, scaling_factor: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(x_TD)
+    scores_TE = torch.mm(x_TD.to(acc), weight_ED.to(acc).t()).sigmoid()
+    topk_ids_TK = (scores_TE.detach() + bias_E).topk(k, dim=-1, sorted=False).indices
+    topk_weights_TK = scores_TE.gather(1, topk_ids_TK)
+    if normalize:
+        topk_weights_TK = topk_weights_TK / (topk_weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids_TK, topk_weights_TK * scaling_factor, scores_TE
+
+
+def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
+    ids_R = topk_ids_TK.reshape(-1)
+    device = ids_R.device
+    sorted_R, order_R = ids_R.sort(stable=True)
+    places_R = torch.arange(ids_R.numel(), device=device)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, places_R)
+    # Boundaries by binary search rather than bincount, which waits for a GPU.
+    bounds = torch.searchsorted(sorted_R, torch.arange(n_experts + 1, device=device))
+    return Slots(order_R, inverse_R, bounds.diff())
 
 
 class LoopExperts:
@@ -90,6 +112,11 @@ class LoopExperts:
         return dx_RL, dweights_R, dup_EFL, ddown_ELF
 
 
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The type in which results for x are computed: fp32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
     acc = accumulation_dtype(x)
     if h.dtype == acc:
@@ -99,4 +126,4 @@ def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
 
 
 grouped_mlp = partial(function.grouped_mlp, LoopExperts())
-moe_mlp = partial(function.moe_mlp, LoopExperts())
+moe_mlp = partial(function.moe_mlp, LoopExperts(), sort=sort_slots)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nemo_kernels.checks import expect, expect_range
-from nemo_kernels.moe.routing import Slots
+from nemo_kernels.moe.function import Slots
 from nemo_kernels.shipped import Shipped
 
 MAX_EXPERTS = 1024
