@@ -40,7 +40,7 @@ from nemo_hybrid.data.tokenizer import (
     train_tokenizer,
 )
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import sync_directory, write_file
+from nemo_hybrid.files import naming, sync_directory, write_file
 from nemo_hybrid.terminal import progress_bar
 
 T = TypeVar("T")
@@ -288,7 +288,7 @@ def _summary(
 def replacing(out: Path) -> Iterator[Path]:
     """A directory beside out that becomes out on success and disappears otherwise."""
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
+    with naming("write", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         partial.mkdir()
@@ -299,8 +299,6 @@ def replacing(out: Path) -> Iterator[Path]:
             sync_directory(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}") from e
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -316,12 +314,10 @@ def _remove_leftovers(out: Path) -> None:
 
 def is_free(out: Path) -> bool:
     """Whether out is absent or an empty directory."""
-    try:
+    with naming("write", out):
         if out.is_symlink() or out.is_file():
             return False
         return not out.is_dir() or not any(out.iterdir())
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror}") from e
 
 
 def _existing(out: Path, request: dict[str, Any]) -> PrepareSummary:

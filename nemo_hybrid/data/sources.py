@@ -8,7 +8,6 @@ import os
 import struct
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 
 Kind = Literal["text", "jsonl", "parquet", "dataset", "megatron"]
 
@@ -124,7 +124,7 @@ def read_documents(
     Raises UserError for a source that is unusable as a whole.
     """
     if source.kind == "megatron":
-        with _reading(source):
+        with naming("read", source.path):
             yield from _read_megatron(source, vocab_size)
         return
     for record in read_records(source, text_field, columns=[text_field]):
@@ -147,7 +147,7 @@ def read_records(
     ``columns``: the columns to read of a table; all by default. Raises UserError for a source that
     is unusable as a whole.
     """
-    with _reading(source):
+    with naming("read", source.path):
         if source.kind == "text":
             yield from _read_text(source, text_field)
         elif source.kind == "jsonl":
@@ -161,14 +161,6 @@ def read_records(
                 f"{source.path} holds documents of token ids and not what is learnt of them: "
                 "it serves pre-training only"
             )
-
-
-@contextmanager
-def _reading(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"cannot read {source.path}: {e.strerror or e}") from e
 
 
 def content_files(source: Source) -> list[Path]:

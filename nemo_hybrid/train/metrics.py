@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import replace_file, sync
+from nemo_hybrid.files import naming, replace_file, sync
 from nemo_hybrid.train.flops import MFU_FORMULA, train_flops_per_token, utilization
 from nemo_hybrid.train.optim import max_violation
 
@@ -181,7 +181,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path | str, resume_step: int) -> None:
         run_dir = Path(run_dir)
-        try:
+        with naming("write metrics in", run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, EXPERT_LOAD_FILE):
                 cut_back(run_dir / name, resume_step)
@@ -193,8 +193,6 @@ class MetricsWriter:
             # belongs to row 1.
             purge_step = resume_step + 1 if resume_step else 0
             self._board = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=purge_step)
-        except OSError as error:
-            raise UserError(f"cannot write metrics in {run_dir}: {error}") from error
         self._board.add_text("mfu formula", MFU_FORMULA, resume_step + 1)
 
     def __enter__(self) -> MetricsWriter:
@@ -261,7 +259,7 @@ def read_expert_load(
     in memory. Raises UserError where the file is missing or damaged.
     """
     path = Path(path)
-    with _open(path) as file:
+    with naming("read", path), path.open("rb") as file:
         count = sum(line.endswith(b"}\n") for line in file)
     every = max(1, math.ceil(count / most))
     steps: list[int] = []
@@ -298,11 +296,9 @@ class _Appender:
         # json writes NaN and the infinities as bare words; reading them back as texts quotes them.
         quoted = json.loads(json.dumps(record), parse_constant=str)
         left = memoryview(json.dumps(quoted, separators=(",", ":")).encode() + b"\n")
-        try:
+        with naming("write", self._path):
             while left:
                 left = left[self._file.write(left) :]
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
 
     def sync(self) -> None:
         sync(self._file)
@@ -311,18 +307,11 @@ class _Appender:
         self._file.close()
 
 
-def _open(path: Path) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _records(
     path: Path, keep: Callable[[int], bool] | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines (each with its newline) and what they hold; those that ``keep(line index)`` chooses."""
-    with _open(path) as file:
+    with naming("read", path), path.open("rb") as file:
         for i, line in enumerate(file):
             if keep is not None and not keep(i):
                 continue

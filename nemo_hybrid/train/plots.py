@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import replace_file
+from nemo_hybrid.files import naming, replace_file
 from nemo_hybrid.train.metrics import (
     EXPERT_LOAD_FILE,
     METRICS_FILE,
@@ -52,11 +52,9 @@ def write_plots(run_dir: Path | str) -> list[Path]:
         )
     figures[LAST_PLOT] = _learning_rate(rows)
     plots = run_dir / PLOTS
-    try:
+    with naming("write plots in", plots):
         plots.mkdir(exist_ok=True)
         return [_save(figure, plots / name) for name, figure in figures.items()]
-    except OSError as error:
-        raise UserError(f"cannot write plots in {plots}: {error.strerror}") from error
 
 
 def write_missing_plots(run_dir: Path | str) -> None:

@@ -112,10 +112,8 @@ def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
     run.
     """
     run_dir = Path(config.run_dir)
-    try:
+    with naming("use run_dir", run_dir):
         present = _contents(run_dir)
-    except OSError as error:
-        raise UserError(f"cannot use run_dir {run_dir}: {error.strerror or error}") from error
     restarted = any(int(os.environ.get(name) or 0) for name in _RESTARTS)
     if present and config.resume == "never" and not restarted:
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
