@@ -1,5 +1,5 @@
-"""Commands one after the other in one process of their own: its first steps take longer than most
-runs, even where it does not have to import anything (see `helpers.forks`).
+"""Commands one after the other in one process of their own: what each does once after its start
+takes as long as a small run, even in a fork (see `helpers.forks`).
 
 DeepSpeed joins one world per process, which they share.
 """
