@@ -164,15 +164,10 @@ def freeze(model: nn.Module, train: FinetuneTrainOptions) -> None:
         parameter.requires_grad_(parameter.requires_grad and trained)
 
 
-def parts(model: HybridLM) -> str:
-    """What is trained, in words; experts of all ranks."""
-    total, trained = parameter_count(model), parameter_count(model, trained=True)
-    return f"trained {trained:,} of {total:,} parameters ({trained / total:.2%})"
-
-
 def describe(config: FinetuneConfig, data: Data, model: HybridLM) -> str:
-    """The samples and their packs, the loss, and what is trained, in words."""
+    """Samples and their packs, the loss, and what is trained, experts of all ranks, in words."""
     assert isinstance(data, PackedSamples)
+    total, trained = parameter_count(model), parameter_count(model, trained=True)
     train, loss = config.train, str(config.train.loss)
     if train.second_stage_step is not None:
         loss = f"tokens, after step {train.second_stage_step} conversations"
@@ -180,7 +175,8 @@ def describe(config: FinetuneConfig, data: Data, model: HybridLM) -> str:
         f"data {len(data.train.lengths):,} samples of {data.tokens:,} tokens in "
         f"{len(data.packs):,} packs of {config.data.sequence_length} ({data.efficiency:.1%} full); "
         f"{train.max_steps} steps of {train.global_batch_size} packs\n"
-        f"loss averaged over {loss}, MTP weight {train.mtp_loss_weight:g}; {parts(model)}"
+        f"loss averaged over {loss}, MTP weight {train.mtp_loss_weight:g}; trained {trained:,} of "
+        f"{total:,} parameters ({trained / total:.2%})"
     )
 
 
