@@ -267,7 +267,7 @@ COMMANDS = {
     "generate": Command(GenerateOptions, _in("generate", "generate_command")),
     "import": Command(ImportOptions, _import),
     "merge": Command(MergeOptions, _in("checkpoint.adapter", "merge_command")),
-    "export": Command(ExportOptions, _in("export.write", "export_command")),
+    "export": Command(ExportOptions, _in("export.command", "export_command")),
     "verify-export": Command(VerifyOptions, _in("export.verify", "verify_command")),
     "inspect": Command(InspectOptions, _in("inspection", "inspect_command")),
     "compare-logprobs": Command(CompareOptions, _in("logprobs", "compare_command")),

@@ -7,8 +7,8 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -20,30 +20,22 @@ from nemo_hybrid.checkpoint import files
 from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.convert import split_experts
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
-from nemo_hybrid.checkpoint.load import Source, load_model, read_source
+from nemo_hybrid.checkpoint.load import Source, read_source
 from nemo_hybrid.checkpoint.names import is_stacked
-from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
-from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import (
     BLOCK,
-    Assignment,
     Format,
     check,
     family,
-    fitted,
     groups,
     places,
-    planned,
 )
-from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
-from nemo_hybrid.export.card import card, lineage, measured_table
-from nemo_hybrid.export.decode import Scales
-from nemo_hybrid.export.divergence import States, ready
+from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import (
     HF_QUANT,
     ExportFacts,
@@ -52,162 +44,12 @@ from nemo_hybrid.export.layout import (
     quantization_configs,
     stored_like,
     stored_scales,
-    with_inputs,
 )
 from nemo_hybrid.export.quantize import Layout, Search, decoded, weight_tensors
-from nemo_hybrid.export.sensitivity import (
-    SPENT_ON,
-    assign_within,
-    candidates,
-    measure,
-    sensitivity_report,
-)
-from nemo_hybrid.export.verify import (
-    Measured,
-    compare,
-    load_exported,
-    rounded_states,
-    states,
-)
 from nemo_hybrid.files import naming
-from nemo_hybrid.terminal import print_table, progress_bar
+from nemo_hybrid.terminal import progress_bar
 
-_MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
-_SHOWN = 8  # experts
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
-
-
-def export_command(options: ExportOptions) -> None:
-    """``nemo-hybrid export``. What can be refused without a model is refused before one is loaded.
-
-    Raises UserError."""
-    source, out = _source(options.from_), new_directory(options.out)
-    shape = HybridConfig.from_hf(str(source))
-    calibrated, budget = options.calibration is not None, options.budget_bits
-    if budget is None:
-        assignment = planned(shape, options.format, options.preset, options.formats, calibrated)
-        if calibrated and options.kv_cache == "none" and not with_inputs(assignment):
-            raise UserError("calibration has no effect without rounded inputs: leave it out")
-    else:  # in the fewest bits that may come of it
-        assignment = assign_within(budget, candidates(shape, _tried(options)), shape)
-    _check_cache(options.kv_cache, options.format, shape, calibrated)
-    _prepared(source, out, assignment, options.format, options.scales)
-    origin = lineage(source)
-    pieces, heldout = [], []
-    if options.calibration is not None:
-        pieces = read_pieces(options.calibration, source, shape, options.calibration_tokens)
-    if options.heldout is not None:
-        heldout = read_pieces(options.heldout, source, shape, options.heldout_tokens, "heldout")
-    before = states(load_model(source, torch.float32), heldout, "source", True) if heldout else None
-    calibration, reports = None, dict[str, bytes]()
-    if pieces:
-        calibration, assignment, reports = _calibrated(source, pieces, assignment, options)
-
-    def describe(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
-        measured = None
-        if before is not None:
-            measured = _measured(directory, before, heldout, facts, options)
-            title, header, rows = measured_table(measured)
-            print_table(header, rows, title=title)
-        return {**reports, CARD: card(options, facts, origin, measured).encode()}
-
-    facts = export_directory(
-        source,
-        out,
-        assignment,
-        target=options.format,
-        search=options.scales,
-        calibration=calibration,
-        kv_cache=options.kv_cache,
-        describe=describe,
-    )
-    for kind, errors in facts.errors.items():
-        listed = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
-        print(f"relative error of {kind}: {listed}")
-    for place, experts in (calibration.unseen if calibration else {}).items():
-        shown = ", ".join(map(str, experts[:_SHOWN])) + (", ..." if len(experts) > _SHOWN else "")
-        print(
-            f"{place}: no token reached {len(experts)} experts ({shown}); input scales are those "
-            "of the others"
-        )
-    ratio = facts.bytes_after / facts.bytes_before
-    print(
-        f"{facts.bytes_after / 1e9:.3g} GB of weights ({ratio:.2f} of the source's) written to "
-        f"{options.out}; check them with\n"
-        f"  nemo-hybrid verify-export {options.out} --base {options.from_}"
-    )
-
-
-def _check_cache(kv_cache: str, target: str, shape: HybridConfig, calibrated: bool) -> None:
-    if kv_cache == "none":
-        return
-    if target in ("bf16", "compressed-tensors"):
-        raise UserError("kv_cache fp8 is written with --format nvfp4, mixed and fp8 only")
-    if not calibrated:
-        raise UserError("kv_cache fp8 needs calibration: name a text file or a token store")
-    if "*" not in shape.pattern:
-        raise UserError("kv_cache: the model has no attention, thus no keys and values")
-
-
-def _tried(options: ExportOptions) -> tuple[Format, ...]:
-    """The formats that a budget is spent on."""
-    tried: dict[str, tuple[Format, ...]] = {"mixed": ("nvfp4", "fp8"), "fp8": ("fp8",)}
-    return tried.get(options.format, ("nvfp4",))
-
-
-def _calibrated(
-    source: Path, pieces: list[Tensor], assignment: Assignment, options: ExportOptions
-) -> tuple[Calibration, Assignment, dict[str, bytes]]:
-    """The calibration; with a budget, an assignment that keeps it, and the files that say why."""
-    budget, reports = options.budget_bits, dict[str, bytes]()
-    inputs = with_inputs(assignment)
-    if budget is not None:
-        inputs = [place for place in assignment if family(place) in SPENT_ON]
-    model = ready(load_model(source))
-    calibration = calibrate(model, pieces, options.percentile, inputs, show=True)
-    if budget is not None:
-        before = accumulate((piece.numel() for piece in pieces), initial=0)
-        few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
-        amax, formats = calibration.amax, _tried(options)
-        measured = measure(model, few, formats, options.scales, amax, show=True)
-        chosen = assign_within(budget, measured, model.config)
-        assignment = fitted(chosen, options.format, calibrated=True)
-        reports = sensitivity_report(measured, assignment, budget)
-    rounded = with_inputs(assignment)
-    unseen = {place: e for place, e in calibration.unseen.items() if place in rounded}
-    return replace(calibration, unseen=unseen), assignment, reports
-
-
-def _measured(
-    directory: Path,
-    before: States,
-    pieces: list[Tensor],
-    facts: ExportFacts,
-    options: ExportOptions,
-) -> Measured:
-    """The model of a directory against its source. Raises UserError where its logits are not
-    finite."""
-    text = str(options.heldout)
-    model = load_exported(directory)
-    found = compare(before, states(model, pieces, "export", True), pieces, text)
-    if with_inputs(facts.assignment):
-        assert facts.calibration is not None
-        scales = Scales(formats=facts.assignment, amax=facts.calibration.amax)
-        after = rounded_states(model, scales, pieces, True)
-        rounded = compare(before, after, pieces, text)
-        found = found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
-    if not all(math.isfinite(x) for x in found if isinstance(x, float)):
-        raise UserError("logits are not finite: the checkpoint is broken")
-    return found
-
-
-def _source(path: str | Path) -> Path:
-    directory = locate(path)
-    if is_adapter(directory):
-        raise UserError(f"{path} is an adapter: add it to its weights first (nemo-hybrid merge)")
-    if (directory / HF_QUANT).exists():
-        raise UserError(f"{directory} is quantized already; export the checkpoint it was made of")
-    return directory
 
 
 @dataclass
@@ -259,8 +101,8 @@ def export_directory(
     """
     out, layout = new_directory(out), layout_of(target)
     scales = stored_scales(assignment, layout, calibration, kv_cache)
-    read, plan = _prepared(source, out, assignment, target, search, scales)
-    _check_cache(kv_cache, target, read.config, calibration is not None)
+    read, plan = prepared(source, out, assignment, target, search, scales)
+    check_cache(kv_cache, target, read.config, calibration is not None)
     shards = list(_shards(plan, max_shard_bytes))
     facts = ExportFacts(
         source=read.stored.directory,
@@ -298,7 +140,7 @@ def export_directory(
     return facts
 
 
-def _prepared(
+def prepared(
     source: Path,
     out: Path,
     assignment: Mapping[str, Format],
@@ -308,7 +150,7 @@ def _prepared(
 ) -> tuple[Source, list[_Item]]:
     """The source, and everything to write, in the order in which it is read. Raises UserError for
     all that headers and free space tell to be impossible."""
-    read, _ = read_source(_source(source), as_stored=True)
+    read, _ = read_source(unquantized(source), as_stored=True)
     read.report.raise_errors()
     sizes = places(read.config)
     check(assignment, sizes)
@@ -322,6 +164,28 @@ def _prepared(
     size = sum(tensor.nbytes for item in plan for tensor in item.like.values())
     _check_disk(out, size + _BESIDE_WEIGHTS)
     return read, plan
+
+
+def check_cache(kv_cache: str, target: str, shape: HybridConfig, calibrated: bool) -> None:
+    """Raise UserError where scales of keys and values cannot be had, or not be written."""
+    if kv_cache == "none":
+        return
+    if target in ("bf16", "compressed-tensors"):
+        raise UserError("kv_cache fp8 is written with --format nvfp4, mixed and fp8 only")
+    if not calibrated:
+        raise UserError("kv_cache fp8 needs calibration: name a text file or a token store")
+    if "*" not in shape.pattern:
+        raise UserError("kv_cache: the model has no attention, thus no keys and values")
+
+
+def unquantized(path: str | Path) -> Path:
+    """The directory of a checkpoint. Raises UserError where it is no whole unquantized model."""
+    directory = locate(path)
+    if is_adapter(directory):
+        raise UserError(f"{path} is an adapter: add it to its weights first (nemo-hybrid merge)")
+    if (directory / HF_QUANT).exists():
+        raise UserError(f"{directory} is quantized already; export the checkpoint it was made of")
+    return directory
 
 
 def _plan(

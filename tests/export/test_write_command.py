@@ -21,10 +21,10 @@ from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.cli import main
 from nemo_hybrid.command_options import ExportOptions, VerifyOptions
 from nemo_hybrid.config_load import load_config, options_parser, read_options
-from nemo_hybrid.export import write
+from nemo_hybrid.export import command
 from nemo_hybrid.export.calibrate import read_pieces
+from nemo_hybrid.export.command import export_command
 from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
-from nemo_hybrid.export.write import export_command
 from nemo_hybrid.finetune_options import FinetuneConfig
 
 CONFIG = HybridConfig(**(TINY_MODEL | {"pattern": "ME*-", "moe_intermediate_size": 32}))
@@ -160,7 +160,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(write, "load_model", fails)
+    monkeypatch.setattr(command, "load_model", fails)
 
 
 @pytest.mark.parametrize(

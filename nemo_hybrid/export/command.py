@@ -1,0 +1,150 @@
+"""`nemo-hybrid export`: which formats, with which scales, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.checkpoint.directory import new_directory
+from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.checkpoint.publish import CARD
+from nemo_hybrid.command_options import ExportOptions
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.assign import Assignment, Format, family, fitted, planned
+from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
+from nemo_hybrid.export.card import card, lineage, measured_table
+from nemo_hybrid.export.decode import Scales
+from nemo_hybrid.export.divergence import States, ready
+from nemo_hybrid.export.layout import ExportFacts, with_inputs
+from nemo_hybrid.export.sensitivity import (
+    SPENT_ON,
+    assign_within,
+    candidates,
+    measure,
+    sensitivity_report,
+)
+from nemo_hybrid.export.verify import Measured, compare, load_exported, rounded_states, states
+from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
+from nemo_hybrid.terminal import print_table
+
+_MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
+_SHOWN = 8  # experts
+
+
+def export_command(options: ExportOptions) -> None:
+    """``nemo-hybrid export``. What can be refused without a model is refused before one is loaded.
+
+    Raises UserError."""
+    source, out = unquantized(options.from_), new_directory(options.out)
+    shape = HybridConfig.from_hf(str(source))
+    calibrated, budget = options.calibration is not None, options.budget_bits
+    if budget is None:
+        assignment = planned(shape, options.format, options.preset, options.formats, calibrated)
+        if calibrated and options.kv_cache == "none" and not with_inputs(assignment):
+            raise UserError("calibration has no effect without rounded inputs: leave it out")
+    else:  # in the fewest bits that may come of it
+        assignment = assign_within(budget, candidates(shape, _tried(options)), shape)
+    check_cache(options.kv_cache, options.format, shape, calibrated)
+    prepared(source, out, assignment, options.format, options.scales)
+    origin = lineage(source)
+    pieces, heldout = [], []
+    if options.calibration is not None:
+        pieces = read_pieces(options.calibration, source, shape, options.calibration_tokens)
+    if options.heldout is not None:
+        heldout = read_pieces(options.heldout, source, shape, options.heldout_tokens, "heldout")
+    before = states(load_model(source, torch.float32), heldout, "source", True) if heldout else None
+    calibration, reports = None, dict[str, bytes]()
+    if pieces:
+        calibration, assignment, reports = _calibrated(source, pieces, assignment, options)
+
+    def describe(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
+        measured = None
+        if before is not None:
+            measured = _measured(directory, before, heldout, facts, options)
+            title, header, rows = measured_table(measured)
+            print_table(header, rows, title=title)
+        return {**reports, CARD: card(options, facts, origin, measured).encode()}
+
+    facts = export_directory(
+        source,
+        out,
+        assignment,
+        target=options.format,
+        search=options.scales,
+        calibration=calibration,
+        kv_cache=options.kv_cache,
+        describe=describe,
+    )
+    for kind, errors in facts.errors.items():
+        listed = ", ".join(f"{error:.4f} with {scales}" for scales, error in errors.items())
+        print(f"relative error of {kind}: {listed}")
+    for place, experts in (calibration.unseen if calibration else {}).items():
+        shown = ", ".join(map(str, experts[:_SHOWN])) + (", ..." if len(experts) > _SHOWN else "")
+        print(
+            f"{place}: no token reached {len(experts)} experts ({shown}); input scales are those "
+            "of the others"
+        )
+    ratio = facts.bytes_after / facts.bytes_before
+    print(
+        f"{facts.bytes_after / 1e9:.3g} GB of weights ({ratio:.2f} of the source's) written to "
+        f"{options.out}; check them with\n"
+        f"  nemo-hybrid verify-export {options.out} --base {options.from_}"
+    )
+
+
+def _tried(options: ExportOptions) -> tuple[Format, ...]:
+    """The formats that a budget is spent on."""
+    tried: dict[str, tuple[Format, ...]] = {"mixed": ("nvfp4", "fp8"), "fp8": ("fp8",)}
+    return tried.get(options.format, ("nvfp4",))
+
+
+def _calibrated(
+    source: Path, pieces: list[Tensor], assignment: Assignment, options: ExportOptions
+) -> tuple[Calibration, Assignment, dict[str, bytes]]:
+    """The calibration; with a budget, an assignment that keeps it, and the files that say why."""
+    budget, reports = options.budget_bits, dict[str, bytes]()
+    inputs = with_inputs(assignment)
+    if budget is not None:
+        inputs = [place for place in assignment if family(place) in SPENT_ON]
+    model = ready(load_model(source))
+    calibration = calibrate(model, pieces, options.percentile, inputs, show=True)
+    if budget is not None:
+        before = accumulate((piece.numel() for piece in pieces), initial=0)
+        few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
+        amax, formats = calibration.amax, _tried(options)
+        measured = measure(model, few, formats, options.scales, amax, show=True)
+        chosen = assign_within(budget, measured, model.config)
+        assignment = fitted(chosen, options.format, calibrated=True)
+        reports = sensitivity_report(measured, assignment, budget)
+    rounded = with_inputs(assignment)
+    unseen = {place: e for place, e in calibration.unseen.items() if place in rounded}
+    return replace(calibration, unseen=unseen), assignment, reports
+
+
+def _measured(
+    directory: Path,
+    before: States,
+    pieces: list[Tensor],
+    facts: ExportFacts,
+    options: ExportOptions,
+) -> Measured:
+    """The model of a directory against its source. Raises UserError where its logits are not
+    finite."""
+    text = str(options.heldout)
+    model = load_exported(directory)
+    found = compare(before, states(model, pieces, "export", True), pieces, text)
+    if with_inputs(facts.assignment):
+        assert facts.calibration is not None
+        scales = Scales(formats=facts.assignment, amax=facts.calibration.amax)
+        after = rounded_states(model, scales, pieces, True)
+        rounded = compare(before, after, pieces, text)
+        found = found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
+    if not all(math.isfinite(x) for x in found if isinstance(x, float)):
+        raise UserError("logits are not finite: the checkpoint is broken")
+    return found
