@@ -19,6 +19,8 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
 from nemo_hybrid.checkpoint.files import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import load_config
@@ -78,10 +80,10 @@ def measure(config: RunConfig, world: World, timed: int) -> dict[int, list[float
     for number in range(WARM_UP + timed):
         for ep, (run, data) in runs.items():
             batches = next(data)
-            world.barrier()
+            dist.barrier()
             began = time.perf_counter()
             train_step(run, batches, config.train.lr)  # ends with numbers on the host
-            world.barrier()
+            dist.barrier()
             if number >= WARM_UP:
                 seconds[ep].append(time.perf_counter() - began)
     return seconds
