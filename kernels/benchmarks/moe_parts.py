@@ -16,7 +16,7 @@ from moe_problem import Problem
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from nemo_kernels.moe import reference, routing
+from nemo_kernels.moe import function, reference
 
 Results = tuple[Tensor, ...]
 
@@ -28,7 +28,7 @@ class Parts:
         self.p = p
 
     @cached_property
-    def slots(self) -> routing.Slots:
+    def slots(self) -> function.Slots:
         return reference.sort_slots(self.p.ids_TK, self.p.shape.experts)
 
     @cached_property
@@ -81,13 +81,13 @@ class Parts:
         def call() -> Results:
             slots = reference.sort_slots(self.p.ids_TK, s.experts)
             x_TL.index_select(0, slots.order_R // s.k)
-            return *slots, routing.combine(y_RL, slots.inverse_R, s.tokens)
+            return *slots, function.combine(y_RL, slots.inverse_R, s.tokens)
 
         return call
 
     def dispatch_in_fp32(self) -> Results:
         tokens = self.p.shape.tokens
-        return *self.slots, routing.combine(self.y_RL.float(), self.slots.inverse_R, tokens)
+        return *self.slots, function.combine(self.y_RL.float(), self.slots.inverse_R, tokens)
 
     def up(self) -> Callable[[], Results]:
         kernel, plan, rows = self.launched

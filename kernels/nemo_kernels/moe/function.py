@@ -93,7 +93,7 @@ class ExpertMLP(torch.autograd.Function):
         y_RL, h_RF = experts.forward(x_RL, weights, ctx.groups, w_up_EFL, w_down_ELF)
         kept = None if recompute else h_RF
         ctx.save_for_backward(kept, x_TL, token_R, inverse_R, weights, w_up_EFL, w_down_ELF)
-        return _combined(y_RL, inverse_R, len(x_TL)).to(x_TL.dtype)
+        return combine(y_RL, inverse_R, len(x_TL)).to(x_TL.dtype)
 
     @staticmethod
     @once_differentiable
@@ -108,7 +108,7 @@ class ExpertMLP(torch.autograd.Function):
         )
         return (
             None,
-            _combined(dx_RL, inverse_R, len(x_TL)).to(x_TL.dtype),
+            combine(dx_RL, inverse_R, len(x_TL)).to(x_TL.dtype),
             _gathered(dweights, inverse_R).view(ctx.shape).to(weights_R.dtype),
             None,
             None,
@@ -122,8 +122,9 @@ def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
     return t if places is None else t.index_select(0, places)
 
 
-def _combined(y_RL: Tensor, inverse_R: Tensor | None, n_tokens: int) -> Tensor:
-    """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]."""
+def combine(y_RL: Tensor, inverse_R: Tensor | None, n_tokens: int) -> Tensor:
+    """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]. Without
+    ``inverse_R``: the rows."""
     if inverse_R is None:
         return y_RL
     if not n_tokens:
