@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Identity:
     global_batch_size: int
     seed: int
     weight_dtype: str
-    base: str | None = None  # digest of the weights that adapters are for
+    base: str | None = None  # digest of model.from_hf, of which adapters and distillation need more
 
 
 @dataclass
@@ -147,8 +148,8 @@ def check_precision(config: TrainingConfig, hybrid: HybridConfig) -> None:
         tokens = config.train.micro_batch_size * config.data.sequence_length
         model = without_storage(hybrid, config.parallel.ep)
         policy.check(model, config.precision, hybrid, tokens)
-    if isinstance(config, FinetuneConfig) and config.distill.preset != "none":
-        student_formats(config.distill, hybrid)
+    if distils(config):
+        student_formats(config, hybrid)
 
 
 def build_run(
@@ -195,7 +196,7 @@ def build_run(
     )
     objective = PretrainObjective(model, config.train)
     teacher = None
-    if isinstance(config, FinetuneConfig) and config.distill.preset != "none" and origin:
+    if distils(config) and origin:
         teacher = each(world, lambda: frozen_teacher(origin, hybrid, dispatcher))
         teacher.to(world.device, dtype)
         objective = PretrainObjective(model, config.train, teacher, config.distill.weight)
@@ -204,9 +205,9 @@ def build_run(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
     )
     engine.seed_masters(loaded)
-    if teacher is not None and isinstance(config, FinetuneConfig):
+    if distils(config) and teacher:
         # Only now are experts' processes connected.
-        formats, length = student_formats(config.distill, hybrid), config.data.sequence_length
+        formats, length = student_formats(config, hybrid), config.data.sequence_length
         seen = teacher_inputs(teacher, formats, data, length, config.train.seed, world)
         quantization_aware(model, formats, seen)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -237,6 +238,15 @@ def with_adapters(config: TrainingConfig) -> bool:
     return isinstance(config, FinetuneConfig) and config.lora.rank > 0
 
 
+def _needs_origin(config: TrainingConfig) -> bool:
+    """Whether the weights that a run began with have a part in all of its steps."""
+    return with_adapters(config) or distils(config)
+
+
+def distils(config: TrainingConfig) -> TypeGuard[FinetuneConfig]:
+    return isinstance(config, FinetuneConfig) and config.distill.preset != "none"
+
+
 def identity_of(config: TrainingConfig, data: Data, origin: Path | None = None) -> Identity:
     return Identity(
         data=data.digests,
@@ -246,7 +256,7 @@ def identity_of(config: TrainingConfig, data: Data, origin: Path | None = None) 
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         weight_dtype=str(policy.weight_dtype(config.precision)).removeprefix("torch."),
-        base=base_digest(origin) if origin and with_adapters(config) else None,
+        base=base_digest(origin) if origin and _needs_origin(config) else None,
     )
 
 

@@ -21,7 +21,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, assign
 from nemo_hybrid.export.calibrate import watching
 from nemo_hybrid.export.simulate import WITH_INPUTS
-from nemo_hybrid.finetune_options import DistillOptions
+from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.parallel.world import World
@@ -30,9 +30,15 @@ CALIBRATION_TOKENS = 32768
 _CHUNK_BYTES = 64 << 20  # of one model's logits
 
 
-def student_formats(options: DistillOptions, shape: HybridConfig) -> Assignment:
-    """Raises UserError where formats and model do not fit."""
-    assignment = assign(shape, options.preset, options.formats)
+def student_formats(config: FinetuneConfig, shape: HybridConfig) -> Assignment:
+    """Raises UserError where formats, model and what is trained do not fit."""
+    assignment = assign(shape, config.distill.preset, config.distill.formats)
+    if not config.train.mtp_loss_weight:
+        mtp = [p for p, f in assignment.items() if p.startswith("mtp.") and f != "bf16"]
+        if mtp:
+            raise UserError(
+                f"distill.formats: {mtp[0]} does not run with train.mtp_loss_weight 0: leave it out"
+            )
     if assignment["lm_head"] != "bf16":
         raise UserError("distill.formats: lm_head is one operation with the loss: leave it out")
     return assignment
@@ -43,15 +49,16 @@ def teacher_inputs(
     teacher: HybridLM, assignment: Assignment, data: Data, length: int, seed: int, world: World
 ) -> dict[str, Tensor]:
     """Place -> the largest magnitude, fp32 scalar, of its inputs, where the format rounds inputs:
-    over the first rows of ``length`` tokens that are trained on, which have `CALIBRATION_TOKENS`,
-    however many processes divide them and the experts. All processes call this together.
+    over the first rows of ``length`` tokens that are trained on, `CALIBRATION_TOKENS` or as many as
+    there are. They are the same ones, however processes divide them and the experts. All processes
+    call this together.
 
     Raises UserError on all of them where the teacher gives no finite numbers.
     """
     places = [place for place, format in assignment.items() if format in WITH_INPUTS]
     if not places:
         return {}
-    rows = -(-CALIBRATION_TOKENS // length)
+    rows = -(-min(CALIBRATION_TOKENS, data.tokens) // length)
     with watching(teacher, places) as seen:
         # As many passes everywhere, because experts of other processes take part in them.
         for i in range(world.rank, -(-rows // world.size) * world.size, world.size):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
@@ -136,6 +136,21 @@ def test_a_resumed_run_has_the_same_teacher(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_resumed_run_with_another_teacher_is_refused(
+    commands: Commands, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(base, tmp_path / "teacher")
+    sections: dict[str, Any] = {"distill": {"preset": PRESET}, "train": {"max_steps": 1}}
+    assert run(commands, teacher, chats, tmp_path / "run", **sections)[0] == 0
+    path = next(teacher.glob("*.safetensors"))
+    weights = load_file(path)
+    save_file({name: weight * 1.3 for name, weight in weights.items()}, path, {"format": "pt"})
+    sections["train"]["max_steps"] = 2
+    status, err = run(commands, teacher, chats, tmp_path / "run", **sections)
+    assert status == 2
+    assert "was written with base" in err
+
+
 def test_experts_divided_over_processes_learn_the_same(
     commands: Commands, base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +179,13 @@ def test_experts_divided_over_processes_learn_the_same(
         ({"distill": {"preset": "nano"}, "train": {"trained": "mtp"}}, "trained mtp"),
         ({"distill": {"preset": "nano", "formats": {"*.k_prj": "fp8"}}}, "*.k_prj"),
         ({"distill": {"preset": "nano", "formats": {"lm_head": "fp8"}}}, "lm_head"),
+        (
+            {
+                "distill": {"preset": "nano", "formats": {"mtp*": "fp8"}},
+                "train": {"mtp_loss_weight": 0.0},
+            },
+            "does not run",
+        ),
     ],
 )
 def test_a_mistake_is_named(
