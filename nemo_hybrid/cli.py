@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -123,7 +124,12 @@ def _dispatch(words: list[str]) -> int:
         raise UserError(f"{name} takes no options, got {' '.join(rest)}")
     options = read_options(command.options, _command_parser(name), rest)
     options.validate()
-    return command.run(options) or 0
+    # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return command.run(options) or 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -154,24 +155,26 @@ def write_directory(
     ``finish`` runs on rank 0 with the results of all ranks and writes the files that describe
     them. Then the manifest is written, everything synced, and the directory renamed.
 
-    Raises UserError on every rank when one cannot write; what stood under final stays.
+    Raises UserError on every rank when one cannot write, or another process writes final; what
+    stood under final stays.
     """
     temporary = final.with_name(TEMPORARY + final.name)
+    writer = Writer(temporary)
 
-    def create() -> None:
+    def create() -> int | None:
         with naming("create", final.parent):
             make_directories(final.parent)
         with naming("write into", final.parent):
-            if temporary.exists():  # left by a writer that was killed
-                files.remove_directory(temporary)
+            if temporary.exists():
+                _close(_lock(temporary, final))
+                files.remove_directory(temporary)  # left by a writer that was killed
             temporary.mkdir()
-
-    writer = Writer(temporary)
+            return _lock(temporary, final)
 
     def write_own() -> tuple[T, dict[str, FileRecord]]:
         return write(writer), writer.records
 
-    on_rank_0(world, create)
+    lock = on_rank_0(world, create)
     try:
         parts = together(world, write_own)
 
@@ -190,13 +193,38 @@ def write_directory(
         if world.rank == 0 and temporary.exists():
             files.remove_directory(temporary)
         raise
+    finally:
+        if world.rank == 0:
+            _close(lock)
+
+
+def _lock(temporary: Path, final: Path) -> int | None:
+    """A descriptor that holds an unfinished directory; None where the file system has no locks.
+    Raises UserError if another process holds it."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is writing {final}: wait for it, or name another directory"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def new_directory(path: str | Path) -> Path:
     """The absolute path of a directory that is about to be written, which links lead to.
 
-    Raises UserError when something stands there, and for the working directory: it would be
-    replaced under the feet of whoever is in it.
+    Raises UserError when something stands there, for a mount point, and for the working directory:
+    it would be replaced under the feet of whoever is in it.
     """
     with naming("write", Path(path)):
         directory = Path(os.path.realpath(os.path.expanduser(path)))
@@ -204,4 +232,6 @@ def new_directory(path: str | Path) -> Path:
             raise UserError(f"{path} exists and is not empty; name another directory or remove it")
         if directory == Path.cwd():
             raise UserError(f"{path} is the working directory; name another one")
+        if os.path.ismount(directory):  # nothing can be renamed to it
+            raise UserError(f"{path} is a mount point; name a directory in it")
     return directory

@@ -228,7 +228,10 @@ def remove_directory(directory: Path) -> bool:
     doomed = directory
     try:
         if not directory.name.startswith(TEMPORARY):
-            doomed = directory.with_name(TEMPORARY + directory.name)
+            # Not the name under which a successor is being written.
+            doomed = directory.with_name(
+                TEMPORARY + directory.name.removesuffix(_REPLACED) + _REPLACED
+            )
             if doomed.exists():
                 shutil.rmtree(doomed)
             os.replace(directory, doomed)
@@ -252,17 +255,20 @@ def remove_stale(checkpoints_dir: Path) -> None:
 
 
 def install_directory(temporary: Path, final: Path) -> None:
-    """Rename a finished directory to its final name, replacing a checkpoint of the same step."""
+    """Rename a finished directory to its final name, replacing what an earlier one left there, such
+    as a checkpoint of the same step."""
     aside = final.with_name(final.name + _REPLACED)
-    if final.exists():
-        # An old one still set aside means that final is damaged (see remove_stale).
+    if final.exists() and os.listdir(final):
+        # An old one still set aside means that final is damaged (see remove_stale), unless it is
+        # somebody else's.
         if aside.exists():
             remove_directory(final)
         else:
             os.replace(final, aside)
     os.replace(temporary, final)
     sync_directory(final.parent)
-    if aside.exists():
+    # What somebody else has under that name stays.
+    if aside.exists() and (_STEP.fullmatch(aside.name) or (aside / MANIFEST).is_file()):
         remove_directory(aside)
 
 

@@ -253,6 +253,56 @@ def test_the_path_of_a_new_directory(tmp_path, monkeypatch) -> None:
     for way in (".", "../cwd", tmp_path / "cwd"):
         with pytest.raises(UserError, match="is the working directory"):
             new_directory(way)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(UserError, match="volume is a mount point; name a directory in it"):
+        new_directory(tmp_path / "volume")
+    assert new_directory(tmp_path / "volume/in") == tmp_path / "volume/in"
+
+
+def test_two_writers_of_one_directory(tmp_path) -> None:
+    def second(writer) -> None:
+        writer.write_text("a", "first")
+        with pytest.raises(UserError, match=r"another process is writing .*/out: wait for it"):
+            write_directory(tmp_path / "out", OneProcess(), lambda w: None, lambda w, parts: None)
+
+    write_directory(tmp_path / "out", OneProcess(), second, lambda writer, parts: None)
+    verify(tmp_path / "out")
+    # Nobody holds what a killed one left.
+    (tmp_path / ".tmp-next").mkdir()
+    write_directory(tmp_path / "next", OneProcess(), lambda w: None, lambda w, parts: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["next", "out"]
+
+
+def test_a_damaged_checkpoint_whose_predecessor_is_still_there_is_replaced(
+    tmp_path, toy, other_toy
+) -> None:
+    """As a kill after the renaming leaves it, and damage to the new one after that."""
+    toy.save(tmp_path, 1)
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000001.replaced")
+    toy.save(tmp_path, 1)
+    toy.save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001.replaced")
+    next((tmp_path / "step_00000001").glob("*.safetensors")).write_bytes(b"")
+    (result,) = other_toy.save(tmp_path, 1)
+    assert result == tmp_path / "step_00000001"
+    verify(tmp_path / "step_00000001")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_what_others_have_beside_a_directory_stays(tmp_path) -> None:
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced/theirs").write_text("")
+    for content in ("once", "again"):
+        write_directory(
+            tmp_path / "out", OneProcess(),
+            lambda writer, text=content: writer.write_text("a", text), lambda writer, parts: None,
+        )  # fmt: skip
+    assert (tmp_path / "out/a").read_text() == "again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced"]
+    (tmp_path / "out.replaced/theirs").unlink()
+    (tmp_path / "out.replaced").rmdir()
+    write_directory(tmp_path / "out", OneProcess(), lambda w: None, lambda w, parts: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_no_checkpoints_none_valid_and_bad_pointers(tmp_path, toy, caplog) -> None:

@@ -202,6 +202,22 @@ def test_statuses_of_failures(
         cli.main(raising(monkeypatch, ZeroDivisionError()))
 
 
+def test_a_command_that_is_asked_to_end_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    stub = ModuleType("nemo_hybrid.generate")
+    stub.generate_command = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nemo_hybrid.generate", stub)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["generate", "--from", "a", "--prompt", "b"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_other_ranks_speak_only_when_they_are_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
