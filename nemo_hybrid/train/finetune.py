@@ -4,6 +4,7 @@ are, and a model directory at the end."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import parameter_count
+from nemo_hybrid.train.distill import student_formats
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
@@ -171,12 +173,24 @@ def describe(config: FinetuneConfig, data: Data, model: HybridLM) -> str:
     train, loss = config.train, str(config.train.loss)
     if train.second_stage_step is not None:
         loss = f"tokens, after step {train.second_stage_step} conversations"
+    distilled = f"\n{_distilled(config, model.config)}" if config.distill.preset != "none" else ""
     return (
         f"data {len(data.train.lengths):,} samples of {data.tokens:,} tokens in "
         f"{len(data.packs):,} packs of {config.data.sequence_length} ({data.efficiency:.1%} full); "
         f"{train.max_steps} steps of {train.global_batch_size} packs\n"
         f"loss averaged over {loss}, MTP weight {train.mtp_loss_weight:g}; trained {trained:,} of "
-        f"{total:,} parameters ({trained / total:.2%})"
+        f"{total:,} parameters ({trained / total:.2%}){distilled}"
+    )
+
+
+def _distilled(config: FinetuneConfig, shape: HybridConfig) -> str:
+    """What is distilled, in words."""
+    counts = Counter(student_formats(config, shape).values())
+    formats = ", ".join(f"{count} weights in {f}" for f, count in counts.items() if f != "bf16")
+    share = f"{config.distill.weight:g} of the loss" if config.distill.weight < 1 else "the loss"
+    return (
+        f"distilled from {config.model.from_hf} for {config.distill.preset} ({formats}): {share} "
+        "is the KL divergence from it; held-out losses are cross-entropies"
     )
 
 
@@ -206,6 +220,13 @@ def _card(config: FinetuneConfig, steps: int) -> str:
         f"{train.global_batch_size} packs of {config.data.sequence_length} tokens, learning rate "
         f"{train.lr:g}. The base model's licence and limits apply.",
     ]
+    if config.distill.preset != "none":
+        lines += [
+            "",
+            f"Quantization-aware distillation: it learnt the probabilities of `{base}` while it "
+            f"computed in the formats of `nemo-hybrid export --preset {config.distill.preset}`"
+            f"{' and further ones' if config.distill.formats else ''}. Use it exported in these.",
+        ]
     if len(found) > 1:
         before, after = found[0], found[-1]
         lines += [

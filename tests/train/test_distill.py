@@ -16,6 +16,7 @@ from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
 from helpers.processes import run_command
 from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.export.assign import assign
@@ -113,6 +114,9 @@ def test_a_run_brings_the_quantized_model_back_to_its_teacher(
         assert (losses[0] < 1) == (weight == 1)  # a divergence, or nearly a cross-entropy
         assert 0 < losses[-1] < losses[0]
         found[weight] = divergence(base, out / "model", heldout)
+        card = (out / "model/README.md").read_text()
+        assert "learnt the probabilities of `hf`" in card
+        assert f"export --preset {PRESET}`. Use it" in card
     before = divergence(base, base, heldout)
     assert found[1.0] < 0.85 * before
     assert found[0.01] > 2 * before
@@ -141,7 +145,13 @@ def test_a_resumed_run_with_another_teacher_is_refused(
 ) -> None:
     teacher = shutil.copytree(base, tmp_path / "teacher")
     sections: dict[str, Any] = {"distill": {"preset": PRESET}, "train": {"max_steps": 1}}
-    assert run(commands, teacher, chats, tmp_path / "run", **sections)[0] == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(tune(teacher, chats, **sections)))
+    first = commands("finetune", "--config", file, "--run_dir", tmp_path / "run")
+    assert first.status == 0
+    count = list(assign(HybridConfig.from_hf(str(teacher)), PRESET, {}).values()).count("nvfp4")
+    said = f"distilled from {teacher} for nano ({count} weights in nvfp4): the loss is the KL"
+    assert said in first.out
     path = next(teacher.glob("*.safetensors"))
     weights = load_file(path)
     save_file({name: weight * 1.3 for name, weight in weights.items()}, path, {"format": "pt"})
