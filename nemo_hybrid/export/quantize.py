@@ -11,7 +11,8 @@ NVFP4: a block of 16 has the scale s_b, E4M3, the tensor has t, fp32; a value is
 The choices of the middle two minimise the block's sum of squared errors; of equal ones, the first
 (1.0, or the smallest) counts. 2688 = 6 * 448; 1536 = 6 * 256 leaves room for 1.5 times as much.
 They are modelopt's calibrators ``MseCalibrator`` with the multipliers 1.0 and 1.5 and
-``NVFP4MSECalibrator``, and its exporter, which clamps s_b to [2^-9, 448].
+``NVFP4MSECalibrator``, and its exporter, which clamps s_b to [2^-9, 448]. They fail where
+amax is below 4e-7, or its square beyond fp32; here errors are measured in units near amax.
 
 FP8: E4M3(w / scale), scale = amax / 448.
 
@@ -38,7 +39,10 @@ Stored = dict[str, Tensor]
 """Last name part on disk -> tensor, of one weight."""
 
 _LEAST_E4M3 = 2.0**-9
-_TINY_AMAX = 2.0**-24  # modelopt's emulated scales take 1 for what is not larger
+# Of amax: below, the tensor scale amax / 2688 is no normal number; above, BF16 cannot hold it.
+_LEAST_AMAX = 2688 * torch.finfo(torch.float32).tiny
+_MOST_AMAX = torch.finfo(torch.bfloat16).max
+_MANTISSA_BITS = 23
 _CODES = 126  # finite positive E4M3 numbers, by their bytes 1 to 126
 # Candidates around the E4M3 number nearest to amax_b / 6t, in steps of which an octave has eight.
 # Further below, the block's largest value alone has a larger error than all have there. Further
@@ -63,7 +67,8 @@ def weight_tensors(
         search: of NVFP4 scales.
 
     Raises:
-        UserError: w holds NaN or infinity, or 16x16 blocks do not divide it.
+        UserError: w holds NaN or infinity; amax is beyond bf16, or below 3.2e-35 but not 0; or
+            16x16 blocks do not divide w.
         ValueError: a row is not divisible by 16, or format is bf16.
     """
     if format != "fp8" and w.shape[-1] % BLOCK:
@@ -73,6 +78,12 @@ def weight_tensors(
         raise UserError("it holds NaN or infinity")
     amax = own if amax is None else amax.to(own.device)
     amax = torch.where(amax == 0, 1.0, amax)
+    outside = (amax < _LEAST_AMAX) | (amax > _MOST_AMAX)
+    if outside.any():
+        raise UserError(
+            f"its largest magnitude, {float(amax[outside][0]):.3g}, is beyond what scales can "
+            f"express ({_LEAST_AMAX:.1e} to {_MOST_AMAX:.1e})"
+        )
     if format == "fp8":
         scale = divide(amax, E4M3_MAX)
         data = (w.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -120,6 +131,8 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
     scale_N = torch.empty_like(block_amax_N)
     most = E4M3_MAX_FOUR_OVER_SIX if search == "four_over_six" else E4M3_MAX
     tensor_scale = divide(amax, E2M1_MAX * most)
+    # A power of two, so that quotients are exact.
+    unit = (amax.view(torch.int32) >> _MANTISSA_BITS << _MANTISSA_BITS).view(torch.float32)
     for part in blocks.parts(w.device):
         x, largest_N = x_NB[part].float(), block_amax_N[part]
         if search == "amax":
@@ -127,7 +140,8 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
             chosen_N = _rounded(torch.where(chosen_N == 0, 1.0, chosen_N))
         else:
             choose = _best_of_all if search == "mse" else _four_or_six
-            chosen_N = _exported(choose(x, largest_N, amax), amax, most)
+            found_N = choose(x / unit, largest_N / unit, amax / unit)
+            chosen_N = _exported(found_N, amax / unit, most, 1 / unit)
         scale_N[part] = chosen_N
         data[part] = pack(_codes(x, chosen_N, tensor_scale))
     grid = blocks.grid
@@ -143,10 +157,11 @@ def _codes(x_NB: Tensor, scale_N: Tensor, tensor_scale: Tensor) -> Tensor:
     return encode(round_to_nearest_(y_NB), negative)
 
 
-def _exported(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
-    """The block scales, E4M3 values in fp32, that modelopt writes for its calibrated maxima."""
+def _exported(block_amax_N: Tensor, amax: Tensor, most: float, one: Tensor) -> Tensor:
+    """The block scales, E4M3 values in fp32, that modelopt writes for its calibrated maxima; blocks
+    of zeros have ``one`` for what is 1 there."""
     scale_N = divide(block_amax_N, E2M1_MAX)
-    scale_N = torch.where(scale_N == 0, 1.0, scale_N)
+    scale_N = torch.where(scale_N == 0, one, scale_N)
     return _rounded(scale_N * most / divide(amax, E2M1_MAX))
 
 
@@ -157,7 +172,6 @@ def _rounded(scale_N: Tensor) -> Tensor:
 def _emulated(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
     """The products s_b t that modelopt's calibrators measure errors with, for block maxima."""
     largest = amax * (E4M3_MAX / most) / E2M1_MAX
-    largest = torch.where(largest <= _TINY_AMAX, 1.0, largest)
     encode_scale = E4M3_MAX / largest
     scale_N = (block_amax_N / E2M1_MAX * encode_scale).clamp_(-E4M3_MAX, E4M3_MAX)
     return scale_N.to(torch.float8_e4m3fn).float() * (1 / encode_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -192,6 +193,33 @@ def test_zeros_and_common_scales(search, layout) -> None:
     assert float(last if layout == "modelopt" else 1 / last) == pytest.approx(float(amax) / most)
     error = (decoded(stored) - w.float()).norm() / w.float().norm()
     assert 0.03 < error < 0.16
+
+
+@pytest.mark.parametrize("exponent", [-110, -60, -30, 30, 60, 120])
+def test_magnitude_does_not_matter(exponent) -> None:
+    """Powers of two go into the tensor's scale alone, as far as fp32 holds what is to be stored."""
+    w, factor = weight(torch.float32) / 8, 2.0**exponent
+    w = w.where(w.abs() > 2.0**-14, 2.0**-14)  # so that nothing underflows, and no block is 0
+    for search in ("amax", "mse", "four_over_six", "training"):
+        for layout in ("modelopt", "compressed-tensors"):
+            *plain, scale = weight_tensors(w, "nvfp4", layout, search=search).values()
+            *found, other = weight_tensors(w * factor, "nvfp4", layout, search=search).values()
+            assert bytes_of(found) == bytes_of(plain)
+            assert torch.equal(other, scale * (factor if layout == "modelopt" else 1 / factor))
+    fp8 = decoded(weight_tensors(w * factor, "fp8"))
+    assert torch.equal(fp8, decoded(weight_tensors(w, "fp8")) * factor)
+
+
+@pytest.mark.parametrize("amax", [1e-42, 3e-35, 3.4e38])
+def test_what_no_scale_can_express(amax) -> None:
+    for w in (
+        torch.full((16, 16), amax),
+        torch.tensor([1.0, amax]).view(2, 1, 1).expand(2, 16, 16),
+    ):
+        own = None if w.dim() == 2 else w.amax((1, 2), keepdim=True)
+        for format in ("fp8", "nvfp4"):
+            with pytest.raises(UserError, match=rf"magnitude, {re.escape(f'{amax:.3g}')}, is bey"):
+                weight_tensors(w, format, amax=own)
 
 
 def test_decoded_fp8_and_bad_input() -> None:
