@@ -51,9 +51,10 @@ if TYPE_CHECKING:
 PROG = "nemo-hybrid"
 STATUSES = (
     "Exit status: 0 done, 1 internal failure (or, from doctor, a required package that does not "
-    "work), 2 mistake in options, files or layout (from inspect: tensors that do not fit), 3 the "
-    "training itself failed (from compare-logprobs: the difference exceeds --tolerance, or is no "
-    "number), 4 stopped by a signal after writing a checkpoint, 5 the launcher died, 130 "
+    "work), 2 mistake in options, files or layout (from inspect: tensors that do not fit; from "
+    "verify-export: a check failed), 3 the training itself failed (from compare-logprobs: the "
+    "difference exceeds --tolerance, or is no number; from verify-export: a divergence exceeds "
+    "--max_kl), 4 stopped by a signal after writing a checkpoint, 5 the launcher died, 130 "
     "interrupted. "
     "torchrun ends with 1 whatever its processes end with."
 )
