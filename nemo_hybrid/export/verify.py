@@ -32,6 +32,7 @@ from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
+from nemo_hybrid.export.declared import Format
 from nemo_hybrid.export.decode import (
     KV_SCALES,
     Opened,
@@ -42,7 +43,7 @@ from nemo_hybrid.export.decode import (
     read_scales,
 )
 from nemo_hybrid.export.divergence import States
-from nemo_hybrid.export.schema import Format, Schema, Slot, read_schema
+from nemo_hybrid.export.schema import Schema, Slot, read_schema
 from nemo_hybrid.export.simulate import WITH_INPUTS, quantized_inputs, rounded_input
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table, progress_bar

@@ -5,20 +5,42 @@ from typing import Any
 
 import pytest
 
-from helpers.exported import ANY, EXPERT, Made, edit_json, failed
+from helpers.exported import ANY, EXPERT, Made, edit_json, failed, seal
 
 Json = dict[str, Any]
+Edit = tuple[str, Callable[[Json], object]]
+TWIN = "hf_quant_config.json"
+FP8 = {"type": "float", "num_bits": 8, "dynamic": False}
 
 
-def in_config(change: Callable[[Json], object]) -> tuple[str, Callable[[Json], object]]:
+def in_config(change: Callable[[Json], object]) -> Edit:
     return "config.json", lambda value: change(value["quantization_config"])
 
 
-def in_twin(change: Callable[[Json], object]) -> tuple[str, Callable[[Json], object]]:
-    return "hf_quant_config.json", lambda value: change(value["quantization"])
+def in_twin(change: Callable[[Json], object]) -> Edit:
+    return TWIN, lambda value: change(value["quantization"])
 
 
-def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object]]:
+def in_both(change: Callable[[list[str]], object]) -> list[Edit]:
+    """Changes the exclusion list, which stands in two files."""
+    return [
+        in_config(lambda q: change(q["ignore"])),
+        in_twin(lambda q: change(q["exclude_modules"])),
+    ]
+
+
+def second_group(target: str) -> Edit:
+    """Adds one of the other format."""
+
+    def change(quantization: Json) -> None:
+        group = quantization["config_groups"]["group_0"]
+        added = {**group, "targets": [target], "input_activations": None}
+        quantization["config_groups"]["group_1"] = added
+
+    return in_config(change)
+
+
+def in_group(*part: str, **values: object) -> Edit:
     """Changes the first group, or a part of it."""
 
     def change(quantization: Json) -> None:
@@ -31,7 +53,7 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
 @pytest.mark.parametrize(
     ("kind", "edit", "named"),
     [
-        ("nvfp4", in_twin(lambda q: q.pop("group_size")), "group_size is missing"),
+        ("nvfp4", in_twin(lambda q: q.pop("group_size")), "group_size is None"),
         ("nvfp4", in_twin(lambda q: q.pop("kv_cache_quant_algo")), "kv_cache_quant_algo is miss"),
         ("nvfp4", in_twin(lambda q: q.pop("exclude_modules")), "exclude_modules is missing"),
         ("fp8", in_twin(lambda q: q.pop("exclude_modules")), "exclude_modules is missing"),
@@ -65,7 +87,7 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
             in_config(lambda q: q["quantized_layers"].update(nobody={"quant_algo": "FP8"})),
             "quantized_layers names nobody",
         ),
-        ("mixed", in_config(lambda q: q["ignore"].append("proj")), "but ignore hits it"),
+        ("mixed", in_config(lambda q: q["ignore"].append(ANY)), "but ignore hits it"),
         (
             "mixed",
             in_config(lambda q: q["quantized_layers"].pop("backbone.layers.2.mixer.v_proj")),
@@ -75,7 +97,7 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
         (
             "nvfp4",
             ("config.json", lambda c: c.update(mamba_ssm_cache_dtype="float8")),
-            "mamba_ssm_cache_dtype is 'float8', must be one of bfloat16, float16, float32",
+            "mamba_ssm_cache_dtype is 'float8', must be 'float32'",
         ),
         ("nvfp4", in_config(lambda q: q.pop("config_groups")), "config_groups is missing"),
         ("nvfp4", in_group("weights", num_bits=8), "group_nvfp4.weights.num_bits must be 4"),
@@ -99,7 +121,7 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
         ("compressed", in_config(lambda q: q.update(kv_cache_scheme="FP8")), "num_bits must"),
         ("compressed", in_group("weights", dynamic=True), "weights.dynamic must be False"),
         ("compressed", in_group(format="float-quantized"), "must be 'nvfp4-pack-quantized'"),
-        ("compressed", in_group(targets=["Conv1d"]), "no module is quantized"),
+        ("compressed", in_group(targets=["Conv1d"]), "one group, whose targets is ['Linear']"),
         ("nvfp4", ("config.json", lambda c: c.pop("torch_dtype")), "dtype is None"),
         ("nvfp4", ("config.json", lambda c: c.update(n_routed_experts=60000)), "expert weights"),
         ("nvfp4", ("config.json", lambda c: c.update(n_groups=3)), "n_groups"),
@@ -121,25 +143,96 @@ def in_group(*part: str, **values: object) -> tuple[str, Callable[[Json], object
         (
             "compressed",
             in_config(lambda q: q["ignore"].append("backbone.layers.1.mixer.experts.0.up_proj")),
-            "backbone or model alone",
+            "the prefixes backbone and model",
         ),
-        ("compressed", in_config(lambda q: q["ignore"].append("re:(")), "no regular expression"),
+        *[
+            ("compressed", in_config(lambda q, e=entry: q["ignore"].append(e)), "neither a module")
+            for entry in (
+                "re:(", "re:x{99999999999999999999}", "re:" + "(" * 5000 + ")" * 5000, "Linear",
+                "re:.*.*.*.*.*x", r"re:.*\d", "re:(a*)*b", "re:(?i).*PROJ",
+            )
+        ],
+        *[
+            ("compressed", in_config(lambda q, e=entry: q["ignore"].append(e)), "some of its names")
+            for entry in (
+                r"re:.*\.qkv_proj$", r"re:.*\.experts\.0\.None$", "re:.*_proj$",
+                r"re:.*\.experts\.0\..*", r"re:model\..*", r"re:backbone\..*",
+            )
+        ],
+        *[
+            (kind, in_both(lambda names, e=entry: names.append(e)), "nor mtp*: engines differ")
+            for entry in (
+                "model.layers.0.mixer.in_proj", "model*", "*", "model.layers.1.*", "experts",
+                "*backbone.layers.0.mixer.in_proj", "bone.layer*", "e.layers", "proj",
+                "backbone.layers.1*", "backbone.layers.2.mixer.qkv_proj", "*.2.mixer.[qkv]_proj",
+                "backbone.layers.1.mixer.shared_experts.up_proj.*", "mtp.*", "",
+                "backbone.layers.1.mixer.experts.3.down_proj", "backbone.layers.0",
+            )
+            for kind in ("nvfp4", "fp8")
+        ],
+        *[
+            (kind, in_config(lambda q, k=key: q.update({k: {}})), f"_config: {key} is unknown")
+            for kind, key in (
+                ("nvfp4", "quantization"), ("fp8", "quantization"), ("mixed", "format"),
+                ("compressed", "transform_config"), ("compressed", "sparsity_config"),
+                ("compressed", "quantized_layers"), ("compressed", "scale_fmt"),
+            )
+        ],
+        *[
+            ("nvfp4", ("config.json", lambda c, k=key: c.update({k: {}})), f"{key} is unknown")
+            for key in (
+                "compression_config", "auto_map", "text_config", "block_configs", "scoring_func",
+                "partial_rotary_factor", "rope_theta",
+            )
+        ],
+        *[
+            ("nvfp4", ("config.json", lambda c, k=key, v=value: c.update({k: v})), f": {key} is ")
+            for key, value in (
+                ("architectures", ["LlamaForCausalLM"]), ("architectures", []),
+                ("architectures", "NemotronHForCausalLM"), ("residual_in_fp32", True),
+                ("num_nextn_predict_layers", 2),
+            )
+        ],
+        ("compressed", in_group("weights", actorder="group"), "weights.actorder is unknown"),
+        ("compressed", in_group("weights", scale_dtype="torch.int8"), "scale_dtype must be"),
+        ("compressed", in_group(block_structure="2:4"), "block_structure is unknown"),
+        ("nvfp4", in_group("weights", strategy="channel"), "weights.strategy is unknown"),
+        ("compressed", second_group("Linear"), "must be one group"),
+        ("compressed", second_group("ColumnParallel"), "must be one group"),
+        ("compressed", second_group(r"re:.*\.qkv_proj$"), "must be one group"),
+        ("compressed", in_group(targets=["Linear", "linear"]), "must be one group"),
+        ("compressed", in_group(targets=["FooAttention"]), "must be one group"),
+        ("compressed", in_config(lambda q: q.update(kv_cache_scheme=FP8)), "must be null in"),
+        ("nvfp4", in_config(lambda q: q.update(quantized_layers={})), "must not be there with"),
+        ("mixed", in_config(lambda q: q["kv_cache_scheme"].update(block=1)), "block is unknown"),
+        ("mixed", in_config(lambda q: q["quantized_layers"][ANY].update(x=1)), "x is unknown"),
+        ("nvfp4", in_config(lambda q: q.pop("group_size")), "config.json: group_size is None"),
+        ("nvfp4", in_twin(lambda q: q.update(group_size=None)), "config.json: group_size is None"),
+        ("nvfp4", in_twin(lambda q: q.update(has_zero_point=True)), "has_zero_point is unknown"),
+        ("nvfp4", (TWIN, lambda t: t.pop("producer")), "producer.name must be 'modelopt'"),
+        ("nvfp4", (TWIN, lambda t: t["producer"].update(name="x")), "producer.name must be"),
+        ("nvfp4", (TWIN, lambda t: t.update(compression=1)), "compression is unknown"),
     ],
 )  # fmt: skip
 def test_faults_of_configuration(
-    made: Made, kind: str, edit: tuple[str, Callable[[Json], object]], named: str
+    made: Made, kind: str, edit: Edit | list[Edit], named: str
 ) -> None:
     directory = made(kind)
-    edit_json(directory, *edit)
+    for one in edit if isinstance(edit, list) else [edit]:
+        edit_json(directory, *one)
     assert named in failed(directory, base=False)["configuration"]
+
+
+def test_a_twin_in_another_layout(made: Made) -> None:
+    directory = made("compressed")
+    (directory / TWIN).write_text("{}")
+    seal(directory)
+    assert f"{TWIN} is there" in failed(directory, base=False)["configuration"]
 
 
 @pytest.mark.parametrize(
     ("kind", "edit", "named"),
     [
-        # vLLM looks for entries inside names: `gate` hits nothing more, `experts` a great deal.
-        ("nvfp4", lambda q: q["ignore"].append("experts"), f"{EXPERT}.weight: is U8"),
-        ("nvfp4", lambda q: q["ignore"].append("backbone.layers.1*"), f"{EXPERT}.weight: is U8"),
         ("nvfp4", lambda q: q["ignore"].remove("lm_head"), "lm_head.weight: is BF16"),
         (
             "nvfp4",
@@ -162,17 +255,10 @@ def test_faults_of_configuration(
             ),
             f"{EXPERT}.input_global_scale: missing",
         ),
-        # vLLM has q, k and v as qkv_proj, and a layer's experts under one name.
-        (
-            "nvfp4",
-            lambda q: q["ignore"].append("backbone.layers.1.mixer.experts.3.down_proj"),
-            f"{EXPERT}.weight: is U8",
-        ),
         (
             "nvfp4",
             lambda q: q.update(
                 ignore=[n for n in q["ignore"] if ".2.mixer.k" not in n and ".2.mixer.q" not in n]
-                + ["*.2.mixer.[qkv]_proj"]
             ),
             "backbone.layers.2.mixer.k_proj.weight: is BF16",
         ),

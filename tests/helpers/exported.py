@@ -181,14 +181,15 @@ def quantization(
             "quantization_status": "compressed", "config_groups": {"group_0": group},
             "ignore": ignore, "kv_cache_scheme": None,
         }, None  # fmt: skip
-    producer = {"name": "by hand", "version": "0"}
+    producer = {"name": "modelopt", "version": "by hand"}
     layers = {
         m: {"quant_algo": ALGOS[f]} | ({} if f == "fp8" else {"group_size": 16})
         for m, f in modules.items()
     }
     mixed = {"quantized_layers": layers} if algo == "MIXED_PRECISION" else {}
+    size = {"group_size": 16} if set(modules.values()) - {"fp8"} else {}
     twin = {
-        "quant_algo": algo, "kv_cache_quant_algo": "FP8" if kv_cache else None, "group_size": 16,
+        "quant_algo": algo, "kv_cache_quant_algo": "FP8" if kv_cache else None, **size,
         "exclude_modules": rest, **mixed,
     }  # fmt: skip
     scheme = {"type": "float", "num_bits": 8} if kv_cache else None
@@ -202,7 +203,7 @@ def quantization(
         groups[f"group_{format}"] = {"targets": targets, "weights": numbers, **inputs}
     config = {
         "quant_method": "modelopt", "quant_algo": algo, "ignore": rest, "producer": producer,
-        "kv_cache_scheme": scheme, "config_groups": groups, **mixed,
+        "kv_cache_scheme": scheme, "config_groups": groups, **size, **mixed,
     }  # fmt: skip
     return config, {"producer": producer, "quantization": twin}
 
