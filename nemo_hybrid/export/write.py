@@ -50,6 +50,7 @@ from nemo_hybrid.files import naming
 from nemo_hybrid.terminal import progress_bar
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
+_AT_ONCE = 1 << 20  # numbers that are quantized: their copies in fp32 are small
 
 
 @dataclass
@@ -261,7 +262,7 @@ def _shared_amax(
             largest = []
             for place in group:
                 with reopen(source.stored, items[place].read.file) as file:
-                    largest.append(_read(file, items[place].read).abs().amax().float())
+                    largest.append(_amax(_read(file, items[place].read)))
             out |= dict.fromkeys(group, torch.stack(largest).amax())
     return out
 
@@ -269,6 +270,11 @@ def _shared_amax(
 def _read(file: TensorFile, read: Read) -> Tensor:
     tensor = file.read(read.name, read.rows)
     return tensor if read.rows is None else tensor[0]
+
+
+def _amax(weight: Tensor) -> Tensor:
+    """The largest magnitude, as an fp32 scalar, without a copy of the weight."""
+    return torch.stack(weight.aminmax()).abs().amax().float()
 
 
 class _Exporter:
@@ -289,13 +295,17 @@ class _Exporter:
         reads: dict[str, Read] = {}
         with reopen(self.source.stored, shard.file) as file:
 
-            def load(read: Read) -> Tensor:
+            def load(read: Read, dtype: torch.dtype | None = None) -> Tensor:
                 tensor = _read(file, read)
-                # A sum is quick, but may overflow.
-                if not tensor.sum().isfinite() and not tensor.isfinite().all():
-                    raise UserError(f"{read.name} holds NaN or infinity: the checkpoint is broken")
                 self._read += tensor.nbytes
                 done(self._read)
+                tensor = tensor.to(dtype or tensor.dtype)
+                # A sum is quick, but may overflow.
+                if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise UserError(
+                        f"{read.name} holds NaN or infinity (as {kind}): the checkpoint is broken"
+                    )
                 return tensor
 
             for item in shard.items:
@@ -303,34 +313,42 @@ class _Exporter:
                 if item.format == "bf16":
                     reads |= dict.fromkeys(item.like.keys() - made.keys(), item.read)
                 else:
-                    assert item.place is not None
-                    weight = load(item.read)
                     try:
-                        stored = self._quantized(weight, item.place, item.format)
+                        made |= self._quantized(load(item.read), item)
                     except UserError as error:
                         raise UserError(f"{item.read.name}: {error}") from None
-                    module = next(iter(item.like)).rpartition(".")[0]
-                    made |= {f"{module}.{part}": tensor for part, tensor in stored.items()}
             like = {part: tensor for item in shard.items for part, tensor in item.like.items()}
 
             def fetch(part: str) -> Tensor:
                 if part in made:
                     return made.pop(part)
-                return load(reads[part]).to(like[part].dtype)
+                return load(reads[part], like[part].dtype)
 
             writer.write(name, safetensors_parts(like, {"format": "pt"}, fetch))
 
-    def _quantized(self, weight: Tensor, place: str, format: Format) -> dict[str, Tensor]:
-        shared = self.shared.get(place)
-        stored = weight_tensors(weight, format, self.layout, shared, self.search)
-        if format != "fp8" and self.search != "amax":
-            plain = weight_tensors(weight, format, self.layout, shared)
-            sums = self._squares.setdefault(family(place), defaultdict(float))
-            weight = weight.float()
-            sums[""] += float(weight.square().sum())
-            for scales, values in ((self.search, stored), ("amax", plain)):
-                sums[scales] += float(decoded(values).sub_(weight).square_().sum())
-        return stored
+    def _quantized(self, weight: Tensor, item: _Item) -> dict[str, Tensor]:
+        """The item's tensors that are made of its weight, a few rows at a time."""
+        assert item.place is not None
+        amax = self.shared.get(item.place)
+        amax = _amax(weight) if amax is None else amax
+        made = {
+            part: torch.empty_like(t, device="cpu") for part, t in item.like.items() if t.is_meta
+        }
+        module = next(iter(item.like)).rpartition(".")[0]
+        step = max(BLOCK, _AT_ONCE // weight.shape[1] // BLOCK * BLOCK)
+        for i in range(0, len(weight), step):
+            w = weight[i : i + step]
+            stored = weight_tensors(w, item.format, self.layout, amax, self.search)
+            for part, tensor in stored.items():
+                whole = made[f"{module}.{part}"]
+                (whole[i : i + step] if tensor.dim() > 1 else whole).copy_(tensor)
+            if item.format != "fp8" and self.search != "amax":
+                plain = weight_tensors(w, item.format, self.layout, amax)
+                sums = self._squares.setdefault(family(item.place), defaultdict(float))
+                sums[""] += float(w.float().square().sum())
+                for scales, values in ((self.search, stored), ("amax", plain)):
+                    sums[scales] += float(decoded(values).sub_(w).square_().sum())
+        return made
 
     def errors(self) -> dict[str, dict[str, float]]:
         """See `ExportFacts.errors`."""

@@ -235,10 +235,13 @@ def test_transformers_reads_dense_compressed_tensors(tmp_path) -> None:
     assert (plain - ours).abs().max() > 0.1 * ours.abs().max()
 
 
-def break_weight(directory: Path, name: str, value: float) -> None:
+def break_weight(
+    directory: Path, name: str, value: float, dtype: torch.dtype = torch.bfloat16
+) -> None:
     for path in directory.glob("*.safetensors"):
         content = load_file(path)
         if name in content:
+            content[name] = content[name].to(dtype)
             content[name].view(-1)[5] = value
             save_file(content, path, {"format": "pt"})
 
@@ -253,6 +256,10 @@ NAN = "backbone.layers.1.mixer.experts.3.up_proj.weight"
         (lambda d: break_weight(d, NAN, torch.inf), "bf16", {}, f"{NAN} holds NaN or infinity"),
         (lambda d: break_weight(d, "backbone.norm_f.weight", torch.nan), "nvfp4", {},
          "backbone.norm_f.weight holds NaN"),
+        (lambda d: break_weight(d, "lm_head.weight", 3.4e38, torch.float32), "bf16", {},
+         "lm_head.weight holds NaN or infinity (as bfloat16)"),
+        (lambda d: break_weight(d, NAN, 3.4e38, torch.float32), "nvfp4", {},
+         f"{NAN}: its largest magnitude, 3.4e+38, is beyond"),
         (lambda d: (d / "hf_quant_config.json").write_text("{}"), "bf16", {}, "quantized already"),
         (lambda d: (d / "config.json").write_text(json.dumps(
             json.loads((d / "config.json").read_text()) | {"quantization_config": {}})),
@@ -357,18 +364,18 @@ def status(field):
 source, out, tiny = map(Path, sys.argv[1:])
 for directory, target in ((tiny, out / "tiny"), (source, out / "whole")):
     shape = HybridConfig.from_hf(str(directory))
-    assignment = planned(shape, "nvfp4", "conservative", {}, False)
+    assignment = planned(shape, "nvfp4", "conservative", {"lm_head": "nvfp4"}, False)
     before = status("VmRSS")
     export_directory(directory, target, assignment, target="nvfp4", max_shard_bytes=8 << 20,
-                     show_progress=False)
+                     search="training", show_progress=False)
 print(status("VmHWM") - before)
 """
 
 
 def test_memory_is_that_of_one_shard_and_one_tensor(tmp_path) -> None:
-    """Of one source file with everything."""
+    """Of one source file with everything, of which the largest tensor is 32 MB."""
     shape = tiny_config(
-        "EEEE", hidden_size=256, n_routed_experts=32, num_experts_per_tok=2,
+        "EEEE", hidden_size=256, n_routed_experts=16, num_experts_per_tok=2, vocab_size=1 << 16,
         moe_intermediate_size=1024, moe_latent_size=512, moe_shared_expert_intermediate_size=64,
     )  # fmt: skip
     with torch.device("meta"):
@@ -378,15 +385,16 @@ def test_memory_is_that_of_one_shard_and_one_tensor(tmp_path) -> None:
         tensor.data.copy_(noise[torch.arange(tensor.numel()) % len(noise)].view(tensor.shape))
     model.save_hf(str(tmp_path / "source"))
     del model
-    loud_model(CONFIG).bfloat16().save_hf(str(tmp_path / "tiny"))
+    tiny = tiny_config("ME*-E", vocab_size=64, **WIDE)
+    loud_model(tiny).bfloat16().save_hf(str(tmp_path / "tiny"))
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "source", tmp_path / "out", tmp_path / "tiny"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     source = sum(p.stat().st_size for p in (tmp_path / "source").glob("*.safetensors"))
     written = sum(p.stat().st_size for p in (tmp_path / "out" / "whole").glob("*.safetensors"))
-    assert source > 256 << 20
+    assert source > 192 << 20
     assert written > 72 << 20
-    # Shards of 8 MB, written and made; a matrix of 1 MB with its fp32 copies; what malloc keeps.
+    # Shards of 8 MB, written and made; the head and what it becomes; what malloc keeps.
     print(f"source {source}, written {written}, more memory {int(run.stdout)}")
-    assert int(run.stdout) < 64 << 20
+    assert int(run.stdout) < 76 << 20
