@@ -227,7 +227,7 @@ class ExportOptions(Options):
                     raise UserError(f"{name} needs calibration: name a text file or a token store")
         elif self.format == "bf16":
             raise UserError("calibration is for quantized formats: leave it out with bf16")
-        elif self.calibration == self.heldout and not Path(self.heldout).is_dir():
+        elif self.heldout is not None and _same_file(self.calibration, self.heldout):
             raise UserError("heldout is the text of the calibration: name another one")
         if self.budget_bits is not None and self.formats:
             raise UserError("budget_bits assigns formats itself: leave formats out")
@@ -329,6 +329,13 @@ def _check_text(prompt: str) -> None:
     """Raise UserError for a command-line word that held bytes which are not UTF-8."""
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise UserError("the prompt is not text: it holds bytes that are not UTF-8")
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return Path(one).is_file() and Path(one).samefile(other)
+    except OSError:
+        return False
 
 
 def _check_paths(command: str, paths: list[str], fewest: int, most: int) -> None:

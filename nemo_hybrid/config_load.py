@@ -218,6 +218,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}{place}: not valid YAML: {e.problem}{hint}") from None
     except yaml.YAMLError as e:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
+    except (ValueError, LookupError, AttributeError, RecursionError) as e:
+        # The library's own, on endless numbers and nesting, and values that belie their tags.
+        raise UserError(f"{file}: not valid YAML: {type(e).__name__}: {e}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

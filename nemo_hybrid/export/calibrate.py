@@ -150,14 +150,18 @@ def _pieces(
 
 
 def _text_ids(data: str, directory: Path, config: HybridConfig, tokens: int) -> Tensor:
-    """The first ids of a text file, which is read no further than they take.
+    """The first ids of a text file, which is read no further than they take; as `prepare` takes
+    it: line breaks stay as they are, a byte order mark is no text.
 
     They are those of the whole text, unless what follows changes more than 64 tokens before it:
     tokenizers merge within words.
     """
     ids, text = np.empty(0, np.int64), ""
     try:
-        with naming("read", Path(data)), open(data, encoding="utf-8") as file:
+        with (
+            naming("read", Path(data)),
+            open(data, encoding="utf-8-sig", newline="") as file,
+        ):
             tokenizer, size = load_tokenizer(directory), _CHARACTERS * (tokens + _UNCERTAIN)
             while len(ids) < tokens + _UNCERTAIN and (more := file.read(size)):
                 text += more

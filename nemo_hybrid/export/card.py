@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from nemo_hybrid.checkpoint.state import RUN_STATE
 from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.config_load import read_yaml
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import family, places, unquantizable
 from nemo_hybrid.export.layout import ExportFacts, with_inputs
 from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
@@ -36,7 +37,8 @@ _SCALES = {
     "amax": "from the largest value of a block",
     "mse": "searched for the least squared error of a block",
     "four_over_six": "the better of mapping a block's largest value to 4 and to 6",
-    "training": "those of the 16x16 blocks of NVFP4 training, repeated for 16 rows",
+    "training": "those of 16x16 blocks, repeated for 16 rows, as NVFP4 training (see Lineage) has "
+    "them; q, k and v have one common tensor scale, which they had not there",
 }
 _LAYER = re.compile(r"(backbone|mtp)\.layers\.(\d+)\.(.+)")
 _LONGEST = 200
@@ -64,44 +66,60 @@ def card(
 
 
 def lineage(source: Path) -> str:
-    """The section on where the weights of a checkpoint come from: what its own files say of that.
+    """The section on where the weights of a checkpoint come from: what its own files say of that,
+    and which of them cannot be read."""
+    unread: list[str] = []
 
-    Raises UserError for one of them that cannot be read.
-    """
-    run_file, state_file, own = source / "run.yaml", source / RUN_STATE, source / CARD
-    run = read_yaml(run_file) if run_file.is_file() else {}
-    state = read_json(state_file) if state_file.is_file() else {}
-    manifest = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+    def content(name: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(source / name) if (source / name).is_file() else {}
+        except UserError:
+            unread.append(name)
+            return {}
+
+    run, state = content("run.yaml", read_yaml), content(RUN_STATE, read_json)
+    manifest, own = content(MANIFEST, read_json), content(CARD, _beginning)
 
     def told(section: str, key: str) -> Any:
         inside = run.get(section)
         return inside.get(key) if isinstance(inside, dict) else None
 
-    step, batch = state.get("step"), told("train", "global_batch_size")
-    length, blend = told("data", "sequence_length"), told("data", "blend")
+    batch, length = told("train", "global_batch_size"), told("data", "sequence_length")
+    digest = _codes([manifest.get("sha256")])
+    blend, digests = told("data", "blend"), state.get("data")
     data = [p for p in (*(blend if isinstance(blend, dict) else ()), told("data", "path")) if p]
-    digests = state.get("data")
     found = {
         "checkpoint": _name(str(source)),
-        "SHA-256 in its manifest": _codes([manifest.get("sha256")]),
+        "SHA-256 in its manifest": f"{digest}, not checked against the files" if digest else "",
         "began as": _name(base) if isinstance(base := told("model", "from_hf"), str) else "",
-        "optimizer steps": f"{step:,}" if isinstance(step, int) else "",
-        "each of": f"{batch:,} sequences of {length:,} tokens"
-        if isinstance(batch, int) and isinstance(length, int)
+        "optimizer steps": _count(state.get("step")),
+        "each of": f"{_count(batch)} sequences of {_count(length)} tokens"
+        if _count(batch) and _count(length)
         else "",
-        "number formats of training": _codes([told("precision", "recipe")]),
+        "number formats of training": _codes([told("precision", "recipe")]) or "not known",
         "distilled for": _codes([p for p in [told("distill", "preset")] if p != "none"]),
         "training data": ", ".join(_name(path) for path in data if isinstance(path, str)),
         "digests of the data": _codes(digests if isinstance(digests, list) else []),
+        "could not be read": _codes(unread),
     }
     lines = ["## Lineage", "", _table(("", ""), [row for row in found.items() if row[1]])]
-    if own.is_file():
-        with naming("read", own), open(own, encoding="utf-8", errors="replace") as file:
-            text = file.read(_QUOTED)
+    if own:
         # Four spaces make it code, whatever it says.
-        quoted = ["    " + _printable(line.expandtabs(4)) for line in text.splitlines()]
-        lines += ["", f"Its own `{CARD}` says:", "", *quoted]
+        quoted = ["    " + _printable(line.expandtabs(4)) for line in own[:_QUOTED].splitlines()]
+        begins = f", in its first {_QUOTED:,} characters" if len(own) > _QUOTED else ""
+        lines += ["", f"Its own `{CARD}` says{begins}:", "", *quoted]
     return "\n".join(lines)
+
+
+def _beginning(path: Path) -> str:
+    """Of a text: a character more than is quoted."""
+    with naming("read", path), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(_QUOTED + 1)
+
+
+def _count(value: object) -> str:
+    """A whole number; empty: it is none, or absurdly large."""
+    return f"{value:,}" if isinstance(value, int) and 0 <= value < 1 << 63 else ""
 
 
 def code(text: str) -> str:
@@ -125,6 +143,11 @@ def _name(path: str) -> str:
     return code(
         "/".join(parts[-2:] if parts[-1:] and parts[-1].startswith("step_") else parts[-1:])
     )
+
+
+def _text(path: str, part: str) -> str:
+    """What was read of a text file, or of a token store: its part."""
+    return f"the {part} of {_name(path)}" if Path(path).is_dir() else _name(path)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -171,15 +194,22 @@ def _recipe(options: ExportOptions, facts: ExportFacts) -> str:
         rows.append(("NVFP4 block scales", f"`{options.scales}`: {_SCALES[options.scales]}"))
     seen, data = facts.calibration, ""
     if seen is not None:
-        data = f"{seen.tokens:,} tokens of {_name(options.calibration or '')}"
+        data = f"{seen.tokens:,} tokens of {_text(options.calibration or '', 'training part')}"
     if not with_inputs(facts.assignment):
         why = "nothing was calibrated" if seen is None else "weights alone are quantized"
         rows.append(("input scales", f"none: {why}, inputs stay BF16"))
     else:
-        share = "all" if options.percentile is None else f"{options.percentile:g} %"
-        rows.append(("input scales", f"{share} of the values on {data}"))
-    cache = f"FP8, with scales for the largest ones on {data}"
-    rows.append(("keys and values", cache if options.kv_cache == "fp8" else "no scales"))
+        share = "all of the values"
+        if options.percentile is not None:
+            share = f"{options.percentile:g} % of the values that are not zero"
+        rows.append(("input scales", f"{share} on {data}"))
+    cache = "no scales"
+    if seen is not None and options.kv_cache == "fp8":
+        cache = f"FP8, with scales for the largest ones on {data}"
+        without = not any(place.startswith("mtp.") for place in seen.kv)
+        if without and facts.shape.mtp_num_depths and "*" in facts.shape.mtp_pattern:
+            cache += "; none for the multi-token-prediction block"
+    rows.append(("keys and values", cache))
     lines = ["## Recipe", "", _table(("", ""), rows)]
     if seen is not None and seen.unseen:
         count = sum(len(experts) for experts in seen.unseen.values())
@@ -249,7 +279,8 @@ def measured_table(found: Measured) -> tuple[str, list[str], list[list[str]]]:
         if loss is not None
     ]
     header = ["rounded", "KL(source, export), nats per token", "perplexity"]
-    return f"{found.tokens:,} tokens of {_name(found.text)}, in FP32", header, rows
+    text = _text(found.text, "held-out part")
+    return f"{found.tokens:,} tokens of {text}, in FP32", header, rows
 
 
 def _measured(facts: ExportFacts, measured: Measured | None) -> str:
@@ -287,7 +318,7 @@ def _engines(options: ExportOptions, facts: ExportFacts) -> str:
         "trtllm-serve DIR",
         "```",
     ]
-    if options.format == "compressed-tensors":
+    if options.format == "compressed-tensors" and "E" in facts.shape.pattern:
         lines += [
             "",
             "transformers 5.23 loads the layers of experts of this layout without a warning and "

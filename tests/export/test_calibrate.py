@@ -154,13 +154,13 @@ def test_pieces_of_a_store_are_of_one_document(tmp_path: Path) -> None:
 def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:
     store, text = tmp_path / "tokenizer", tmp_path / "text.txt"
     store.mkdir()
-    text.write_text("seven by")
+    text.write_bytes("\ufeffseven\r\nby\rday".encode())
     tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
     for name, content in tokenizer.files.items():
         (store / name).write_bytes(content)
     config = tiny_config("E", vocab_size=SMALLEST_VOCABULARY)
-    pieces = read_pieces(str(text), store, config, 5, length=3)
-    assert [tokenizer.decode(p[0].tolist()) for p in pieces] == ["sev", "en"]
+    pieces = read_pieces(str(text), store, config, 10, length=3)
+    assert [tokenizer.decode(p[0].tolist()) for p in pieces] == ["sev", "en\r", "\nby", "\r"]
     with pytest.raises(UserError, match="beyond the model's vocab_size 61"):
         read_pieces(str(text), store, CONFIG, 5)
     text.write_bytes(b"\xff\xfe")

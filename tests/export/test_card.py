@@ -130,7 +130,10 @@ def test_input_scales_are_claimed_where_there_are_some() -> None:
 def test_calibration_and_cache() -> None:
     seen = calibration(unseen={"backbone.layers.1.mixer.experts.up_proj": [0, 2, 3]})
     text = made(facts(calibration=seen), percentile=99.9, kv_cache="fp8")
-    assert "99.9 % of the values on 65,536 tokens of `a.txt`" in text
+    assert "99.9 % of the values that are not zero on 65,536 tokens of `a.txt`" in text
+    assert "the largest ones on 65,536 tokens of `a.txt`; none for the multi-token-pred" in text
+    drafts = calibration(kv={"mtp.layers.0.mixer.k_proj": 3.0})
+    assert "; none for the multi" not in made(facts(calibration=drafts), kv_cache="fp8")
     assert "3 experts saw no token" in text
     assert "`backbone.layers.1.mixer.experts.up_proj`: 0, 2-3" in text
     assert "vllm serve DIR --kv-cache-dtype fp8\n" in text
@@ -153,6 +156,9 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
     assert "| weights | 1.234e-02 | 8.166 |" in text
     assert "rounding of inputs costs is not part" in text
     assert "experts: 0.0800 with `four_over_six`, 0.0900 with `amax`" in text
+    store = made(measured=found._replace(text=str(Path(__file__).parent)), calibration="/")
+    assert "8,192 tokens of the held-out part of `export`, in FP32" in store
+    assert "65,536 tokens of the training part of `/`" in store
     text = made(measured=found._replace(rounded_kl=2e-2, rounded_loss=2.2))
     assert "| weights, and inputs of products | 2.000e-02 | 9.025 |" in text
     assert "rounding of inputs costs" not in text
@@ -185,6 +191,10 @@ def test_other_targets() -> None:
     text = made(format="compressed-tensors")
     assert "someone" not in text
     assert "computes with wrong values" in text
+    dense = export_config("M-*")
+    few = facts(shape=dense, assignment=assign(dense, "nano", {}))
+    assert "wrong values" not in made(few, format="compressed-tensors")
+    assert "one common tensor scale, which they had not there" in made(scales="training")
 
 
 def write_checkpoint(directory: Path, run: object, state: object, own: str) -> None:
@@ -208,7 +218,7 @@ def test_lineage_is_what_the_checkpoint_says(tmp_path: Path) -> None:
     text = lineage(directory)
     assert dict(row for row in rows(text) if row[0] not in ("", "---")) == {
         "checkpoint": "`mine/step_00001500`",
-        "SHA-256 in its manifest": "`abc123`",
+        "SHA-256 in its manifest": "`abc123`, not checked against the files",
         "began as": "`base/step_00000420`",
         "optimizer steps": "1,500",
         "each of": "16 sequences of 256 tokens",
@@ -224,12 +234,36 @@ def test_lineage_is_what_the_checkpoint_says(tmp_path: Path) -> None:
 
 def test_lineage_of_what_says_nothing(tmp_path: Path) -> None:
     """Or the wrong things: nothing is made up."""
-    assert [row for row in rows(lineage(tmp_path))][2:] == [["checkpoint", f"`{tmp_path.name}`"]]
+    unknown = ["number formats of training", "not known"]
+    named = ["checkpoint", f"`{tmp_path.name}`"]
+    assert [row for row in rows(lineage(tmp_path))][2:] == [named, unknown]
     run = {"model": 3, "data": {"path": [1], "blend": [2]}, "distill": {"preset": "none"}}
     write_checkpoint(tmp_path / "odd", run, {"step": "x", "data": 7}, "")
     assert [row[0] for row in rows(lineage(tmp_path / "odd"))][2:] == [
-        "checkpoint", "SHA-256 in its manifest",
+        "checkpoint", "SHA-256 in its manifest", "number formats of training",
     ]  # fmt: skip
+    write_checkpoint(tmp_path / "huge", {}, {"step": 10**20}, "x" * 5000)
+    (tmp_path / "huge" / "run.yaml").write_text(
+        "train: {global_batch_size: 0x1" + "0" * 5000 + "}\ndata: {sequence_length: 2}"
+    )
+    text = lineage(tmp_path / "huge")
+    assert "optimizer steps" not in text
+    assert "sequences" not in text
+    assert text.endswith(f"says, in its first 4,000 characters:\n\n    {'x' * 4000}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", b"[1]"),
+        ("run.yaml", b"model: !odd 3"),
+        ("run.yaml", b"model: " + b"1" * 5000),
+        ("run_state.json", b"\xff"),
+    ],
+)
+def test_lineage_that_cannot_be_read_is_said_to_be_so(tmp_path, name, content) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert ["could not be read", f"`{name}`"] in rows(lineage(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def files(tmp_path_factory) -> Path:
     tokenizer = json.loads((out / "model" / "tokenizer.json").read_text()) | {"added_tokens": []}
     (out / "reader" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (out / "text").write_text("w1 w2 w3 w5")
+    (out / "link").symlink_to("text")
     (out / "word").write_text("w1")
     for name in ("narrow", "quantized", "cut"):
         shutil.copytree(out / "model", out / name)
@@ -148,7 +149,7 @@ def test_the_card_has_what_held_out_text_gives(files, tmp_path, capsys, changes)
         assert float(rows[2][1]) != pytest.approx(kl, rel=0.02)
     else:
         assert found.rounded_kl is None
-    assert f"{len(labels_T)} tokens of `store`, in FP32" in readme
+    assert f"{len(labels_T)} tokens of the held-out part of `store`, in FP32" in readme
     for cell in {cell for row in rows for cell in row[1:]}:
         assert cell in said
 
@@ -181,6 +182,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"calibration": "nothing"}, "cannot read nothing"),
         ({"calibration": "store", "heldout": "nothing"}, "cannot read nothing"),
         ({"calibration": "text", "heldout": "text"}, "heldout is the text of the calibration"),
+        ({"calibration": "text", "heldout": "link"}, "heldout is the text of the calibration"),
         ({"heldout_tokens": 9}, "heldout_tokens has no effect"),
         ({"heldout": "word", "from_": "reader"}, "fewer than two tokens"),
         ({"formats": {"*": "nvfp4_w4a16"}, "calibration": "store"}, "calibration has no effect"),
