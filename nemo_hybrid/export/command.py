@@ -51,6 +51,10 @@ def export_command(options: ExportOptions) -> None:
     else:  # in the fewest bits that may come of it
         assignment = assign_within(budget, candidates(shape, _tried(options)), shape)
     check_cache(options.kv_cache, options.format, shape, calibrated)
+    if options.percentile is not None and not with_inputs(assignment):
+        raise UserError("percentile has no effect where no inputs are rounded: leave it out")
+    if options.scales != "amax" and not any(f.startswith("nvfp4") for f in assignment.values()):
+        raise UserError("scales has no effect where nothing becomes NVFP4: leave it out")
     prepared(source, out, assignment, options.format, options.scales)
     origin = lineage(source)
     pieces, heldout = [], []

@@ -124,6 +124,11 @@ def assign_within(
     KL per bit. That takes the sum of what groups do alone for what they do together. Raises
     UserError for a budget that cannot be kept.
     """
+    if not any(group.kl for group in measured):
+        raise UserError(
+            f"no weights that a budget is for have rows that blocks of {BLOCK} divide: take "
+            "--format mixed or fp8"
+        )
     unquantized: Format = "bf16"
     total = sum(s.weights for s in measured)
     chosen: list[Format] = []
@@ -132,8 +137,8 @@ def assign_within(
     left = budget_bits * total
     left -= sum(group.weights * BITS[now] for group, now in zip(measured, chosen, strict=True))
     if left < 0:
-        least = budget_bits - left / total
-        raise UserError(f"--budget_bits {budget_bits:g} is too small: give at least {least:.4g}")
+        least = math.ceil(1000 * (budget_bits - left / total) - 1e-6) / 1000
+        raise UserError(f"--budget_bits {budget_bits:g} is too small: give at least {least:g}")
     while changes := list(_changes(measured, chosen, left)):
         _, back, format = max(changes)
         group = measured[-back]

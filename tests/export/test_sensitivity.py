@@ -154,6 +154,19 @@ def test_a_budget_is_refused_before_anything_is_measured() -> None:
     narrow = candidates(tiny_config("-M", intermediate_size=40), FORMATS)
     assert [list(group.kl) for group in narrow] == [["fp8"], ["nvfp4", "fp8"]]
     assert [group.weights for group in narrow] == [2 * 32 * 40, 32 * (164 + 48)]
+    for width in (24, 40, 56, 72):
+        shape = tiny_config("-M", intermediate_size=width)
+        groups = candidates(shape, ["nvfp4"])
+        with pytest.raises(UserError, match="give at least") as refused:
+            assign_within(4.5, groups, shape)
+        enough = float(str(refused.value).split()[-1])
+        assert mean_bits(groups, assign_within(enough, groups, shape)) == pytest.approx(
+            enough, 1e-3
+        )
+    with pytest.raises(
+        UserError, match="no weights that a budget is for have rows that blocks of 16"
+    ):
+        assign_within(8.0, candidates(tiny_config("-", intermediate_size=40), ["nvfp4"]), CONFIG)
 
 
 def test_the_report_is_a_table_json_and_a_plot(capsys: pytest.CaptureFixture[str]) -> None:
