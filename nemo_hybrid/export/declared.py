@@ -127,6 +127,13 @@ def _modelopt(
         for entry in ignore
         if entry not in names | {_MTP, _EMBEDDINGS}
     ]
+    listed: defaultdict[str, set[bool]] = defaultdict(set)
+    for module in modules:
+        if not _EXPERT.fullmatch(module):
+            listed[in_engines(module)].add(module in ignore)
+    problems += [
+        f"ignore names a part of {o} alone" for o, found in listed.items() if len(found) > 1
+    ]
     if algo == "MIXED_PRECISION":
         layers = quantization.get("quantized_layers")
         if not isinstance(layers, dict) or not layers:

@@ -28,6 +28,9 @@ from nemo_hybrid.files import naming
 from nemo_kernels.nvfp4.reference import Quantized, dequantize
 
 KV_SCALES = (".k_scale", ".v_scale")
+# At most 1/3 comes of rounding scales to the nearest: the smallest one, for one 1.5 times as large.
+_CLIPPED = 0.4
+_ROWS = 4096
 Parts = Mapping[str, Tensor]
 """A module's tensors by the last part of their names."""
 Decoder = Callable[[Parts, Format], Tensor]
@@ -82,6 +85,37 @@ def decode(parts: Parts, format: Format) -> Tensor:
         )
     tensor_scale = 1 / parts["weight_global_scale"].view(())
     return dequantize(Quantized(packed, parts["weight_scale"], tensor_scale))
+
+
+def misrounded(parts: Parts, format: Format, weight: Tensor, source: Tensor) -> Tensor:
+    """Where a decoded weight is not the source, rounded by the stored scales: bool [out, in].
+
+    Rounding errs by half a step at most, and clipping by the excess. Blocks that lose more than
+    _CLIPPED of their size by clipping are wrong as a whole, unless the smallest scale covers them.
+    """
+    if len(source) > _ROWS:  # so that little memory is needed
+        found = []
+        for start in range(0, len(source), _ROWS):
+            rows = slice(start, start + _ROWS)
+            few = {name: t[rows] if t.dim() > 1 else t for name, t in parts.items()}
+            found.append(misrounded(few, format, weight[rows], source[rows]))
+        return torch.cat(found)
+    size, error = source.abs(), (weight - source).abs()
+    slack = size / 256  # half a step of bf16, to which some round first
+    if format == "fp8":
+        step = parts["weight_scale"]
+        octave = torch.frexp((size / step).clamp_min(2.0**-6)).exponent
+        return ~(error <= step * torch.exp2(octave - 5.0) + slack)
+    second = parts.get("weight_scale_2")
+    tensor_scale = 1 / parts["weight_global_scale"].view(()) if second is None else second
+    scale = (parts["weight_scale"].float() * tensor_scale).repeat_interleave(16, 1)
+    octave = torch.frexp((size / scale).nan_to_num(0.0).clamp(1, 4)).exponent
+    bound = torch.maximum(scale * torch.exp2(octave - 3.0), size - 6 * scale)
+    most = 6 * scale.clamp_min(2.0**-9 * tensor_scale) * (1 + 1 / 64)
+    blocks = (len(source), -1, 16)
+    lost = error.view(blocks).norm(dim=-1) > _CLIPPED * source.view(blocks).norm(dim=-1)
+    clipped = lost & (size > most).view(blocks).any(-1)
+    return ~(error <= bound + slack) | clipped.repeat_interleave(16, 1)
 
 
 @dataclass(frozen=True)

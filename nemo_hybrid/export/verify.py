@@ -20,31 +20,34 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.adapter import locate
-from nemo_hybrid.checkpoint.companions import read_companions
+from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.files import MANIFEST
 from nemo_hybrid.checkpoint.files import verify as verify_files
 from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
-from nemo_hybrid.checkpoint.weights import Stored, read_headers
+from nemo_hybrid.checkpoint.weights import INDEX, Stored, read_headers
 from nemo_hybrid.command_options import VerifyOptions
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
-from nemo_hybrid.export.declared import Format
+from nemo_hybrid.export.declared import HF_QUANT, Format
 from nemo_hybrid.export.decode import (
     KV_SCALES,
     Opened,
     Parts,
     Scales,
     decode,
+    misrounded,
     other_decoder,
     read_scales,
 )
 from nemo_hybrid.export.divergence import States
 from nemo_hybrid.export.schema import Schema, Slot, read_schema
+from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
 from nemo_hybrid.export.simulate import WITH_INPUTS, quantized_inputs, rounded_input
+from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table, progress_bar
 
@@ -60,6 +63,7 @@ quick start's model 0.3 to 3.3 times was found with text of another kind, random
 and 0.1 with the percentile 99. Lost factors (448, 2688, powers of 10 and 2 from 100 and 64 on) and
 inversions do not, but of scales so near to 1 that they change little."""
 _SHOWN = 20
+_FILES = {MANIFEST, CARD, INDEX, "config.json", HF_QUANT, TABLE_FILE, PLOT_FILE}
 
 
 class Check(NamedTuple):
@@ -236,16 +240,38 @@ def _check_files(directory: Path, result: Result) -> None:
 
 
 def _check_companions(directory: Path, base: str | None, result: Result) -> None:
-    """A model card must be there, and the tokenizer and settings of the base, unchanged."""
+    """A model card must be there, and the tokenizer and settings of the base, unchanged; and
+    nothing else, such as code or weights of other kinds."""
     problems = [] if (directory / CARD).is_file() else [f"{CARD}, the model card, is missing"]
-    wanted = {} if base is None else read_companions(locate(base)).files
-    for name, content in wanted.items():
-        path = directory / name
-        if not path.is_file():
-            problems.append(f"{name} is missing; the base has it")
-        elif path.read_bytes() != content:
+    wanted = None if base is None else read_companions(locate(base))
+    try:
+        found = read_companions(directory)
+        problems += [] if wanted is None else _unlike_base(directory, found, wanted)
+    except UserError as error:
+        result.add("companions", [*problems, str(error)], "")
+        return
+    problems += [
+        f"{path.name}: no export has such a file, and engines may read it"
+        for path in sorted(directory.iterdir())
+        if path.name not in _FILES | found.files.keys() and path.suffix != ".safetensors"
+    ]
+    result.add("companions", problems, ", ".join([CARD, *found.files]))
+
+
+def _unlike_base(directory: Path, found: Companions, wanted: Companions) -> list[str]:
+    problems = [f"{name} is missing; the base has it" for name in wanted.files.keys() - found.files]
+    for name, content in found.files.items():
+        if content != wanted.files.get(name, content):
             problems.append(f"{name} is not that of the base")
-    result.add("companions", problems, ", ".join([CARD, *wanted]))
+        elif name not in (*wanted.files, GENERATION):
+            problems.append(f"{name} is there, but the base has none")
+    if found.eos_token_ids != wanted.eos_token_ids:
+        problems.append("config.json: eos_token_id is not that of the base")
+    if GENERATION not in wanted.files:  # it is made of config.json then
+        ids = read_json(directory / "config.json").get("eos_token_id")
+        if found.stop_ids != (ids if isinstance(ids, list) else [ids]):
+            problems.append(f"{GENERATION} and config.json disagree about eos_token_id")
+    return problems
 
 
 def _check_tensors(directory: Path, result: Result) -> tuple[Schema, Stored]:
@@ -296,12 +322,10 @@ def _check_values(opened: Opened, source: HybridLM | None, result: Result, show:
                 if not torch.allclose(weight, theirs, rtol=1e-6, atol=0, equal_nan=True):
                     faults["second"].append(f"{module}: {other[0]} decodes other values")
             if own is not None:
-                error = relative_error(weight, _part(own, f"{module}.weight"))
+                wanted = _part(own, f"{module}.weight").float()
+                error = relative_error(weight, wanted)
                 errors[format].append(error)
-                if not error <= MOST_ERROR[format]:
-                    faults["source"].append(
-                        f"{module}: {format} differs from the source by {error:.1%}"
-                    )
+                faults["source"] += _unlike_source(module, format, parts, weight, wanted, error)
             progress(done := done + len(parts))
         for name in sorted(opened.names - schema.of_modules()):
             tensor, scale = opened.read(name), name.endswith(KV_SCALES)
@@ -351,6 +375,22 @@ def _bad_scales(module: str, parts: Parts) -> list[str]:
         elif tensor.numel() == 1 and not values.reciprocal().isfinite().all():
             problems.append(f"{module}.{part}: a scale is too small to divide by")
     return problems
+
+
+def _unlike_source(
+    module: str, format: Format, parts: Parts, weight: Tensor, source: Tensor, error: float
+) -> list[str]:
+    """What a quantized weight has but errors of rounding."""
+    if not error <= MOST_ERROR[format]:
+        return [f"{module}: {format} differs from the source by {error:.1%}"]
+    wrong = misrounded(parts, format, weight, source)
+    if not wrong.any():
+        return []
+    row, column = wrong.nonzero()[0].tolist()
+    return [
+        f"{module}: {int(wrong.sum())} values of {format} are not the source's, rounded; the first "
+        f"is in row {row}, column {column}"
+    ]
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -18,6 +18,7 @@ from helpers.exported import (
     WEIGHTS,
     Made,
     build,
+    edit_json,
     edit_tensors,
     export_config,
     failed,
@@ -147,6 +148,28 @@ def one_nan(t: Tensor) -> Tensor:
     return t
 
 
+ROW = slice(0, 1)
+
+
+def at(place: Any, by: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Changes the bytes of a part."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        found = tensor.view(torch.uint8)
+        found[place] = by(found[place])
+        return tensor
+
+    return changed
+
+
+def rows_swapped(tensors: Tensors) -> None:
+    order = [1, 0, *range(2, 32)]
+    for part in ("weight", "weight_scale"):
+        stored = tensors[f"{EXPERT}.{part}"]
+        tensors[f"{EXPERT}.{part}"] = stored.view(torch.uint8)[order].view(stored.dtype)
+
+
 @pytest.mark.parametrize(
     ("fault", "check", "named"),
     [
@@ -197,6 +220,17 @@ def one_nan(t: Tensor) -> Tensor:
         (change(f"{EXPERT}.weight_scale_2", lambda x: x * 1.5), "source", EXPERT),
         (change(f"{ANY}.weight_scale", lambda x: x * 1.1), "source", ANY),
         (change(f"{EXPERT}.weight", lambda x: x << 4 | x >> 4), "source", EXPERT),
+        # Damage that a norm over the matrix hides.
+        (change(f"{ANY}.weight", at(ROW, lambda x: x ^ 2)), "source", f"{ANY}: "),
+        (change(f"{ANY}.weight", at(ROW, lambda x: x + 1)), "source", ANY),
+        (change(f"{ANY}.weight", at((0, 3), lambda x: x ^ 4)), "source", "row 0, column 3"),
+        (change(f"{EXPERT}.weight", at(ROW, lambda x: x * 0)), "source", f"{EXPERT}: 1"),
+        (change(f"{EXPERT}.weight", at(ROW, lambda x: x ^ 0x88)), "source", EXPERT),
+        (change(f"{EXPERT}.weight", at((5, 2), lambda x: x ^ 7)), "source", "values of nvfp4"),
+        (change(f"{EXPERT}.weight_scale", at(ROW, lambda x: x * 0)), "source", EXPERT),
+        (change(f"{EXPERT}.weight_scale", at((3, 0), lambda x: x + 8)), "source", EXPERT),
+        (change(f"{EXPERT}.weight_scale", at((3, 0), lambda x: x - 8)), "source", EXPERT),
+        (rows_swapped, "source", EXPERT),
         (change("mtp.layers.0.eh_proj.weight", lambda x: x * 1.01), "source", "eh_proj"),
         (change("backbone.layers.0.mixer.dt_bias", lambda x: x + 1e-6), "source", "dt_bias"),
     ],
@@ -318,6 +352,20 @@ def test_companions(made: Made) -> None:
     said = failed(directory)["companions"]
     assert "tokenizer.json is missing; the base has it" in said
     assert "chat_template.jinja is not that of the base" in said
+    (base / "tokenizer.json").unlink()
+    (directory / "added_tokens.json").write_text("{}")
+    for name in ("modeling_other.py", "pytorch_model.bin", "params.json"):
+        (directory / name).write_text("")
+    edit_json(directory, "config.json", lambda c: c.update(eos_token_id=[c["eos_token_id"], 77]))
+    said = failed(directory)["companions"]
+    assert "added_tokens.json is there, but the base has none" in said
+    assert "eos_token_id is not that of the base" in said
+    (base / "generation_config.json").unlink()
+    said = failed(directory)["companions"]
+    assert "generation_config.json and config.json disagree about eos_token_id" in said
+    said = failed(directory, base=False)["companions"]
+    for name in ("modeling_other.py", "pytorch_model.bin", "params.json"):
+        assert f"{name}: no export has such a file" in said
     (directory / "README.md").unlink()
     seal(directory)
     assert "README.md, the model card, is missing" in failed(directory, base=False)["companions"]

@@ -205,6 +205,11 @@ def in_group(*part: str, **values: object) -> Edit:
         ("compressed", in_config(lambda q: q.update(kv_cache_scheme=FP8)), "must be null in"),
         ("nvfp4", in_config(lambda q: q.update(quantized_layers={})), "must not be there with"),
         ("mixed", in_config(lambda q: q["kv_cache_scheme"].update(block=1)), "block is unknown"),
+        (
+            "w4a16",
+            in_both(lambda names: names.remove("backbone.layers.2.mixer.q_proj")),
+            "ignore names a part of backbone.layers.2.mixer.qkv_proj alone",
+        ),
         ("mixed", in_config(lambda q: q["quantized_layers"][ANY].update(x=1)), "x is unknown"),
         ("nvfp4", in_config(lambda q: q.pop("group_size")), "config.json: group_size is None"),
         ("nvfp4", in_twin(lambda q: q.update(group_size=None)), "config.json: group_size is None"),
