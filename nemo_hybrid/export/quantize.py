@@ -11,8 +11,8 @@ NVFP4: a block of 16 has the scale s_b, E4M3, the tensor has t, fp32; a value is
 The choices of the middle two minimise the block's sum of squared errors; of equal ones, the first
 (1.0, or the smallest) counts. 2688 = 6 * 448; 1536 = 6 * 256 leaves room for 1.5 times as much.
 They are modelopt's calibrators ``MseCalibrator`` with the multipliers 1.0 and 1.5 and
-``NVFP4MSECalibrator``, and its exporter, which clamps s_b to [2^-9, 448]. They fail where
-amax is below 4e-7, or its square beyond fp32; here errors are measured in units near amax.
+``NVFP4MSECalibrator``, and its exporter, which clamps s_b to [2^-9, 448]. The latter fails
+where amax is below 4e-7, or its square beyond fp32; here errors are measured in units near amax.
 
 FP8: E4M3(w / scale), scale = amax / 448.
 
