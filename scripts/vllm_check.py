@@ -18,8 +18,9 @@ from a fault. A model that hardly uses its experts hides faults in them: use one
 
 The multi-token-prediction block is not run, nor are the KV cache's scales used on a CPU.
 
-Exit status: 0 done, 2 a mistake in options or files, 3 the KL divergence exceeds --max_kl, 77 vLLM
-is not there: nothing was checked.
+Exit status: 0 done, 2 a mistake in options or files, 3 the KL divergence exceeds --max_kl, 4 vLLM
+failed, which a directory that it does not load makes it do, 77 vLLM is not there: nothing was
+checked.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+REFUSED = 4
 ABSENT = 77
 MAX_KL = 2e-4
 SEED = 1234
@@ -174,25 +176,32 @@ def supply_cpu() -> None:
 
 
 def check(directory: Path, python: str, tokens: int, max_kl: float) -> int:
-    """In our environment: compare. Raises UserError for a directory that is no sound export."""
+    """In our environment: compare. Raises UserError for a directory that is no sound export, and
+    for options."""
     import numpy as np
     import torch
 
+    from nemo_hybrid.errors import UserError
     from nemo_hybrid.export.verify import load_exported
 
+    if tokens < 2:
+        raise UserError(f"--tokens {tokens}: there must be 2 at least, one to read and one to tell")
     model = load_exported(directory)
     generator = torch.Generator().manual_seed(SEED)
     ids_1S = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
     with tempfile.TemporaryDirectory() as place:
         ids_file, out = Path(place) / "ids.json", Path(place) / "logprobs.npy"
         ids_file.write_text(json.dumps(ids_1S[0].tolist()))
-        done = subprocess.run([python, __file__, "--worker", directory, ids_file, out])
+        try:
+            done = subprocess.run([python, __file__, "--worker", directory, ids_file, out])
+        except OSError as error:
+            raise UserError(f"--vllm_python {python} cannot be run: {error.strerror}") from None
         if done.returncode == ABSENT:
             print(f"NOT CHECKED: {python} has no vLLM; name another with --vllm_python")
             return ABSENT
         if done.returncode or not out.exists():
-            print(f"vLLM failed with status {done.returncode}: it does not load {directory}")
-            return 3
+            print(f"vLLM failed with status {done.returncode} on {directory}; see above")
+            return REFUSED
         theirs_TV = torch.from_numpy(np.load(out, allow_pickle=False)).double()
     with torch.no_grad():
         ours_TV = model(ids_1S).logits[0, :-1].double().log_softmax(-1)

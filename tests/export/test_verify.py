@@ -492,3 +492,25 @@ def test_the_check_in_vllm_says_when_there_is_none(
 ) -> None:
     assert vllm_check.check(made(), sys.executable, 8, 1.0) == vllm_check.ABSENT
     assert "NOT CHECKED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("tokens", ["-1", "1"])
+def test_the_check_in_vllm_refuses_too_few_tokens(
+    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokens: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vllm_check.py", str(made()), "--tokens", tokens])
+    assert vllm_check.main() == 2
+    assert "--tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("python", "status"), [("/nope", 2), ("/tmp", 2), ("/bin/false", 4)])
+def test_the_check_in_vllm_needs_a_python(
+    made: Made,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    python: str,
+    status: int,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vllm_check.py", str(made()), "--vllm_python", python])
+    assert vllm_check.main() == status
+    assert python in capfd.readouterr().err or status == vllm_check.REFUSED

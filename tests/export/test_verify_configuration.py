@@ -166,7 +166,7 @@ def in_group(*part: str, **values: object) -> Edit:
                 "*backbone.layers.0.mixer.in_proj", "bone.layer*", "e.layers", "proj",
                 "backbone.layers.1*", "backbone.layers.2.mixer.qkv_proj", "*.2.mixer.[qkv]_proj",
                 "backbone.layers.1.mixer.shared_experts.up_proj.*", "mtp.*", "",
-                "backbone.layers.1.mixer.experts.3.down_proj", "backbone.layers.0",
+                "backbone.layers.1.mixer.experts.3.down_proj", "\ud800", "backbone.layers.0",
             )
             for kind in ("nvfp4", "fp8")
         ],
