@@ -202,11 +202,13 @@ class ExportOptions(Options):
     """NVFP4 scales of weights: from the largest value; from a search for the least error; from the
     choice between 4 and 6; or those of the 16x16 blocks of NVFP4 training."""
     calibration: str | None = None
-    """Token store or text file whose activations give the input scales; without it weights alone
-    are quantized (W4A16)."""
+    """Token store, samples for fine-tuning or text file whose activations give the input scales;
+    without it weights alone are quantized (W4A16)."""
     calibration_tokens: PositiveInt = 65536
     """Tokens of it to read."""
-    percentile: Annotated[float | None, Bound("lie in (0, 100]", lambda v: 0 < v <= 100)] = None
+    percentile: Annotated[
+        float | None, Bound("lie between 90 and 100 (percent)", lambda v: 90 <= v <= 100)
+    ] = None
     """Share of the activations, in percent, that input scales cover; null: all of them."""
     kv_cache: Literal["none", "fp8"] = "none"
     """fp8: write scales for keys and values, which needs calibration."""
@@ -214,8 +216,8 @@ class ExportOptions(Options):
     """Mean bits per weight: instead of a preset, measure each module group's sensitivity and assign
     formats that fit."""
     heldout: str | None = None
-    """Token store (its held-out part) or other text file: measure KL divergence and perplexity of
-    the export on it, for the model card."""
+    """Token store or samples (their held-out part), or another text file: measure KL divergence and
+    perplexity of the export on it, for the model card."""
     heldout_tokens: PositiveInt = 8192
     """Tokens of it to read."""
 

@@ -178,10 +178,10 @@ def _nothing(glob: str, sizes: Iterable[str], others: Iterable[str]) -> UserErro
         parts = other.split(".")
         why = next((_WHY_NEVER[part] for part in parts[::-1] if part in _WHY_NEVER), _NORM)
         return UserError(f"formats: {glob} matches {other}, which is never quantized: {why}")
-    near = difflib.get_close_matches(glob, list(sizes), 1, cutoff=0)
+    near = difflib.get_close_matches(glob, [p for p in sizes if not _unnamed(p, glob)], 1, cutoff=0)
+    experts = " (all experts of a layer have one format)" * ("experts" in glob)
     return UserError(
-        f"formats: {glob} matches no weight of the model; the nearest name is {near[0]} (all "
-        "experts of a layer have one format)"
+        f"formats: {glob} matches no weight of the model; the nearest name is {near[0]}{experts}"
     )
 
 

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.config import DataOptions, HybridConfig
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
+from nemo_hybrid.data.packing import PackedSamples, open_stores
+from nemo_hybrid.data.prepare import TRAIN
+from nemo_hybrid.data.store import holds_samples
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
@@ -113,11 +116,12 @@ def read_pieces(
     length: int = 512,
 ) -> list[Tensor]:
     """About ``tokens`` token ids of a text file, read with the tokenizer of ``directory``, or of a
-    part of a token store: pieces [1, S] of one document each, of at most ``length``.
+    part of a token store, or of samples for fine-tuning: pieces [1, S] of one document each, of at
+    most ``length``.
 
-    Of the training part they are drawn at random (always the same), of the held-out part evenly
-    spaced; of a text file they are the first. Held-out pieces have two tokens at least: of one
-    there is nothing to predict. Raises UserError.
+    Of a token store's training part they are drawn at random (always the same), of the held-out
+    part evenly spaced; of a text file and of samples they are the first. Held-out pieces have two
+    tokens at least: of one there is nothing to predict. Raises UserError.
     """
     pieces = _pieces(data, directory, config, tokens, split, length)
     if split == "heldout":
@@ -130,8 +134,16 @@ def read_pieces(
 def _pieces(
     data: str, directory: Path, config: HybridConfig, tokens: int, split: str, length: int
 ) -> list[Tensor]:
-    rows = -(-tokens // length)
-    if not Path(data).is_dir():
+    rows, path = -(-tokens // length), Path(data).expanduser()
+    data = str(path)
+    if holds_samples(path / TRAIN):
+        return _of_samples(path, directory, config, tokens, split, length)
+    if path.suffix in (".jsonl", ".parquet"):
+        raise UserError(
+            f"{data} holds records, not text: make samples of them (`nemo-hybrid prepare --for "
+            "finetune`) and name those"
+        )
+    if not path.is_dir():
         return list(_text_ids(data, directory, config, tokens)[None].split(length, 1))
     blend = open_blend(DataOptions(path=data, sequence_length=length), config)
     require_tokenizer(blend, directory)
@@ -147,6 +159,28 @@ def _pieces(
         for batch in batches
         for piece_S in batch.ids_BS.flatten().split(batch.cu_seqlens.diff().tolist())
     ]
+
+
+def _of_samples(
+    path: Path, directory: Path, config: HybridConfig, tokens: int, split: str, length: int
+) -> list[Tensor]:
+    train, heldout = open_stores(path)
+    store = train if split == "train" else heldout
+    if store is None:
+        raise UserError(f"{path} has no held-out samples: prepare it with --heldout above 0")
+    require_tokenizer(PackedSamples(train, heldout, length, config.pad_token_id), directory)
+    if store.info.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path} has token ids up to {store.info.vocab_size - 1}, beyond the model's "
+            f"vocab_size {config.vocab_size}"
+        )
+    pieces: list[Tensor] = []
+    for number in range(len(store.lengths)):
+        if tokens <= 0:
+            break
+        pieces.append(torch.from_numpy(store.sample(number)[0][None, :length]))
+        tokens -= pieces[-1].numel()
+    return pieces
 
 
 def _text_ids(data: str, directory: Path, config: HybridConfig, tokens: int) -> Tensor:

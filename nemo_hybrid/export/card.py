@@ -173,8 +173,7 @@ def _head(options: ExportOptions, facts: ExportFacts) -> str:
             f"`--format {options.format}`. Licence and limits of the source apply.",
             "",
             f"{facts.parameters:,} parameters in {facts.bytes_after:,} bytes ({bits:.2f} bits "
-            f"each, scales included), {facts.bytes_after / facts.bytes_before:.1%} of the "
-            f"{facts.bytes_before:,} before.",
+            f"each, scales included), {facts.share:.1%} of what they take in BF16.",
         ]
     )
 

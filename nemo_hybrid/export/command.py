@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, Format, family, fitted, planned
 from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
@@ -34,6 +36,7 @@ from nemo_hybrid.export.write import check_cache, export_directory, prepared, un
 from nemo_hybrid.terminal import print_table
 
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
+_FEW_TOKENS = 1024
 _SHOWN = 8  # experts
 
 
@@ -94,11 +97,14 @@ def export_command(options: ExportOptions) -> None:
             f"{place}: no token reached {len(experts)} experts ({shown}); input scales are those "
             "of the others"
         )
-    ratio = facts.bytes_after / facts.bytes_before
+    if calibration is not None and calibration.tokens < _FEW_TOKENS:
+        print(f"warning: calibrated on {calibration.tokens} tokens alone: give more text")
+    if not (source / TOKENIZER).is_file():
+        print(f"warning: {source} has no {TOKENIZER}, which engines need: add it and export again")
     print(
-        f"{facts.bytes_after / 1e9:.3g} GB of weights ({ratio:.2f} of the source's) written to "
-        f"{options.out}; check them with\n"
-        f"  nemo-hybrid verify-export {options.out} --base {options.from_}"
+        f"{facts.bytes_after / 1e9:.3g} GB of weights, {facts.share:.1%} of what BF16 takes, "
+        f"written to {options.out}; check them with\n"
+        f"  nemo-hybrid verify-export {quote(options.out)} --base {quote(options.from_)}"
     )
 
 

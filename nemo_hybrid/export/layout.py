@@ -59,6 +59,11 @@ class ExportFacts:
     """Family -> kind of NVFP4 scales -> relative error of the weights, ||stored - w|| / ||w||: for
     the chosen scales and for amax."""
 
+    @property
+    def share(self) -> float:
+        """Bytes of all weights, over those that they take in BF16."""
+        return self.bytes_after / (2 * self.parameters)
+
 
 def with_inputs(assignment: Mapping[str, Format]) -> list[str]:
     """The places whose products take rounded inputs."""

@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers.chats import write_base, write_chats
 from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.data.samples import prepare_samples
+from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, train_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import calibrate as calibrate_module
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
+from nemo_hybrid.finetune_options import SampleOptions
 from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config("E*-M")
@@ -149,6 +153,22 @@ def test_pieces_of_a_store_are_of_one_document(tmp_path: Path) -> None:
         assert any(EOS in p for p in pieces)
         again = read_pieces(str(store), store, config, 300, split, 32)  # type: ignore[arg-type]
         assert all(map(torch.equal, pieces, again))
+
+
+def test_pieces_of_samples_are_whole_ones(tmp_path: Path) -> None:
+    base, chats = write_base(tmp_path / "base"), write_chats(tmp_path / "chats.jsonl", 40)
+    shape = HybridConfig.from_hf(str(base))
+    with pytest.raises(UserError, match="holds records, not text: make samples of them"):
+        read_pieces(str(chats), base, shape, 500)
+    prepare_samples(SampleOptions(heldout=0.2), [chats], base, tmp_path / "samples", seed=0)
+    for split in ("train", "heldout"):
+        store = SampleStore.open(tmp_path / "samples" / split)
+        pieces = read_pieces(str(tmp_path / "samples"), base, shape, 100, split, 48)  # type: ignore[arg-type]
+        assert 100 <= sum(p.numel() for p in pieces) < 148
+        for number, piece in enumerate(pieces):
+            assert piece[0].tolist() == store.sample(number)[0][:48].tolist()
+    with pytest.raises(UserError, match="beyond the model's vocab_size 61"):
+        read_pieces(str(tmp_path / "samples"), tmp_path, CONFIG, 5)
 
 
 def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:

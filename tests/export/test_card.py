@@ -84,7 +84,7 @@ def test_it_says_what_was_done() -> None:
     text = made()
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["nemotron_h", "fp8", "nvfp4"]
     assert "5.60 bits each" in text
-    assert "35.0% of the 2,000 before" in text
+    assert "35.0% of what they take in BF16" in text
     assert "preset `super` |" in text
     assert "`four_over_six`: the better of" in text
     assert "| input scales | all of the values on 65,536 tokens of `a.txt` |" in text

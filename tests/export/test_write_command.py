@@ -103,6 +103,7 @@ def test_what_is_exported_is_verified(files, tmp_path, capsys, changes) -> None:
     assert bool(inputs) == bool(data)
     assert any(n.endswith("k_scale") for n in written) == ("kv_cache" in changes)
     assert ("no token reached" in said) == (data == "text")
+    assert ("warning: calibrated on" in said) == bool(data)  # few tokens
     assert (f"with {changes.get('scales')}, " in said) == ("scales" in changes)
     if "budget_bits" in changes:
         report = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
@@ -168,6 +169,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"percentile": 99.0}, "percentile needs calibration"),
+        ({"percentile": 0.999, "calibration": "store"}, "percentile must lie between 90 and 100"),
         ({"budget_bits": 5.0}, "budget_bits needs calibration"),
         ({"format": "bf16", "calibration": "text"}, "calibration is for quantized formats"),
         ({"format": "mixed", "budget_bits": 5.0, "calibration": "text", "formats": {"*": "fp8"}},
