@@ -102,7 +102,9 @@ def test_exit_status(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     base = str(directory.parent / "base")
     assert verify_command(options(directory, tokens=20)) == 0
     assert verify_command(options(directory, base=base, tokens=20, max_kl=10.0)) == 0
+    assert "exceeds" not in capsys.readouterr().out
     assert verify_command(options(directory, base=base, tokens=20, max_kl=1e-7)) == 3
+    assert "the KL divergence exceeds --max_kl 1e-07" in capsys.readouterr().out
     capsys.readouterr()
     edit_tensors(directory, lambda t: t.pop(f"{EXPERT}.weight_scale"))
     assert verify_command(options(directory, base=base, tokens=20, max_kl=10.0)) == 2
