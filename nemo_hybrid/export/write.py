@@ -313,10 +313,12 @@ class _Exporter:
                 if item.format == "bf16":
                     reads |= dict.fromkeys(item.like.keys() - made.keys(), item.read)
                 else:
+                    weight = load(item.read)
                     try:
-                        made |= self._quantized(load(item.read), item)
+                        made |= self._quantized(weight, item)
                     except UserError as error:
                         raise UserError(f"{item.read.name}: {error}") from None
+                    del weight  # before the next one is read
             like = {part: tensor for item in shard.items for part, tensor in item.like.items()}
 
             def fetch(part: str) -> Tensor:
