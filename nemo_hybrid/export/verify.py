@@ -164,6 +164,8 @@ def verify_directory(
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
+    if (directory / "checkpoints").is_dir():
+        raise UserError(f"{directory} is a run: name a directory that `nemo-hybrid export` wrote")
     result = Result()
     _check_files(directory, result)
     _check_companions(directory, base, result)

@@ -115,6 +115,9 @@ def test_exit_status(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
         verify_command(options(directory, max_kl=1.0))
     with pytest.raises(UserError, match="not a directory"):
         verify_command(options(directory / "none"))
+    (directory / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is a run: name a directory that"):
+        verify_command(options(directory))
 
 
 def test_one_byte(made: Made) -> None:
