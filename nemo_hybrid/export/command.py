@@ -31,7 +31,8 @@ from nemo_hybrid.export.sensitivity import (
     measure,
     sensitivity_report,
 )
-from nemo_hybrid.export.verify import Measured, compare, load_exported, rounded_states, states
+from nemo_hybrid.export.verify import Measured, load_exported, states
+from nemo_hybrid.export.verify import measure as measure_export
 from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
 from nemo_hybrid.terminal import print_table
 
@@ -146,15 +147,10 @@ def _measured(
 ) -> Measured:
     """The model of a directory against its source. Raises UserError where its logits are not
     finite."""
-    text = str(options.heldout)
-    model = load_exported(directory)
-    found = compare(before, states(model, pieces, "export", True), pieces, text)
-    if with_inputs(facts.assignment):
-        assert facts.calibration is not None
-        scales = Scales(formats=facts.assignment, amax=facts.calibration.amax)
-        after = rounded_states(model, scales, pieces, True)
-        rounded = compare(before, after, pieces, text)
-        found = found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
+    inputs, seen = with_inputs(facts.assignment), facts.calibration
+    amax = {place: seen.amax[place] for place in inputs} if seen else {}
+    scales, model = Scales(facts.assignment, amax), load_exported(directory)
+    found = measure_export(before, model, scales, pieces, str(options.heldout), True)
     if not all(math.isfinite(x) for x in found if isinstance(x, float)):
         raise UserError("logits are not finite: the checkpoint is broken")
     return found

@@ -24,8 +24,8 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.reference import LoopExperts
 from nemo_kernels.nvfp4.reference import fake_quantize
+from nemo_kernels.nvfp4.scales import E4M3_MAX
 
-E4M3_MAX = 448.0
 Change = Callable[[Tensor], Tensor]
 WITH_INPUTS = ("fp8", "nvfp4")
 """Formats whose products take rounded inputs as well."""

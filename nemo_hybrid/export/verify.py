@@ -192,13 +192,9 @@ def verify_directory(
     before = None if source is None else states(source, pieces, "source", show)
     del source  # one model at a time
     model = load_exported(directory)
-    found = compare(before, states(model, pieces, "export", show), pieces, text)
+    result.measured = found = measure(before, model, scales, pieces, text, show)
     if math.isfinite(found.loss):
         _check_scales(model, scales, pieces, result, show)
-    if scales.amax:
-        rounded = compare(before, rounded_states(model, scales, pieces, show), pieces, text)
-        found = found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
-    result.measured = found
     _add_model(result, found)
     return result
 
@@ -445,6 +441,23 @@ def _check_scales(
     ratios = [covered / seen for _, covered, seen in pairs]
     span = f"{min(ratios):.2g} to {max(ratios):.2g}"
     result.add("scales", problems, f"{len(pairs)} cover {span} times the largest magnitude seen")
+
+
+def measure(
+    before: States | None,
+    model: HybridLM,
+    scales: Scales,
+    pieces: list[Tensor],
+    text: str,
+    show: bool = False,
+) -> Measured:
+    """A dequantized model against its source: as it is, and, where there are scales of inputs, with
+    inputs rounded by them."""
+    found = compare(before, states(model, pieces, "export", show), pieces, text)
+    if not scales.amax:
+        return found
+    rounded = compare(before, rounded_states(model, scales, pieces, show), pieces, text)
+    return found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
 
 
 def rounded_states(model: HybridLM, scales: Scales, pieces: list[Tensor], show: bool) -> States:

@@ -20,7 +20,7 @@ from nemo_hybrid.data.loader import Data
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, assign
 from nemo_hybrid.export.calibrate import watching
-from nemo_hybrid.export.simulate import WITH_INPUTS
+from nemo_hybrid.export.layout import with_inputs
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher
@@ -55,7 +55,7 @@ def teacher_inputs(
 
     Raises UserError on all of them where the teacher gives no finite numbers.
     """
-    places = [place for place, format in assignment.items() if format in WITH_INPUTS]
+    places = with_inputs(assignment)
     if not places:
         return {}
     rows = -(-min(CALIBRATION_TOKENS, data.tokens) // length)
