@@ -46,8 +46,11 @@ class Objective(nn.Module):
 
     def means(self, sums: Mapping[str, Tensor], normalizer: Normalizer) -> dict[str, float]:
         """From the parts' sums over the global batch to numbers by name. One is ``loss``: what the
-        guard judges, and what is shown as the loss of the step."""
-        raise NotImplementedError
+        guard judges, and what is shown as the loss of the step. Here all parts are divided by the
+        first count, and the first part is the loss."""
+        count = normalizer.counts_N[0].clamp(min=1)
+        means = {name: float(total / count) for name, total in sums.items()}
+        return {"loss": next(iter(means.values())), **means}
 
 
 def mtp_losses(figures: Mapping[str, float]) -> list[float]:

@@ -32,6 +32,8 @@ R = TypeVar("R", bound=Rows)
 class StoreRecipe(Generic[C, R]):
     """Learns next tokens out of stores, from new weights or those of model.from_hf."""
 
+    data: type[Stored] = Stored
+    """What makes global batches of rows."""
     rows: R
     """Known from `open_data` on."""
 
@@ -51,7 +53,7 @@ class StoreRecipe(Generic[C, R]):
             self.origin = world.from_rank_0(self._find_origin, checkpoint)
         self.rows = self._open_rows(world)
         config = self.config
-        return Stored(
+        return self.data(
             self.rows,
             sequence_length=config.data.sequence_length,
             seed=config.train.seed,
