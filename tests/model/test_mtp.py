@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.parts import ce_sums
 from helpers.tiny_models import (
     loud_model,
     packed_batch,
@@ -30,7 +31,8 @@ from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets, targets
+from nemo_hybrid.objectives.base import Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets, labels_and_validity
 from nemo_kernels.documents import Documents
 
 # Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
@@ -178,8 +180,8 @@ def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Co
     hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     logits_NBSV = torch.stack([model.lm_head(h) for h in (h_BSD, *hidden)])
     counts_N = count_targets(batch, depths)
-    parts = PretrainObjective(model, TrainOptions())(batch, Normalizer(counts_N, 1))
-    labels_NBS, valid_NBS = targets(batch, depths)
+    parts = NextToken(model, TrainOptions())(batch, Normalizer(counts_N, 1))
+    labels_NBS, valid_NBS = labels_and_validity(batch, depths)
     assert torch.equal(counts_N, valid_NBS.sum((1, 2)))
     ours = {tuple(place) for place in valid_NBS.nonzero().tolist()}
     common = ours & naive.keys()
@@ -191,7 +193,7 @@ def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Co
         validity=len(ours ^ naive.keys()),
         labels=sum(int(labels_NBS[p]) != naive[p].target for p in common),
         logits=max(float((logits_NBSV[p] - head @ naive[p].hidden).abs().max()) for p in common),
-        losses=float((parts.ce_sums_N - sums).abs().max()),
+        losses=float((ce_sums(parts) - sums).abs().max()),
     )
 
 
@@ -201,7 +203,7 @@ def build(rows: list[list[int]], pattern: str, depths: int) -> tuple[HybridLM, B
     batch = packed_batch(config, rows)
     for seed in range(3, 100):
         model = loud_model(config, seed)
-        objective = PretrainObjective(model, TrainOptions())
+        objective = NextToken(model, TrainOptions())
         unit = Normalizer(count_targets(batch, depths), 1)
         margin = smallest_routing_margin(model, batch.ids_BS, lambda: objective(batch, unit))  # noqa: B023
         if margin > 1e-4:
@@ -234,7 +236,7 @@ def test_gradients(pattern: str) -> None:
 
     h_BSD.requires_grad_()
     hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
-    labels_NBS, valid_NBS = targets(batch, 2)
+    labels_NBS, valid_NBS = labels_and_validity(batch, 2)
     logits_NBSV = model.lm_head(torch.stack(hidden))
     F.cross_entropy(
         logits_NBSV[valid_NBS[1:]], labels_NBS[1:][valid_NBS[1:]], reduction="sum"
@@ -312,7 +314,7 @@ def test_a_wrong_shift_is_noticed() -> None:
             found = compare(model, batch, naive)
         assert found.logits > 0.1, wrong
         assert found.losses > 1, wrong
-        with patch("nemo_hybrid.train.losses.shift_left", wrong):
+        with patch("nemo_hybrid.objectives.next_token.shift_left", wrong):
             found = compare(model, batch, naive)
         assert found.labels > 10, wrong
         assert found.losses > 1, wrong
@@ -322,7 +324,7 @@ def test_crossing_a_document_boundary_is_noticed() -> None:
     rows = ROWS["packed"]
     model, batch = build(rows, "*E", 2)
     naive = naive_predictions(model, weights_of(model), rows, batch)
-    with patch("nemo_hybrid.train.losses.shift_left", across_documents):
+    with patch("nemo_hybrid.objectives.next_token.shift_left", across_documents):
         found = compare(model, batch, naive)
     assert found.validity > 5
     assert found.losses > 1
