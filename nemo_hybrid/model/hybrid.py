@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nemo_hybrid.config import Architecture, HybridConfig
 from nemo_hybrid.model.init import initialize
-from nemo_hybrid.model.latent_moe import Dispatcher, Experts, LocalDispatcher
-from nemo_hybrid.model.layer import Layer, LayerCache, Layers
+from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
+from nemo_hybrid.model.layer import LayerCache, Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
@@ -48,8 +49,7 @@ class HybridLM(nn.Module):
 
     ``dispatcher`` brings tokens to experts (all local by default) and says which experts this
     process owns. Weights depend on ``seed`` only, not on the layout; on the meta device none are
-    drawn. ``recompute`` names the layer letters whose activations are recomputed in backward,
-    in the backbone and in the MTP block; e: the experts' inner activations alone.
+    drawn.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class HybridLM(nn.Module):
         *,
         dispatcher: Dispatcher | None = None,
         seed: int = 0,
-        recompute: str = "",
     ) -> None:
         super().__init__()
         config.validate()
@@ -68,11 +67,6 @@ class HybridLM(nn.Module):
         self.backbone = Backbone(config, dispatcher)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTPBlock(config, dispatcher) if config.mtp_num_depths else None
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.recompute = module.letter in recompute
-            elif isinstance(module, Experts):
-                module.recompute = "e" in recompute
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
 
@@ -113,12 +107,8 @@ class HybridLM(nn.Module):
 
         ``documents``: those of packed rows; None: one document per row.
         """
-        stats: Stats = {}
-        x_BSD = self.backbone.embeddings(ids_BS)
-        for i, layer in enumerate(self.backbone.layers):
-            x_BSD, routed = layer(x_BSD, documents)
-            if routed is not None:
-                stats[f"backbone.layers.{i}"] = routed
+        x_BSD, routed = self.backbone.layers(self.backbone.embeddings(ids_BS), documents)
+        stats = {f"backbone.layers.{i}": layer for i, layer in routed.items()}
         return self.backbone.norm_f(x_BSD), stats
 
     def forward_mtp(
@@ -132,12 +122,12 @@ class HybridLM(nn.Module):
         seq_idx_BS = None if documents is None else documents.seq_idx_BS
         hidden: list[Tensor] = []
         stats: Stats = {}
-        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else None
+        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else {}
         for depth in range(1, self.config.mtp_num_depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
-            h_BSD, collected = self.mtp(h_BSD, e_BSD, documents, wide)
+            h_BSD, routed = functional_call(self.mtp, wide, (h_BSD, e_BSD, documents))
             hidden.append(h_BSD)
-            for i, new in collected.items():
+            for i, new in routed.items():
                 name = f"mtp.layers.{i}"
                 old = stats.get(name)
                 stats[name] = new if old is None else RoutingStats(*map(torch.add, old, new))

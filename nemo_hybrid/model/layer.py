@@ -1,12 +1,12 @@
-"""One layer of the stack: x + mixer(norm(x)), with one mixer per layer."""
+"""One layer of the stack: x + mixer(norm(x)), with one mixer per layer; and stacks of layers.
 
-from collections.abc import Iterator
+Shapes: B batch, S sequence, D hidden.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture
 from nemo_hybrid.model.attention import Attention, AttentionCache
@@ -18,8 +18,6 @@ from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
 
 LayerCache = AttentionCache | MambaCache | None
-Wide = dict[str, Tensor]
-"""Parameters by name that stand in for a module's own (see ``linear``)."""
 
 
 def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
@@ -40,33 +38,20 @@ class Layer(nn.Module):
     def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
-        self.recompute = False  # keep only the layer's input for the backward pass
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
         self.mixer = build_mixer(letter, cfg, dispatcher)
 
     def forward(
-        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None = None
+        self, x_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Training: the new residual stream, and routing statistics of a MoE layer.
-
-        ``wide``: parameters to use in place of this layer's own, by name.
-        """
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                self._compute, x_BSD, documents, wide, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._compute(x_BSD, documents, wide)
-
-    def _compute(
-        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None
-    ) -> tuple[Tensor, RoutingStats | None]:
-        h_BSD = call(self.norm, wide, "norm.", x_BSD)
+        """Training: the new residual stream, and routing statistics of a MoE layer."""
+        h_BSD = self.norm(x_BSD)
         if self.letter == "E":
-            y_BSD, stats = call(self.mixer, wide, "mixer.", h_BSD, documents)
+            y_BSD, stats = self.mixer(h_BSD, documents)
             return x_BSD + y_BSD, stats
         if self.letter == "-":
-            return x_BSD + call(self.mixer, wide, "mixer.", h_BSD), None
-        return x_BSD + call(self.mixer, wide, "mixer.", h_BSD, documents), None
+            return x_BSD + self.mixer(h_BSD), None
+        return x_BSD + self.mixer(h_BSD, documents), None
 
     def new_cache(self) -> LayerCache:
         return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()
@@ -88,23 +73,33 @@ class Layer(nn.Module):
         return x_BD + self.mixer.decode(h_BD, cache)
 
 
-def call(module: nn.Module, wide: Wide | None, prefix: str, *args: Any) -> Any:
-    """``module(*args)``, with those parameters of ``wide`` whose names begin with prefix."""
-    if wide is None:
-        return module(*args)
-    return functional_call(module, under(wide, prefix), args)
+Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
 
 
-def under(wide: Wide, prefix: str) -> Wide:
-    """Those whose names begin with prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in wide.items() if n.startswith(prefix)}
+def run_plainly(
+    layer: Layer, x_BSD: Tensor, documents: Documents | None
+) -> tuple[Tensor, RoutingStats | None]:
+    return layer(x_BSD, documents)
 
 
 class Layers(nn.ModuleList):
-    """The layers of a pattern, in order."""
+    """The layers of a pattern, in order. ``run`` is how training calls each of them, to be
+    replaced from outside (see ``recompute``)."""
 
     def __init__(self, pattern: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
+        self.run: Run = run_plainly
 
     def __iter__(self) -> Iterator[Layer]:
         return cast(Iterator[Layer], super().__iter__())
+
+    def forward(
+        self, x_BSD: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+        """Training: the new residual stream, and routing statistics of the MoE layers by number."""
+        stats = {}
+        for i, layer in enumerate(self):
+            x_BSD, routed = self.run(layer, x_BSD, documents)
+            if routed is not None:
+                stats[i] = routed
+        return x_BSD, stats

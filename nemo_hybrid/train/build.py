@@ -27,6 +27,7 @@ from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import Adapted, add_adapters
+from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
@@ -169,9 +170,8 @@ def build_run(
     torch.manual_seed(config.train.seed)
     ep = config.parallel.ep
     dispatcher = AllToAllDispatcher(hybrid.n_routed_experts, ep, world.rank) if ep > 1 else None
-    model = HybridLM(
-        hybrid, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
-    )
+    model = HybridLM(hybrid, dispatcher=dispatcher, seed=config.train.seed)
+    recompute_layers(model, config.train.recompute)
     loaded: dict[str, Tensor] = {}
     if origin and load:
         loaded = each(world, lambda: _load(origin, model, data, world))
