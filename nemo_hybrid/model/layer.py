@@ -9,15 +9,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.model.attention import Attention, AttentionCache
+from nemo_hybrid.model.attention import Attention
+from nemo_hybrid.model.cache import After, Caches, LayerCache, MambaCache, Reading, reading
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
-from nemo_hybrid.model.mamba2 import Mamba2, MambaCache
+from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
-
-LayerCache = AttentionCache | MambaCache | None
 
 
 def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
@@ -53,24 +52,31 @@ class Layer(nn.Module):
             return x_BSD + self.mixer(h_BSD), None
         return x_BSD + self.mixer(h_BSD, documents), None
 
-    def new_cache(self) -> LayerCache:
-        return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()
+    def read(
+        self, x_BSD: Tensor, cache: LayerCache, reading: Reading
+    ) -> tuple[Tensor, MambaCache | None]:
+        """Tokens that follow others, and what a Mamba cache is to hold after them."""
+        h_BSD, after = self.norm(x_BSD), None
+        if self.letter == "M":
+            y_BSD, after = self.mixer.read(h_BSD, cache, reading)
+        elif self.letter == "*":
+            y_BSD = self.mixer.read(h_BSD, cache, reading.before_B)
+        elif self.letter == "E":
+            y_BSD = self.mixer.read(h_BSD, reading)
+        else:
+            y_BSD = self.mixer(h_BSD)
+        return x_BSD + y_BSD, after
 
-    def prefill(self, x_BSD: Tensor, cache: LayerCache) -> Tensor:
-        h_BSD = self.norm(x_BSD)
-        if self.letter == "E":
-            return x_BSD + self.mixer(h_BSD)[0]
-        if self.letter == "-":
-            return x_BSD + self.mixer(h_BSD)
-        return x_BSD + self.mixer.prefill(h_BSD, cache)
-
-    def decode(self, x_BD: Tensor, cache: LayerCache) -> Tensor:
+    def decode(self, x_BD: Tensor, cache: LayerCache, before_B: Tensor) -> Tensor:
+        """One token per row; a Mamba cache moves on."""
         h_BD = self.norm(x_BD)
+        if self.letter == "M":
+            return x_BD + self.mixer.decode(h_BD, cache)
+        if self.letter == "*":
+            return x_BD + self.mixer.decode(h_BD, cache, before_B)
         if self.letter == "E":
             return x_BD + self.mixer.decode(h_BD)
-        if self.letter == "-":
-            return x_BD + self.mixer(h_BD)
-        return x_BD + self.mixer.decode(h_BD, cache)
+        return x_BD + self.mixer(h_BD)
 
 
 Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
@@ -103,3 +109,18 @@ class Layers(nn.ModuleList):
             if routed is not None:
                 stats[i] = routed
         return x_BSD, stats
+
+    def read(self, x_BSD: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
+        """The first ``counts_B`` of each row's S tokens, which follow what the caches hold."""
+        now, states = reading(counts_B, x_BSD.shape[1], caches), []
+        for layer, cache in zip(self, caches.layers, strict=True):
+            x_BSD, state = layer.read(x_BSD, cache, now)
+            states.append(state)
+        return x_BSD, After(counts_B, states)
+
+    def decode(self, x_BD: Tensor, caches: Caches) -> Tensor:
+        """One token per row, which counts at once."""
+        for layer, cache in zip(self, caches.layers, strict=True):
+            x_BD = layer.decode(x_BD, cache, caches.lengths_B)
+        caches.lengths_B += 1
+        return x_BD

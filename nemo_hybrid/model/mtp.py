@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import After, Caches
 from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.linear import Linear
@@ -42,11 +43,19 @@ class MTPBlock(nn.Module):
 
         Returns the depth's hidden state (after the final norm) and the MoE layers' statistics.
         """
-        first, last = self._ends()
-        e_BSD, h_BSD = first.enorm(e_BSD), first.hnorm(h_BSD)
-        x_BSD = first.eh_proj(torch.cat([e_BSD, h_BSD], dim=-1))
-        x_BSD, stats = self.layers(x_BSD, documents)
-        return last.final_layernorm(x_BSD), stats
+        x_BSD, stats = self.layers(self._joined(h_BSD, e_BSD), documents)
+        return self._ends()[1].final_layernorm(x_BSD), stats
+
+    def read(
+        self, h_BSD: Tensor, e_BSD: Tensor, counts_B: Tensor, caches: Caches
+    ) -> tuple[Tensor, After]:
+        """One depth over tokens that follow what the caches hold, see `HybridLM.read_mtp`."""
+        x_BSD, after = self.layers.read(self._joined(h_BSD, e_BSD), counts_B, caches)
+        return self._ends()[1].final_layernorm(x_BSD), after
+
+    def _joined(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
+        first, _ = self._ends()
+        return first.eh_proj(torch.cat([first.enorm(e_BSD), first.hnorm(h_BSD)], dim=-1))
 
     def _ends(self) -> tuple[Any, Any]:
         return self.layers[0], self.layers[-1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.model.recompute import recompute_layers
 
 CONV, CHUNK = 4, 8
