@@ -9,6 +9,7 @@ import torch
 from nemo_hybrid.config import HybridConfig, TrainingConfig
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
@@ -39,9 +40,8 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
     torch.manual_seed(config.train.seed)
     ep = config.parallel.ep
     dispatcher = AllToAllDispatcher(shape.n_routed_experts, ep, world.rank) if ep > 1 else None
-    model = HybridLM(
-        shape, dispatcher=dispatcher, seed=config.train.seed, recompute=config.train.recompute
-    )
+    model = HybridLM(shape, dispatcher=dispatcher, seed=config.train.seed)
+    recompute_layers(model, config.train.recompute)
     trained = recipe.prepare(model, world, resumed=checkpoint is not None)
     dtype = policy.weight_dtype(config.precision)
     model.to(world.device, dtype)

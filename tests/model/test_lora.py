@@ -155,9 +155,9 @@ def test_bf16_gradients_are_those_of_fp32_up_to_rounding() -> None:
             assert parameter.grad is not None
             assert parameter.grad.dtype == torch.bfloat16
             assert relative(parameter.grad.float(), exact.get_parameter(name).grad) < 0.1, name
-    wide = rounded.mtp.wide()
-    assert wide is not None
-    assert wide.keys() == {n.removeprefix("mtp.") for n in trained(rounded) if n[:4] == "mtp."}
+    assert rounded.mtp.wide().keys() == {
+        n.removeprefix("mtp.") for n in trained(rounded) if n[:4] == "mtp."
+    }
 
 
 def test_stacks_are_summed_exactly_and_rounded_once() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from helpers.parts import ce_sums
 from helpers.tiny_models import (
@@ -376,11 +377,12 @@ def block_gradients(
     with torch.no_grad():
         e_BSD = model.backbone.embeddings(ids_BS)
         h_BSD, _ = model.forward_hidden(ids_BS)
-    parameters = model.mtp.wide() if wide else None
+    parameters = model.mtp.wide() if wide else {}
     probe_BSD = torch.randn(h_BSD.shape, generator=torch.Generator().manual_seed(1))
     loss = torch.zeros(())
     for use, share in enumerate(shares):
-        out_BSD, _ = model.mtp(h_BSD.roll(use, 1), e_BSD.roll(2 * use, 1), None, parameters)
+        inputs = h_BSD.roll(use, 1), e_BSD.roll(2 * use, 1), None
+        out_BSD, _ = functional_call(model.mtp, parameters, inputs)
         loss = loss + share * (out_BSD.float() * probe_BSD.roll(3 * use, 1)).sum()
     loss.backward()
     return {n: p.grad.float() for n, p in model.mtp.named_parameters() if p.grad is not None}
@@ -416,9 +418,7 @@ def test_gradients_of_the_depths_are_summed_in_fp32_and_rounded_once() -> None:
 @pytest.mark.parametrize("recompute", ["", "*E"])
 def test_the_model_sums_its_depths_so(recompute: str) -> None:
     """The same outputs as with the block's own parameters, and other gradients than theirs."""
-    model = loud_model(tiny_config("M", mtp_num_depths=2)).bfloat16()
-    for layer in model.mtp.layers:
-        layer.recompute = layer.letter in recompute
+    model = loud_model(tiny_config("M", mtp_num_depths=2), recompute=recompute).bfloat16()
     ids_BS = random_ids(model.config, 2, 33)
     with torch.no_grad():
         h_BSD, _ = model.forward_hidden(ids_BS)
@@ -430,7 +430,7 @@ def test_the_model_sums_its_depths_so(recompute: str) -> None:
         return hidden, [p.grad.clone() for p in model.mtp.parameters()]
 
     hidden, gradients = run()
-    with patch.object(MTPBlock, "wide", lambda _: None):
+    with patch.object(MTPBlock, "wide", lambda _: {}):
         plain_hidden, plain_gradients = run()
     assert all(torch.equal(a, b) for a, b in zip(hidden, plain_hidden, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))

@@ -16,7 +16,7 @@ from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import evaluations, read_metrics
 from train.conftest import Unbroken
 
