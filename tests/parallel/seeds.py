@@ -30,7 +30,7 @@ from nemo_hybrid.recipes.pretrain import Pretrain
 from nemo_hybrid.train import build, loop
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.run import Run
-from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels.lowp.operand import Rounding
 from parallel.equal import ALL_OF_RANK_1, starve
 from train.low_precision import DIVISIBLE
 
