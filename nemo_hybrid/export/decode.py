@@ -21,10 +21,10 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.weights import Stored
-from nemo_hybrid.export import assign
 from nemo_hybrid.export.declared import Format
 from nemo_hybrid.export.schema import Schema
 from nemo_hybrid.files import naming
+from nemo_hybrid.precision import assign
 from nemo_kernels.nvfp4.reference import Quantized, dequantize
 
 KV_SCALES = (".k_scale", ".v_scale")

@@ -26,10 +26,17 @@ from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.names import expert_name, is_stacked
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import BLOCK, Assignment, Format, groups, places, unquantizable
 from nemo_hybrid.export.calibrate import Calibration
-from nemo_hybrid.export.quantize import Layout
-from nemo_hybrid.export.simulate import WITH_INPUTS
+from nemo_hybrid.precision.assign import (
+    BLOCK,
+    WITH_INPUTS,
+    Assignment,
+    Format,
+    groups,
+    places,
+    unquantizable,
+)
+from nemo_hybrid.precision.quantize import Layout
 
 Target = Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
 HF_QUANT = "hf_quant_config.json"
@@ -63,11 +70,6 @@ class ExportFacts:
     def share(self) -> float:
         """Bytes of all weights, over those that they take in BF16."""
         return self.bytes_after / (2 * self.parameters)
-
-
-def with_inputs(assignment: Mapping[str, Format]) -> list[str]:
-    """The places whose products take rounded inputs."""
-    return [place for place, format in assignment.items() if format in WITH_INPUTS]
 
 
 def layout_of(target: Target) -> Layout:

@@ -46,9 +46,10 @@ from nemo_hybrid.export.decode import (
 from nemo_hybrid.export.divergence import States
 from nemo_hybrid.export.schema import Schema, Slot, read_schema
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
-from nemo_hybrid.export.simulate import WITH_INPUTS, quantized_inputs, rounded_input
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.assign import WITH_INPUTS
+from nemo_hybrid.precision.simulate import quantized_inputs, rounded_input
 from nemo_hybrid.terminal import print_table, progress_bar
 
 PIECE = 512

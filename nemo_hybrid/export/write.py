@@ -21,20 +21,11 @@ from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.convert import split_experts
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import Source, read_source
-from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import (
-    BLOCK,
-    Format,
-    check,
-    family,
-    groups,
-    places,
-)
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import (
     HF_QUANT,
@@ -45,8 +36,16 @@ from nemo_hybrid.export.layout import (
     stored_like,
     stored_scales,
 )
-from nemo_hybrid.export.quantize import Layout, Search, decoded, weight_tensors
 from nemo_hybrid.files import naming
+from nemo_hybrid.precision.assign import (
+    BLOCK,
+    Format,
+    check,
+    groups,
+    places,
+)
+from nemo_hybrid.precision.groups import family, is_stacked
+from nemo_hybrid.precision.quantize import Layout, Search, decoded, weight_tensors
 from nemo_hybrid.terminal import progress_bar
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else

@@ -22,7 +22,6 @@ from nemo_hybrid.data.loader import Blend, Data, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
@@ -32,6 +31,7 @@ from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.health import Probe
+from nemo_hybrid.precision.simulate import quantization_aware
 from nemo_hybrid.train import finetune
 from nemo_hybrid.train.distill import frozen_teacher, student_formats, teacher_inputs
 from nemo_hybrid.train.flops import peak_flops, without_storage

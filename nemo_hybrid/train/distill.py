@@ -18,13 +18,12 @@ from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Data
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Assignment, assign
-from nemo_hybrid.export.calibrate import watching
-from nemo_hybrid.export.layout import with_inputs
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.parallel.world import World
+from nemo_hybrid.precision.assign import Assignment, assign, with_inputs
+from nemo_hybrid.precision.magnitudes import watching
 
 CALIBRATION_TOKENS = 32768
 _CHUNK_BYTES = 64 << 20  # of one model's logits

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import BLOCK, Format
+from nemo_hybrid.precision.assign import BLOCK, Format
 from nemo_kernels.nvfp4.packing import encode, pack
 from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
 from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_nearest_
