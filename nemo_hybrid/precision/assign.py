@@ -67,12 +67,13 @@ def places(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     [E, out, in]."""
     return {
         name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in _parameters(shape).items()
+        for name, weight in weights(shape).items()
         if _is_place(name)
     }
 
 
-def _parameters(shape: HybridConfig) -> dict[str, torch.Tensor]:
+def weights(shape: HybridConfig) -> dict[str, torch.Tensor]:
+    """Everything that files hold of a model, by our names, without storage."""
     with torch.device("meta"):
         model = HybridLM(shape)
     return dict(model.named_parameters()) | dict(model.named_buffers())
@@ -86,7 +87,7 @@ def unquantizable(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     """All other weights, as in `places`."""
     return {
         name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in _parameters(shape).items()
+        for name, weight in weights(shape).items()
         if not _is_place(name)
     }
 

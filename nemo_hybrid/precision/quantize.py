@@ -21,6 +21,7 @@ Shapes: N blocks of a part, B = 16.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -100,7 +101,7 @@ def weight_tensors(
     }
 
 
-def decoded(stored: Stored) -> Tensor:
+def decoded(stored: Mapping[str, Tensor]) -> Tensor:
     """The values [out, in] of what `weight_tensors` gave, in fp32."""
     if "weight_packed" in stored:
         tensor_scale = stored["weight_global_scale"].reciprocal().reshape(())
