@@ -28,16 +28,9 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import FileRecord
 from nemo_hybrid.model import lora
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.groups import component
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.flops import parameter_counts, without_storage
-
-_PARTS_OF_MOE = {
-    "gate": "routers",
-    "fc1_latent_proj": "latent projections",
-    "fc2_latent_proj": "latent projections",
-    "experts": "routed experts",
-    "shared_experts": "shared experts",
-}
 
 
 @dataclass(frozen=True)
@@ -151,7 +144,7 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     return Inspection(
         path,
         config,
-        parameters=_by_component(config, parameters),
+        parameters=_by_component(parameters),
         active=parameter_counts(config).active,
         router_biases=sum(buffer.numel() for buffer in model.buffers()),
         bf16_bytes=sum(
@@ -227,30 +220,13 @@ def _without_storage(config: HybridConfig, path: Path) -> HybridLM:
         raise UserError(f"{path} describes a model of impossible size") from None
 
 
-def _by_component(config: HybridConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _by_component(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, tensor in parameters.items():
-        counts[_component(config.pattern, name)] += tensor.numel()
+        counts[component(name)] += tensor.numel()
     order = ["embedding", *LAYER_LETTERS.values(), "norms", "head", "MTP block"]
     # Parts of LatentMoE stay together: its name is their first word.
     return dict(sorted(counts.items(), key=lambda item: order.index(item[0].split(":")[0])))
-
-
-def _component(pattern: str, name: str) -> str:
-    """Which row of the table a parameter belongs to."""
-    if name.startswith("mtp."):
-        return "MTP block"
-    if name.startswith("lm_head."):
-        return "head"
-    if name.startswith("backbone.embeddings."):
-        return "embedding"
-    if ".mixer." not in name:
-        return "norms"
-    layer, _, rest = name.removeprefix("backbone.layers.").partition(".mixer.")
-    letter = pattern[int(layer)]
-    if letter != "E":
-        return LAYER_LETTERS[letter]
-    return f"{LAYER_LETTERS[letter]}: {_PARTS_OF_MOE[rest.split('.')[0]]}"
 
 
 def _layers(pattern: str) -> dict[str, int]:

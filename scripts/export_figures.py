@@ -53,8 +53,8 @@ def worker(kind: str, source: Path, out: Path) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     from nemo_hybrid.config import HybridConfig
-    from nemo_hybrid.export.assign import planned
     from nemo_hybrid.export.write import export_directory
+    from nemo_hybrid.precision.assign import planned
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     shape = HybridConfig.from_hf(str(source))
@@ -142,11 +142,11 @@ def divergence(model: Path, data: str, place: Path, tokens: int, calibration: in
     import torch
 
     from nemo_hybrid.checkpoint.load import load_model
-    from nemo_hybrid.export.assign import planned
     from nemo_hybrid.export.calibrate import calibrate, read_pieces
-    from nemo_hybrid.export.simulate import quantized_inputs
     from nemo_hybrid.export.verify import compare, load_exported, states
     from nemo_hybrid.export.write import export_directory
+    from nemo_hybrid.precision.assign import planned
+    from nemo_hybrid.precision.simulate import quantized_inputs
 
     source = load_model(model, torch.float32)
     pieces = read_pieces(data, model, source.config, tokens, "heldout", PIECE)
@@ -201,11 +201,11 @@ def recovery(model: Path, data: str, place: Path, steps: int, tokens: int) -> di
     import torch
 
     from nemo_hybrid.checkpoint.load import load_model
-    from nemo_hybrid.export.assign import planned
     from nemo_hybrid.export.calibrate import calibrate, read_pieces
-    from nemo_hybrid.export.simulate import quantized_inputs
     from nemo_hybrid.export.verify import compare, load_exported, states
     from nemo_hybrid.export.write import export_directory
+    from nemo_hybrid.precision.assign import planned
+    from nemo_hybrid.precision.simulate import quantized_inputs
 
     source = load_model(model, torch.float32)
     learnt = read_pieces(data, model, source.config, steps * STEP_TOKENS, length=DISTILLED)

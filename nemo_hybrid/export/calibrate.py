@@ -1,24 +1,19 @@
 """How large activations get: what input scales and the KV cache's scales are made of.
 
-Shapes: S tokens of a piece of text, K in-features; R routed slots sorted by expert, E experts, L
-width in which experts work, F expert inner width.
+Shapes: B rows, S tokens of a piece of text, E experts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.config import DataOptions, HybridConfig
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples, open_stores
@@ -29,16 +24,15 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import adaptable
+from nemo_hybrid.precision.groups import is_stacked
+from nemo_hybrid.precision.magnitudes import watching
 from nemo_hybrid.terminal import progress_bar
-from nemo_kernels.moe.reference import LoopExperts
 
 _CHARACTERS = 6
 """Of a text, for a token that is wanted: so many are read at first, and as many again until there
 are enough tokens."""
 _UNCERTAIN = 64
 """Tokens at the end of what was read that the text behind it may change."""
-_BIN_BITS = 16
-"""Of an fp32 number that its bin leaves out: a bin lies between two neighbours in bf16."""
 
 
 @dataclass(frozen=True)
@@ -213,105 +207,3 @@ def _text_ids(data: str, directory: Path, config: HybridConfig, tokens: int) -> 
             f"{config.vocab_size}"
         )
     return torch.from_numpy(ids)
-
-
-@contextmanager
-def watching(
-    model: HybridLM,
-    places: Collection[str],
-    percentile: float | None = None,
-    *,
-    outputs: bool = False,
-) -> Iterator[dict[str, Magnitudes]]:
-    """Inside, what the products of ``places`` take is seen, or, of linear layers, what they give.
-    Of stacked experts only this process's own are there."""
-    stacks = adaptable(model)[1]
-    seen = {p: Magnitudes(len(stacks[p]) if p in stacks else 1, percentile) for p in places}
-
-    def before(magnitudes: Magnitudes, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        magnitudes.see(args[0])
-
-    def after(magnitudes: Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
-        magnitudes.see(output)
-
-    with ExitStack() as stack:
-        for place, magnitudes in seen.items():
-            if not is_stacked(place):
-                module = model.get_submodule(place)
-                hook = (
-                    module.register_forward_hook(partial(after, magnitudes))
-                    if outputs
-                    else module.register_forward_pre_hook(partial(before, magnitudes))
-                )
-                stack.callback(hook.remove)
-        for name in sorted({p.rpartition(".")[0] for p in seen if is_stacked(p)}):
-            experts: Any = model.get_submodule(name)
-            stack.callback(setattr, experts, "low_precision", experts.low_precision)
-            up, down = seen.get(f"{name}.up_proj"), seen.get(f"{name}.down_proj")
-            experts.low_precision = _Watched(up, down)
-        yield seen
-
-
-class _Watched(LoopExperts):
-    """The expert MLP, whose inputs are seen."""
-
-    def __init__(self, up: Magnitudes | None, down: Magnitudes | None) -> None:
-        self.up, self.down = up, down
-
-    def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        y_RL, h_RF = super().forward(x_RL, weights_R, groups, w_up_EFL, w_down_ELF)
-        if self.up is not None:
-            self.up.see(x_RL, groups)
-        if self.down is not None:
-            self.down.see(h_RF.relu().square(), groups)
-        return y_RL, h_RF
-
-
-class Magnitudes:
-    """The largest magnitude of each expert's inputs (of one: no experts), and with ``percentile``
-    a histogram of all that are not zero, whose bins hold one bf16 number each."""
-
-    def __init__(self, experts: int, percentile: float | None) -> None:
-        self.amax_E = torch.zeros(experts)
-        self.rows_E = torch.zeros(experts, dtype=torch.int64)
-        self.percentile = percentile
-        self.bins = torch.zeros(1 << (31 - _BIN_BITS), dtype=torch.int64)
-
-    def see(self, x: Tensor, groups: list[int] | None = None) -> None:
-        """x [.., K]; with groups, rows by expert."""
-        x = x.flatten(0, -2).abs()
-        counts = [len(x)] if groups is None else groups
-        for expert, rows in enumerate(x.split(counts)):
-            if len(rows):
-                # A NaN stays: max passes it on.
-                self.amax_E[expert] = self.amax_E[expert].maximum(rows.amax().float().cpu())
-                self.rows_E[expert] += len(rows)
-        if self.percentile is not None:
-            # Not of zeros, of which relu leaves many: they have no scale to be covered by.
-            bins = x[x > 0].float().view(torch.int32) >> _BIN_BITS
-            self.bins += torch.bincount(bins, minlength=len(self.bins)).cpu()
-
-    def unseen(self) -> list[int]:
-        return [expert for expert, rows in enumerate(self.rows_E.tolist()) if not rows]
-
-    def result(self, place: str) -> Tensor:
-        """[E], see `Calibration.amax`. Raises UserError naming the place."""
-        if not self.amax_E.isfinite().all():
-            raise UserError(
-                f"the inputs or outputs of {place} are not finite: the checkpoint is broken"
-            )
-        amax_E = self.amax_E.clone()
-        if self.percentile is not None:
-            needed = math.ceil(int(self.bins.sum()) * self.percentile / 100)
-            last = int(torch.searchsorted(self.bins.cumsum(0), needed))
-            end = torch.tensor((last + 1) << _BIN_BITS, dtype=torch.int32).view(torch.float32)
-            amax_E = amax_E.minimum(end)
-        amax_E[self.unseen()] = amax_E.max()
-        return torch.where(amax_E == 0, 1.0, amax_E)

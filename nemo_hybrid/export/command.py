@@ -18,12 +18,11 @@ from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Assignment, Format, family, fitted, planned
 from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
 from nemo_hybrid.export.card import card, lineage, measured_table
 from nemo_hybrid.export.decode import Scales
 from nemo_hybrid.export.divergence import States, ready
-from nemo_hybrid.export.layout import ExportFacts, with_inputs
+from nemo_hybrid.export.layout import ExportFacts
 from nemo_hybrid.export.sensitivity import (
     SPENT_ON,
     assign_within,
@@ -34,6 +33,8 @@ from nemo_hybrid.export.sensitivity import (
 from nemo_hybrid.export.verify import Measured, load_exported, states
 from nemo_hybrid.export.verify import measure as measure_export
 from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
+from nemo_hybrid.precision.assign import Assignment, Format, fitted, planned, with_inputs
+from nemo_hybrid.precision.groups import family
 from nemo_hybrid.terminal import print_table
 
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity

@@ -1,18 +1,21 @@
-"""Exported weights read back: by us, and by whichever other library is installed.
+"""An exported directory read back: what stands in it, and what `export` would write instead.
 
-A module is the name of a weight on disk without ``.weight``; weights are [out, in].
+The formats are those that the tensors have; everything else, configuration and tensors, follows
+from them and from the model by the writer's own rules (`export.layout`).
+
+A module is the name of a weight on disk without ``.weight``, one per routed expert; weights are
+[out, in].
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import version
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,33 +23,237 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.names import from_hub
-from nemo_hybrid.checkpoint.weights import Stored
-from nemo_hybrid.export import assign
-from nemo_hybrid.export.declared import Format
-from nemo_hybrid.export.schema import Schema
+from nemo_hybrid.checkpoint.tensors import DTYPES, Entry
+from nemo_hybrid.checkpoint.weights import Stored, read_headers
+from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.layout import (
+    HF_QUANT,
+    INPUT_SCALES,
+    LARGEST,
+    Target,
+    layout_of,
+    modules_of,
+    quantization_configs,
+    stored_tensors,
+)
 from nemo_hybrid.files import naming
-from nemo_kernels.lowp.reference import Quantized, dequantize
+from nemo_hybrid.hf_config import config_from_hf, config_to_hf, read_json
+from nemo_hybrid.precision.assign import (
+    Assignment,
+    Format,
+    check,
+    fitted,
+    groups,
+    places,
+    with_inputs,
+)
+from nemo_hybrid.precision.groups import in_mtp, is_stacked
 
 KV_SCALES = (".k_scale", ".v_scale")
 # At most 1/3 comes of rounding scales to the nearest: the smallest one, for one 1.5 times as large.
 _CLIPPED = 0.4
 _ROWS = 4096
+_ABSENT = object()
+_LONGEST = 200
 Parts = Mapping[str, Tensor]
 """A module's tensors by the last part of their names."""
-Decoder = Callable[[Parts, Format], Tensor]
-"""To fp32 [out, in]."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What stands in a directory, by its headers and its configuration files."""
+
+    stored: Stored
+    entries: Mapping[str, Entry]
+    """Tensors by name."""
+    said: dict[str, Any]
+    """config.json."""
+    twin: dict[str, Any] | None
+    """hf_quant_config.json; None: there is none."""
+    config: HybridConfig
+    sizes: dict[str, tuple[int, ...]]
+    """See `places`."""
+    assignment: Assignment
+    target: Target
+
+    @cached_property
+    def kv_cache(self) -> bool:
+        """Whether keys and values have scales, which not every target has."""
+        return layout_of(self.target) == "modelopt" and any(
+            name.endswith(KV_SCALES) for name in self.entries
+        )
+
+    @cached_property
+    def wanted(self) -> dict[str, dict[str, Tensor]]:
+        """See `stored_tensors`."""
+        return stored_tensors(self.config, self.assignment, layout_of(self.target))
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """Of the quantized modules."""
+        return {
+            module: format
+            for place, format in self.assignment.items()
+            if format != "bf16"
+            for module in modules_of(place, self.sizes[place])
+        }
+
+    def faults_of_configuration(self) -> Iterator[str]:
+        """Where the files say other things than `export` would, which engines may read."""
+        wanted = config_to_hf(self.config)
+        if isinstance(self.said.get("eos_token_id"), list):  # of which ours is the first
+            wanted["eos_token_id"] = self.said["eos_token_id"]
+        quantization, twin = quantization_configs(
+            self.config, self.assignment, self.target, self.kv_cache, _version(self.said)
+        )
+        if quantization is not None:
+            wanted["quantization_config"] = quantization
+        yield from (f"config.json: {line}" for line in differences(self.said, wanted))
+        if self.twin is None or twin is None:
+            if self.twin is not twin:
+                yield f"{HF_QUANT} is {'there' if twin is None else 'missing'}, unlike in an export"
+        else:
+            yield from (f"{HF_QUANT}: {line}" for line in differences(self.twin, twin))
+
+    def faults_of_tensors(self) -> Iterator[str]:
+        """Names, shapes and dtypes that are not those that `export` would write."""
+        wanted = {n: t for tensors in self.wanted.values() for n, t in tensors.items()}
+        slots = {n: f"{DTYPES[t.dtype]} {list(t.shape)}" for n, t in wanted.items()}
+        optional: dict[str, str] = {}
+        if self.kv_cache:
+            for place in self.sizes:
+                if place.endswith((".k_proj", ".v_proj")):
+                    # Of the MTP block there are some if it ran when scales were made.
+                    scales = optional if in_mtp(place) else slots
+                    scales[f"{place}.{place.rpartition('.')[2][0]}_scale"] = "F32 []"
+        yield from (f"{name}: missing" for name in slots if name not in self.entries)
+        slots |= optional
+        for name, entry in self.entries.items():
+            found = f"{entry.dtype} {list(entry.shape)}"
+            if name not in slots:
+                yield f"{name}: unexpected, {found}"
+            elif found != slots[name]:
+                yield f"{name}: is {found}, should be {slots[name]}"
+        for file, header in self.stored.headers.items():
+            for name in header.entries:
+                try:
+                    self.stored.check_listed(name, file)
+                except ValueError as error:
+                    yield f"{name}: {error}"
+        for name in (self.stored.weight_map or {}).keys() - self.entries.keys():
+            yield f"{name}: the index lists it, but no file holds it"
+        if sum(len(header.entries) for header in self.stored.headers.values()) > len(self.entries):
+            yield "a tensor stands in two files"
+        yield from (f"{f}: not in the index, but engines may load it" for f in self.stored.strays)
+
+    def shared(self) -> Iterator[list[str]]:
+        """Scalars that engines have one for: those of q, k and v; of a layer's experts, whose
+        products are one, that of their inputs."""
+        for group in groups(self.assignment):
+            modules = [m for place in group for m in modules_of(place, self.sizes[place])]
+            for name, tensor in self.wanted[f"{modules[0]}.weight"].items():
+                part = name.rpartition(".")[2]
+                if tensor.numel() == 1 and (part.startswith("input") or not is_stacked(group[0])):
+                    yield [f"{module}.{part}" for module in modules]
+
+
+def read_export(directory: Path) -> Export:
+    """Read headers and configuration files. Raises UserError where they cannot be read, describe no
+    model of the family, or the tensors have formats that no export gives them."""
+    path, twin = directory / "config.json", directory / HF_QUANT
+    said = read_json(path)
+    plain = {name: value for name, value in said.items() if name != "quantization_config"}
+    config = config_from_hf(plain, str(path))
+    stored = read_headers(directory)
+    entries = {n: e for header in stored.headers.values() for n, e in header.entries.items()}
+    experts = 2 * config.n_routed_experts * config.pattern.count("E")
+    if experts > len(entries):  # before they are all listed
+        raise UserError(f"{path} describes {experts} expert weights; files hold {len(entries)}")
+    sizes = places(config)
+    assignment = _formats_of(sizes, entries)
+    check(assignment, sizes)
+    target = _target(said, assignment)
+    if target != "bf16":
+        fitted(assignment, target, calibrated=True)
+    beside = read_json(twin) if twin.exists() else None
+    return Export(stored, entries, said, beside, config, sizes, assignment, target)
+
+
+def _formats_of(sizes: Iterable[str], entries: Mapping[str, Entry]) -> Assignment:
+    """What the tensors of every place look like, or most of those of its experts."""
+    parts: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name, entry in entries.items():
+        module, _, part = name.rpartition(".")
+        parts[module][part] = entry.dtype
+    seen: defaultdict[str, Counter[Format]] = defaultdict(Counter)
+    for module, found in parts.items():
+        weight = found.get("weight", found.get("weight_packed"))
+        if weight is not None:
+            place = from_hub(f"{module}.weight")[0].removesuffix(".weight")
+            inputs = any(part in found for part in INPUT_SCALES.values())
+            nvfp4: Format = "nvfp4" if inputs else "nvfp4_w4a16"
+            formats: dict[str, Format] = {"F8_E4M3": "fp8", "U8": nvfp4}
+            seen[place][formats.get(weight, "bf16")] += 1
+    return {place: seen[place].most_common(1)[0][0] if seen[place] else "bf16" for place in sizes}
+
+
+def _target(said: Mapping[str, Any], assignment: Assignment) -> Target:
+    """As configured, as far as that leaves the formats a choice."""
+    formats = set(assignment.values()) - {"bf16"}
+    if not formats:
+        return "bf16"
+    quantization = _object(said, "quantization_config")
+    if quantization.get("quant_method") == "compressed-tensors":
+        return "compressed-tensors"
+    if len(formats) > 1 or quantization.get("quant_algo") == "MIXED_PRECISION":
+        return "mixed"
+    return "fp8" if formats == {"fp8"} else "nvfp4"
+
+
+def _version(said: Mapping[str, Any]) -> str:
+    """Of the program that wrote the directory, which may be another release."""
+    version = _object(_object(said, "quantization_config"), "producer").get("version")
+    return version if isinstance(version, str) else ""
+
+
+def _object(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    inside = value.get(name)
+    return inside if isinstance(inside, dict) else {}
+
+
+def differences(found: object, wanted: object, where: str = "") -> Iterator[str]:
+    """Where two JSON values differ, and both."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in sorted(found.keys() | wanted.keys()):
+            inside = f"{where}.{name}".lstrip(".")
+            yield from differences(found.get(name, _ABSENT), wanted.get(name, _ABSENT), inside)
+    elif isinstance(found, list) and isinstance(wanted, list):  # of names, and often long
+        has, should = (Counter(map(_shown, value)) for value in (found, wanted))
+        yield from (f"{where}: has {name}, which export would not write" for name in has - should)
+        yield from (f"{where}: lacks {name}, which export would write" for name in should - has)
+        if has == should and found != wanted:
+            yield f"{where}: is in another order than export would write it"
+    elif _shown(found) != _shown(wanted):
+        yield f"{where}: is {_shown(found)[:_LONGEST]}, should be {_shown(wanted)[:_LONGEST]}"
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, sort_keys=True)
 
 
 class Opened:
-    """The weight files of a directory that its schema describes, read by the reference library; a
-    context manager."""
+    """The weight files of an export, read by the reference library; a context manager. ``show`` is
+    called with how many tensors have been read."""
 
-    def __init__(self, schema: Schema, stored: Stored) -> None:
-        self.schema = schema
-        self._directory = stored.directory
+    def __init__(self, export: Export, show: Callable[[float], None] = lambda read: None) -> None:
+        self.export = export
+        self._show, self._read = show, 0
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self._file_of = {n: file for file, header in stored.headers.items() for n in header.entries}
+        self._file_of = {
+            n: file for file, header in export.stored.headers.items() for n in header.entries
+        }
 
     def __enter__(self) -> Opened:
         return self
@@ -54,37 +261,29 @@ class Opened:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    @property
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return set(self._file_of)
-
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         file = self._file_of[name]
         if file not in self._files:
-            path = self._directory / file
+            path = self.export.stored.directory / file
             with naming("read", path):
                 self._files[file] = self._stack.enter_context(safe_open(path, "pt"))
         tensor: Tensor = self._files[file].get_tensor(name)
+        self._read += 1
+        self._show(self._read)
         return tensor
 
-    def parts(self, module: str) -> Parts:
-        """The tensors of a quantized module."""
-        return {part: self.read(f"{module}.{part}") for part in self.schema.parts(module)}
+    def modules(self) -> Iterator[tuple[str, Parts]]:
+        """The quantized modules with their tensors."""
+        for module in self.export.formats:
+            names = self.export.wanted[f"{module}.weight"]
+            yield module, {name.rpartition(".")[2]: self.read(name) for name in names}
 
-
-def decode(parts: Parts, format: Format) -> Tensor:
-    """A quantized weight in fp32."""
-    if format == "fp8":
-        return parts["weight"].float() * parts["weight_scale"]
-    packed = parts.get("weight_packed")
-    if packed is None:
-        return dequantize(
-            Quantized(parts["weight"], parts["weight_scale"], parts["weight_scale_2"])
-        )
-    tensor_scale = 1 / parts["weight_global_scale"].view(())
-    return dequantize(Quantized(packed, parts["weight_scale"], tensor_scale))
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """All other tensors, by name."""
+        names = (self.export.wanted[f"{module}.weight"] for module in self.export.formats)
+        for name in sorted(self._file_of.keys() - {n for some in names for n in some}):
+            yield name, self.read(name)
 
 
 def misrounded(parts: Parts, format: Format, weight: Tensor, source: Tensor) -> Tensor:
@@ -123,7 +322,7 @@ class Scales:
     """Formats, and largest magnitudes that scales cover, by our name without ``.weight``: of
     inputs, for all experts of a layer together; and of keys and values."""
 
-    formats: Mapping[str, assign.Format]
+    formats: Mapping[str, Format]
     amax: Mapping[str, Tensor]
     kv: Mapping[str, float] = field(default_factory=dict)
 
@@ -131,97 +330,13 @@ class Scales:
 def read_scales(opened: Opened) -> Scales:
     """Scales are magnitudes over 448 in FP8, which keys and values are in, too, over 2688 in NVFP4;
     compressed-tensors has the reciprocals."""
-    formats: dict[str, assign.Format] = {}
-    amax: dict[str, Tensor] = {}
-    for module, format in opened.schema.formats.items():
-        for part in opened.schema.parts(module):
-            if part.startswith("input_"):
-                scale = opened.read(f"{module}.{part}").view(())
-                place = from_hub(f"{module}.weight")[0].removesuffix(".weight")
-                formats[place] = format
-                largest = 448.0 if format == "fp8" else 2688.0
-                amax[place] = largest * (1 / scale if "global" in part else scale)
-    caches = (name for name in opened.names if name.endswith(KV_SCALES))
+    export, amax = opened.export, dict[str, Tensor]()
+    layout = layout_of(export.target)
+    for place in with_inputs(export.assignment):
+        module = modules_of(place, export.sizes[place])[0]  # the others' are the same
+        scale = opened.read(f"{module}.{INPUT_SCALES[layout]}").view(())
+        factor = 1 / scale if layout == "compressed-tensors" else scale
+        amax[place] = LARGEST[export.assignment[place]] * factor
+    caches = (name for name in export.entries if name.endswith(KV_SCALES))
     kv = {name.rpartition(".")[0]: 448.0 * float(opened.read(name)) for name in caches}
-    return Scales(formats, amax, kv)
-
-
-def other_decoder() -> tuple[str, Decoder] | None:
-    """Name and version of another library that decodes the formats, and how; None: there is none.
-
-    Either library takes seconds to import.
-    """
-    for package, decoder in (
-        ("compressed-tensors", _compressed_tensors),
-        ("nvidia-modelopt", _modelopt),
-    ):
-        try:
-            with _quiet():
-                return f"{package} {version(package)}", decoder()
-        except (ImportError, RuntimeError, OSError):
-            continue
-    return None
-
-
-def _compressed_tensors() -> Decoder:
-    helpers = import_module("compressed_tensors.compressors.nvfp4.helpers")
-    theirs = import_module("compressed_tensors.quantization.lifecycle.forward").dequantize
-    args = import_module("compressed_tensors.quantization").QuantizationArgs
-    fp8 = args(num_bits=8, type="float", strategy="tensor")
-    fp4 = args(num_bits=4, type="float", strategy="tensor_group", group_size=16)
-
-    def decoder(parts: Parts, format: Format) -> Tensor:
-        if format == "fp8":
-            scale = parts["weight_scale"].view(1)
-            return theirs(parts["weight"].float(), scale, args=fp8, dtype=torch.float32)
-        packed = parts["weight_packed" if "weight_packed" in parts else "weight"]
-        divisor = parts.get("weight_global_scale")
-        if divisor is None:
-            divisor = 1 / parts["weight_scale_2"].view(1)
-        values = helpers.unpack_fp4_from_uint8(
-            packed, len(packed), 2 * packed.shape[1], torch.float32
-        )
-        scale = parts["weight_scale"].float()
-        return theirs(values, scale, args=fp4, dtype=torch.float32, global_scale=divisor)
-
-    return decoder
-
-
-def _modelopt() -> Decoder:
-    theirs = import_module("modelopt.torch.quantization.qtensor")
-
-    def decoder(parts: Parts, format: Format) -> Tensor:
-        packed = parts["weight_packed" if "weight_packed" in parts else "weight"]
-        if format == "fp8":
-            tensor = theirs.FP8QTensor(packed.shape, torch.float32, packed)
-            return tensor.dequantize(torch.float32, scale=parts["weight_scale"], block_sizes=None)
-        factor = parts.get("weight_scale_2")
-        if factor is None:
-            factor = 1 / parts["weight_global_scale"].view(())
-        shape = (len(packed), 2 * packed.shape[1])
-        return theirs.NVFP4QTensor(shape, torch.float32, packed).dequantize(
-            torch.float32, scale=parts["weight_scale"], double_scale=factor, block_sizes={-1: 16}
-        )
-
-    return decoder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries print on import, whichever way they do."""
-    sys.stdout.flush()
-    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for descriptor in kept:
-            os.dup2(nowhere, descriptor)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for descriptor, copy in kept.items():
-            os.dup2(copy, descriptor)
-            os.close(copy)
-        os.close(nowhere)
+    return Scales(export.assignment, amax, kv)

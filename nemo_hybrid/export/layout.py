@@ -23,13 +23,23 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint.names import expert_name, is_stacked
+from nemo_hybrid.checkpoint.names import expert_name, to_hub
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import BLOCK, Assignment, Format, groups, places, unquantizable
 from nemo_hybrid.export.calibrate import Calibration
-from nemo_hybrid.export.quantize import Layout
-from nemo_hybrid.export.simulate import WITH_INPUTS
+from nemo_hybrid.model.fp32 import keeps_fp32
+from nemo_hybrid.precision.assign import (
+    BLOCK,
+    WITH_INPUTS,
+    Assignment,
+    Format,
+    groups,
+    places,
+    unquantizable,
+    weights,
+)
+from nemo_hybrid.precision.groups import is_stacked
+from nemo_hybrid.precision.quantize import Layout
 
 Target = Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
 HF_QUANT = "hf_quant_config.json"
@@ -37,10 +47,9 @@ ALGOS: dict[Format, str] = {"fp8": "FP8", "nvfp4": "NVFP4", "nvfp4_w4a16": "W4A1
 INPUT_SCALES: dict[Layout, str] = {
     "modelopt": "input_scale", "compressed-tensors": "input_global_scale",
 }  # fmt: skip
-_LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
+LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
+"""What a scale of inputs stands for, over the scale."""
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
-# TensorRT-LLM and older vLLM and SGLang read these files only under this name of a producer.
-_PRODUCER = {"name": "modelopt", "version": f"nemo_hybrid {__version__}"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,6 @@ class ExportFacts:
         return self.bytes_after / (2 * self.parameters)
 
 
-def with_inputs(assignment: Mapping[str, Format]) -> list[str]:
-    """The places whose products take rounded inputs."""
-    return [place for place, format in assignment.items() if format in WITH_INPUTS]
-
-
 def layout_of(target: Target) -> Layout:
     return "compressed-tensors" if target == "compressed-tensors" else "modelopt"
 
@@ -82,13 +86,12 @@ def modules_of(place: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def stored_like(shape: tuple[int, ...], format: Format, layout: Layout) -> dict[str, Tensor]:
-    """Last name part -> tensor without storage, of everything stored for a weight [out, in]."""
+    """Last name part -> tensor without storage, of all that is stored for a quantized weight [out,
+    in]."""
     rows, width = shape
     scalar = (1,) if layout == "compressed-tensors" else ()
     sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    if format == "bf16":
-        sizes = {"weight": (shape, torch.bfloat16)}
-    elif format == "fp8":
+    if format == "fp8":
         sizes = {"weight": (shape, torch.float8_e4m3fn), "weight_scale": ((), torch.float32)}
     else:
         packed, second = ("weight", "weight_scale_2")
@@ -104,6 +107,24 @@ def stored_like(shape: tuple[int, ...], format: Format, layout: Layout) -> dict[
     return {
         part: torch.empty(size, dtype=dtype, device="meta") for part, (size, dtype) in sizes.items()
     }
+
+
+def stored_tensors(
+    shape: HybridConfig, assignment: Mapping[str, Format], layout: Layout
+) -> dict[str, dict[str, Tensor]]:
+    """Weight's name on disk -> names on disk -> tensors without storage: everything that is stored
+    for it, but scales of keys and values."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for own, tensor in weights(shape).items():
+        format = assignment.get(own.removesuffix(".weight"), "bf16")
+        dtype = torch.float32 if keeps_fp32(own) else torch.bfloat16
+        for name, matrix in to_hub(own, tensor):
+            if format == "bf16":
+                out[name] = {name: matrix.to(dtype)}
+                continue
+            module, parts = name.removesuffix(".weight"), stored_like(matrix.shape, format, layout)
+            out[name] = {f"{module}.{part}": tensor for part, tensor in parts.items()}
+    return out
 
 
 def stored_scales(
@@ -123,7 +144,7 @@ def stored_scales(
             raise UserError(f"{group[0]} is {format}, whose input scale needs calibration")
         # One scale for what engines fuse: q, k and v, and all experts of a layer.
         amax = torch.stack([calibration.amax[place].max().float() for place in group]).max()
-        scale = torch.where(amax == 0, 1.0, amax) / _LARGEST[format]
+        scale = torch.where(amax == 0, 1.0, amax) / LARGEST[format]
         if scale < torch.finfo(torch.float32).tiny or not scale.reciprocal().isfinite():
             raise UserError(
                 f"the inputs of {group[0]} are at most {float(amax):.3g}, too small for a scale: "
@@ -141,11 +162,16 @@ def stored_scales(
 
 
 def quantization_configs(
-    shape: HybridConfig, assignment: Mapping[str, Format], target: Target, kv_cache: bool
+    shape: HybridConfig,
+    assignment: Mapping[str, Format],
+    target: Target,
+    kv_cache: bool,
+    version: str = f"nemo_hybrid {__version__}",
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """quantization_config of config.json, and hf_quant_config.json; None: there is none.
 
     ``assignment`` fits the target (`assign.fitted`). ``kv_cache``: keys and values have scales.
+    ``version``: of the program that writes.
     """
     if target == "bf16":
         return None, None
@@ -167,7 +193,9 @@ def quantization_configs(
             if format != "bf16"
             for module in modules_of(place, sizes[place])
         }
-    whole = {"producer": _PRODUCER, "quantization": quantization}
+    # TensorRT-LLM and older vLLM and SGLang read these files only under this name of a producer.
+    producer = {"name": "modelopt", "version": version}
+    whole = {"producer": producer, "quantization": quantization}
     return _for_config_json(whole), whole
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import BLOCK, Assignment, Format, family, places
 from nemo_hybrid.export.divergence import States, per_token
-from nemo_hybrid.export.quantize import Search
-from nemo_hybrid.export.simulate import simulated
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.assign import BLOCK, Assignment, Format, places
+from nemo_hybrid.precision.groups import family
+from nemo_hybrid.precision.quantize import Search
+from nemo_hybrid.precision.simulate import simulated
 from nemo_hybrid.terminal import print_table, progress_bar
 
 BITS: dict[Format, float] = {"bf16": 16.0, "fp8": 8.0, "nvfp4": 4.5, "nvfp4_w4a16": 4.5}

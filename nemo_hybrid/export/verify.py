@@ -1,8 +1,8 @@
 """`verify-export`: is a directory what its configuration says, and the model that it was made of?
 
-Names, shapes and dtypes come from a schema that knows nothing of the writer; values are
-dequantized twice, by us and by another library, and compared with the source; then the model runs
-on the dequantized weights, and with its inputs rounded too.
+Configuration, names, shapes and dtypes are compared with what `export` would write in the formats
+that the tensors have; dequantized values with the source; then the model runs on them, and with its
+inputs rounded too.
 
 Shapes: S tokens of one piece, T compared tokens, D hidden, V vocabulary.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,29 +26,29 @@ from nemo_hybrid.checkpoint.files import verify as verify_files
 from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
-from nemo_hybrid.checkpoint.weights import INDEX, Stored, read_headers
+from nemo_hybrid.checkpoint.weights import INDEX
 from nemo_hybrid.command_options import VerifyOptions
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
-from nemo_hybrid.export.declared import HF_QUANT, Format
 from nemo_hybrid.export.decode import (
     KV_SCALES,
+    Export,
     Opened,
-    Parts,
     Scales,
-    decode,
     misrounded,
-    other_decoder,
+    read_export,
     read_scales,
 )
 from nemo_hybrid.export.divergence import States
-from nemo_hybrid.export.schema import Schema, Slot, read_schema
+from nemo_hybrid.export.layout import HF_QUANT
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
-from nemo_hybrid.export.simulate import WITH_INPUTS, quantized_inputs, rounded_input
 from nemo_hybrid.hf_config import read_json
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.assign import WITH_INPUTS, Format
+from nemo_hybrid.precision.quantize import decoded
+from nemo_hybrid.precision.simulate import quantized_inputs, rounded_input
 from nemo_hybrid.terminal import print_table, progress_bar
 
 PIECE = 512
@@ -170,7 +170,7 @@ def verify_directory(
     _check_files(directory, result)
     _check_companions(directory, base, result)
     try:
-        schema, stored = _check_tensors(directory, result)
+        export = _check_tensors(directory, result)
     except UserError as error:
         result.add("configuration", [str(error)], "")
         return result
@@ -178,13 +178,14 @@ def verify_directory(
     if any(check.passed is False for check in result.checks[2:]):
         result.skip("values", "the tensors are not the expected ones")
         return result
-    pieces = _pieces(directory, schema.config, data, tokens)
+    pieces = _pieces(directory, export.config, data, tokens)
     source = None if base is None else load_model(base, torch.float32)
-    if source is not None and source.config != schema.config:
+    if source is not None and source.config != export.config:
         result.add("source", [f"config.json describes another model than that of {base}"], "")
         return result
-    with Opened(schema, stored) as opened:
-        if not _check_values(opened, source, result, show):
+    total = len(export.entries) * (1 if source is None else 2)
+    with progress_bar("checking values", total, show) as done, Opened(export, done) as opened:
+        if not _check_values(opened, source, result):
             result.skip("model", "its weights are wrong")
             return result
         scales = read_scales(opened)
@@ -207,22 +208,20 @@ def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> 
     exactly what its configuration says; values are not checked.
     """
     path, result = Path(directory).expanduser(), Result()
-    schema, stored = _check_tensors(path, result)
+    export = _check_tensors(path, result)
     if not result.passed:
         faults = "\n  ".join(check.note for check in result.checks if not check.passed)
         raise UserError(f"{path} is not a sound export:\n  {faults}")
     with torch.device("meta"):
-        model = HybridLM(schema.config).to(dtype)
+        model = HybridLM(export.config).to(dtype)
     model = model.to_empty(device="cpu")
     targets = tensors_by_name(model)
-    with Opened(schema, stored) as opened, torch.no_grad():
-        for name in opened.names - schema.of_modules():
-            if name.endswith(KV_SCALES):
-                continue
-            _part(targets, name).copy_(opened.read(name))
-        for module, format in schema.formats.items():
-            weight = decode(opened.parts(module), format)
-            _part(targets, f"{module}.weight").copy_(weight)
+    with Opened(export) as opened, torch.no_grad():
+        for name, tensor in opened.others():
+            if not name.endswith(KV_SCALES):
+                _part(targets, name).copy_(tensor)
+        for module, parts in opened.modules():
+            _part(targets, f"{module}.weight").copy_(decoded(parts))
     return model
 
 
@@ -278,124 +277,86 @@ def _unlike_base(directory: Path, found: Companions, wanted: Companions) -> list
     return problems
 
 
-def _check_tensors(directory: Path, result: Result) -> tuple[Schema, Stored]:
-    stored = read_headers(directory)
-    found = {
-        name: (Slot(entry.dtype, entry.shape), file)
-        for file, header in stored.headers.items()
-        for name, entry in header.entries.items()
-    }
-    schema, problems = read_schema(directory, len(found))
-    formats = ", ".join(sorted(set(schema.formats.values()))) or "nothing quantized"
-    result.add("configuration", problems, f"{schema.layout} layout: {formats}")
-    wanted = {**schema.optional, **schema.tensors}
-    problems = [f"{name}: missing" for name in schema.tensors if name not in found]
-    for name, (slot, file) in found.items():
-        if name not in wanted:
-            problems.append(f"{name}: unexpected, {slot}")
-        elif slot != wanted[name]:
-            problems.append(f"{name}: is {slot}, should be {wanted[name]}")
-        try:
-            stored.check_listed(name, file)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    for name in (stored.weight_map or {}).keys() - found.keys():
-        problems.append(f"{name}: the index lists it, but no file holds it")
-    if sum(len(header.entries) for header in stored.headers.values()) > len(found):
-        problems.append("a tensor stands in two files")
-    problems += [f"{file}: not in the index, but engines may load it" for file in stored.strays]
-    result.add("names, shapes, dtypes", problems, f"{len(found)} tensors")
-    return schema, stored
+def _check_tensors(directory: Path, result: Result) -> Export:
+    export = read_export(directory)
+    formats = ", ".join(sorted(set(export.formats.values()))) or "nothing quantized"
+    found = f"what --format {export.target} writes: {formats}"
+    result.add("configuration", list(export.faults_of_configuration()), found)
+    problems = list(export.faults_of_tensors())
+    result.add("names, shapes, dtypes", problems, f"{len(export.entries)} tensors")
+    return export
 
 
-def _check_values(opened: Opened, source: HybridLM | None, result: Result, show: bool) -> bool:
-    """Whether all numbers are finite, scales positive and shared where engines share them, both
-    decoders agree, and the weights are those of the source."""
-    schema, other = opened.schema, other_decoder()
-    own = None if source is None else tensors_by_name(source)
-    faults: defaultdict[str, list[str]] = defaultdict(list)
-    errors: defaultdict[Format, list[float]] = defaultdict(list)
-    done, total = 0, len(opened.names)
-    with progress_bar("checking values", total, show) as progress:
-        for module, format in schema.formats.items():
-            parts = opened.parts(module)
-            faults["values"] += _bad_scales(module, parts)
-            weight = decode(parts, format)
-            if other is not None:
-                theirs = other[1](parts, format)
-                if not torch.allclose(weight, theirs, rtol=1e-6, atol=0, equal_nan=True):
-                    faults["second"].append(f"{module}: {other[0]} decodes other values")
-            if own is not None:
-                wanted = _part(own, f"{module}.weight").float()
-                error = relative_error(weight, wanted)
-                errors[format].append(error)
-                faults["source"] += _unlike_source(module, format, parts, weight, wanted, error)
-            progress(done := done + len(parts))
-        for name in sorted(opened.names - schema.of_modules()):
-            tensor, scale = opened.read(name), name.endswith(KV_SCALES)
-            if not tensor.isfinite().all() or (scale and not (tensor > 0).all()):
-                faults["values"].append(f"{name}: {'not positive' if scale else 'not finite'}")
-            if own is not None and not scale:
-                wanted = _part(own, name)
-                if not torch.equal(tensor, wanted.to(tensor.dtype)):
-                    faults["source"].append(f"{name}: not the source's, rounded to {tensor.dtype}")
-            progress(done := done + 1)
-        for what, names in schema.shared().items():
-            if len({float(opened.read(name)) for name in names}) > 1:
-                faults["values"].append(f"{what}: differ, but engines take one for all")
-    sound = result.add("values", faults["values"], "finite; scales positive, shared as engines do")
-    if not schema.formats:
-        result.skip("second decoder", "nothing is quantized")
-    elif other is None:
-        result.skip("second decoder", "neither compressed-tensors nor nvidia-modelopt is installed")
-    else:
-        sound &= result.add(
-            "second decoder", faults["second"], f"{other[0]} decodes the same values"
-        )
-    if own is None:
+def _check_values(opened: Opened, source: HybridLM | None, result: Result) -> bool:
+    """Whether numbers are sound in themselves, and those of the source."""
+    problems = [*_bad_numbers(opened), *_unshared(opened)]
+    sound = result.add("values", problems, "finite; scales positive, shared as engines do")
+    if source is None:
         result.skip("source", "give --base to compare weights with")
         return sound
+    errors: defaultdict[Format, list[float]] = defaultdict(list)
+    unlike = list(_unlike_source(opened, tensors_by_name(source), errors))
+    if len(unlike) > _SHOWN:
+        unlike.insert(0, f"{len(unlike)} tensors: is --base the checkpoint that it was made of?")
     found = [
         f"{format}: relative error {sum(many) / len(many):.4f}, at most {max(many):.4f}"
         for format, many in errors.items()
     ]
-    unlike = faults["source"]
-    if len(unlike) > _SHOWN:
-        unlike.insert(0, f"{len(unlike)} tensors: is --base the checkpoint that it was made of?")
     return sound & result.add("source", unlike, "\n".join([*found, "all other tensors equal"]))
 
 
-def _bad_scales(module: str, parts: Parts) -> list[str]:
-    problems = []
-    for part, tensor in parts.items():
-        if tensor.dtype == torch.uint8:
-            continue
-        values = tensor.float()
-        if not values.isfinite().all():
-            problems.append(f"{module}.{part}: not finite")
-        elif part.startswith("weight_") and (values < 0).any():
-            problems.append(f"{module}.{part}: a scale is negative")
-        elif tensor.numel() == 1 and not (values > 0).all():
-            problems.append(f"{module}.{part}: a scale is not positive")
-        elif tensor.numel() == 1 and not values.reciprocal().isfinite().all():
-            problems.append(f"{module}.{part}: a scale is too small to divide by")
-    return problems
+def _bad_numbers(opened: Opened) -> Iterator[str]:
+    """Numbers that are not finite, and scales that are not positive."""
+    for module, parts in opened.modules():
+        for part, tensor in parts.items():
+            if fault := _fault(part, tensor.float()):
+                yield f"{module}.{part}: {fault}"
+    for name, tensor in opened.others():
+        scale = name.endswith(KV_SCALES)
+        if not tensor.isfinite().all() or (scale and not (tensor > 0).all()):
+            yield f"{name}: {'not positive' if scale else 'not finite'}"
+
+
+def _fault(part: str, values: Tensor) -> str | None:
+    if not values.isfinite().all():
+        return "not finite"
+    if part.startswith("weight_") and (values < 0).any():
+        return "a scale is negative"
+    if values.numel() > 1:
+        return None
+    if not (values > 0).all():
+        return "a scale is not positive"
+    return None if values.reciprocal().isfinite().all() else "a scale is too small to divide by"
+
+
+def _unshared(opened: Opened) -> Iterator[str]:
+    for names in opened.export.shared():
+        if len({float(opened.read(name)) for name in names}) > 1:
+            yield f"{names[0]} and {len(names) - 1} more differ, but engines take one for all"
 
 
 def _unlike_source(
-    module: str, format: Format, parts: Parts, weight: Tensor, source: Tensor, error: float
-) -> list[str]:
-    """What a quantized weight has but errors of rounding."""
-    if not error <= MOST_ERROR[format]:
-        return [f"{module}: {format} differs from the source by {error:.1%}"]
-    wrong = misrounded(parts, format, weight, source)
-    if not wrong.any():
-        return []
-    row, column = wrong.nonzero()[0].tolist()
-    return [
-        f"{module}: {int(wrong.sum())} values of {format} are not the source's, rounded; the first "
-        f"is in row {row}, column {column}"
-    ]
+    opened: Opened, source: Mapping[str, Tensor], errors: Mapping[Format, list[float]]
+) -> Iterator[str]:
+    """Weights that have other errors than those of rounding, and other tensors that are not the
+    source's; relative errors are added to ``errors``."""
+    for module, parts in opened.modules():
+        format, weight = opened.export.formats[module], decoded(parts)
+        wanted = _part(source, f"{module}.weight").float()
+        error = relative_error(weight, wanted)
+        errors[format].append(error)
+        if not error <= MOST_ERROR[format]:
+            yield f"{module}: {format} differs from the source by {error:.1%}"
+        elif (wrong := misrounded(parts, format, weight, wanted)).any():
+            row, column = wrong.nonzero()[0].tolist()
+            yield (
+                f"{module}: {int(wrong.sum())} values of {format} are not the source's, rounded; "
+                f"the first is in row {row}, column {column}"
+            )
+    for name, tensor in opened.others():
+        scale = name.endswith(KV_SCALES)
+        if not scale and not torch.equal(tensor, _part(source, name).to(tensor.dtype)):
+            yield f"{name}: not the source's, rounded to {tensor.dtype}"
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

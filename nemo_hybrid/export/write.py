@@ -21,20 +21,11 @@ from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.convert import split_experts
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import Source, read_source
-from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import (
-    BLOCK,
-    Format,
-    check,
-    family,
-    groups,
-    places,
-)
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import (
     HF_QUANT,
@@ -42,11 +33,19 @@ from nemo_hybrid.export.layout import (
     Target,
     layout_of,
     quantization_configs,
-    stored_like,
     stored_scales,
+    stored_tensors,
 )
-from nemo_hybrid.export.quantize import Layout, Search, decoded, weight_tensors
 from nemo_hybrid.files import naming
+from nemo_hybrid.precision.assign import (
+    BLOCK,
+    Format,
+    check,
+    groups,
+    places,
+)
+from nemo_hybrid.precision.groups import family, is_stacked
+from nemo_hybrid.precision.quantize import Layout, Search, decoded, weight_tensors
 from nemo_hybrid.terminal import progress_bar
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
@@ -56,13 +55,13 @@ _AT_ONCE = 1 << 20  # numbers that are quantized: their copies in fp32 are small
 @dataclass
 class _Item:
     """What becomes of one matrix or other tensor of the source. ``like``: names on disk -> tensors
-    without storage, or scales of inputs, keys and values; ``format`` and ``place`` of what is
-    quantized."""
+    without storage, or scales of inputs, keys and values; ``place``: our name, without
+    ``.weight``."""
 
     read: Read
     like: dict[str, Tensor]
-    place: str | None = None
-    format: Format = "bf16"
+    place: str
+    format: Format
 
 
 @dataclass
@@ -196,22 +195,14 @@ def _plan(
     scales: Mapping[str, dict[str, Tensor]],
 ) -> list[_Item]:
     """Everything to write, in the order in which it is read."""
-    plan = []
+    plan, stored = [], stored_tensors(source.config, assignment, layout)
     for read in source.reads:
         place = read.own.removesuffix(".weight")
-        format = assignment.get(place, "bf16")
         for name, part in split_experts(read):
-            shape = source.stored.headers[part.file].entries[part.name].shape[-2:]
-            if place not in assignment:
-                kept = name.rpartition(".")[2] in FP32_NAMES
-                shape = source.stored.headers[part.file].entries[part.name].shape
-                dtype = torch.float32 if kept else torch.bfloat16
-                plan.append(_Item(part, {name: torch.empty(shape, dtype=dtype, device="meta")}))
-                continue
-            like = stored_like(shape, format, layout) | scales.get(place, {})
             module = name.removesuffix(".weight")
-            named = {f"{module}.{last}": tensor for last, tensor in like.items()}
-            plan.append(_Item(part, named, place, format))
+            given = {f"{module}.{last}": t for last, t in scales.get(place, {}).items()}
+            format = assignment.get(place, "bf16")
+            plan.append(_Item(part, stored[name] | given, place, format))
     return plan
 
 
@@ -255,7 +246,7 @@ def _shared_amax(
     source: Source, plan: list[_Item], assignment: Mapping[str, Format]
 ) -> dict[str, Tensor]:
     """Place -> the largest magnitude among the weights that an engine fuses with it."""
-    items = {item.place: item for item in plan if item.place and not is_stacked(item.place)}
+    items = {item.place: item for item in plan if not is_stacked(item.place)}
     out: dict[str, Tensor] = {}
     for group in groups(assignment):
         if len(group) > 1:
@@ -330,7 +321,6 @@ class _Exporter:
 
     def _quantized(self, weight: Tensor, item: _Item) -> dict[str, Tensor]:
         """The item's tensors that are made of its weight, a few rows at a time."""
-        assert item.place is not None
         amax = self.shared.get(item.place)
         amax = _amax(weight) if amax is None else amax
         made = {

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from nemo_hybrid.config import FP32_NAMES
 
 
+def keeps_fp32(name: str) -> bool:
+    """Whether a parameter or buffer of this name is fp32 in every model, run and file."""
+    return name.rpartition(".")[2] in FP32_NAMES
+
+
 class KeepsFp32(nn.Module):
     """A module whose own tensors named in ``FP32_NAMES`` keep their dtype under any cast, gradients
     included.
@@ -17,7 +22,7 @@ class KeepsFp32(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32":
         own = chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
-        tensors = [tensor for name, tensor in own if name in FP32_NAMES]
+        tensors = [tensor for name, tensor in own if keeps_fp32(name)]
         tensors += [tensor.grad for tensor in tensors if tensor.grad is not None]
         kept = {id(tensor) for tensor in tensors}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from nemo_hybrid.precision.groups import figures
 from nemo_kernels.lowp.operand import Rounding
 from nemo_kernels.lowp.reference import scale_operand
 from nemo_kernels.lowp.rounding import E2M1_MAX
@@ -33,7 +34,7 @@ class Probe:
     def __init__(self, names: Iterable[str], every: int, device: torch.device | str) -> None:
         self.active = False
         self._every = every
-        groups = {name: group_of(name) for name in names}
+        groups = {name: figures(name) for name in names}
         self._groups = list(dict.fromkeys(groups.values()))
         self._place = {name: self._groups.index(group) for name, group in groups.items()}
         # Per group: first the gradients' (elements, zeros), then each role's (non-zero elements,
@@ -106,15 +107,3 @@ class Probe:
                     found[f"{role}_flushed"] = flushed / elements
                     found[f"{role}_saturated"] = saturated / elements
         return result
-
-
-def group_of(name: str) -> str:
-    """The group of a product, from its module's name."""
-    *above, last = name.split(".")
-    if "shared_experts" in above:
-        last = "shared_experts"
-    elif last in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        last = "attention"
-    elif last in ("fc1_latent_proj", "fc2_latent_proj"):
-        last = "latent_proj"
-    return f"mtp.{last}" if name.startswith("mtp.") else last

@@ -7,10 +7,8 @@ Rules are globs over module names; of those that match a product the last one co
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -18,6 +16,8 @@ from torch import nn
 
 from nemo_hybrid.config import Architecture, PrecisionOptions
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.globs import last_rule, matched, nearest, of_all_layers
+from nemo_hybrid.precision import groups
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
 from nemo_hybrid.precision.operands import BLOCKS, DTYPES, Format, Ingredients, PassFormats, Streams
@@ -30,34 +30,6 @@ class Product(NamedTuple):
     name: str
     module: Any
     formats: PassFormats
-
-
-class Group(NamedTuple):
-    """Products that the table shows together."""
-
-    glob: str
-    words: str
-    options: str
-    """Of the model, that its dimensions follow from."""
-
-
-# The first that matches counts.
-GROUPS = (
-    Group("*.mixer.in_proj", "Mamba-2 in_proj",
-           "hidden_size, mamba_num_heads, mamba_head_dim, n_groups or ssm_state_size"),
-    Group("*.mixer.out_proj", "Mamba-2 out_proj",
-           "hidden_size, mamba_num_heads or mamba_head_dim"),
-    Group("*.mixer.[qkvo]_proj", "attention",
-           "hidden_size, num_attention_heads, num_key_value_heads or head_dim"),
-    Group("*.fc?_latent_proj", "latent projections", "hidden_size or moe_latent_size"),
-    Group("*.experts", "routed experts", "moe_latent_size or moe_intermediate_size"),
-    Group("*.shared_experts.*", "shared experts",
-           "hidden_size or moe_shared_expert_intermediate_size"),
-    Group("*.gate", "router", ""),
-    Group("*.mixer.*", "dense MLP", "hidden_size or intermediate_size"),
-    Group("mtp.*", "MTP block", "hidden_size"),
-    Group("lm_head", "head", ""),
-)  # fmt: skip
 
 
 Rules = tuple[tuple[str, str], ...]
@@ -214,7 +186,7 @@ def resolve(model: nn.Module, options: PrecisionOptions, shape: Architecture) ->
         Product(
             name,
             modules[name],
-            next((f for glob, f in reversed(parsed) if fnmatchcase(name, glob)), _all(base)),
+            last_rule(parsed, name) or _all(base),
         )
         for name in names
     ]
@@ -262,9 +234,9 @@ def _ingredients(options: PrecisionOptions) -> Ingredients:
 
 def _check_glob(glob: str, modules: list[str], products: list[str], depth: int) -> None:
     """Raise UserError unless it matches a product."""
-    if any(fnmatchcase(name, glob) for name in products):
+    if matched(glob, products):
         return
-    others = [name for name in modules if fnmatchcase(name, glob)]
+    others = matched(glob, modules)
     if not others:
         layer = re.match(r"backbone\.layers\.(\d+)\.", glob)
         if layer and int(layer[1]) >= depth:
@@ -276,12 +248,8 @@ def _check_glob(glob: str, modules: list[str], products: list[str], depth: int) 
             raise UserError(
                 f"precision.formats: {glob} matches no module: the model has no MTP block"
             )
-        # Compared by as many last parts as are given.
-        wanted = glob.removeprefix("*").strip(".")
-        last = -len(wanted.split("."))
-        known = {".".join(glob_of(n).split(".")[last:]): glob_of(n) for n in reversed(products)}
-        nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)
-        hint = f"; did you mean {known[nearest[0]]}?" if nearest else ""
+        near = nearest(glob, map(of_all_layers, products))
+        hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"precision.formats: {glob} matches no module{hint}")
     if any(name.startswith(f"{other}.") for name in products for other in others):
         raise UserError(
@@ -307,7 +275,7 @@ def _check_dimensions(product: Product, shape: Architecture, tokens: int) -> Non
         width, size = module.up_proj.shape[1:]
         both = max(inner, outer)
         sizes = ((size, "inputs", both), (width, "inner channels", both))
-    change = group_of(name).options
+    change = groups.group_of(name).options
     if shape.moe_latent_size is None:
         change = change.replace("moe_latent_size", "hidden_size")
     for number, words, block in sizes:
@@ -315,7 +283,7 @@ def _check_dimensions(product: Product, shape: Architecture, tokens: int) -> Non
             raise UserError(
                 f"{name} has {number} {words}, which is not divisible by {block}, the block of "
                 f"{low_formats(formats)}: change model.{change}, or set "
-                f"--precision.formats \"{{'{glob_of(name)}': bf16}}\""
+                f"--precision.formats \"{{'{of_all_layers(name)}': bf16}}\""
             )
     if is_linear(module) and tokens % BLOCKS[formats.wgrad]:
         raise UserError(
@@ -335,15 +303,6 @@ def low_formats(formats: Iterable[str]) -> str:
     return "/".join(dict.fromkeys(f for f in formats if BLOCKS[f] > 1))
 
 
-def group_of(name: str) -> Group:
-    return next(group for group in GROUPS if fnmatchcase(name, group.glob))
-
-
-def glob_of(name: str) -> str:
-    """The glob for the same product of every layer."""
-    return re.sub(r"\.\d+\.", ".*.", name)
-
-
 def table_of(
     model: nn.Module, products: Sequence[Product], shape: Architecture, device_type: str
 ) -> list[tuple[str, ...]]:
@@ -351,11 +310,10 @@ def table_of(
     attention scores and the scan are no products with weights."""
     work: dict[tuple[str, str], list[int]] = {}
     for name, words, macs in work_of(model, products, shape):
-        in_mtp, group = name.startswith("mtp."), group_of(name).words
+        in_mtp, group = groups.in_mtp(name), groups.group_of(name).products
         group = "MTP block" if in_mtp and group != "router" else group
         work.setdefault((group, words), []).append(macs * (shape.mtp_num_depths if in_mtp else 1))
-    total = sum(map(sum, work.values()))
-    order = [group.words for group in GROUPS]
+    total, order = sum(map(sum, work.values())), groups.PRODUCTS
     return [
         (group, str(len(macs)), words, f"{sum(macs) / total:.1%}", _runs(words, device_type))
         for (group, words), macs in sorted(work.items(), key=lambda item: order.index(item[0][0]))

@@ -16,16 +16,15 @@ from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.loader import Rows
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Assignment, assign
-from nemo_hybrid.export.calibrate import watching
-from nemo_hybrid.export.layout import with_inputs
-from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.kl import Distilled
 from nemo_hybrid.parallel.world import World
+from nemo_hybrid.precision.assign import Assignment, assign, with_inputs
+from nemo_hybrid.precision.magnitudes import watching
+from nemo_hybrid.precision.simulate import quantization_aware
 from nemo_hybrid.recipes.finetune import Finetune
 from nemo_hybrid.train.run import Run, Trained
 

@@ -1,22 +1,32 @@
-"""Exports made by hand."""
+"""Exports of every kind, each written once in a session."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from helpers.exported import KINDS, Made, build, save_base
+from helpers.exported import KINDS, Made, write_export
+from helpers.once import once
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Gives the directory of a kind, in which are ``base`` and ``export``; not to be written."""
+
+    def one(kind: str = "mixed") -> Path:
+        return once(tmp_path_factory, f"kind-{kind}", lambda d: write_export(d, KINDS[kind]))
+
+    return one
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    """Builds an export of a kind, whose base stands beside it."""
+def made(exported: Made, tmp_path: Path) -> Made:
+    """Gives a copy of an export, whose base stands beside it."""
 
-    def build_one(kind: str = "mixed", **changes: Any) -> Path:
-        shutil.rmtree(tmp_path / "base", ignore_errors=True)
-        source, _ = build(tmp_path / "export", **(KINDS[kind] | changes))
-        save_base(source, tmp_path)
+    def copy(kind: str = "mixed") -> Path:
+        for name in ("base", "export"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            shutil.copytree(exported(kind) / name, tmp_path / name)
         return tmp_path / "export"
 
-    return build_one
+    return copy

@@ -13,12 +13,12 @@ import yaml
 
 from helpers.exported import export_config
 from nemo_hybrid.command_options import ExportOptions
-from nemo_hybrid.export.assign import assign, places
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.card import card, code, lineage
 from nemo_hybrid.export.layout import ExportFacts
 from nemo_hybrid.export.verify import Measured
 from nemo_hybrid.hub import HybridLM
+from nemo_hybrid.precision.assign import assign, places
 
 SHAPE = export_config("MEM*EE-")
 OPTIONS = ExportOptions(

@@ -19,7 +19,6 @@ from helpers.tiny_models import tiny_config
 from nemo_hybrid import HybridLM
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import is_stacked, to_hub
-from nemo_hybrid.export.assign import assign, places, planned
 from nemo_hybrid.export.layout import (
     ALGOS,
     ExportFacts,
@@ -28,7 +27,8 @@ from nemo_hybrid.export.layout import (
     quantization_configs,
     stored_like,
 )
-from nemo_hybrid.export.quantize import weight_tensors
+from nemo_hybrid.precision.assign import assign, places, planned
+from nemo_hybrid.precision.quantize import weight_tensors
 
 CONFIG = tiny_config(
     "ME*M-E*MM-EE*", hidden_size=64, moe_intermediate_size=32, mamba_head_dim=16,

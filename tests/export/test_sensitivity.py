@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Format
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.sensitivity import (
     BITS,
@@ -25,7 +24,8 @@ from nemo_hybrid.export.sensitivity import (
     measure,
     sensitivity_report,
 )
-from nemo_hybrid.export.simulate import simulated, stored_values, weight_of
+from nemo_hybrid.precision.assign import Format
+from nemo_hybrid.precision.simulate import simulated, stored_values, weight_of
 
 CONFIG = tiny_config(
     "ME*-E", moe_intermediate_size=32, moe_shared_expert_intermediate_size=48, mtp_num_depths=1

@@ -21,11 +21,11 @@ from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, tensor_bytes
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
-from nemo_hybrid.export.assign import assign, places, planned
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import ExportFacts, modules_of
-from nemo_hybrid.export.quantize import decoded, weight_tensors
 from nemo_hybrid.export.write import export_directory
+from nemo_hybrid.precision.assign import assign, places, planned
+from nemo_hybrid.precision.quantize import decoded, weight_tensors
 
 WIDE: dict[str, object] = {
     "hidden_size": 64, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,
@@ -354,7 +354,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.export.assign import planned
+from nemo_hybrid.precision.assign import planned
 from nemo_hybrid.export.write import export_directory
 
 def status(field):

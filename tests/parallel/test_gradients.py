@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.processes import run_python
-from nemo_hybrid.precision.health import group_of
+from nemo_hybrid.precision.groups import figures
 from parallel import equal
 from parallel.comparing import relative
 
@@ -47,7 +47,7 @@ def test_gradients_and_their_zeros(
     zeros: dict[str, list[int]] = {}
     for name, gradient in plain.items():
         if name.endswith(PRODUCTS):
-            count = zeros.setdefault(group_of(name.rpartition(".")[0]), [0, 0])
+            count = zeros.setdefault(figures(name.rpartition(".")[0]), [0, 0])
             count[0] += int((gradient == 0).sum())
             count[1] += gradient.numel()
     assert sampled.keys() == zeros.keys()

@@ -9,7 +9,7 @@ from torch import Tensor
 from helpers.corpus import write_corpus
 from helpers.processes import run_command
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.precision.health import Probe, group_of
+from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.train import metrics
 from nemo_hybrid.train.metrics import StepMetrics, read_metrics
 from nemo_kernels.lowp import hadamard, scales
@@ -131,20 +131,6 @@ def test_every_nth_step_is_sampled_and_starts_anew():
     never = Probe([NAME], 0, "cpu")
     never.start_step(0)
     assert not never.active
-
-
-def test_groups():
-    names = {
-        "backbone.layers.0.mixer.in_proj": "in_proj",
-        "backbone.layers.1.mixer.experts": "experts",
-        "backbone.layers.1.mixer.shared_experts.down_proj": "shared_experts",
-        "backbone.layers.1.mixer.fc2_latent_proj": "latent_proj",
-        "backbone.layers.2.mixer.o_proj": "attention",
-        "backbone.layers.3.mixer.up_proj": "up_proj",
-        "mtp.layers.0.mixer.k_proj": "mtp.attention",
-        "mtp.layers.0.eh_proj": "mtp.eh_proj",
-    }
-    assert {name: group_of(name) for name in names} == names
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {
         *("errors", "files", "config", "finetune_options", "command_options", "config_load"),
-        *("hf_config", "terminal"),
+        *("globs", "hf_config", "terminal"),
     },
-    {"data", "model", "precision"},
-    {"generation"},
+    {"data", "model"},
+    {"precision"},
     {"checkpoint"},
     {"export", "hub"},
     {"parallel"},

@@ -19,10 +19,10 @@ from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.data.store import SampleStore
-from nemo_hybrid.export.assign import assign
 from nemo_hybrid.export.calibrate import calibrate
-from nemo_hybrid.export.simulate import quantization_aware
 from nemo_hybrid.objectives import kl
+from nemo_hybrid.precision.assign import assign
+from nemo_hybrid.precision.simulate import quantization_aware
 from nemo_hybrid.train.metrics import read_metrics
 
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}

@@ -7,21 +7,22 @@ A place is a weight that may be quantized, by our name without ``.weight``:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
-from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.globs import matched, nearest
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.groups import family, is_stacked
 
 Format = Literal["bf16", "fp8", "nvfp4", "nvfp4_w4a16"]
 """nvfp4_w4a16: weights alone; the other two quantize the inputs of the product as well."""
 FORMATS = get_args(Format)
+WITH_INPUTS = ("fp8", "nvfp4")
+"""Formats whose products take rounded inputs as well."""
 BLOCK = 16
 Assignment = dict[str, Format]
 
@@ -66,12 +67,13 @@ def places(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     [E, out, in]."""
     return {
         name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in _parameters(shape).items()
+        for name, weight in weights(shape).items()
         if _is_place(name)
     }
 
 
-def _parameters(shape: HybridConfig) -> dict[str, torch.Tensor]:
+def weights(shape: HybridConfig) -> dict[str, torch.Tensor]:
+    """Everything that files hold of a model, by our names, without storage."""
     with torch.device("meta"):
         model = HybridLM(shape)
     return dict(model.named_parameters()) | dict(model.named_buffers())
@@ -85,26 +87,9 @@ def unquantizable(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     """All other weights, as in `places`."""
     return {
         name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in _parameters(shape).items()
+        for name, weight in weights(shape).items()
         if not _is_place(name)
     }
-
-
-def family(place: str) -> str:
-    """experts, shared_experts, mamba, attention, latent, mlp, mtp or head."""
-    if place.startswith("mtp."):
-        return "mtp"
-    head, _, leaf = place.rpartition(".")
-    if leaf == "lm_head":
-        return "head"
-    owner = head.rpartition(".")[2]
-    if owner in ("experts", "shared_experts"):
-        return owner
-    if leaf in ("in_proj", "out_proj"):
-        return "mamba"
-    if leaf in ("up_proj", "down_proj"):
-        return "mlp"
-    return "latent" if leaf.endswith("latent_proj") else "attention"
 
 
 def groups(assignment: Mapping[str, Format]) -> list[list[str]]:
@@ -117,6 +102,11 @@ def groups(assignment: Mapping[str, Format]) -> list[list[str]]:
             fused = place.endswith((".q_proj", ".k_proj", ".v_proj"))
             found.setdefault(place.rpartition(".")[0] if fused else place, []).append(place)
     return list(found.values())
+
+
+def with_inputs(assignment: Mapping[str, Format]) -> list[str]:
+    """The places whose products take rounded inputs."""
+    return [place for place, format in assignment.items() if format in WITH_INPUTS]
 
 
 def assign(shape: HybridConfig, preset: str | None, rules: Mapping[str, str]) -> Assignment:
@@ -132,17 +122,17 @@ def assign(shape: HybridConfig, preset: str | None, rules: Mapping[str, str]) ->
     for glob, given in rules.items():
         if given not in FORMATS:
             raise UserError(f"formats: {glob}: {given!r} is no format; use {', '.join(FORMATS)}")
-        matched = [place for place in sizes if fnmatchcase(place, glob)]
-        if not matched:
+        found = matched(glob, sizes)
+        if not found:
             raise _nothing(glob, sizes, unquantizable(shape))
-        held = {place: _unnamed(place, glob) for place in matched} if given != "bf16" else {}
+        held = {place: _unnamed(place, glob) for place in found} if given != "bf16" else {}
         if held and all(held.values()):
             word = next(filter(None, held.values()))
             raise UserError(
-                f"formats: {glob} matches only {matched[0]} and the like, which are quantized only "
+                f"formats: {glob} matches only {found[0]} and the like, which are quantized only "
                 f'by a glob that names them: write "{word}" in it'
             )
-        for place in matched:
+        for place in found:
             if not held.get(place):
                 assignment[place] = cast(Format, given)
     check(assignment, sizes)
@@ -173,15 +163,14 @@ def _unnamed(place: str, glob: str) -> str | None:
 
 
 def _nothing(glob: str, sizes: Iterable[str], others: Iterable[str]) -> UserError:
-    other = next((name for name in others if fnmatchcase(name, glob)), None)
-    if other is not None:
-        parts = other.split(".")
+    if other := matched(glob, others):
+        parts = other[0].split(".")
         why = next((_WHY_NEVER[part] for part in parts[::-1] if part in _WHY_NEVER), _NORM)
-        return UserError(f"formats: {glob} matches {other}, which is never quantized: {why}")
-    near = difflib.get_close_matches(glob, [p for p in sizes if not _unnamed(p, glob)], 1, cutoff=0)
+        return UserError(f"formats: {glob} matches {other[0]}, which is never quantized: {why}")
+    near = nearest(glob, [place for place in sizes if not _unnamed(place, glob)])
     experts = " (all experts of a layer have one format)" * ("experts" in glob)
     return UserError(
-        f"formats: {glob} matches no weight of the model; the nearest name is {near[0]}{experts}"
+        f"formats: {glob} matches no weight of the model; the nearest name is {near}{experts}"
     )
 
 

@@ -16,19 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Format, groups
-from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.assign import WITH_INPUTS, Format, groups
+from nemo_hybrid.precision.groups import is_stacked
+from nemo_hybrid.precision.quantize import Search, decoded, weight_tensors
 from nemo_kernels.lowp.reference import fake_quantize
 from nemo_kernels.lowp.scales import E4M3_MAX
 from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.reference import LoopExperts
 
 Change = Callable[[Tensor], Tensor]
-WITH_INPUTS = ("fp8", "nvfp4")
-"""Formats whose products take rounded inputs as well."""
 
 
 @contextmanager

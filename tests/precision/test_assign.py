@@ -9,15 +9,15 @@ from torch import nn
 
 from helpers.tiny_models import tiny_config
 from nemo_hybrid import HybridLM, UserError
-from nemo_hybrid.export.assign import (
+from nemo_hybrid.precision.assign import (
     FORMATS,
     PRESETS,
     assign,
-    family,
     groups,
     places,
     planned,
 )
+from nemo_hybrid.precision.groups import family
 
 WIDE: dict[str, object] = {  # widths that 16 divides
     "hidden_size": 64, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,

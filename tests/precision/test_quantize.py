@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers.nvfp4_formula import E2M1, E4M3
 from nemo_hybrid import UserError
-from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
+from nemo_hybrid.precision.quantize import Search, decoded, weight_tensors
 from nemo_kernels.lowp.packing import unpack
 from nemo_kernels.lowp.reference import quantize, quantize_modelopt
 

@@ -21,13 +21,14 @@ Shapes: N blocks of a part, B = 16.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import BLOCK, Format
+from nemo_hybrid.precision.assign import BLOCK, Format
 from nemo_kernels.lowp.packing import encode, pack
 from nemo_kernels.lowp.reference import Quantized, dequantize, quantize, quantize_modelopt
 from nemo_kernels.lowp.rounding import E2M1_MAX, round_to_nearest_
@@ -100,7 +101,7 @@ def weight_tensors(
     }
 
 
-def decoded(stored: Stored) -> Tensor:
+def decoded(stored: Mapping[str, Tensor]) -> Tensor:
     """The values [out, in] of what `weight_tensors` gave, in fp32."""
     if "weight_packed" in stored:
         tensor_scale = stored["weight_global_scale"].reciprocal().reshape(())

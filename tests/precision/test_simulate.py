@@ -9,10 +9,11 @@ from torch import Tensor
 from helpers.nvfp4_formula import E2M1, E4M3, nearest
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.assign import Assignment, Format, places
 from nemo_hybrid.export.calibrate import calibrate
-from nemo_hybrid.export.quantize import Search
-from nemo_hybrid.export.simulate import (
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.precision.assign import Assignment, Format, places
+from nemo_hybrid.precision.quantize import Search
+from nemo_hybrid.precision.simulate import (
     quantization_aware,
     quantized_inputs,
     quantized_weights,
@@ -21,7 +22,6 @@ from nemo_hybrid.export.simulate import (
     stored_values,
     weight_of,
 )
-from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config(
     "ME*-", moe_intermediate_size=32, moe_shared_expert_intermediate_size=48, mtp_num_depths=1
