@@ -6,7 +6,7 @@ from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
-    from nemo_hybrid.model.hybrid import HybridLM
+    from nemo_hybrid.hub import HybridLM
 
 __all__ = ["HybridConfig", "HybridLM", "UserError"]
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Import the model, and with it torch, only when it is asked for."""
     if name == "HybridLM":
-        from nemo_hybrid.model.hybrid import HybridLM
+        from nemo_hybrid.hub import HybridLM
 
         return HybridLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -203,9 +203,10 @@ def _train(config: TrainingConfig) -> None:
 
     config.validate(model_shape(config.model))
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
+    from nemo_hybrid.recipes import recipe_of
     from nemo_hybrid.train.loop import train
 
-    train(config, launcher)
+    train(recipe_of(config), launcher)
 
 
 def _prepare(options: PrepareOptions) -> None:
@@ -270,7 +271,7 @@ COMMANDS = {
     "pretrain": Command(RunConfig, _train),
     "finetune": Command(FinetuneConfig, _train),
     "plan": Command(PlanOptions, _in("plan", "plan_command")),
-    "eval": Command(EvalOptions, _in("train.evaluate", "eval_command")),
+    "eval": Command(EvalOptions, _in("evaluation", "eval_command")),
     "generate": Command(GenerateOptions, _in("generate", "generate_command")),
     "import": Command(ImportOptions, _import),
     "merge": Command(MergeOptions, _in("checkpoint.adapter", "merge_command")),

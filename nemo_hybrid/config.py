@@ -284,10 +284,6 @@ class TrainOptions:
     """Seconds without a finished step after which a process prints its stacks and ends; 0: never.
     Evaluations and checkpoints count as part of their step."""
 
-    def per_document(self, step: int) -> bool:
-        """Whether the step after ``step`` averages documents' means instead of all targets."""
-        return False
-
 
 @dataclass
 class GuardOptions:

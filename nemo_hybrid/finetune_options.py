@@ -145,6 +145,7 @@ class FinetuneTrainOptions(TrainOptions):
     """Train the routers too: their weights, and the bias that balances experts."""
 
     def per_document(self, step: int) -> bool:
+        """Whether the step after ``step`` averages samples' means instead of all targets."""
         first_stage = self.second_stage_step or 0
         return self.loss == "conversations" or (self.loss == "two_stage" and step >= first_stage)
 

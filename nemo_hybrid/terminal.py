@@ -6,18 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def print_table(
+def table_text(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
     title: str | None = None,
     right: Collection[str] = (),
     ruled: Collection[int] = (),
-) -> None:
-    """Print a table, as wide as the terminal, or 100 columns elsewhere.
+) -> str:
+    """A table as it is to be printed: as wide as the terminal, or 100 columns elsewhere.
 
     ``right``: columns whose cells end at the right; ``ruled``: rows that a line follows.
     """
@@ -30,7 +31,15 @@ def print_table(
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*map(escape, row), end_section=number in ruled)
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def print_table(*header_and_rows: Any, **options: Any) -> None:
+    """Print what `table_text` gives."""
+    print(table_text(*header_and_rows, **options), end="")
 
 
 @contextmanager

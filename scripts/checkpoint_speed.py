@@ -28,13 +28,14 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.files import step_name, verify
 from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
-from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.doctor import environment
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run
-from nemo_hybrid.train.resume import Position, Saver, restore
+from nemo_hybrid.recipes.pretrain import Pretrain
+from nemo_hybrid.train.build import build_run
+from nemo_hybrid.train.resume import Saver, restore
+from nemo_hybrid.train.run import Position, Run
 
 BYTES_PER_PARAMETER = 16  # fp32 weights, masters and two moments
 EXPERT_PARAMETERS = 2 * 512 * 512  # up and down, of one expert below
@@ -59,9 +60,8 @@ def build(directory: Path, gib: float) -> Run:
         train=TrainOptions(eval_sequences=0),
     )  # fmt: skip
     config.precision.recipe = "fp32"
-    hybrid = config.model.hybrid()
-    world = World.start()
-    run = build_run(config, hybrid, world, open_blend(config.data, hybrid), 1)
+    recipe, world = Pretrain(config), World.start()
+    run = build_run(recipe, world, recipe.open_data(world, None))
     for fragment in run.engine.fragments():
         for kind in ("exp_avg", "exp_avg_sq"):
             fragment.tensors[kind].uniform_()

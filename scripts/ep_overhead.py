@@ -14,23 +14,21 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_hybrid.checkpoint.files import model_shape
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.config_load import load_config
-from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import steps
 from nemo_hybrid.doctor import environment
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run, open_data
+from nemo_hybrid.recipes.pretrain import Pretrain
+from nemo_hybrid.train.build import build_run
+from nemo_hybrid.train.run import Run
 from nemo_hybrid.train.step import train_step
 
 WARM_UP = 2
@@ -65,7 +63,7 @@ def main() -> int:
                 "train": asdict(config.train),
                 "sequence_length": config.data.sequence_length,
                 "precision": config.precision.recipe,
-                "model": asdict(model_shape(config.model)),
+                "model": asdict(Pretrain(config).shape),
                 "environment": environment(),
             }
             replace_file(given.out, json.dumps(result, indent=1))
@@ -78,8 +76,8 @@ def measure(config: RunConfig, world: World, timed: int) -> dict[int, list[float
     runs = {ep: prepare(config, world, ep) for ep in SIZES}
     seconds: dict[int, list[float]] = {ep: [] for ep in SIZES}
     for number in range(WARM_UP + timed):
-        for ep, (run, data) in runs.items():
-            batches = next(data)
+        for ep, run in runs.items():
+            batches = run.data.step(number, run.share)
             dist.barrier()
             began = time.perf_counter()
             train_step(run, batches, config.train.lr)  # ends with numbers on the host
@@ -89,26 +87,13 @@ def measure(config: RunConfig, world: World, timed: int) -> dict[int, list[float
     return seconds
 
 
-def prepare(config: RunConfig, world: World, ep: int) -> tuple[Run, Iterator[list[Batch]]]:
-    """The run at one expert-parallel size, and this rank's batches."""
+def prepare(config: RunConfig, world: World, ep: int) -> Run:
+    """The run at one expert-parallel size."""
     own = deepcopy(config)
     own.parallel.ep = ep
-    hybrid = model_shape(own.model)
-    own.validate(hybrid)
-    accumulation = own.validate_world(world.size)
-    blend = open_data(own, hybrid, world)
-    data = steps(
-        blend,
-        sequence_length=own.data.sequence_length,
-        global_batch_size=own.train.global_batch_size,
-        micro_batch_size=own.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=0,
-        workers=0,
-        seed=own.train.seed,
-    )
-    return build_run(own, hybrid, world, blend, accumulation), data
+    recipe = Pretrain(own)
+    recipe.check()
+    return build_run(recipe, world, recipe.open_data(world, None))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def _resident(what: str) -> float:
 def throughput(place: Path, gb: float, repeat: int, pause: float) -> dict[str, Any]:
     import torch
 
+    from nemo_hybrid import HybridLM
     from nemo_hybrid.config import HybridConfig
-    from nemo_hybrid.model.hybrid import HybridLM
 
     experts = math.ceil(gb * 1e9 / EXPERT_BYTES / 2)
     shape = HybridConfig(

@@ -109,13 +109,27 @@ def train(work: Work) -> dict[str, Any]:
 
     from nemo_hybrid.checkpoint.files import model_shape
     from nemo_hybrid.config_load import load_config
-    from nemo_hybrid.data.packing import PackedSamples
     from nemo_hybrid.data.store import SAMPLES as FORMAT
-    from nemo_hybrid.data.store import SampleStore, StoreWriter
+    from nemo_hybrid.data.store import StoreWriter
     from nemo_hybrid.finetune_options import FinetuneConfig
+    from nemo_hybrid.model.hybrid import HybridLM
     from nemo_hybrid.parallel.world import World
+    from nemo_hybrid.recipes.adapt import Adapt
+    from nemo_hybrid.recipes.finetune import Finetune
     from nemo_hybrid.train.build import build_run
     from nemo_hybrid.train.step import train_step
+
+    class RandomWeights:
+        """In the place of those that a checkpoint would hold."""
+
+        def _load(self, model: HybridLM, world: World) -> dict[str, torch.Tensor]:
+            return {}
+
+    class Tuned(RandomWeights, Finetune):
+        pass
+
+    class Adapted(RandomWeights, Adapt):
+        pass
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     given = {
@@ -129,7 +143,6 @@ def train(work: Work) -> dict[str, Any]:
     shape = model_shape(config.model)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        config.model.from_hf = folder  # the weights are random ones
         for name in ("config.json", "tokenizer.json"):
             (Path(folder) / name).touch()
         writer = StoreWriter(
@@ -144,15 +157,14 @@ def train(work: Work) -> dict[str, Any]:
             learnt = np.arange(size) >= size // 2
             writer.add(rng.integers(3, shape.vocab_size, size), learnt)
         writer.finish(sources={})
-        store = SampleStore.open(writer.path)
-        data = PackedSamples(store, None, work.sequence_length, shape.pad_token_id)
-        world = World.start()
+        config.data.path, config.train.eval_sequences = folder, 0
+        recipe, world = (Adapted if work.rank else Tuned)(config), World.start()
+        config.model.from_hf = folder  # only now: it gives no shape
         imported = peak_mib()
-        run = build_run(config, shape, world, data, accumulation=work.rows)
+        run = build_run(recipe, world, recipe.open_data(world, None))
         seconds = []
         for step in range(WARM_UP + work.steps):
-            packs = range(step * work.rows, (step + 1) * work.rows)
-            batches = [data.rows([p], work.sequence_length, 0) for p in packs]
+            batches = run.data.step(step, run.share)
             began = time.perf_counter()
             train_step(run, batches, config.train.lr)  # ends with numbers on the host
             if step >= WARM_UP:

@@ -25,7 +25,7 @@ from nemo_hybrid.config_load import load_config
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.train.losses import targets
+from nemo_hybrid.objectives.next_token import labels_and_validity
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.progress import clock
 from nemo_hybrid.train.run_dir import CONFIG_FILE
@@ -129,7 +129,9 @@ def held_out_pairs(batches: Iterable[Batch], depths: int) -> list[tuple[Ids, Ids
     """Per depth, the (token, target) pairs that the run's evaluation scores."""
     found: list[list[tuple[Ids, Ids]]] = [[] for _ in range(depths + 1)]
     for batch in batches:
-        for k, (labels_BS, valid_BS) in enumerate(zip(*targets(batch, depths), strict=True)):
+        for k, (labels_BS, valid_BS) in enumerate(
+            zip(*labels_and_validity(batch, depths), strict=True)
+        ):
             pair = batch.ids_BS[valid_BS].numpy(), labels_BS[valid_BS].numpy()
             found[k].append(pair)
     return [

@@ -27,9 +27,9 @@ from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid.config import PrecisionOptions
 from nemo_hybrid.doctor import environment
 from nemo_hybrid.precision import policy
-from nemo_kernels import mxfp8
-from nemo_kernels.nvfp4.operand import Rounding
-from nemo_kernels.nvfp4.reference import operands
+from nemo_kernels.lowp import mxfp8
+from nemo_kernels.lowp.operand import Rounding
+from nemo_kernels.lowp.reference import operands
 
 ROWS, COLUMNS = 2048, 1152
 NEAREST, RHT = Rounding(), Rounding(rht=True)

@@ -32,8 +32,8 @@ import torch
 from measuring import UNUSABLE, DeviceLost, Meter, machine, write_json, write_whole
 from torch import Tensor
 
-from nemo_kernels import backend, nvfp4
-from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels import backend, lowp
+from nemo_kernels.lowp.operand import Rounding
 
 NEAREST, SQUARE, RHT = Rounding(), Rounding((16, 16)), Rounding(rht=True)
 SIDES: dict[str, tuple[Rounding | None, Rounding | None]] = {
@@ -58,7 +58,7 @@ class Unequal(RuntimeError):
 def quantizer(path: str, x: Tensor, sides: tuple[Rounding | None, Rounding | None]) -> Any:
     """The operands that a path makes of x."""
     backend.choose(nvfp4=path)
-    return nvfp4.operands(x, *sides)
+    return lowp.operands(x, *sides)
 
 
 def check_equal(found: Any, expected: Any) -> None:

@@ -31,7 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("ssd", "conv1d", "attention", "moe", "loss", "norm", "nvfp4")
+_FOLDERS = {
+    **{op: op for op in ("ssd", "conv1d", "attention", "moe", "loss", "norm")},
+    "nvfp4": "lowp",
+}
+OPS = tuple(_FOLDERS)
 TOLERANCE = 2e-2
 """Largest accepted deviation in a self-check; those run in bf16, whose rounding is 4e-3."""
 
@@ -78,7 +82,7 @@ def implementation(op: str, device_type: str, *what: Any) -> ModuleType:
     module = _resolve(op, device_type)[1]
     may_leave = what and _choices.get(op, "auto") == "auto" and hasattr(module, "supports")
     if may_leave and not module.supports(*what):
-        return import_module(f"nemo_kernels.{op}.reference")
+        return _reference(op)
     return module
 
 
@@ -119,9 +123,8 @@ def relative_deviation(
 def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
     declared = _declared(op)
     choice = _choices.get(op, "auto")
-    reference = f"nemo_kernels.{op}.reference"
     if choice == "reference":
-        return Path(choice, "chosen"), import_module(reference)
+        return Path(choice, "chosen"), _reference(op)
     if choice != "auto":
         module = import_module(declared[choice])
         if device_type not in module.DEVICE_TYPES:
@@ -133,7 +136,7 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
         return Path(choice, "chosen"), module
     # Without a GPU nothing is probed: a library's import can take seconds.
     if device_type == "cpu":
-        return Path("reference", "CPU tensors"), import_module(reference)
+        return Path("reference", "CPU tensors"), _reference(op)
     reasons = []
     for name, module_name in declared.items():
         problem = _probe(module_name) or _check(module_name, device_type)
@@ -141,13 +144,17 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
             return Path(name, "imports and agrees with the reference"), import_module(module_name)
         reasons.append(f"{name}: {problem}")
     reason = "; ".join(reasons) or "the only path"
-    return Path("reference", reason), import_module(reference)
+    return Path("reference", reason), _reference(op)
 
 
 def _declared(op: str) -> dict[str, str]:
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; ops are {', '.join(OPS)}")
-    return dict(import_module(f"nemo_kernels.{op}").PATHS)
+    return dict(import_module(f"nemo_kernels.{_FOLDERS[op]}").PATHS)
+
+
+def _reference(op: str) -> ModuleType:
+    return import_module(f"nemo_kernels.{_FOLDERS[op]}.reference")
 
 
 @cache

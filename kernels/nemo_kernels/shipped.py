@@ -13,8 +13,8 @@ MODULES = (
     "nemo_kernels.moe.sort_kernel",
     "nemo_kernels.moe.router_kernel",
     "nemo_kernels.moe.expert_kernel",
-    "nemo_kernels.nvfp4.gemm_kernel",
-    "nemo_kernels.nvfp4.quantize_kernel",
+    "nemo_kernels.lowp.gemm_kernel",
+    "nemo_kernels.lowp.quantize_kernel",
 )
 
 

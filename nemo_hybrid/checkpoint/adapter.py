@@ -263,14 +263,15 @@ def check_base(directory: Path, base: Path) -> None:
 
 def merge_command(options: MergeOptions) -> None:
     """``nemo-hybrid merge``: write weights with an adapter added to them."""
-    from nemo_hybrid.checkpoint.load import load_model, save_model
+    from nemo_hybrid.checkpoint.load import load, save_model
 
     directory = locate(options.from_)
     if not is_adapter(directory):
         raise UserError(f"{directory} holds no {CONFIG}: it is a whole model already")
     out = new_directory(options.out)
     base = base_directory(directory, options.base)
-    save_model(load_model(directory, base=base), out)
+    model, companions = load(directory, base=base)
+    save_model(model, out, companions)
     print(f"{out}: {base} with the adapter of {directory}")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.errors import UserError
@@ -19,11 +20,12 @@ from nemo_hybrid.files import (
     write_file,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class World(Protocol):
-    """What checkpoints need to know about the other processes."""
+    """What checkpoints need to know about the other processes; see `parallel.agreement`."""
 
     @property
     def rank(self) -> int: ...
@@ -31,8 +33,11 @@ class World(Protocol):
     @property
     def size(self) -> int: ...
 
-    def gather(self, obj: Any) -> list[Any]:
-        """The objects of all ranks, in rank order, on every rank."""
+    def gather(self, item: Any) -> list[Any]: ...
+
+    def agreed(self) -> AbstractContextManager[None]: ...
+
+    def from_rank_0(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
 
 
 class OneProcess:
@@ -41,8 +46,19 @@ class OneProcess:
     rank = 0
     size = 1
 
-    def gather(self, obj: Any) -> list[Any]:
-        return [obj]
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, MemoryError) as error:
+            raise UserError(str(error) or "out of memory") from error
+
+    def from_rank_0(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.agreed():
+            return action(*args, **kwargs)
 
 
 class Writer:
@@ -60,52 +76,10 @@ class Writer:
         self.write(name, [text.encode()])
 
 
-def together(world: World, action: Callable[[], T]) -> list[T]:
-    """Run action on every rank and return the results of all, which are sent to every rank.
-
-    A UserError, OSError or MemoryError on any rank is raised on every rank as a UserError, so that
-    none waits for one that failed.
-    """
-    result, failure = _attempt(world, action)
-    outcomes = world.gather((result, failure))
-    _raise_any([failure for _, failure in outcomes])
-    return [value for value, _ in outcomes]
-
-
-def each(world: World, action: Callable[[], T]) -> T:
-    """Run action on every rank and return this rank's own result; failures as in together()."""
-    result, failure = _attempt(world, action)
-    _raise_any(world.gather(failure))
-    return result  # type: ignore[return-value]
-
-
-def _attempt(world: World, action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The result of action, or the message of its failure."""
-    try:
-        return action(), None
-    except UserError as error:
-        if world.size == 1:
-            raise
-        return None, str(error)
-    except (OSError, MemoryError) as error:
-        return None, f"rank {world.rank}: {str(error) or 'out of memory'}"
-
-
-def _raise_any(failures: list[str | None]) -> None:
-    messages = dict.fromkeys(failure for failure in failures if failure is not None)
-    if messages:
-        raise UserError("; ".join(messages))
-
-
-def on_rank_0(world: World, action: Callable[[], T]) -> T:
-    """Run action on rank 0 and return its result, or raise its UserError, on every rank."""
-    return together(world, lambda: action() if world.rank == 0 else None)[0]  # type: ignore[return-value]
-
-
 def verify_together(world: World, directory: Path) -> None:
     """`files.verify`, in which every rank hashes its share: one alone would take minutes for a
     large model. Raises UserError on every rank."""
-    records = on_rank_0(world, lambda: files.verify(directory, deep=False))
+    records = world.from_rank_0(files.verify, directory, deep=False)
     damaged = _hash_together(world, directory, records)
     if damaged is not None:
         raise files.CheckpointError(files.mismatch(damaged))
@@ -124,7 +98,7 @@ def find_latest_together(world: World, checkpoints_dir: Path) -> Path | None:
         directory = files.find_latest(checkpoints_dir, deep=False, damaged=damaged)
         return None if directory is None else (directory, files.read_manifest(directory))
 
-    while (found := on_rank_0(world, newest)) is not None:
+    while (found := world.from_rank_0(newest)) is not None:
         file = _hash_together(world, *found)
         if file is None:
             return found[0]
@@ -139,8 +113,9 @@ def _hash_together(world: World, directory: Path, records: dict[str, FileRecord]
     cannot read its share."""
     names = list(records)[world.rank :: world.size]
     share = {name: records[name] for name in names}
-    found = together(world, lambda: files.damaged_file(directory, share))
-    return next((path for path in found if path is not None), None)
+    with world.agreed():
+        damaged = files.damaged_file(directory, share)
+    return next((path for path in world.gather(damaged) if path is not None), None)
 
 
 def write_directory(
@@ -171,12 +146,11 @@ def write_directory(
             temporary.mkdir()
             return _lock(temporary, final)
 
-    def write_own() -> tuple[T, dict[str, FileRecord]]:
-        return write(writer), writer.records
-
-    lock = on_rank_0(world, create)
+    lock = world.from_rank_0(create)
     try:
-        parts = together(world, write_own)
+        with world.agreed():
+            result = write(writer)
+        parts = world.gather((result, writer.records))
 
         def complete() -> None:
             finish(writer, [result for result, _ in parts])
@@ -188,7 +162,7 @@ def write_directory(
                 sync_directory(temporary)
                 files.install_directory(temporary, final)
 
-        on_rank_0(world, complete)
+        world.from_rank_0(complete)
     except BaseException:  # Ctrl-C as well: nobody would look for a hidden directory
         if world.rank == 0 and temporary.exists():
             files.remove_directory(temporary)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,11 +18,8 @@ from nemo_hybrid.checkpoint.adapter import (
     locate,
 )
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
-from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
-from nemo_hybrid.checkpoint.tensors import TORCH_DTYPES, Header, tensor_bytes
 from nemo_hybrid.checkpoint.weights import (
-    INDEX,
     READABLE,
     Read,
     Report,
@@ -38,32 +32,22 @@ from nemo_hybrid.checkpoint.weights import (
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import config_from_hf, json_bytes, parse_json
+from nemo_hybrid.hf_config import config_from_hf, read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import merge_adapters
 
 log = logging.getLogger(__name__)
 
-Dtypes = Literal["default", "source"]
-
 
 @dataclass(frozen=True)
 class Source:
-    """A directory accounted for, before any weight is read.
-
-    ``config_json`` is the file as it stands, ``config`` what it says.
-    """
+    """A directory accounted for, before any weight is read."""
 
     config: HybridConfig
-    config_json: bytes
     companions: Companions
     stored: Stored
     report: Report
     reads: list[Read]
-
-
-# Beside the models instead of in them: the model's code knows nothing of files.
-_SOURCES: WeakKeyDictionary[HybridLM, Source] = WeakKeyDictionary()
 
 
 def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
@@ -72,27 +56,31 @@ def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
 
 
 def read_source(
-    directory: Path, dtype: torch.dtype | None = None, *, as_stored: bool = False
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    as_stored: bool = False,
+    build: type[HybridLM] = HybridLM,
 ) -> tuple[Source, HybridLM]:
     """Read config.json and all headers, and compare them; also gives the model, without storage,
-    in the dtype it is to have. ``dtype`` None: see `load_model`; ``as_stored``: see `account`.
+    in the dtype it is to have. ``dtype`` None and ``build``: see `load`; ``as_stored``: see
+    `account`.
 
     Raises UserError for files that cannot be read; what does not fit stands in the report.
     """
     path = directory / "config.json"
-    config_json = json_bytes(path)
-    config = config_from_hf(parse_json(config_json, path), str(path))
+    config = config_from_hf(read_json(path), str(path))
     stored = read_headers(directory)
     _check_size(config, stored)
     try:
         with torch.device("meta"):
-            model = HybridLM(config).to(dtype or _lossless_dtype(stored))
+            model = build(config).to(dtype or _lossless_dtype(stored))
     except RuntimeError:  # more elements than 64 bits can count
         raise UserError(f"{path} describes a model of impossible size") from None
     experts, tensors = config.n_routed_experts, tensors_by_name(model)
     report, reads = account(stored, tensors, None, experts, as_stored=as_stored)
     companions = read_companions(directory)
-    return Source(replace(config), config_json, companions, stored, report, reads), model
+    return Source(config, companions, stored, report, reads), model
 
 
 def _check_size(config: HybridConfig, stored: Stored) -> None:
@@ -129,10 +117,19 @@ def _examples(stored: Stored) -> dict[str, str]:
     }
 
 
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, base: Path | None = None
-) -> HybridLM:
-    """Build the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU.
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
+    """The model alone, see `load`."""
+    return load(path, dtype)[0]
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    base: Path | None = None,
+    build: type[HybridLM] = HybridLM,
+) -> tuple[HybridLM, Companions]:
+    """``build`` the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU;
+    also gives what travels with its weights.
 
     An adapter (of a run, or a directory of PEFT) is added to the weights that it names, or to those
     of ``base``.
@@ -146,8 +143,8 @@ def load_model(
         raise UserError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
     directory = locate(path)
     if is_adapter(directory):
-        return _load_adapted(directory, dtype, base or base_directory(directory))
-    source, model = read_source(directory, dtype)
+        return _load_adapted(directory, dtype, base or base_directory(directory), build)
+    source, model = read_source(directory, dtype, build=build)
     source.report.raise_errors()
     examples = _examples(source.stored)
     if dtype is None and examples.keys() not in ({"BF16"}, {"F32"}):
@@ -160,100 +157,36 @@ def load_model(
     model = model.to_empty(device="cpu")
     copy_weights(source.stored, source.reads, tensors_by_name(model))
     log_report(source.report)
-    _SOURCES[model] = source
-    return model
+    return model, source.companions
 
 
-def _load_adapted(directory: Path, dtype: torch.dtype | None, base: Path) -> HybridLM:
+def _load_adapted(
+    directory: Path, dtype: torch.dtype | None, base: Path, build: type[HybridLM]
+) -> tuple[HybridLM, Companions]:
     check_base(directory, base)
-    model = load_model(base, dtype)
+    model, others = load(base, dtype, build=build)
     load_adapter(model, directory)
     merge_adapters(model)
-    source, own = _SOURCES[model], read_companions(directory)
-    files = source.companions.files
+    own, files = read_companions(directory), others.files
     if "tokenizer.json" in own.files:  # then nothing of another tokenizer
         files = {GENERATION: files[GENERATION]} if GENERATION in files else {}
-    companions = Companions(
+    return model, Companions(
         {**files, **own.files},
-        own.eos_token_ids or source.companions.eos_token_ids,
-        own.stop_ids or source.companions.stop_ids,
+        own.eos_token_ids or others.eos_token_ids,
+        own.stop_ids or others.stop_ids,
     )
-    _SOURCES[model] = replace(source, companions=companions)
-    return model
 
 
-def save_model(model: HybridLM, path: str | Path, dtypes: Dtypes = "default") -> None:
-    """Write a model of one process as a Hugging Face directory: whole, or not at all.
+def save_model(model: HybridLM, path: str | Path, companions: Companions | None = None) -> None:
+    """Write a model of one process as a Hugging Face directory, with the fp32 list in fp32: whole,
+    or not at all. ``companions`` are written beside it.
 
-    Tokenizer, generation config and list of end-of-sequence ids of the directory that the model
-    was loaded from are carried along. ``dtypes`` "default" writes our layout, the fp32 list in
-    fp32. "source" writes the files that the model was loaded from again, in their layout, names
-    and dtypes: byte for byte, as long as the weights are the same.
-
-    Raises UserError when path exists and is not empty, or cannot be written, for weights that are
-    not bf16, fp16 or fp32, and for "source" where the model did not come from a directory, or lost
-    precision on the way.
+    Raises UserError when path exists and is not empty, or cannot be written, and for weights that
+    are not bf16, fp16 or fp32.
     """
-    source = _SOURCES.get(model)
-    if dtypes == "source":
-        _save_as_source(model, path, source)
-        return
-    if dtypes != "default":
-        raise UserError(f'dtypes must be "default" or "source", got {dtypes!r}')
     first = model.owned_experts.start
     weights = (
         (name, tensor.float() if name.rpartition(".")[2] in FP32_NAMES else tensor, first)
         for name, tensor in tensors_by_name(model).items()
     )
-    save_weights(path, model.config, weights, companions=source.companions if source else None)
-
-
-def _save_as_source(model: HybridLM, path: str | Path, source: Source | None) -> None:
-    if source is None:
-        raise UserError(
-            'dtypes="source" is for a model loaded from a directory (from_hf); this one was not: '
-            'leave it at "default"'
-        )
-    if source.report.rounded:
-        raise UserError(
-            f"the weights were rounded when they were loaded from {source.stored.directory}, so "
-            "its files cannot be written again: load without dtype"
-        )
-    if model.config != source.config:
-        raise UserError(
-            "the model's configuration was changed since it was loaded: save it with "
-            'dtypes="default"'
-        )
-    tensors = tensors_by_name(model)
-    rounded: list[str] = []
-
-    def write(writer: Writer) -> None:
-        for name, header in source.stored.headers.items():
-            writer.write(name, _parts_as_source(header, tensors, rounded))
-        if source.stored.index is not None:
-            writer.write(INDEX, [source.stored.index])
-        for name, content in {**source.companions.files, "config.json": source.config_json}.items():
-            writer.write(name, [content])
-
-    final = new_directory(path)
-    write_directory(final, OneProcess(), write, lambda writer, parts: None)
-    if rounded:
-        log.warning(
-            "%s: %d tensors, which changed since they were loaded, were rounded to the dtypes of "
-            "the source; the first is %s", final, len(rounded), rounded[0],
-        )  # fmt: skip
-
-
-def _parts_as_source(
-    header: Header, tensors: dict[str, Tensor], rounded: list[str]
-) -> Iterator[bytes | memoryview]:
-    yield header.raw
-    for name, entry in header.entries.items():
-        own, expert = from_hub(name)
-        tensor = tensors[own].detach() if expert is None else tensors[own][expert].detach()
-        if tuple(tensor.shape) != entry.shape:
-            raise UserError(f"{name} has shape {list(tensor.shape)}, had {list(entry.shape)}")
-        cast = tensor.to(TORCH_DTYPES[entry.dtype])
-        if cast.dtype != tensor.dtype and not torch.equal(cast.to(tensor.dtype), tensor):
-            rounded.append(name)
-        yield tensor_bytes(cast)
+    save_weights(path, model.config, weights, companions=companions)

@@ -30,7 +30,7 @@ import torch
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.checkpoint.companions import Companions
-from nemo_hybrid.checkpoint.directory import World, Writer, on_rank_0, write_directory
+from nemo_hybrid.checkpoint.directory import World, Writer, write_directory
 from nemo_hybrid.checkpoint.files import CheckpointError
 from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
@@ -162,9 +162,9 @@ def save_checkpoint(
         files.point_latest(checkpoints_dir, final)
         files.prune(checkpoints_dir, keep, trusted=final)
 
-    on_rank_0(world, clean)
+    world.from_rank_0(clean)
     write_directory(final, world, write, finish)
-    on_rank_0(world, settle)
+    world.from_rank_0(settle)
     return final
 
 

@@ -28,7 +28,7 @@ from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
 from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import side_by_side
-from nemo_hybrid.hf_config import json_bytes, parse_json
+from nemo_hybrid.hf_config import read_json
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +109,12 @@ _MTP_HINTS = {
 class Stored:
     """What the weight files of a directory hold, from their headers alone.
 
-    ``headers`` by file name; ``index`` as it stands in its file, and what it says (None: there is
-    one file and no index); ``strays`` are safetensors files beside those.
+    ``headers`` by file name; ``weight_map``: what the index says (None: there is one file and no
+    index); ``strays`` are safetensors files beside those.
     """
 
     directory: Path
     headers: dict[str, Header]
-    index: bytes | None
     weight_map: dict[str, str] | None
     strays: list[str]
 
@@ -172,14 +171,14 @@ def log_report(report: Report) -> None:
 
 def read_headers(directory: Path) -> Stored:
     """Read index and headers. Raises UserError for the first file that is not what it should be."""
-    index, names, weight_map = _read_index(directory)
+    names, weight_map = _read_index(directory)
     headers = {}
     for name in names:
         with TensorFile(directory / name) as file:
             headers[name] = file.header
     beside = {path.name for path in directory.glob("*.safetensors")} - headers.keys()
     strays = sorted(name for name in beside if not _STATE.fullmatch(name))
-    return Stored(directory, headers, index, weight_map, strays)
+    return Stored(directory, headers, weight_map, strays)
 
 
 def pickles(directory: Path) -> list[str]:
@@ -187,16 +186,15 @@ def pickles(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("pytorch_model*"))
 
 
-def _read_index(directory: Path) -> tuple[bytes | None, list[str], dict[str, str] | None]:
+def _read_index(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     path = directory / INDEX
     if not path.is_file():
         if not (directory / SINGLE).is_file():
             old = pickles(directory)
             hint = f"; convert {old[0]} to safetensors first" if old else ""
             raise UserError(f"{directory} holds neither {INDEX} nor {SINGLE}{hint}")
-        return None, [SINGLE], None
-    content = json_bytes(path)
-    weight_map = parse_json(content, path).get("weight_map")
+        return [SINGLE], None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: weight_map is missing or empty")
     names = set()
@@ -216,7 +214,7 @@ def _read_index(directory: Path) -> tuple[bytes | None, list[str], dict[str, str
         # Unlike Path.is_file, this is False for names that cannot exist, too.
         if not os.path.isfile(directory / name):
             raise UserError(f"{path} names {name!r}, which is not there")
-    return content, sorted(names), weight_map
+    return sorted(names), weight_map
 
 
 def account(

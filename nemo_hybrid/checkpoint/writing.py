@@ -20,7 +20,6 @@ from nemo_hybrid.checkpoint.directory import (
     World,
     Writer,
     new_directory,
-    on_rank_0,
     write_directory,
 )
 from nemo_hybrid.checkpoint.names import from_hub, to_hub
@@ -152,7 +151,7 @@ def save_weights(
     """
     world = world or OneProcess()
     write_directory(
-        on_rank_0(world, lambda: new_directory(final)),
+        world.from_rank_0(new_directory, final),
         world,
         lambda writer: write_shards(writer, weights, world.rank, max_shard_bytes),
         lambda writer, parts: write_model_files(writer, config, parts, companions or Companions()),

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, count
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -124,8 +124,25 @@ class Sampler:
         return store, permute(position, self.windows[store], self.seed, "epoch", epoch, store)
 
 
-class Data(Protocol):
-    """What a run reads: rows of token sequences by number, the same whoever asks."""
+class Share(NamedTuple):
+    """What part of every global batch a process reads, in micro-batches."""
+
+    rank: int
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+
+    def samples(self, step: int) -> list[range]:
+        """Global sample numbers of this process's micro-batches in a step: row b of micro-batch m
+        on rank r is step * global_batch_size + (m * world_size + r) * micro_batch_size + b."""
+        first = step * self.global_batch_size + self.rank * self.micro_batch_size
+        stride = self.micro_batch_size * self.world_size
+        begins = range(first, first + self.global_batch_size, stride)
+        return [range(begin, begin + self.micro_batch_size) for begin in begins]
+
+
+class Rows(Protocol):
+    """Rows of token sequences by number, the same whoever asks."""
 
     @property
     def tokens(self) -> int:
@@ -244,7 +261,7 @@ def open_blend(data: DataOptions, model: Architecture) -> Blend:
     return Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
 
 
-def require_tokenizer(data: Data, directory: Path) -> None:
+def require_tokenizer(data: Rows, directory: Path) -> None:
     """Raise UserError if a checkpoint's tokenizer is another one than that of the data: the same
     ids would mean other text. A checkpoint without tokenizer.json says nothing."""
     tokenizer = directory / TOKENIZER
@@ -255,53 +272,60 @@ def require_tokenizer(data: Data, directory: Path) -> None:
         )
 
 
-def steps(
-    data: Data,
-    *,
-    sequence_length: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    start_step: int,
-    workers: int,
-    seed: int,
-) -> Iterator[list[Batch]]:
-    """Endless training steps from start_step on: this rank's micro-batches of each.
+class Stored:
+    """A run's data out of ``rows``: what a step reads depends on its number alone.
 
-    Row b of micro-batch m of step s on rank r is global sample
-    s * global_batch_size + (m * world_size + r) * micro_batch_size + b.
-
-    workers: threads that read ahead. Reading a window is a copy out of a memory map, during which
-    Python's lock is mostly free, and threads need neither fork nor shared memory.
+    ``limit``: held-out rows of an evaluation, at most. ``workers``: threads that read ahead.
+    Reading a window is a copy out of a memory map, during which Python's lock is mostly free, and
+    threads need neither fork nor shared memory.
     """
-    if global_batch_size % (micro_batch_size * world_size):
-        raise ValueError("global_batch_size must be a multiple of micro_batch_size x world_size")
 
-    def micro_batch(first: int) -> Batch:
-        return data.rows(range(first, first + micro_batch_size), sequence_length, seed)
+    def __init__(
+        self, rows: Rows, *, sequence_length: int, seed: int, limit: int = 0, workers: int = 0
+    ) -> None:
+        self.rows, self.sequence_length, self.seed = rows, sequence_length, seed
+        self.limit, self.workers = limit, workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
+        self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
 
-    def step(number: int) -> list[Batch]:
-        begin = number * global_batch_size + rank * micro_batch_size
-        stride = micro_batch_size * world_size
-        return [micro_batch(begin + d) for d in range(0, global_batch_size, stride)]
+    def begin(self, model: object, world: object) -> None:
+        pass
 
-    if not workers:
-        yield from map(step, count(start_step))
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
-    ahead: deque[Future[list[Batch]]] = deque()
-    try:
-        for number in count(start_step):
-            ahead.append(pool.submit(step, number))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def step(self, number: int, share: Share) -> list[Batch]:
+        if self._pool is None:
+            return self._read(number, share)
+        if self._ahead and self._ahead[0][0] != number:
+            self._ahead.clear()
+        next_one = self._ahead[-1][0] + 1 if self._ahead else number
+        for ahead in range(next_one, number + 2 * self.workers + 1):
+            self._ahead.append((ahead, self._pool.submit(self._read, ahead, share)))
+        return self._ahead.popleft()[1].result()
+
+    def _read(self, number: int, share: Share) -> list[Batch]:
+        return [self.rows.rows(s, self.sequence_length, self.seed) for s in share.samples(number)]
+
+    def heldout(self, share: Share) -> Iterator[Batch]:
+        return heldout_batches(
+            self.rows,
+            sequence_length=self.sequence_length,
+            micro_batch_size=share.micro_batch_size,
+            rank=share.rank,
+            world_size=share.world_size,
+            limit=self.limit,
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 def heldout_batches(
-    data: Data,
+    data: Rows,
     *,
     sequence_length: int,
     micro_batch_size: int,

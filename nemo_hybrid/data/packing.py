@@ -76,7 +76,7 @@ def open_stores(root: Path, verify: Verify = "full") -> tuple[SampleStore, Sampl
 
 @dataclass(frozen=True)
 class PackedSamples:
-    """Samples of a run, packed: what `train.loop` reads in fine-tuning (see `loader.Data`)."""
+    """Samples of a run, packed: what fine-tuning reads (see `loader.Rows`)."""
 
     train: SampleStore
     heldout: SampleStore | None

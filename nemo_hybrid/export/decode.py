@@ -25,7 +25,7 @@ from nemo_hybrid.export import assign
 from nemo_hybrid.export.declared import Format
 from nemo_hybrid.export.schema import Schema
 from nemo_hybrid.files import naming
-from nemo_kernels.nvfp4.reference import Quantized, dequantize
+from nemo_kernels.lowp.reference import Quantized, dequantize
 
 KV_SCALES = (".k_scale", ".v_scale")
 # At most 1/3 comes of rounding scales to the nearest: the smallest one, for one 1.5 times as large.

@@ -6,7 +6,7 @@ NVFP4: a block of 16 has the scale s_b, E4M3, the tensor has t, fp32; a value is
     amax            s_b = E4M3(amax_b / (6 t)),              t = amax / 2688
     four_over_six   s_b for amax_b, or for 1.5 amax_b,       t = amax / 1536
     mse             the best s_b of all E4M3 numbers,        t = amax / 2688
-    training        s_b of the 16x16 block, by TransformerEngine's formula (nemo_kernels.nvfp4)
+    training        s_b of the 16x16 block, by TransformerEngine's formula (nemo_kernels.lowp)
 
 The choices of the middle two minimise the block's sum of squared errors; of equal ones, the first
 (1.0, or the smallest) counts. 2688 = 6 * 448; 1536 = 6 * 256 leaves room for 1.5 times as much.
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import BLOCK, Format
-from nemo_kernels.nvfp4.packing import encode, pack
-from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
-from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_nearest_
-from nemo_kernels.nvfp4.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
+from nemo_kernels.lowp.packing import encode, pack
+from nemo_kernels.lowp.reference import Quantized, dequantize, quantize, quantize_modelopt
+from nemo_kernels.lowp.rounding import E2M1_MAX, round_to_nearest_
+from nemo_kernels.lowp.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
 
 Search = Literal["amax", "mse", "four_over_six", "training"]
 Layout = Literal["modelopt", "compressed-tensors"]

@@ -21,10 +21,10 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Format, groups
 from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_kernels.lowp.reference import fake_quantize
+from nemo_kernels.lowp.scales import E4M3_MAX
 from nemo_kernels.moe.function import Gradients, Wanted
 from nemo_kernels.moe.reference import LoopExperts
-from nemo_kernels.nvfp4.reference import fake_quantize
-from nemo_kernels.nvfp4.scales import E4M3_MAX
 
 Change = Callable[[Tensor], Tensor]
 WITH_INPUTS = ("fp8", "nvfp4")

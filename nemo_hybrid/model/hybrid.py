@@ -4,15 +4,17 @@ Shapes: B batch, S sequence, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.model.cache import After, Caches, allocate
 from nemo_hybrid.model.init import initialize
-from nemo_hybrid.model.latent_moe import Dispatcher, Experts, LocalDispatcher
-from nemo_hybrid.model.layer import Layer, LayerCache, Layers
+from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
+from nemo_hybrid.model.layer import Layers
+from nemo_hybrid.model.linear import fp32_product
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
@@ -44,12 +46,12 @@ class Backbone(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """Hybrid Mamba-2 / attention language model with LatentMoE layers and MTP heads.
+    """Hybrid Mamba-2 / attention language model with LatentMoE layers and MTP heads. What users
+    import, ``nemo_hybrid.HybridLM``, can also be loaded and saved (see ``hub``).
 
     ``dispatcher`` brings tokens to experts (all local by default) and says which experts this
     process owns. Weights depend on ``seed`` only, not on the layout; on the meta device none are
-    drawn. ``recompute`` names the layer letters whose activations are recomputed in backward,
-    in the backbone and in the MTP block; e: the experts' inner activations alone.
+    drawn.
     """
 
     def __init__(
@@ -58,7 +60,6 @@ class HybridLM(nn.Module):
         *,
         dispatcher: Dispatcher | None = None,
         seed: int = 0,
-        recompute: str = "",
     ) -> None:
         super().__init__()
         config.validate()
@@ -68,34 +69,8 @@ class HybridLM(nn.Module):
         self.backbone = Backbone(config, dispatcher)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTPBlock(config, dispatcher) if config.mtp_num_depths else None
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.recompute = module.letter in recompute
-            elif isinstance(module, Experts):
-                module.recompute = "e" in recompute
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
-
-    @classmethod
-    def from_hf(cls, path: str, dtype: torch.dtype | None = None) -> "HybridLM":
-        """Load a local directory (run, checkpoint or Hugging Face), every tensor accounted for.
-
-        ``dtype`` None: bf16 or fp32, whichever rounds nothing. The model is in training mode, which
-        changes none of its results. Raises UserError.
-        """
-        from nemo_hybrid.checkpoint.load import load_model
-
-        return load_model(path, dtype)
-
-    def save_hf(self, path: str, dtypes: Literal["default", "source"] = "default") -> None:
-        """Write a Hugging Face directory: config.json and safetensors, one key per expert.
-
-        ``dtypes`` "source", after `from_hf`: the very files that were read, in their dtypes; else
-        the fp32 list is written in fp32. Raises UserError when path exists and is not empty.
-        """
-        from nemo_hybrid.checkpoint.load import save_model
-
-        save_model(self, path, dtypes)
 
     def forward(self, input_ids: Tensor, mtp: bool = False) -> HybridOutput:
         """Logits of ``input_ids`` [B, S], one document per row."""
@@ -113,12 +88,8 @@ class HybridLM(nn.Module):
 
         ``documents``: those of packed rows; None: one document per row.
         """
-        stats: Stats = {}
-        x_BSD = self.backbone.embeddings(ids_BS)
-        for i, layer in enumerate(self.backbone.layers):
-            x_BSD, routed = layer(x_BSD, documents)
-            if routed is not None:
-                stats[f"backbone.layers.{i}"] = routed
+        x_BSD, routed = self.backbone.layers(self.backbone.embeddings(ids_BS), documents)
+        stats = {f"backbone.layers.{i}": layer for i, layer in routed.items()}
         return self.backbone.norm_f(x_BSD), stats
 
     def forward_mtp(
@@ -132,30 +103,55 @@ class HybridLM(nn.Module):
         seq_idx_BS = None if documents is None else documents.seq_idx_BS
         hidden: list[Tensor] = []
         stats: Stats = {}
-        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else None
+        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else {}
         for depth in range(1, self.config.mtp_num_depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
-            h_BSD, collected = self.mtp(h_BSD, e_BSD, documents, wide)
+            h_BSD, routed = functional_call(self.mtp, wide, (h_BSD, e_BSD, documents))
             hidden.append(h_BSD)
-            for i, new in collected.items():
+            for i, new in routed.items():
                 name = f"mtp.layers.{i}"
                 old = stats.get(name)
                 stats[name] = new if old is None else RoutingStats(*map(torch.add, old, new))
         return hidden, stats
 
     @torch.no_grad()
-    def prefill(self, ids_BS: Tensor) -> tuple[Tensor, list[LayerCache]]:
-        """Read a prompt: logits [B, V] of the token after it, and the caches."""
-        caches = [layer.new_cache() for layer in self.backbone.layers]
-        x_BSD = self.backbone.embeddings(ids_BS)
-        for layer, cache in zip(self.backbone.layers, caches, strict=True):
-            x_BSD = layer.prefill(x_BSD, cache)
-        return self.lm_head(self.backbone.norm_f(x_BSD[:, -1])), caches
+    def logits(self, h: Tensor) -> Tensor:
+        """Of hidden states [.., D]: fp32 [.., V], which tokens are to be drawn from."""
+        return fp32_product(h.flatten(0, -2), self.lm_head.weight.t()).unflatten(0, h.shape[:-1])
+
+    def new_caches(self, rows: int, tokens: int, mtp: bool = False) -> Caches:
+        """Caches with room for so many tokens in each row; also for the MTP block, if asked for."""
+        like = self.backbone.embeddings.weight
+        caches = allocate(self.config.pattern, self.config, rows, tokens, like)
+        if mtp:
+            caches.mtp = allocate(self.config.mtp_pattern, self.config, rows, tokens, like)
+        return caches
 
     @torch.no_grad()
-    def decode(self, ids_B: Tensor, caches: list[LayerCache]) -> Tensor:
-        """Read one token per row: logits [B, V] of the next; the caches move on."""
-        x_BD = self.backbone.embeddings(ids_B)
-        for layer, cache in zip(self.backbone.layers, caches, strict=True):
-            x_BD = layer.decode(x_BD, cache)
-        return self.lm_head(self.backbone.norm_f(x_BD))
+    def read(self, ids_BS: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
+        """Read on: hidden states [B, S, D] after the final norm, and what `commit` needs.
+
+        The first ``counts_B`` tokens of each row follow what the caches hold; ids behind them, and
+        hidden states there, mean nothing. The caches need room for all S. The results are those of
+        `forward_hidden` over the whole text, however it is divided, up to rounding.
+        """
+        x_BSD = self.backbone.embeddings(ids_BS)
+        x_BSD, after = self.backbone.layers.read(x_BSD, counts_B, caches)
+        return self.backbone.norm_f(x_BSD), after
+
+    @torch.no_grad()
+    def read_mtp(
+        self, h_BSD: Tensor, ids_BS: Tensor, counts_B: Tensor, caches: Caches
+    ) -> tuple[Tensor, After]:
+        """Depth 1 of multi-token prediction over tokens whose ``h_BSD`` `read` gave: its hidden
+        states, and what `commit` needs for ``caches.mtp``. ``ids_BS`` are the tokens after them."""
+        assert self.mtp is not None, "the model has no multi-token-prediction block"
+        assert caches.mtp is not None, "the caches have none for multi-token prediction"
+        return self.mtp.read(h_BSD, self.backbone.embeddings(ids_BS), counts_B, caches.mtp)
+
+    @torch.no_grad()
+    def decode(self, ids_B: Tensor, caches: Caches) -> Tensor:
+        """Read one more token in each row: its hidden state [B, D] after the final norm. It counts
+        at once. Nothing waits for a GPU."""
+        x_BD = self.backbone.layers.decode(self.backbone.embeddings(ids_B), caches)
+        return self.backbone.norm_f(x_BD)

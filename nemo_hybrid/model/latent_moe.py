@@ -3,8 +3,8 @@
 The router and the shared expert see the full hidden width; tokens are dispatched, transformed and
 combined in the latent width. Without a latent size this is an ordinary MoE layer.
 
-Shapes: B rows, S sequence, T = B*S tokens, D hidden, L latent, E experts, F expert width, K experts
-per token.
+Shapes: B rows, S sequence, T = B*S tokens, R real ones of them, D hidden, L latent, E experts,
+F expert width, K experts per token.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import Reading
 from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
@@ -22,12 +23,13 @@ from nemo_kernels.moe.function import Experts as ExpertProducts
 
 
 class Experts(nn.Module):
-    """The routed experts that this process owns, stacked: up [E, F, L] and down [E, L, F]."""
+    """The ``owned`` of ``total`` routed experts, stacked: up [E, F, L] and down [E, L, F]."""
 
-    def __init__(self, experts: int, size: int, intermediate: int) -> None:
+    def __init__(self, owned: range, total: int, size: int, intermediate: int) -> None:
         super().__init__()
-        self.up_proj = nn.Parameter(torch.empty(experts, intermediate, size))
-        self.down_proj = nn.Parameter(torch.empty(experts, size, intermediate))
+        self.owned, self.total = owned, total
+        self.up_proj = nn.Parameter(torch.empty(len(owned), intermediate, size))
+        self.down_proj = nn.Parameter(torch.empty(len(owned), size, intermediate))
         self.up_proj_lora: Adapter | None = None
         self.down_proj_lora: Adapter | None = None
         self.recompute = False  # the pre-activation in the backward pass
@@ -84,7 +86,7 @@ class LatentMoE(nn.Module):
         super().__init__()
         D, L = cfg.hidden_size, cfg.expert_size
         self.gate = Router(cfg)
-        self.experts = Experts(len(dispatcher.owned), L, cfg.moe_intermediate_size)
+        self.experts = Experts(dispatcher.owned, cfg.n_routed_experts, L, cfg.moe_intermediate_size)
         self.dispatcher = dispatcher
         latent = cfg.moe_latent_size is not None
         self.fc1_latent_proj = Linear(D, L) if latent else None
@@ -109,6 +111,13 @@ class LatentMoE(nn.Module):
         real_BS = None if documents is None else documents.real_BS
         stats = routing_stats(scores_TE, ids_TK, x_BSD.shape[0], real_BS)
         return y_TD.view_as(x_BSD), stats
+
+    def read(self, x_BSD: Tensor, reading: Reading) -> Tensor:
+        """What pads a row is not sent to experts, so it does not take part in anything."""
+        y_BSD = torch.zeros_like(x_BSD)
+        x_RD = x_BSD.flatten(0, 1)[reading.real_R]
+        y_BSD.flatten(0, 1)[reading.real_R] = self._mix(x_RD)[0]
+        return y_BSD
 
     def decode(self, x_BD: Tensor) -> Tensor:
         return self._mix(x_BD)[0]

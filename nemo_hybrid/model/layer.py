@@ -1,25 +1,22 @@
-"""One layer of the stack: x + mixer(norm(x)), with one mixer per layer."""
+"""One layer of the stack: x + mixer(norm(x)), with one mixer per layer; and stacks of layers.
 
-from collections.abc import Iterator
+Shapes: B batch, S sequence, D hidden.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.config import Architecture
-from nemo_hybrid.model.attention import Attention, AttentionCache
+from nemo_hybrid.model.attention import Attention
+from nemo_hybrid.model.cache import After, Caches, LayerCache, MambaCache, Reading, reading
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
-from nemo_hybrid.model.mamba2 import Mamba2, MambaCache
+from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
-
-LayerCache = AttentionCache | MambaCache | None
-Wide = dict[str, Tensor]
-"""Parameters by name that stand in for a module's own (see ``linear``)."""
 
 
 def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
@@ -40,71 +37,90 @@ class Layer(nn.Module):
     def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
-        self.recompute = False  # keep only the layer's input for the backward pass
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
         self.mixer = build_mixer(letter, cfg, dispatcher)
 
     def forward(
-        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None = None
+        self, x_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Training: the new residual stream, and routing statistics of a MoE layer.
-
-        ``wide``: parameters to use in place of this layer's own, by name.
-        """
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                self._compute, x_BSD, documents, wide, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._compute(x_BSD, documents, wide)
-
-    def _compute(
-        self, x_BSD: Tensor, documents: Documents | None, wide: Wide | None
-    ) -> tuple[Tensor, RoutingStats | None]:
-        h_BSD = call(self.norm, wide, "norm.", x_BSD)
-        if self.letter == "E":
-            y_BSD, stats = call(self.mixer, wide, "mixer.", h_BSD, documents)
-            return x_BSD + y_BSD, stats
-        if self.letter == "-":
-            return x_BSD + call(self.mixer, wide, "mixer.", h_BSD), None
-        return x_BSD + call(self.mixer, wide, "mixer.", h_BSD, documents), None
-
-    def new_cache(self) -> LayerCache:
-        return {"M": MambaCache, "*": AttentionCache}.get(self.letter, lambda: None)()
-
-    def prefill(self, x_BSD: Tensor, cache: LayerCache) -> Tensor:
+        """Training: the new residual stream, and routing statistics of a MoE layer."""
         h_BSD = self.norm(x_BSD)
         if self.letter == "E":
-            return x_BSD + self.mixer(h_BSD)[0]
+            y_BSD, stats = self.mixer(h_BSD, documents)
+            return x_BSD + y_BSD, stats
         if self.letter == "-":
-            return x_BSD + self.mixer(h_BSD)
-        return x_BSD + self.mixer.prefill(h_BSD, cache)
+            return x_BSD + self.mixer(h_BSD), None
+        return x_BSD + self.mixer(h_BSD, documents), None
 
-    def decode(self, x_BD: Tensor, cache: LayerCache) -> Tensor:
+    def read(
+        self, x_BSD: Tensor, cache: LayerCache, reading: Reading
+    ) -> tuple[Tensor, MambaCache | None]:
+        """Tokens that follow others, and what a Mamba cache is to hold after them."""
+        h_BSD, after = self.norm(x_BSD), None
+        if self.letter == "M":
+            y_BSD, after = self.mixer.read(h_BSD, cache, reading)
+        elif self.letter == "*":
+            y_BSD = self.mixer.read(h_BSD, cache, reading.before_B)
+        elif self.letter == "E":
+            y_BSD = self.mixer.read(h_BSD, reading)
+        else:
+            y_BSD = self.mixer(h_BSD)
+        return x_BSD + y_BSD, after
+
+    def decode(self, x_BD: Tensor, cache: LayerCache, before_B: Tensor) -> Tensor:
+        """One token per row; a Mamba cache moves on."""
         h_BD = self.norm(x_BD)
+        if self.letter == "M":
+            return x_BD + self.mixer.decode(h_BD, cache)
+        if self.letter == "*":
+            return x_BD + self.mixer.decode(h_BD, cache, before_B)
         if self.letter == "E":
             return x_BD + self.mixer.decode(h_BD)
-        if self.letter == "-":
-            return x_BD + self.mixer(h_BD)
-        return x_BD + self.mixer.decode(h_BD, cache)
+        return x_BD + self.mixer(h_BD)
 
 
-def call(module: nn.Module, wide: Wide | None, prefix: str, *args: Any) -> Any:
-    """``module(*args)``, with those parameters of ``wide`` whose names begin with prefix."""
-    if wide is None:
-        return module(*args)
-    return functional_call(module, under(wide, prefix), args)
+Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
 
 
-def under(wide: Wide, prefix: str) -> Wide:
-    """Those whose names begin with prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in wide.items() if n.startswith(prefix)}
+def run_plainly(
+    layer: Layer, x_BSD: Tensor, documents: Documents | None
+) -> tuple[Tensor, RoutingStats | None]:
+    return layer(x_BSD, documents)
 
 
 class Layers(nn.ModuleList):
-    """The layers of a pattern, in order."""
+    """The layers of a pattern, in order. ``run`` is how training calls each of them, to be
+    replaced from outside (see ``recompute``)."""
 
     def __init__(self, pattern: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
+        self.run: Run = run_plainly
 
     def __iter__(self) -> Iterator[Layer]:
         return cast(Iterator[Layer], super().__iter__())
+
+    def forward(
+        self, x_BSD: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+        """Training: the new residual stream, and routing statistics of the MoE layers by number."""
+        stats = {}
+        for i, layer in enumerate(self):
+            x_BSD, routed = self.run(layer, x_BSD, documents)
+            if routed is not None:
+                stats[i] = routed
+        return x_BSD, stats
+
+    def read(self, x_BSD: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
+        """The first ``counts_B`` of each row's S tokens, which follow what the caches hold."""
+        now, states = reading(counts_B, x_BSD.shape[1], caches), []
+        for layer, cache in zip(self, caches.layers, strict=True):
+            x_BSD, state = layer.read(x_BSD, cache, now)
+            states.append(state)
+        return x_BSD, After(counts_B, states)
+
+    def decode(self, x_BD: Tensor, caches: Caches) -> Tensor:
+        """One token per row, which counts at once."""
+        for layer, cache in zip(self, caches.layers, strict=True):
+            x_BD = layer.decode(x_BD, cache, caches.lengths_B)
+        caches.lengths_B += 1
+        return x_BD

@@ -75,9 +75,13 @@ class _WideGradient(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx, dweight = dy @ weight, None
         if ctx.needs_input_grad[1]:
-            rows_dy, rows_x = dy.flatten(0, -2), x.flatten(0, -2)
-            if dy.is_cuda:
-                dweight = torch.mm(rows_dy.t(), rows_x, out_dtype=torch.float32)
-            else:
-                dweight = torch.mm(rows_dy.t().float(), rows_x.float())
+            dweight = fp32_product(dy.flatten(0, -2).t(), x.flatten(0, -2))
         return dx, dweight
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices, summed and left in fp32 (of fp64: in fp64)."""
+    exact = torch.promote_types(a.dtype, torch.float32)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=exact)
+    return torch.mm(a.to(exact), b.to(exact))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.finetune_options import LoraOptions
-from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.init import generator_of
 from nemo_hybrid.model.latent_moe import Experts
 from nemo_hybrid.model.linear import Adapter, Linear
@@ -38,7 +37,7 @@ class Adapted(NamedTuple):
 HEADER = ("adapters", "modules", "weight", "trainable parameters")
 
 
-def add_adapters(model: HybridLM, options: LoraOptions, seed: int) -> list[Adapted]:
+def add_adapters(model: nn.Module, options: LoraOptions, seed: int) -> list[Adapted]:
     """Freeze the model and add adapters that compute zero, in the dtype and on the device of their
     weights: A drawn as PEFT does, uniform in +-1/sqrt(D_in), from (seed, name, expert) alone; B 0.
 
@@ -64,17 +63,16 @@ def add_adapters(model: HybridLM, options: LoraOptions, seed: int) -> list[Adapt
     adapted = []
     # In the order in which the parameters stand in the model.
     for name in (n for n in map(_owner, dict(model.named_parameters())) if n in chosen):
-        weight = linears[name] if name in linears else stacks[name]
-        adapter = Adapter(weight, options.rank, options.scale)
-        parent, _, leaf = name.rpartition(".")
         if name in linears:
-            modules[name].lora = adapter
-            at = f"{name}.lora"
+            adapter = modules[name].lora = Adapter(linears[name], options.rank, options.scale)
+            at, owned, total = f"{name}.lora", range(1), 1
         else:
+            adapter = Adapter(stacks[name], options.rank, options.scale)
+            parent, _, leaf = name.rpartition(".")
             setattr(modules[parent], f"{leaf}_lora", adapter)
-            at = f"{name}_lora"
-        _draw(adapter.A, f"{at}.A", model.owned_experts, seed)
-        adapted.append(adapted_of(name, adapter.A, adapter.B, model.config.n_routed_experts))
+            at, owned, total = f"{name}_lora", modules[parent].owned, modules[parent].total
+        _draw(adapter.A, f"{at}.A", owned, seed)
+        adapted.append(adapted_of(name, adapter.A, adapter.B, total))
     return adapted
 
 
@@ -104,7 +102,7 @@ def adapted_of(name: str, A: Tensor, B: Tensor, n_experts: int) -> Adapted:
 
 
 @torch.no_grad()
-def merge_adapters(model: HybridLM) -> None:
+def merge_adapters(model: nn.Module) -> None:
     """Add every adapter to its weight, summed in fp32 and rounded once, and take it away; all
     parameters can be trained again."""
     for module in model.modules():
@@ -136,12 +134,17 @@ def table(adapted: Iterable[Adapted], total: int | None = None) -> list[tuple[st
     return [*rows, ("all", str(sum(map(len, groups.values()))), "", f"{trained:,}{share}")]
 
 
-def parameter_count(model: HybridLM, trained: bool = False) -> int:
+def parameter_count(model: nn.Module, trained: bool = False) -> int:
     """Parameters of the whole model, adapters included, whichever experts this rank owns; of those
     that are ``trained`` alone."""
-    ranks = model.config.n_routed_experts // max(1, len(model.owned_experts))
-    counted = ((n, p) for n, p in model.named_parameters() if p.requires_grad or not trained)
-    return sum(p.numel() * (ranks if ".experts." in name else 1) for name, p in counted)
+    ranks = {
+        parameter: module.total // len(module.owned)
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
+    counted = (p for p in model.parameters() if p.requires_grad or not trained)
+    return sum(p.numel() * ranks.get(p, 1) for p in counted)
 
 
 def _owner(parameter: str) -> str:
@@ -151,8 +154,7 @@ def _owner(parameter: str) -> str:
 def _draw(A: Tensor, name: str, owned_experts: range, seed: int) -> None:
     """On the CPU in fp32, so that dtype and device do not change the stream."""
     bound = A.shape[-1] ** -0.5
-    experts, matrices = (owned_experts, A) if A.dim() == 3 else ((0,), (A,))
-    for expert, matrix in zip(experts, matrices, strict=True):
+    for expert, matrix in zip(owned_experts, A if A.dim() == 3 else (A,), strict=True):
         draw = torch.empty(matrix.shape, dtype=torch.float32)
         draw.uniform_(-bound, bound, generator=generator_of(seed, name, expert))
         matrix.data.copy_(draw)
@@ -166,7 +168,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
-def _matched(patterns: list[str], names: list[str], option: str, model: HybridLM) -> set[str]:
+def _matched(patterns: list[str], names: list[str], option: str, model: nn.Module) -> set[str]:
     """The names that a pattern matches. Raises UserError for a pattern that matches none."""
     chosen: set[str] = set()
     for pattern in patterns:
@@ -179,7 +181,7 @@ def _matched(patterns: list[str], names: list[str], option: str, model: HybridLM
     return chosen
 
 
-def _why(pattern: str, in_mtp: set[str], names: list[str], model: HybridLM) -> str:
+def _why(pattern: str, in_mtp: set[str], names: list[str], model: nn.Module) -> str:
     """Why a pattern gives no adapter, and what to write instead."""
     if in_mtp:
         return f"is in the MTP block alone; to adapt that, name it: {sorted(in_mtp)[0]}"
@@ -196,7 +198,7 @@ def _why(pattern: str, in_mtp: set[str], names: list[str], model: HybridLM) -> s
     return f"matches nothing; {f'perhaps {hint[0]}? ' if hint else ''}There are: {known}"
 
 
-def _no_place(name: str, model: HybridLM) -> str:
+def _no_place(name: str, model: nn.Module) -> str:
     """Why what a pattern does match gets no adapter through this option."""
     if isinstance(dict(model.named_modules()).get(_owner(name)), Linear):
         return f"is a linear layer: it belongs into lora.target_modules, as {_owner(name)}"

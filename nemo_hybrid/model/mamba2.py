@@ -4,40 +4,40 @@ Shapes: B batch, S sequence, D hidden, H heads, P head dim, I = H*P inner width,
 N state, C = I + 2*G*N conv channels, K conv kernel, J = K - 1.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import MambaCache, Reading
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import GatedRMSNorm
-from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step
 from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import ssd_scan, ssd_step
 
 
-@dataclass
-class MambaCache:
-    """The last inputs of the convolution [B, C, J] and the state of the scan [B, H, P, N], fp32."""
-
-    conv_BCJ: Tensor = field(default_factory=lambda: torch.empty(0))
-    ssm_BHPN: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
 class CausalConv1d(nn.Module):
-    """Weights of the depthwise causal convolution, in the checkpoint's layout [C, 1, K]."""
+    """Depthwise causal convolution with SiLU; the weight in the checkpoint's layout [C, 1, K]."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    @property
-    def weight_CK(self) -> Tensor:
-        return self.weight.squeeze(1)
+    def forward(self, x_BSC: Tensor, documents: Documents | None = None) -> Tensor:
+        return causal_conv1d(x_BSC, self.weight.squeeze(1), self.bias, documents)
+
+    def read(self, x_BSC: Tensor, state_BCJ: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens that follow others: output, and the last J inputs up to each row's count."""
+        J = state_BCJ.shape[-1]
+        x_BTC = torch.cat([state_BCJ.mT, x_BSC], dim=1)
+        last_BJ1 = (counts_B[:, None] + torch.arange(J, device=x_BSC.device))[..., None]
+        return self(x_BTC)[:, J:], x_BTC.take_along_dim(last_BJ1, dim=1).mT
+
+    def decode(self, x_BC: Tensor, state_BCJ: Tensor) -> Tensor:
+        return causal_conv1d_step(x_BC, state_BCJ, self.weight.squeeze(1), self.bias)
 
 
 class Mamba2(KeepsFp32):
@@ -77,33 +77,36 @@ class Mamba2(KeepsFp32):
         )
 
     def _scan(
-        self, xBC_BSC: Tensor, dt_BSH: Tensor, documents: Documents | None
+        self,
+        xBC_BSC: Tensor,
+        dt_BSH: Tensor,
+        documents: Documents | None = None,
+        state_BHPN: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        conv = self.conv1d
-        xBC_BSC = causal_conv1d(xBC_BSC, conv.weight_CK, conv.bias, documents)
         x_BSHP, B_BSGN, C_BSGN = self._split(xBC_BSC)
         A_H = -self.A_log.exp()
-        return ssd_scan(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, documents)
+        return ssd_scan(
+            x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, documents, state_BHPN
+        )
 
     def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
-        y_BSHP, _ = self._scan(xBC_BSC, dt_BSH, documents)
+        y_BSHP, _ = self._scan(self.conv1d(xBC_BSC, documents), dt_BSH, documents)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
-    def prefill(self, x_BSD: Tensor, cache: MambaCache) -> Tensor:
+    def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaCache]:
+        """Tokens that follow what the cache holds, and what it is to hold after them."""
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
-        cache.conv_BCJ = conv_state(xBC_BSC, self.conv1d.weight.shape[-1])
-        y_BSHP, cache.ssm_BHPN = self._scan(xBC_BSC, dt_BSH, None)
-        return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
+        xBC_BSC, conv_BCJ = self.conv1d.read(xBC_BSC, cache.conv_BCJ, reading.counts_B)
+        # A token of no time leaves the state as it is: so does what pads a row.
+        dt_BSH = dt_BSH.masked_fill(~reading.real_BS[..., None], 0)
+        y_BSHP, ssm_BHPN = self._scan(xBC_BSC, dt_BSH, None, cache.ssm_BHPN)
+        y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
+        return y_BSD, MambaCache(conv_BCJ, ssm_BHPN)
 
     def decode(self, x_BD: Tensor, cache: MambaCache) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)
-        conv = self.conv1d
-        xBC_BC, cache.conv_BCJ = causal_conv1d_step(
-            xBC_BC, cache.conv_BCJ, conv.weight_CK, conv.bias
-        )
-        x_BHP, B_BGN, C_BGN = self._split(xBC_BC)
-        y_BHP, cache.ssm_BHPN = ssd_step(
-            x_BHP, dt_BH, -self.A_log.exp(), B_BGN, C_BGN, self.D, cache.ssm_BHPN
-        )
+        x_BHP, B_BGN, C_BGN = self._split(self.conv1d.decode(xBC_BC, cache.conv_BCJ))
+        A_H = -self.A_log.exp()
+        y_BHP = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, self.D, cache.ssm_BHPN)
         return self.out_proj(self.norm(y_BHP.flatten(-2), z_BI))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config import Architecture
+from nemo_hybrid.model.cache import After, Caches
 from nemo_hybrid.model.latent_moe import Dispatcher
-from nemo_hybrid.model.layer import Layers, Wide, call, under
+from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
@@ -35,37 +36,37 @@ class MTPBlock(nn.Module):
         first.eh_proj = Linear(2 * D, D)
         last.final_layernorm = RMSNorm(D, eps)
 
-    def _ends(self) -> tuple[Any, Any]:
-        return self.layers[0], self.layers[-1]
-
     def forward(
-        self, h_BSD: Tensor, e_BSD: Tensor, documents: Documents | None, wide: Wide | None = None
+        self, h_BSD: Tensor, e_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
         """One depth: previous hidden state (after its final norm) and embeddings of tokens t + k.
 
         Returns the depth's hidden state (after the final norm) and the MoE layers' statistics.
-        ``wide``: parameters to use in place of this block's own, by name.
         """
-        first, last = self._ends()
-        end = f"layers.{len(self.layers) - 1}.final_layernorm."
-        e_BSD = call(first.enorm, wide, "layers.0.enorm.", e_BSD)
-        h_BSD = call(first.hnorm, wide, "layers.0.hnorm.", h_BSD)
-        x_BSD = call(first.eh_proj, wide, "layers.0.eh_proj.", torch.cat([e_BSD, h_BSD], dim=-1))
-        collected = {}
-        for i, layer in enumerate(self.layers):
-            own = None if wide is None else under(wide, f"layers.{i}.")
-            x_BSD, stats = layer(x_BSD, documents, own)
-            if stats is not None:
-                collected[i] = stats
-        return call(last.final_layernorm, wide, end, x_BSD), collected
+        x_BSD, stats = self.layers(self._joined(h_BSD, e_BSD), documents)
+        return self._ends()[1].final_layernorm(x_BSD), stats
 
-    def wide(self) -> Wide | None:
-        """fp32 copies of the block's trained parameters, with which the gradients of several depths
-        are summed in fp32 and rounded once; None where nothing would be rounded."""
-        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if not torch.is_grad_enabled() or all(p.dtype.itemsize > 2 for p in parameters.values()):
-            return None
-        return {name: p.float() for name, p in parameters.items()}
+    def read(
+        self, h_BSD: Tensor, e_BSD: Tensor, counts_B: Tensor, caches: Caches
+    ) -> tuple[Tensor, After]:
+        """One depth over tokens that follow what the caches hold, see `HybridLM.read_mtp`."""
+        x_BSD, after = self.layers.read(self._joined(h_BSD, e_BSD), counts_B, caches)
+        return self._ends()[1].final_layernorm(x_BSD), after
+
+    def _joined(self, h_BSD: Tensor, e_BSD: Tensor) -> Tensor:
+        first, _ = self._ends()
+        return first.eh_proj(torch.cat([first.enorm(e_BSD), first.hnorm(h_BSD)], dim=-1))
+
+    def _ends(self) -> tuple[Any, Any]:
+        return self.layers[0], self.layers[-1]
+
+    def wide(self) -> dict[str, Tensor]:
+        """fp32 copies of the trained parameters, by name. Where they stand in for these at several
+        depths, gradients are summed in fp32 and rounded once. Empty where nothing is rounded."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if not torch.is_grad_enabled() or all(p.dtype.itemsize > 2 for p in trained.values()):
+            return {}
+        return {name: p.float() for name, p in trained.items()}
 
 
 def shift_left(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.parallel.agreement import Agreement
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process."""
@@ -23,7 +24,7 @@ _POLL_S = 0.05
 
 
 @dataclass(frozen=True)
-class World:
+class World(Agreement):
     """``rank`` of ``size`` processes, computing on ``device``; ``group``: None for all of them."""
 
     rank: int
@@ -71,7 +72,6 @@ class World:
             dist.destroy_process_group()
 
     def gather(self, item: Any) -> list[Any]:
-        """The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item, self.group)
         return items

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.operand import Rounding
-from nemo_kernels.nvfp4.reference import scale_operand
-from nemo_kernels.nvfp4.rounding import E2M1_MAX
+from nemo_kernels.lowp.operand import Rounding
+from nemo_kernels.lowp.reference import scale_operand
+from nemo_kernels.lowp.rounding import E2M1_MAX
 
 Shares = dict[str, dict[str, float]]
 """Group, figure: a share between 0 and 1."""
@@ -56,7 +56,7 @@ class Probe:
         columnwise: bool,
         ends_E: Tensor | None = None,
     ) -> None:
-        """Count what quantizing x to NVFP4 as :func:`nemo_kernels.nvfp4.operands` does it loses.
+        """Count what quantizing x to NVFP4 as :func:`nemo_kernels.lowp.operands` does it loses.
 
         x: [M, N], with ``ends_E`` rows of experts; or [E, M, N]. Where x is transformed, the
         transformed values count. Stochastic rounding draws the reference's bits.

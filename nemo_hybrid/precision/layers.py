@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.precision.operands import BLOCKS, Products
-from nemo_kernels import nvfp4
+from nemo_kernels import lowp
 from nemo_kernels.moe.function import Gradients, Wanted
 
 
@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         weight_NK = weight.to(x_TK.dtype)
         ctx.save_for_backward(x_TK, weight_NK)
         a, b = products.forward_input(x_TK), products.forward_weight(weight_NK)
-        return nvfp4.product(a, b, x_TK.dtype)
+        return lowp.product(a, b, x_TK.dtype)
 
     @staticmethod
     @once_differentiable
@@ -46,10 +46,10 @@ class _Linear(torch.autograd.Function):
         use = products.streams.next_use(products.name)
         wgrad = ctx.needs_input_grad[1]  # frozen weights need none
         for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy", wgrad=wgrad)
-        dx_TK = nvfp4.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
+        dx_TK = lowp.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
         if not wgrad:
             return dx_TK, None, None
-        dweight_NK = nvfp4.product(for_wgrad, products.wgrad_input(x_TK), torch.float32)
+        dweight_NK = lowp.product(for_wgrad, products.wgrad_input(x_TK), torch.float32)
         return dx_TK, dweight_NK.to(ctx.weight_dtype), None
 
 
@@ -118,7 +118,7 @@ class QuantizedExperts(Products):
     def _forward_product(self, x_P: Tensor, weight_E: Tensor, segments: Segments) -> Tensor:
         ends_E = segments.ends_E
         a, b = self.forward_input(x_P, ends_E), self.forward_weight(weight_E)
-        return nvfp4.grouped_product(a, b, ends_E, x_P.dtype)
+        return lowp.grouped_product(a, b, ends_E, x_P.dtype)
 
     def _backward_products(
         self,
@@ -133,16 +133,16 @@ class QuantizedExperts(Products):
         ends_E = segments.ends_E
         for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E, wgrad=wgrad)
         weight = self.dgrad_weight(weight_E)
-        dx_P = nvfp4.grouped_product(for_dgrad, weight, ends_E, x_P.dtype)
+        dx_P = lowp.grouped_product(for_dgrad, weight, ends_E, x_P.dtype)
         if not wgrad:
             return dx_P, None
         x = self.wgrad_input(x_P, ends_E)
-        return dx_P, nvfp4.grouped_wgrad(for_wgrad, x, ends_E, torch.float32)
+        return dx_P, lowp.grouped_wgrad(for_wgrad, x, ends_E, torch.float32)
 
     def _segments(self, counts_E: Tensor, n_rows: int) -> Segments:
         align = max(BLOCKS[kind] for kind in self.formats)
         if "nvfp4" in self.formats:
-            align = max(align, nvfp4.segment_alignment(counts_E.device.type))
+            align = max(align, lowp.segment_alignment(counts_E.device.type))
         padded_E = (counts_E + (align - 1)).div(align, rounding_mode="floor") * align
         ends_E = padded_E.cumsum(0)
         expert_R = torch.repeat_interleave(counts_E, output_size=n_rows)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.precision.health import Probe
-from nemo_kernels import mxfp8, nvfp4
-from nemo_kernels.nvfp4.operand import Operand, Rounding
+from nemo_kernels import lowp
+from nemo_kernels.lowp import mxfp8
+from nemo_kernels.lowp.operand import Operand, Rounding
 
 Format = Literal["bf16", "fp32", "nvfp4", "mxfp8"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -153,7 +154,7 @@ def operands(
     """x for products that sum over its last dimension, and over the one before; one read of x where
     both are NVFP4."""
     if rows and columns and rows.format == columns.format == "nvfp4":
-        return nvfp4.operands(x, rows.rounding, columns.rounding, ends_E)
+        return lowp.operands(x, rows.rounding, columns.rounding, ends_E)
     return _operand(x, rows, False, ends_E), _operand(x, columns, True, ends_E)
 
 
@@ -161,9 +162,9 @@ def _operand(x: Tensor, side: Side | None, columnwise: bool, ends_E: Tensor | No
     if side is None:
         return None
     if side.format == "nvfp4" and columnwise:
-        return nvfp4.operands(x, None, side.rounding, ends_E)[1]
+        return lowp.operands(x, None, side.rounding, ends_E)[1]
     if side.format == "nvfp4":
-        return nvfp4.operands(x, side.rounding, None, ends_E)[0]
+        return lowp.operands(x, side.rounding, None, ends_E)[0]
     if side.format == "mxfp8":
         return mxfp8.operand(x, columnwise)
     return Operand(x.to(DTYPES[side.format]), None, columnwise)

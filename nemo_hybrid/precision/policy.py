@@ -21,7 +21,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
 from nemo_hybrid.precision.operands import BLOCKS, DTYPES, Format, Ingredients, PassFormats, Streams
-from nemo_kernels import nvfp4
+from nemo_kernels import lowp
 
 
 class Product(NamedTuple):
@@ -382,4 +382,4 @@ def work_of(
 def _runs(words: str, device_type: str) -> str:
     """Natively or emulated; empty for what is in no low precision."""
     low = low_formats(words.split("/"))
-    return low and ("native" if low == "nvfp4" and nvfp4.native(device_type) else "emulated")
+    return low and ("native" if low == "nvfp4" and lowp.native(device_type) else "emulated")

@@ -11,14 +11,20 @@ import math
 import statistics
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from nemo_hybrid.config import GuardOptions
+from typing import Any, NamedTuple
 
 _MIN_ACCEPTED = 16  # steps before spikes are judged
 # Spreads are at least this share of the median: a run that is momentarily very even must not take
 # an ordinary step for a spike. Gradient norms vary by their own size, losses do not.
 _FLOORS = {"loss": 0.02, "gradient norm": 1.0}
+
+
+class Bands(NamedTuple):
+    """How many robust standard deviations above the median of the last accepted steps a value may
+    lie; 0: it has to be finite, no more."""
+
+    loss: float
+    grad_norm: float
 
 
 @dataclass
@@ -38,12 +44,11 @@ class Counters:
 class Guard:
     """Judges steps; keeps the losses and gradient norms of the last accepted ones."""
 
-    def __init__(self, options: GuardOptions) -> None:
-        self.options = options
+    def __init__(self, window: int, bands: Bands) -> None:
+        """``window``: steps whose median counts."""
+        self._bands = dict(zip(_FLOORS, bands, strict=True))
         self.counters = Counters()
-        self._accepted: dict[str, deque[float]] = {
-            name: deque(maxlen=options.window) for name in _FLOORS
-        }
+        self._accepted: dict[str, deque[float]] = {name: deque(maxlen=window) for name in _FLOORS}
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """None to accept a step, else why it must not be made."""
@@ -61,7 +66,7 @@ class Guard:
     def _objection(self, name: str, value: float) -> str | None:
         if not math.isfinite(value):
             return f"{name} is {value}"
-        accepted, band = self._accepted[name], self.options.spike_band
+        accepted, band = self._accepted[name], self._bands[name]
         if not band or len(accepted) < _MIN_ACCEPTED:
             return None
         median = statistics.median(accepted)

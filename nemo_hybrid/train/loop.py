@@ -4,56 +4,36 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nemo_hybrid.checkpoint.directory import (
-    each,
-    find_latest_together,
-    on_rank_0,
-    together,
-    verify_together,
-)
-from nemo_hybrid.checkpoint.files import model_shape, step_name, step_of
+from nemo_hybrid.checkpoint.directory import find_latest_together, verify_together
+from nemo_hybrid.checkpoint.files import step_name, step_of
 from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.config import TrainingConfig
-from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
-from nemo_hybrid.model import lora
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.terminal import print_table
-from nemo_hybrid.train.build import (
-    Run,
-    build_run,
-    check_precision,
-    find_origin,
-    identity_of,
-    open_data,
-    with_adapters,
-)
-from nemo_hybrid.train.evaluate import evaluate
-from nemo_hybrid.train.finetune import describe, publish_model, warnings, with_steps
-from nemo_hybrid.train.flops import peak_source
+from nemo_hybrid.train.build import build_run
+from nemo_hybrid.train.flops import peak_source, train_flops_per_token
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
 from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
-from nemo_hybrid.train.resume import Position, Saver, restore
+from nemo_hybrid.train.resume import Saver, restore
+from nemo_hybrid.train.run import Outcome, Position, Recipe, Run
 from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, MODEL, RunLock, claim_run, open_run
-from nemo_hybrid.train.step import Outcome, train_step
+from nemo_hybrid.train.step import train_step
 from nemo_kernels import backend
 
 
-def train(config: TrainingConfig, launcher: int) -> None:
-    """Pre-train or fine-tune as ``config`` says; every process of the run calls this.
+def train(recipe: Recipe, launcher: int) -> None:
+    """Train as ``recipe`` says; every process of the run calls this.
 
     ``launcher``: see `Watch`.
 
@@ -63,61 +43,54 @@ def train(config: TrainingConfig, launcher: int) -> None:
     ends that rank; the others wait in their next collective until torchrun, which watches all of
     them, ends them.
     """
-    watch = Watch(config.train.hang_timeout_s, launcher)
-    with RunLock(config) as lock:
-        _train(config, lock, watch)
+    recipe.check()
+    recipe.config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
+    watch = Watch(recipe.config.train.hang_timeout_s, launcher)
+    with RunLock(recipe.config) as lock:
+        _train(recipe, lock, watch)
 
 
-def _train(config: TrainingConfig, lock: RunLock, watch: Watch) -> None:
-    hybrid = model_shape(config.model)
-    config.validate(hybrid)
-    check_precision(config, hybrid)
-    accumulation = config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
-    _set_determinism(config.train.deterministic)
-    world = World.start()
-    first = world.rank == 0
-    together(world, lambda: _choose_kernels(config, world))
-    checkpoint = on_rank_0(world, lambda: open_run(config, lock))
-    if checkpoint:
-        verify_together(world, checkpoint)
-    else:
-        checkpoint = find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
-    origin = on_rank_0(world, lambda: find_origin(config, checkpoint))
+def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
+    world = _start(recipe.config)
+    checkpoint = _find_checkpoint(world, recipe.config, lock)
     data = None
-    if isinstance(config, FinetuneConfig) and not config.train.max_steps:
-        data = open_data(config, hybrid, world, origin)
-        config = with_steps(config, data)
-    if checkpoint is not None and step_of(checkpoint) >= config.train.max_steps:
-        on_rank_0(world, lambda: write_missing_plots(config.run_dir))
-        if isinstance(config, FinetuneConfig):
-            on_rank_0(world, lambda: publish_model(config, checkpoint))
-        if first:
-            print(_summary(config, f"already finished at step {step_of(checkpoint)}"))
-        World.stop()
+    if not _finished(recipe, checkpoint):
+        data = recipe.open_data(world, checkpoint)  # also counts the steps, if epochs were given
+    if data is None or _finished(recipe, checkpoint):
+        assert checkpoint is not None
+        world.from_rank_0(write_missing_plots, recipe.config.run_dir)
+        how = f"already finished at step {step_of(checkpoint)}"
+        _end(recipe, world, checkpoint, how)
         return
-    data = data or open_data(config, hybrid, world, origin)
     if checkpoint:  # `restore` checks it too, but after the model was built
-        identity = asdict(identity_of(config, data, origin))
-        on_rank_0(world, lambda: check_resumable(checkpoint, hybrid, identity))
-    # The checkpoints of adapters do not hold the weights that these are for.
-    load = checkpoint is None or with_adapters(config)
-    run = build_run(config, hybrid, world, data, accumulation, origin, load)
+        world.from_rank_0(check_resumable, checkpoint, recipe.shape, recipe.identity())
+    run = build_run(recipe, world, data, checkpoint)
     position = restore(checkpoint, run) if checkpoint else Position()
-    on_rank_0(world, lambda: claim_run(config, lock))
+    world.from_rank_0(claim_run, recipe.config, lock)
     with ExitStack() as stack:
-        display = each(world, lambda: Display(run, position) if first else None)
+        with world.agreed():
+            display = Display(run, position) if world.rank == 0 else None
         if display:
-            _announce(config, world, run, checkpoint)
+            _announce(run, checkpoint)
             stack.enter_context(display)
         stack.enter_context(watch)
         Loop(run, position, display, watch, checkpoint).run_to_end()
-    on_rank_0(world, lambda: write_plots(config.run_dir))
-    if isinstance(config, FinetuneConfig):
-        last = Path(config.run_dir) / CHECKPOINTS / step_name(config.train.max_steps)
-        on_rank_0(world, lambda: publish_model(config, last))
-    if first:
-        print(_summary(config, "finished"))
-    World.stop()
+    world.from_rank_0(write_plots, recipe.config.run_dir)
+    last = Path(recipe.config.run_dir) / CHECKPOINTS / step_name(recipe.config.train.max_steps)
+    _end(recipe, world, last, "finished")
+
+
+def _start(config: TrainingConfig) -> World:
+    """Meet the other processes, and choose every operation's path. Raises UserError."""
+    _set_determinism(config.train.deterministic)
+    world = World.start()
+    with world.agreed():
+        try:
+            backend.choose(**vars(config.kernels))
+            backend.report(world.device.type)
+        except ValueError as error:
+            raise UserError(f"kernels: {error}") from error
+    return world
 
 
 def _set_determinism(wanted: bool) -> None:
@@ -127,13 +100,25 @@ def _set_determinism(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
 
 
-def _choose_kernels(config: TrainingConfig, world: World) -> None:
-    """Set every operation's path and try it. Raises UserError for one that cannot be taken."""
-    try:
-        backend.choose(**vars(config.kernels))
-        backend.report(world.device.type)
-    except ValueError as error:
-        raise UserError(f"kernels: {error}") from error
+def _find_checkpoint(world: World, config: TrainingConfig, lock: RunLock) -> Path | None:
+    """The whole checkpoint to go on from: the one that is asked for, or the newest."""
+    checkpoint = world.from_rank_0(open_run, config, lock)
+    if checkpoint is None:
+        return find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
+    verify_together(world, checkpoint)
+    return checkpoint
+
+
+def _finished(recipe: Recipe, checkpoint: Path | None) -> bool:
+    steps = recipe.config.train.max_steps
+    return checkpoint is not None and 0 < steps <= step_of(checkpoint)
+
+
+def _end(recipe: Recipe, world: World, last: Path, how: str) -> None:
+    world.from_rank_0(recipe.publish, last)
+    if world.rank == 0:
+        print(_summary(Path(recipe.config.run_dir), how))
+    World.stop()
 
 
 class Display:
@@ -141,8 +126,15 @@ class Display:
 
     def __init__(self, run: Run, position: Position) -> None:
         config = run.config
-        self._run_dir = config.run_dir
-        self._meter = Meter(run)
+        length = config.data.sequence_length
+        self._run, self._run_dir = run, config.run_dir
+        self._meter = Meter(
+            tokens=config.train.global_batch_size * length,
+            flops=train_flops_per_token(run.model.config, length),
+            peak=run.peak,
+            processes=run.world.size,
+            device=run.world.device,
+        )
         self._writer = MetricsWriter(config.run_dir, position.step)
         self._progress = Progress(config.train.max_steps, position.step, config.train.log_every)
 
@@ -156,8 +148,10 @@ class Display:
 
     def step(self, done: int, lr: float, outcome: Outcome, timing: Timing, logged: bool) -> None:
         """Record one finished step; its expert loads too where it is ``logged``."""
-        metrics = self._meter.metrics(done, lr, outcome, timing)
-        self._writer.write(metrics, outcome.loads() if logged else None)
+        counters, further = self._run.guard.counters, self._run.data.metrics()
+        metrics = self._meter.metrics(done, lr, outcome, timing, counters, further)
+        loads = {layer: counts_E.tolist() for layer, counts_E in outcome.loads.items()}
+        self._writer.write(metrics, loads if logged else None)
         self._progress.update(metrics)
 
     def note(self, text: str) -> None:
@@ -195,11 +189,10 @@ class Loop:
         """Until train.max_steps. Raises TrainingError, Stopped, or UserError from writing."""
         train, at = self.run.config.train, self.position
         before = self._heldout() if at.step == 0 and train.eval_sequences else None
-        data = self._batches()
         while at.step < train.max_steps:
             self.watch.beat()
             began = time.monotonic()
-            batches = next(data)
+            batches = self.run.data.step(at.batch, self.run.share)
             waited = time.monotonic() - began
             lr = learning_rate(at.step, train)
             self.run.precision.start_step(at.step, at.batch)
@@ -208,8 +201,8 @@ class Loop:
                 self.run,
                 batches,
                 lr,
+                at.step,
                 stop=self.watch.stop_requested or self.saver.failed,
-                per_document=train.per_document(at.step),
             )
             self.watch.check_parent()
             at.batch += 1
@@ -225,41 +218,19 @@ class Loop:
                 self._stop()
         self.saver.wait()
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        config, world = self.run.config, self.run.world
-        return steps(
-            self.run.data,
-            sequence_length=config.data.sequence_length,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=self.position.batch,
-            workers=config.data.workers,
-            seed=config.train.seed,
-        )
-
     def _record(self, lr: float, outcome: Outcome, timing: Timing) -> None:
         train, done = self.run.config.train, self.position.step
         if self.display:
             logged = done == train.max_steps or done % train.log_every == 0
             self.display.step(done, lr, outcome, timing, logged)
 
-    def _heldout_if_due(self) -> list[float] | None:
+    def _heldout_if_due(self) -> dict[str, float] | None:
         train, done = self.run.config.train, self.position.step
         due = done == train.max_steps or (train.eval_every > 0 and done % train.eval_every == 0)
         return self._heldout() if train.eval_sequences and due else None
 
-    def _heldout(self) -> list[float]:
-        run, train = self.run, self.run.config.train
-        return evaluate(
-            run.objective,
-            run.data,
-            run.world,
-            sequences=train.eval_sequences,
-            sequence_length=run.config.data.sequence_length,
-            micro_batch_size=train.micro_batch_size,
-        )
+    def _heldout(self) -> dict[str, float]:
+        return self.run.recipe.evaluate(self.run)
 
     def _save_if_due(self) -> None:
         config, done = self.run.config, self.position.step
@@ -269,7 +240,9 @@ class Loop:
             self._save()
 
     def _save(self, wait: bool = False) -> None:
-        each(self.run.world, lambda: self.display.sync() if self.display else None)
+        with self.run.world.agreed():
+            if self.display:
+                self.display.sync()
         keep = self.run.config.checkpoint.keep
         self.saver.save(self.checkpoints, self.position, keep, wait)
         self.saved = replace(self.position)
@@ -300,12 +273,14 @@ class Loop:
         """Weights, moments and schedule of a checkpoint; the data goes on where it is."""
         guard, at = self.run.guard, self.position
         counters = guard.counters
-        at.step = restore(checkpoint, self.run).step
+        at.step = restore(checkpoint, self.run, rolled_back=True).step
         guard.counters = counters
         counters.in_a_row = 0
         counters.rollbacks += 1
         counters.rollbacks_in_a_row += 1
-        each(self.run.world, lambda: self.display.back_to(at.step) if self.display else None)
+        with self.run.world.agreed():
+            if self.display:
+                self.display.back_to(at.step)
         self._note(f"back to {checkpoint.name}; the data goes on behind batch {at.batch}")
 
     def _give_up(self, outcome: Outcome, checkpoint: Path | None) -> None:
@@ -331,34 +306,25 @@ class Loop:
             self.display.note(text)
 
 
-def _announce(config: TrainingConfig, world: World, run: Run, checkpoint: Path | None) -> None:
-    train, model = config.train, run.model.config
+def _announce(run: Run, checkpoint: Path | None) -> None:
+    config, world, model = run.config, run.world, run.model.config
+    train = config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
     print(
         f"model {model.pattern}, hidden {model.hidden_size}, {model.n_routed_experts} experts of "
-        f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths\n"
-        f"{_data_in_words(run)}\n"
+        f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths"
+    )
+    print(*run.recipe.describe(run), sep="\n")
+    print(
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
         f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
-    if run.adapted:
-        print_table(lora.HEADER, lora.table(run.adapted), right=lora.HEADER[1::2])
     _announce_precision(run)
     for op, name, reason in backend.report(world.device.type):
         print(f"kernel {op}: {name} ({reason})")
     frozen = "not given: its formula is for models that are trained as a whole"
     print(f"MFU {frozen if run.peak is None else f'relative to {peak_source(world.device.type)}'}")
     print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
-
-
-def _data_in_words(run: Run) -> str:
-    config, data = run.config, run.data
-    if isinstance(config, FinetuneConfig):
-        return "\n".join([*warnings(run), describe(config, data, run.model)])
-    return (
-        f"data {data.tokens:,} training tokens; {config.train.max_steps} steps of "
-        f"{config.train.global_batch_size} x {config.data.sequence_length} tokens"
-    )
 
 
 def _announce_precision(run: Run) -> None:
@@ -374,9 +340,8 @@ def _announce_precision(run: Run) -> None:
         print(f"after step {options.switch_step}: {passes} in bf16")
 
 
-def _summary(config: TrainingConfig, how: str) -> str:
-    run_dir = Path(config.run_dir)
-    model = f"  model        {run_dir / MODEL}\n" if isinstance(config, FinetuneConfig) else ""
+def _summary(run_dir: Path, how: str) -> str:
+    model = f"  model        {run_dir / MODEL}\n" if (run_dir / MODEL).exists() else ""
     return (
         f"{how}\n{model}"
         f"  checkpoints  {run_dir / CHECKPOINTS}\n"

@@ -19,7 +19,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -27,12 +27,13 @@ import torch
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming, replace_file, sync
-from nemo_hybrid.train.flops import MFU_FORMULA, train_flops_per_token, utilization
+from nemo_hybrid.objectives.base import mtp_losses
+from nemo_hybrid.train.flops import MFU_FORMULA, utilization
+from nemo_hybrid.train.guard import Counters
 from nemo_hybrid.train.optim import max_violation
 
 if TYPE_CHECKING:
-    from nemo_hybrid.train.build import Run
-    from nemo_hybrid.train.step import Outcome
+    from nemo_hybrid.train.run import Outcome
 
 METRICS_FILE = "metrics.jsonl"
 EXPERT_LOAD_FILE = "expert_load.jsonl"
@@ -48,7 +49,8 @@ class StepMetrics:
     step: int
     """Optimizer steps done, this one included."""
     loss: float
-    """Next-token cross-entropy of the global batch."""
+    """What the run minimises, but for depths and balance: next-token cross-entropy of the global
+    batch, in distillation the mixture with the divergence."""
     mtp_losses: list[float]
     """Cross-entropy of each multi-token-prediction depth; entry k - 1 predicts token t + 1 + k."""
     aux_loss: float
@@ -84,6 +86,8 @@ class StepMetrics:
     low_precision: dict[str, dict[str, float]] | None = None
     """By layer group, shares of what NVFP4 lost and of zero gradients (precision.health.Probe);
     None: this step was not sampled."""
+    loss_parts: dict[str, float] = field(default_factory=dict)
+    """Every part of the loss by name, before its weight (ce, mtp_1 ..., kl, aux)."""
     heldout_loss: float | None = None
     """Held-out cross-entropy of the weights after this step, where they were evaluated."""
     heldout_mtp_losses: list[float] | None = None
@@ -94,6 +98,8 @@ class StepMetrics:
     """The same for each multi-token-prediction depth."""
     sample_hash: str = ""
     """Digest of the global batch's sample numbers or tokens, to compare the order of two runs."""
+    further: dict[str, float] = field(default_factory=dict)
+    """Figures of the kind of run; in metrics.jsonl each is a field of its own."""
 
 
 def evaluations(rows: Iterable[StepMetrics]) -> list[tuple[int, list[float]]]:
@@ -115,32 +121,44 @@ class Timing(NamedTuple):
     seconds: float
     waited: float
     """Part of it that was spent waiting for data."""
-    before: list[float] | None
-    """Held-out losses before the first step."""
-    heldout: list[float] | None
-    """Held-out losses after this step."""
+    before: dict[str, float] | None
+    """Figures on held-out data before the first step."""
+    heldout: dict[str, float] | None
+    """The same after this step."""
 
 
 class Meter:
-    """Turns what a step did into its row of metrics; for rank 0 alone."""
+    """Turns what a step did into its row of metrics; for rank 0 alone.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        config = run.config
-        self.tokens = config.train.global_batch_size * config.data.sequence_length
-        self.flops = train_flops_per_token(run.model.config, config.data.sequence_length)
+    ``tokens`` of a global batch; ``flops`` per token; ``peak`` FLOP/s of one of ``processes``.
+    """
 
-    def metrics(self, done: int, lr: float, outcome: Outcome, timing: Timing) -> StepMetrics:
-        """The row of step ``done``."""
-        violations = {name: max_violation(c) for name, c in outcome.counts.items()}
+    def __init__(
+        self, tokens: int, flops: float, peak: float | None, processes: int, device: torch.device
+    ) -> None:
+        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.processes, self.device = processes, device
+
+    def metrics(
+        self,
+        done: int,
+        lr: float,
+        outcome: Outcome,
+        timing: Timing,
+        counters: Counters,
+        further: dict[str, float],
+    ) -> StepMetrics:
+        """The row of step ``done``; ``counters`` are the guard's, ``further`` figures the data's
+        and those of the evaluation."""
+        violations = {name: max_violation(c) for name, c in outcome.loads.items()}
         rate = self.tokens / timing.seconds
-        before, heldout = timing.before, timing.heldout
-        counters = self.run.guard.counters
+        before, heldout = timing.before or {}, timing.heldout or {}
+        parts = {name: v for name, v in outcome.means.items() if name != "loss"}
         return StepMetrics(
             step=done,
-            loss=outcome.losses[0],
-            mtp_losses=outcome.losses[1:],
-            aux_loss=outcome.aux,
+            loss=outcome.means["loss"],
+            mtp_losses=mtp_losses(outcome.means),
+            aux_loss=outcome.means.get("aux", 0.0),
             lr=lr,
             grad_norm=outcome.grad_norm,
             tokens=self.tokens,
@@ -148,20 +166,28 @@ class Meter:
             tokens_per_s=rate,
             step_seconds=timing.seconds,
             data_seconds=timing.waited,
-            mfu=utilization(rate, self.flops, self.run.peak, self.run.world.size),
-            memory_gb=_peak_memory(self.run.world.device) / 1e9,
+            mfu=utilization(rate, self.flops, self.peak, self.processes),
+            memory_gb=_peak_memory(self.device) / 1e9,
             max_vio=max(violations.values(), default=0.0),
             max_vio_per_layer=violations,
-            dead_experts=sum(int((c == 0).sum()) for c in outcome.counts.values()),
+            dead_experts=sum(int((c == 0).sum()) for c in outcome.loads.values()),
             skipped_batches=counters.skipped,
             rollbacks=counters.rollbacks,
             low_precision=outcome.low_precision,
-            heldout_loss=heldout[0] if heldout else None,
-            heldout_mtp_losses=heldout[1:] if heldout else None,
-            heldout_loss_before=before[0] if before else None,
-            heldout_mtp_losses_before=before[1:] if before else None,
+            loss_parts=parts,
+            heldout_loss=heldout.get("loss"),
+            heldout_mtp_losses=mtp_losses(heldout) if heldout else None,
+            heldout_loss_before=before.get("loss"),
+            heldout_mtp_losses_before=mtp_losses(before) if before else None,
             sample_hash=f"{outcome.sample_hash & (2**64 - 1):016x}",
+            further={**further, **_others(heldout, "heldout"), **_others(before, "before")},
         )
+
+
+def _others(figures: Mapping[str, float], what: str) -> dict[str, float]:
+    """Those that are no cross-entropies, under names of their own."""
+    known = ("loss", *(f"mtp_{k}" for k in range(1, len(figures))))
+    return {f"{what}_{name}": v for name, v in figures.items() if name not in known}
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -209,7 +235,8 @@ class MetricsWriter:
         The lines are handed to the operating system before this returns, so a killed process
         loses none of them.
         """
-        self._metrics.append(asdict(metrics))
+        row = asdict(metrics)
+        self._metrics.append({**row.pop("further"), **row})
         if expert_load is not None:
             load = {layer: [int(n) for n in counts] for layer, counts in expert_load.items()}
             self._expert_load.append({"step": metrics.step, "load": load})
@@ -234,15 +261,16 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path | str) -> list[StepMetrics]:
-    """Read a metrics.jsonl; a torn last line is left out, unknown fields are passed over.
+    """Read a metrics.jsonl; a torn last line is left out, unknown fields are further figures.
 
     Raises UserError where the file is missing or another line is damaged.
     """
-    known = {f.name for f in fields(StepMetrics)}
+    known = {f.name for f in fields(StepMetrics)} - {"further"}
     rows = []
     for _, record in _records(Path(path)):
         values = {name: _from_json(value) for name, value in record.items() if name in known}
         values["sample_hash"] = record.get("sample_hash", "")
+        values["further"] = {n: _from_json(v) for n, v in record.items() if n not in known}
         try:
             rows.append(StepMetrics(**values))
         except TypeError as error:
@@ -353,7 +381,9 @@ _CURVES = {
 def _scalars(m: StepMetrics) -> dict[str, float]:
     """The curves of TensorBoard that have a point at every step."""
     curves = {name: getattr(m, field) for name, field in _CURVES.items()}
+    curves |= {f"loss/{name}": part for name, part in m.loss_parts.items()}
     curves |= {f"loss/mtp_{k}": loss for k, loss in enumerate(m.mtp_losses, 1)}
+    curves |= {f"run/{name}": value for name, value in m.further.items()}
     curves |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
     for group, shares in (m.low_precision or {}).items():
         curves |= {f"precision/{group}/{name}": share for name, share in shares.items()}

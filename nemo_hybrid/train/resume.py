@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from operator import itemgetter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.adapter import BASE, read_adapter, write_adapter
-from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.directory import Writer, each
-from nemo_hybrid.checkpoint.files import to_json
+from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import (
     Fragment,
@@ -28,26 +22,65 @@ from nemo_hybrid.checkpoint.state import (
     save_checkpoint,
 )
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.checkpoint.writing import describe_model
-from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.model.lora import adapters
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.precision import policy
-from nemo_hybrid.train.build import Run
+from nemo_hybrid.train.run import Position, Run
+
+
+class WholeModel:
+    """Checkpoints that hold all of a model's weights."""
+
+    def __init__(self, model: HybridLM) -> None:
+        self._model = model
+
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors_by_name(self._model)
+
+    def read(self, directory: Path) -> None:
+        model = self._model
+        experts = model.config.n_routed_experts
+        load_weights(directory, self.tensors(), model.owned_experts, n_experts=experts)
+
+    def written(
+        self, world: World, own: Iterable[tuple[str, Tensor, int]], companions: Companions
+    ) -> dict[str, Any]:
+        frozen = [name for name, p in self._model.named_parameters() if not p.requires_grad]
+        return {"weights": own, "frozen": frozen}
 
 
 @dataclass
-class Position:
-    """Where a run stands."""
+class Snapshot:
+    """All that a rank knows of a checkpoint, as it was at one moment."""
 
-    step: int = 0
-    """Optimizer steps done."""
-    batch: int = 0
-    """Global batches read: steps done and batches passed over."""
+    position: Position
+    run_state: dict[str, Any]
+    rank_state: dict[str, Any]
+    weights: list[tuple[str, Tensor, int]]
+    fragments: list[Fragment]
+
+    @staticmethod
+    def of(run: Run, position: Position) -> Snapshot:
+        parallel, data_state = run.config.parallel, run.data.state()
+        run_state = {
+            **run.recipe.identity(),
+            "batches": position.batch,
+            "guard": run.guard.state(),
+            "optimizer_steps": run.engine.optimizer_steps,
+            "layout": {
+                "world_size": run.world.size,
+                "ep": parallel.ep,
+                "zero": parallel.zero,
+            },
+            **({"data_state": data_state} if data_state else {}),
+        }
+        return Snapshot(
+            position=replace(position),  # the loop moves its own on
+            run_state=run_state,
+            rank_state={"torch_rng": torch.get_rng_state()},
+            weights=list(_owned(run)),
+            fragments=list(run.engine.fragments()),
+        )
 
 
 class Saver:
@@ -61,8 +94,8 @@ class Saver:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._world = run.world.side()
-        first = run.world.rank == 0
-        self._companions = each(run.world, lambda: _companions(run) if first else Companions())
+        with run.world.agreed():
+            self._companions = run.recipe.companions() if run.world.rank == 0 else Companions()
         self._copies: dict[str, Tensor] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -80,46 +113,12 @@ class Saver:
         written.
         """
         self.wait()
-        run, position = self._run, replace(position)  # the loop moves its own on meanwhile
-        state = {
-            **asdict(run.identity),
-            "batches": position.batch,
-            "guard": run.guard.state(),
-            "optimizer_steps": run.engine.optimizer_steps,
-            "layout": {
-                "world_size": run.world.size,
-                "ep": run.config.parallel.ep,
-                "zero": run.config.parallel.zero,
-            },
-        }
-        weights, fragments = _owned(run), run.engine.fragments()
-        rank_state = {"torch_rng": torch.get_rng_state()}
-        asynchronous = run.config.checkpoint.asynchronous and not wait
-        if asynchronous:
-            weights, fragments = iter(self._copied(weights)), iter(self._copied_state(fragments))
-
-        def write(world: World) -> None:
-            adapter = _adapter(run, world, weights) if run.adapted else None
-            save_checkpoint(
-                checkpoints,
-                position.step,
-                world,
-                config=run.model.config,
-                weights=weights if adapter is None else (),
-                fragments=fragments,
-                run_state=state,
-                rank_state=rank_state,
-                companions=self._companions,
-                resolved_config=dump_config(run.config),
-                keep=keep,
-                frozen=() if run.adapted else run.frozen,
-                adapter=adapter,
-            )
-
-        if asynchronous:
-            self._writing = self._beside.submit(write, self._world)
+        snapshot = Snapshot.of(self._run, position)
+        if wait or not self._run.config.checkpoint.asynchronous:
+            self._write(snapshot, checkpoints, keep, self._run.world)
         else:
-            write(run.world)
+            copied = self._copied(snapshot)
+            self._writing = self._beside.submit(self._write, copied, checkpoints, keep, self._world)
 
     def wait(self) -> None:
         """Until the last checkpoint stands. Raises UserError on every rank if it does not, and on
@@ -127,17 +126,32 @@ class Saver:
         if self._writing is not None:
             self._writing.result()
 
-    def _copied(self, weights: Iterator[tuple[str, Tensor, int]]) -> list[tuple[str, Tensor, int]]:
-        return [(name, self._copy(f"weight {name}", t), first) for name, t, first in weights]
+    def _write(self, snapshot: Snapshot, checkpoints: Path, keep: int, world: World) -> None:
+        run = self._run
+        save_checkpoint(
+            checkpoints,
+            snapshot.position.step,
+            world,
+            config=run.model.config,
+            fragments=snapshot.fragments,
+            run_state=snapshot.run_state,
+            rank_state=snapshot.rank_state,
+            companions=self._companions,
+            resolved_config=dump_config(run.config),
+            keep=keep,
+            **run.weights.written(world, snapshot.weights, self._companions),
+        )
 
-    def _copied_state(self, fragments: Iterator[Fragment]) -> list[Fragment]:
-        return [
+    def _copied(self, snapshot: Snapshot) -> Snapshot:
+        weights = [(n, self._copy(f"weight {n}", t), first) for n, t, first in snapshot.weights]
+        fragments = [
             replace(
                 f,
                 tensors={k: self._copy(f"{k} {f.name} {f.start}", t) for k, t in f.tensors.items()},
             )
-            for f in fragments
+            for f in snapshot.fragments
         ]
+        return replace(snapshot, weights=weights, fragments=fragments)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy in memory that stays for the next checkpoint: fresh memory costs page faults."""
@@ -149,113 +163,42 @@ class Saver:
         return held.copy_(tensor.detach())
 
 
-def restore(directory: Path, run: Run) -> Position:
-    """Load weights, masters, moments, router biases, RNG and the guard's memory.
+def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:
+    """Load weights, masters, moments, router biases, RNG and the memory of guard and data.
 
-    Raises UserError if the checkpoint belongs to another model, data store, tokenizer, sequence
-    length, batch size or seed, or if its weights are not the rounding of their masters.
+    ``rolled_back``: of a run that goes on, so that its data goes on where it is. Raises UserError
+    if the checkpoint belongs to another run (see `Recipe.identity`), or if its weights are not the
+    rounding of their masters.
     """
     engine, model = run.engine, run.model
-
-    def read() -> tuple[dict[str, Any], dict[str, Any] | None]:
-        state = check_resumable(directory, model.config, asdict(run.identity))
-        targets = _trained_tensors(run)
-        if run.adapted:
-            _fill_adapters(directory, targets, run)
-        else:
-            experts = model.config.n_routed_experts
-            load_weights(directory, targets, model.owned_experts, n_experts=experts)
+    with run.world.agreed():
+        state = check_resumable(directory, model.config, run.recipe.identity())
+        run.weights.read(directory)
         engine.optimizer_steps = int(state["optimizer_steps"])
         fragments = list(engine.fragments())
         load_state(directory, fragments)
-        weights = [(name, tensor, _first_expert(name, model)) for name, tensor in targets.items()]
+        tensors = run.weights.tensors()
+        weights = [(name, tensor, first_expert(name, model)) for name, tensor in tensors.items()]
         check_masters(weights, fragments)
-        return state, load_rank_state(directory, engine.world.rank)
-
-    state, own = each(engine.world, read)
+        own = load_rank_state(directory, run.world.rank)
     engine.publish_masters()
     run.guard.restore(state["guard"])
+    if not rolled_back:
+        run.data.restore(state.get("data_state", {}))
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
     return Position(int(state["step"]), int(state["batches"]))
-
-
-def _companions(run: Run) -> Companions:
-    """The data's tokenizer, and what travels with the weights that the run began with."""
-    own = read_tokenizer(run.data.tokenizer_dir)
-    if run.origin is None:
-        return own
-    theirs = read_companions(run.origin)
-    if isinstance(run.config, FinetuneConfig):  # another chat template may have come with the data
-        return replace(theirs, files={**theirs.files, **own.files})
-    return replace(theirs, files={**own.files, **theirs.files})
-
-
-def _trained_tensors(run: Run) -> dict[str, Tensor]:
-    """What a checkpoint of the run holds by name: the whole model, or its adapters alone."""
-    tensors = tensors_by_name(run.model)
-    if not run.adapted:
-        return tensors
-    beginnings = tuple(f"{name}." for name, _ in adapters(run.model))
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
 
 
 def _owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:
     """What this rank writes: rank 0 what every rank holds alike, and of several ranks with the
     same experts the first."""
     rank, ep = run.world.rank, run.config.parallel.ep
-    for name, tensor in _trained_tensors(run).items():
+    for name, tensor in run.weights.tensors().items():
         if rank == 0 or (".experts." in name and rank < ep):
-            yield name, tensor, _first_expert(name, run.model)
+            yield name, tensor, first_expert(name, run.model)
 
 
-def _adapter(
-    run: Run, world: World, owned: Iterable[tuple[str, Tensor, int]]
-) -> Callable[[Writer, HybridConfig, Companions], Collection[str]]:
-    """What writes the adapters, which PEFT wants in one file: rank 0 gets the experts' of all."""
-    config = run.config
-    assert isinstance(config, FinetuneConfig)
-    own = [(name, first, tensor.detach().cpu()) for name, tensor, first in owned]
-    parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-    for name, first, tensor in chain(own, *world.gather([] if world.rank == 0 else own)):
-        parts[name].append((first, tensor))
-    full = {
-        name: torch.cat([t for _, t in sorted(found, key=itemgetter(0))])
-        for name, found in parts.items()
-    }
-    options, base = config.lora, str(run.origin)
-
-    def write(writer: Writer, shape: HybridConfig, companions: Companions) -> Collection[str]:
-        describe_model(writer, shape, policy.weight_dtype(config.precision), companions)
-        writer.write_text(BASE, to_json({"digest": run.identity.base}))
-        return write_adapter(writer, options, base, full)
-
-    return write
-
-
-def _fill_adapters(directory: Path, targets: Mapping[str, Tensor], run: Run) -> None:
-    """Raises UserError unless the directory holds an adapter for each of the targets."""
-    assert isinstance(run.config, FinetuneConfig)
-    stored_options, _, tensors, _ = read_adapter(directory)
-    owned, scales = run.model.owned_experts, (stored_options.scale, run.config.lora.scale)
-    if scales[0] != scales[1]:
-        raise UserError(
-            f"{directory} holds adapters that count {scales[0]:g} times (lora.alpha / lora.rank), "
-            f"this run's count {scales[1]:g} times"
-        )
-    if tensors.keys() != targets.keys():
-        name = min(tensors.keys() ^ targets.keys())
-        raise UserError(f"{directory} and this run have different adapters: {name} is in one alone")
-    for name, target in targets.items():
-        stored = tensors[name]
-        part = stored if stored.dim() == 2 else stored[owned.start : owned.stop]
-        if part.shape != target.shape or part.dtype != target.dtype:
-            raise UserError(
-                f"{directory} has {name} as {part.dtype} {list(part.shape)}, this run as "
-                f"{target.dtype} {list(target.shape)}"
-            )
-        target.detach().copy_(part)
-
-
-def _first_expert(name: str, model: HybridLM) -> int:
+def first_expert(name: str, model: HybridLM) -> int:
+    """Number of the first expert in a tensor of ``model``; 0 where there are none in it."""
     return model.owned_experts.start if ".experts." in name else 0

@@ -16,6 +16,7 @@ from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
 from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.parallel.agreement import Agreement
 
 CONFIG = HybridConfig(
     pattern="ME", vocab_size=32, hidden_size=12, n_routed_experts=4, num_experts_per_tok=2,
@@ -44,7 +45,7 @@ class _Shared:
 
 
 @dataclass
-class ThreadWorld:
+class ThreadWorld(Agreement):
     rank: int
     size: int
     shared: _Shared

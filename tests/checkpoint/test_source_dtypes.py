@@ -1,9 +1,10 @@
-"""A checkpoint read and written again: the same bytes; and what travels with the weights."""
+"""A checkpoint read and written again: the same weights; and what travels with them."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,29 +82,29 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_source_is_written_again_byte_for_byte(tmp_path, name, caplog) -> None:
+def test_weights_stay_what_they_are(tmp_path, name, caplog) -> None:
     SOURCES[name](tmp_path / "source")
     model = HybridLM.from_hf(str(tmp_path / "source"))
-    files = contents(tmp_path / "source")
+    assert type(model) is HybridLM
+    theirs = {}
+    for path in (tmp_path / "source").glob("*.safetensors"):
+        theirs |= load_file(path)
     shutil.rmtree(tmp_path / "source")  # nothing of it is needed any more
-    model.save_hf(str(tmp_path / "again"), dtypes="source")
-    assert contents(tmp_path / "again") == files
     assert "rounded" not in caplog.text
-
-    # The comparison notices one bit of one weight, and our own layout.
-    model.lm_head.weight.data.view(-1)[3] = model.lm_head.weight.data.view(-1)[3].neg()
-    model.save_hf(str(tmp_path / "other"), dtypes="source")
-    other = contents(tmp_path / "other")
-    differing = {file for file in files if other[file] != files[file]}
-    assert len(differing) == 1
-    (file,) = differing
-    assert sum(a != b for a, b in zip(other[file], files[file], strict=True)) == 1
 
     model.save_hf(str(tmp_path / "ours"))
     ours = {}
     for path in (tmp_path / "ours").glob("*.safetensors"):
         ours |= load_file(path)
     assert {t.dtype for n, t in ours.items() if n.endswith(FP32_NAMES)} == {torch.float32}
+    theirs = {re.sub(r"^model\.", "backbone.", key): tensor for key, tensor in theirs.items()}
+    # transformers may write experts as stacks.
+    assert all(
+        key.endswith(("experts.up_proj", "experts.down_proj"))
+        for key in theirs.keys() - ours.keys()
+    )
+    for key in theirs.keys() & ours.keys():
+        assert torch.equal(ours[key], theirs[key].to(ours[key].dtype)), key
     again = HybridLM.from_hf(str(tmp_path / "ours"))
     for (key, a), b in zip(
         tensors_by_name(again).items(), tensors_by_name(model).values(), strict=True
@@ -127,27 +128,10 @@ def test_widening_is_reported_and_rounding_is_a_warning(tmp_path, caplog) -> Non
 
     by_hand(tmp_path / "hand", torch.float32)
     caplog.clear()
-    rounded = HybridLM.from_hf(str(tmp_path / "hand"), dtype=torch.bfloat16)
+    HybridLM.from_hf(str(tmp_path / "hand"), dtype=torch.bfloat16)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "(rounded from F32 to BF16)" in record.message
-    with pytest.raises(UserError, match="were rounded when they were loaded"):
-        rounded.save_hf(str(tmp_path / "out"), dtypes="source")
-
-    caplog.clear()
-    wide = HybridLM.from_hf(str(tmp_path / "theirs"), dtype=torch.float32)
-    with torch.no_grad():
-        wide.lm_head.weight += 2.0**-20
-    wide.save_hf(str(tmp_path / "out"), dtypes="source")
-    assert "1 tensors, which changed since they were loaded, were rounded" in caplog.text
-
-    caplog.clear()
-    by_hand(tmp_path / "half", torch.float16)
-    other = HybridLM.from_hf(str(tmp_path / "half")).bfloat16()
-    with torch.no_grad():
-        other.lm_head.weight[0, 0] = 2.0**-30  # of no use to fp16
-    other.save_hf(str(tmp_path / "out2"), dtypes="source")
-    assert "1 tensors, which changed since they were loaded, were rounded" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn])
@@ -180,22 +164,7 @@ def test_dtypes_that_no_model_can_have(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_source_needs_a_source(tmp_path) -> None:
-    model = HybridLM(CONFIG)
-    with pytest.raises(UserError, match="loaded from a directory"):
-        model.save_hf(str(tmp_path / "out"), dtypes="source")
-    with pytest.raises(UserError, match='"default" or "source", got \'bf16\''):
-        model.save_hf(str(tmp_path / "out"), dtypes="bf16")  # type: ignore[arg-type]
-    model.save_hf(str(tmp_path / "ours"))
-    loaded = HybridLM.from_hf(str(tmp_path / "ours"))
-    loaded.config.mtp_num_depths = 1
-    with pytest.raises(UserError, match="configuration was changed"):
-        loaded.save_hf(str(tmp_path / "out"), dtypes="source")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("dtypes", ["default", "source"])
-def test_companions_travel_unchanged(tmp_path, dtypes) -> None:
+def test_companions_travel_unchanged(tmp_path) -> None:
     source = tmp_path / "source"
     HybridLM(CONFIG).save_hf(str(source))
     stored = json.loads((source / "config.json").read_text())
@@ -210,7 +179,7 @@ def test_companions_travel_unchanged(tmp_path, dtypes) -> None:
         (source / name).write_bytes(content)
     model = HybridLM.from_hf(str(source))
     assert model.config.eos_token_id == 2
-    model.save_hf(str(tmp_path / "out"), dtypes=dtypes)
+    model.save_hf(str(tmp_path / "out"))
     assert contents(tmp_path / "out").items() >= companions.items()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 11]
     again = HybridLM.from_hf(str(tmp_path / "out"))

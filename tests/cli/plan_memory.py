@@ -92,12 +92,12 @@ def exact_malloc() -> None:
 
 
 def main(store: str, name: str, *options: str) -> None:
-    from helpers.runs import read_steps
+    from helpers.runs import built, read_steps
     from nemo_hybrid.data.loader import open_blend
     from nemo_hybrid.parallel.engine import prepare_deepspeed
     from nemo_hybrid.parallel.world import World
-    from nemo_hybrid.train.build import build_run
-    from nemo_hybrid.train.resume import Position, Saver
+    from nemo_hybrid.train.resume import Saver
+    from nemo_hybrid.train.run import Position
     from nemo_hybrid.train.step import train_step
 
     config = run_of(name, store, **({"recipe": "fp32"} if "fp32" in options else {}))
@@ -106,16 +106,15 @@ def main(store: str, name: str, *options: str) -> None:
         exact_malloc()
     prepare_deepspeed(world)  # imports that are not memory of the run
     blend = open_blend(config.data, config.model.hybrid())
-    accumulation = config.validate_world(world.size)
     # A tiny run first: imports, threads and the like are not memory of the model.
     tiny = replace(config, model=replace(config.model, **TINY))
     tiny = replace(tiny, data=replace(config.data, sequence_length=32))
-    run = build_run(tiny, tiny.model.hybrid(), world, blend, accumulation)
+    run = built(tiny, world)
     train_step(run, next(read_steps(tiny, blend, world.rank, world.size)), 1e-3)
     del run
     gc.collect()
     before = resident("VmRSS")
-    run = build_run(config, config.model.hybrid(), world, blend, accumulation)
+    run = built(config, world)
     batches = read_steps(config, blend, world.rank, world.size)
     train_step(run, next(batches), 1e-3)
     if "copy" in options:

@@ -15,8 +15,8 @@ from nemo_hybrid import cli
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.divergence import per_token
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.logprobs import our_states, their_states
-from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config("MEM*E-", mtp_num_depths=1)
 TEXT = "def add(a, b):\n    return a + b\n" * 3

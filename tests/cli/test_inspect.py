@@ -19,8 +19,8 @@ from nemo_hybrid.checkpoint.files import MANIFEST, manifest_text, read_manifest
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
 from nemo_hybrid.files import FileRecord, hash_file
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.model.attention import Attention
-from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
 

@@ -22,7 +22,8 @@ from nemo_hybrid.config import HybridConfig, ModelOptions, RunConfig
 from nemo_hybrid.config_load import load_config
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
-from nemo_hybrid.model.layer import Layer
+from nemo_hybrid.model.layer import Layers
+from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel import dispatch, engine
 from nemo_hybrid.plan import DEVICES, Part, changes, make_plan
 from nemo_hybrid.train import flops, memory
@@ -70,14 +71,12 @@ def test_touched_parameters(ranks: int) -> None:
     assert group.part * ranks >= group.numel > (group.part - 2) * ranks
 
 
-def counted(letter: str, at: Layout, dispatcher: Any, recompute: bool) -> int:
+def counted(letter: str, at: Layout, dispatcher: Any) -> int:
     """Bytes that autograd keeps of one real layer, without the layer's own parameters."""
-    layer = Layer(letter, at.cfg, dispatcher)
+    layer = Layers(letter, at.cfg, dispatcher).to(DTYPES[at.width])
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
-    layer.to(DTYPES[at.width]).recompute = recompute
-    if letter == "E":
-        layer.mixer.experts.recompute = "e" in at.recompute
+    recompute_layers(layer, at.recompute)
     own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     starts_BS = torch.zeros(at.rows, at.length, dtype=torch.bool)
     starts_BS[:, 13] = True
@@ -123,23 +122,22 @@ def test_saved_activations(
     local = LocalDispatcher(CONFIG.n_routed_experts)
     dispatcher = in_place_of_a_group(monkeypatch)[0] if at.ep > 1 else local
     letter = letter[0]
-    real = counted(letter, at, dispatcher, recompute=False)
+    real = counted(letter, at, dispatcher)
     assert saved(at, letter) == pytest.approx(real, rel=0.01)
     if letter == "E":
         inner = replace(at, recompute="e")
-        assert saved(inner, letter) == pytest.approx(
-            counted(letter, inner, dispatcher, False), rel=0.01
-        )
+        assert saved(inner, letter) == pytest.approx(counted(letter, inner, dispatcher), rel=0.01)
         assert saved(inner, letter) < 0.9 * real
     again = replace(at, recompute=letter)
-    assert saved(again, letter) == pytest.approx(counted(letter, at, dispatcher, True), rel=0.01)
+    assert saved(again, letter) == pytest.approx(counted(letter, again, dispatcher), rel=0.01)
     assert saved(again, letter) < real / 3
 
 
 @pytest.mark.parametrize("recompute", ["", "E"])
 def test_rows_sent(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher, sent = in_place_of_a_group(monkeypatch)
-    model = HybridLM(CONFIG, dispatcher=dispatcher, recompute=recompute).bfloat16()
+    model = HybridLM(CONFIG, dispatcher=dispatcher).bfloat16()
+    recompute_layers(model, recompute)
     ids_BS = torch.randint(0, CONFIG.vocab_size, (4, 32))
     h_BSD, _ = model.forward_hidden(ids_BS)
     depths, _ = model.forward_mtp(h_BSD, ids_BS)

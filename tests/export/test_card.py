@@ -18,7 +18,7 @@ from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.card import card, code, lineage
 from nemo_hybrid.export.layout import ExportFacts
 from nemo_hybrid.export.verify import Measured
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 
 SHAPE = export_config("MEM*EE-")
 OPTIONS = ExportOptions(

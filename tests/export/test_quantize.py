@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from helpers.nvfp4_formula import E2M1, E4M3
 from nemo_hybrid import UserError
 from nemo_hybrid.export.quantize import Search, decoded, weight_tensors
-from nemo_kernels.nvfp4.packing import unpack
-from nemo_kernels.nvfp4.reference import quantize, quantize_modelopt
+from nemo_kernels.lowp.packing import unpack
+from nemo_kernels.lowp.reference import quantize, quantize_modelopt
 
 REASON = "nvidia-modelopt is not installed; the dev extra has it"
 

@@ -39,7 +39,7 @@ from nemo_hybrid.export.divergence import chosen_device
 from nemo_hybrid.export.simulate import quantized_weights
 from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
 from nemo_hybrid.export.write import export_directory
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -14,7 +14,7 @@ from helpers.tiny_models import loud
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.finetune_options import FinetuneConfig
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 
 WORDS = ("ab", "cde", "fg", "hijk", "lm", "nop", "q", "rst", "uvw", "xyz")
 TEMPLATE = (

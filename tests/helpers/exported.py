@@ -27,7 +27,7 @@ from nemo_hybrid.config import FP32_NAMES, HybridConfig
 from nemo_hybrid.export.verify import verify_directory
 from nemo_hybrid.files import FileRecord
 from nemo_hybrid.hf_config import config_to_hf
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 
 from .tiny_models import loud_model, tiny_config
 

@@ -22,12 +22,12 @@ happens (default: every rank)::
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import IO, Any
 
 from nemo_hybrid import cli, files
 from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.data.loader import Share, Stored
 from nemo_hybrid.parallel.engine import Engine
 from nemo_hybrid.train import loop, resume
 
@@ -46,7 +47,7 @@ def install(faults: dict[str, Any]) -> None:
     begun: dict[Path, int] = {}
     if "late_write" in faults:
         resume.ThreadPoolExecutor = partial(LateExecutor, faults["late_write"])
-    train_step, steps, backward = loop.train_step, loop.steps, Engine.backward
+    train_step, read, backward = loop.train_step, Stored.step, Engine.backward
     sync = files.sync
 
     def event(text: str) -> None:
@@ -62,13 +63,12 @@ def install(faults: dict[str, Any]) -> None:
             before_step(faults, current, Path(run.config.run_dir))
         return train_step(run, *args, **options)
 
-    def faulty_steps(*args: Any, start_step: int, **options: Any) -> Iterator[list[Batch]]:
+    def faulty_read(self: Stored, number: int, share: Share) -> list[Batch]:
         nonlocal current
-        current = start_step
+        current = number
         # Without the deleted batches, counted as if they had never been there.
-        for number, batches in enumerate(steps(*args, start_step=0, **options), 1):
-            if number not in deleted and number > start_step + len(deleted & set(range(number))):
-                yield batches
+        left = (batch for batch in itertools.count() if batch + 1 not in deleted)
+        return read(self, next(itertools.islice(left, number, None)), share)
 
     def faulty_backward(engine: Engine, loss: Any) -> None:
         factor = float("nan") if current in faults.get("nan", ()) else 1.0
@@ -89,7 +89,7 @@ def install(faults: dict[str, Any]) -> None:
 
     files.sync = faulty_sync
     loop.train_step = faulty_step
-    loop.steps = faulty_steps
+    Stored.step = faulty_read  # type: ignore[method-assign]
     Engine.backward = faulty_backward  # type: ignore[method-assign]
 
 

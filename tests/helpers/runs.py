@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helpers.corpus import TINY_MODEL
 from nemo_hybrid.config import (
@@ -13,10 +14,15 @@ from nemo_hybrid.config import (
     ParallelOptions,
     PrecisionOptions,
     RunConfig,
+    TrainingConfig,
     TrainOptions,
 )
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Blend, steps
+from nemo_hybrid.data.loader import Blend, Share, Stored
+
+if TYPE_CHECKING:
+    from nemo_hybrid.parallel.world import World
+    from nemo_hybrid.train.run import Run
 
 
 def tiny_run(
@@ -54,14 +60,17 @@ def read_steps(
     config: RunConfig, blend: Blend, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one rank, as the training loop reads them from its first step."""
-    return steps(
-        blend,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-        start_step=0,
-        workers=0,
-        seed=config.train.seed,
-    )
+    train = config.train
+    share = Share(rank, world_size, train.global_batch_size, train.micro_batch_size)
+    data = Stored(blend, sequence_length=config.data.sequence_length, seed=train.seed)
+    return (data.step(number, share) for number in count())
+
+
+def built(config: TrainingConfig, world: World) -> Run:
+    """A run of new weights, or those of model.from_hf, ready for its first step."""
+    # Here, because it takes seconds.
+    from nemo_hybrid.recipes import recipe_of
+    from nemo_hybrid.train.build import build_run
+
+    recipe = recipe_of(config)
+    return build_run(recipe, world, recipe.open_data(world, None))

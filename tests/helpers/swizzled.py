@@ -1,5 +1,5 @@
 """Block scales of NVFP4 in the order in which Blackwell's matrix instructions read them, and back;
-see ``nemo_kernels.nvfp4.layout``.
+see ``nemo_kernels.lowp.layout``.
 
 Shapes: R rows, K the summed dimension, A = ceil(R / 128) and C = ceil(K / 64) atoms.
 """
@@ -7,8 +7,8 @@ Shapes: R rows, K the summed dimension, A = ceil(R / 128) and C = ceil(K / 64) a
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.layout import ATOM_BLOCKS, ATOM_ROWS, atoms
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp.layout import ATOM_BLOCKS, ATOM_ROWS, atoms
+from nemo_kernels.lowp.scales import BLOCK
 
 
 def swizzle(block_scale: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
+from nemo_hybrid.model.recompute import recompute_layers
 
 CONV, CHUNK = 4, 8
 
@@ -47,7 +48,9 @@ def tiny_config(pattern: str, **changes: object) -> HybridConfig:
 
 
 def loud_model(config: HybridConfig, seed: int = 0, recompute: str = "") -> HybridLM:
-    return loud(HybridLM(config, recompute=recompute), seed)
+    model = HybridLM(config)
+    recompute_layers(model, recompute)
+    return loud(model, seed)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_kernels.attention import attention, attention_step
+from nemo_kernels.attention import attention, attention_read
 from nemo_kernels.documents import Documents
 
 
@@ -39,14 +39,23 @@ def test_equals_the_definition(lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_is_the_last_row(dtype):
+@pytest.mark.parametrize(("before", "new"), [((20, 20), 1), ((0, 0), 21), ((3, 12), 7)])
+def test_reading_sees_what_its_row_holds_up_to_each_token(dtype, before, new):
     q, k, v = inputs(dtype=dtype)
-    last = attention(q, k, v)[:, -1]
-    assert last.dtype == dtype
-    torch.testing.assert_close(
-        attention_step(q[:, -1], k, v), last, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
-        atol=1e-2 if dtype == torch.bfloat16 else 1e-6,
-    )  # fmt: skip
+    before_B = torch.tensor(before)
+    whole, rows = attention(q, k, v), range(len(before))
+    q_new = torch.stack([q[b, before[b] : before[b] + new] for b in rows])
+    wanted = torch.stack([whole[b, before[b] : before[b] + new] for b in rows])
+    read = attention_read(q_new, k, v, before_B)
+    assert read.dtype == dtype
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(read, wanted, rtol=tolerance, atol=tolerance)
+    for b in rows:  # nothing behind a row's tokens is looked at, nor its room
+        k[b, before[b] + new :] = 1e4
+        v[b, before[b] + new :] = -1e4
+    assert torch.equal(attention_read(q_new, k, v, before_B), read)
+    k[0, before[0]] += 1
+    assert not torch.equal(attention_read(q_new, k, v, before_B)[0], read[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -121,6 +121,13 @@ def test_unknown_names_change_nothing():
     assert backend.path("norm", "cpu").reason == "CPU tensors"
 
 
+def test_the_old_name_of_the_quantizer_stays():
+    from nemo_kernels.lowp import reference
+    from nemo_kernels.nvfp4.reference import quantize
+
+    assert quantize is reference.quantize
+
+
 def test_relative_deviation_sees_outputs_and_gradients():
     x = torch.randn(8, 4)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helpers.nvfp4_formula import E4M3, nearest
-from nemo_kernels import mxfp8
+from nemo_kernels.lowp import mxfp8
 
 
 def data(dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import emulation, reference
-from nemo_kernels.nvfp4.operand import Rounding, multiplier
+from nemo_kernels.lowp import emulation, reference
+from nemo_kernels.lowp.operand import Rounding, multiplier
 
 SQUARE, RHT = Rounding((16, 16)), Rounding(rht=True)
 ENDS = torch.tensor([0, 32, 48], dtype=torch.int32)
@@ -53,9 +53,9 @@ def external(monkeypatch: pytest.MonkeyPatch) -> Any:
     modules[2].general_gemm = general_gemm  # type: ignore[attr-defined]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "nemo_kernels.nvfp4.external", raising=False)
-    yield import_module("nemo_kernels.nvfp4.external")
-    del sys.modules["nemo_kernels.nvfp4.external"]
+    monkeypatch.delitem(sys.modules, "nemo_kernels.lowp.external", raising=False)
+    yield import_module("nemo_kernels.lowp.external")
+    del sys.modules["nemo_kernels.lowp.external"]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

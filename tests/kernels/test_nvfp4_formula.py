@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from helpers.nvfp4_formula import E2M1, E4M3, Formula, decades, four_over_six, hadamard
-from nemo_kernels.nvfp4.packing import decode, encode, pack, unpack
-from nemo_kernels.nvfp4.reference import Quantized, dequantize, fake_quantize, quantize
+from nemo_kernels.lowp.packing import decode, encode, pack, unpack
+from nemo_kernels.lowp.reference import Quantized, dequantize, fake_quantize, quantize
 
 LAYOUTS = {
     "1x16": {},

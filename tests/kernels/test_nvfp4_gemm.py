@@ -12,9 +12,9 @@ from torch import Tensor
 
 from helpers.swizzled import swizzle, unswizzle
 from helpers.triton_env import DEVICE, MULTIPLIES_FP4, guarded_memory
-from nemo_kernels.nvfp4 import layout, reference
-from nemo_kernels.nvfp4.gemm_kernel import gemm, grouped_rows, grouped_wgrad
-from nemo_kernels.nvfp4.layout import Packed
+from nemo_kernels.lowp import layout, reference
+from nemo_kernels.lowp.gemm_kernel import gemm, grouped_rows, grouped_wgrad
+from nemo_kernels.lowp.layout import Packed
 
 pytestmark = pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")
 ENDS = [128, 128, 384]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from helpers.triton_env import DEVICE
-from nemo_kernels.nvfp4 import emulation, grouped
-from nemo_kernels.nvfp4.operand import Operand, Rounding
-from nemo_kernels.nvfp4.reference import operands
+from nemo_kernels.lowp import emulation, grouped
+from nemo_kernels.lowp.operand import Operand, Rounding
+from nemo_kernels.lowp.reference import operands
 
 ENDS = torch.tensor([16, 16, 48, 64], dtype=torch.int32, device=DEVICE)
 LAST = 64

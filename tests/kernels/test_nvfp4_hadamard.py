@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helpers.nvfp4_formula import TE_SIGNS
-from nemo_kernels.nvfp4 import hadamard
+from nemo_kernels.lowp import hadamard
 
 
 def matrix() -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor
 from helpers.nvfp4_formula import decades
 from helpers.swizzled import swizzle, unswizzle
 from helpers.triton_env import DEVICE, MULTIPLIES_FP4, guarded_memory
-from nemo_kernels.nvfp4 import kernel, quantize_kernel, reference
-from nemo_kernels.nvfp4.layout import Packed
-from nemo_kernels.nvfp4.operand import Operand, Rounding, multiplier
-from nemo_kernels.nvfp4.quantize_kernel import Result
-from nemo_kernels.nvfp4.reference import Quantized
+from nemo_kernels.lowp import kernel, quantize_kernel, reference
+from nemo_kernels.lowp.layout import Packed
+from nemo_kernels.lowp.operand import Operand, Rounding, multiplier
+from nemo_kernels.lowp.quantize_kernel import Result
+from nemo_kernels.lowp.reference import Quantized
 
 # Division by a scale of zero, and casts of NaN that are not used, are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -273,7 +273,7 @@ def test_differences_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     for change in ({"seed": 2}, {"seed": None}, {"rht": False}):
         other = reference.quantize(x, **{**options, **change})
         assert (found.data != other.data).sum() > 30
-    monkeypatch.setattr("nemo_kernels.nvfp4.hadamard._MINUS", 1)
+    monkeypatch.setattr("nemo_kernels.lowp.hadamard._MINUS", 1)
     assert (found.data != reference.quantize(x, **options).data).sum() > 30
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers.nvfp4_formula import E2M1, E4M3
-from nemo_kernels.nvfp4.packing import unpack
-from nemo_kernels.nvfp4.reference import Quantized, dequantize, quantize, quantize_modelopt
+from nemo_kernels.lowp.packing import unpack
+from nemo_kernels.lowp.reference import Quantized, dequantize, quantize, quantize_modelopt
 
 REASON = "is not installed; the dev extra has it"
 # fp32 roundings between a value and the one that is compared with a tie, in ulps.

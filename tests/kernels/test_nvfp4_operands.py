@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import emulation
-from nemo_kernels.nvfp4.operand import Operand, Rounding
-from nemo_kernels.nvfp4.reference import fake_quantize, operands
+from nemo_kernels.lowp import emulation
+from nemo_kernels.lowp.operand import Operand, Rounding
+from nemo_kernels.lowp.reference import fake_quantize, operands
 
 ENDS = torch.tensor([32, 32, 64, 80], dtype=torch.int32)
 ROWS = [slice(0, 32), slice(32, 32), slice(32, 64), slice(64, 80)]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from helpers.nvfp4_formula import E2M1, E4M3, nearest
-from nemo_kernels.nvfp4.reference import dequantize, quantize
-from nemo_kernels.nvfp4.rounding import (
+from nemo_kernels.lowp.reference import dequantize, quantize
+from nemo_kernels.lowp.rounding import (
     random_bits,
     round_stochastically_,
     round_to_e4m3_,
@@ -142,7 +142,7 @@ def test_the_place_in_x_decides_and_not_the_size_of_the_parts(
     x = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     layouts = [{}, {"columnwise": True, "rht": True}, {"tile": (16, 16)}]
     whole = [quantize(x, seed=1, **layout) for layout in layouts]
-    monkeypatch.setattr("nemo_kernels.nvfp4.scales._PART", {"cpu": 100})
+    monkeypatch.setattr("nemo_kernels.lowp.scales._PART", {"cpu": 100})
     parts = [quantize(x, seed=1, **layout) for layout in layouts]
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.data, b.data)

@@ -153,7 +153,7 @@ def test_step_continues_the_scan():
     state = torch.zeros_like(final)
     for i in range(37):
         x, dt, B, C = (t[n][:, i] for n in ("x", "dt", "B", "C"))
-        y_i, state = ssd_step(x, dt, t["A"], B, C, t["D"], state)
+        y_i = ssd_step(x, dt, t["A"], B, C, t["D"], state)
         torch.testing.assert_close(y_i, y[:, i], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
 

@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from helpers import triton_env
 from helpers.triton_env import DEVICE, MULTIPLIES_FP4
-from nemo_kernels.nvfp4 import reference
+from nemo_kernels.lowp import reference
 
 BLOCK = 1024
 

@@ -24,8 +24,8 @@ from helpers.tiny_models import (
     smallest_routing_margin,
     tiny_config,
 )
-from nemo_hybrid.generate import generate
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.generation.sampling import generate
+from nemo_hybrid.hub import HybridLM
 
 NEW = 24
 PROMPTS = [1, CONV - 1, CHUNK + 1, 2 * CHUNK + 3]

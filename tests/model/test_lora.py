@@ -165,9 +165,9 @@ def test_bf16_gradients_are_those_of_fp32_up_to_rounding() -> None:
             assert parameter.grad.dtype == torch.bfloat16
             apart = relative(parameter.grad.float(), exact.get_parameter(name).grad)
             assert apart < band(torch.bfloat16, terms=10), name  # two depths of some five roundings
-    wide = rounded.mtp.wide()
-    assert wide is not None
-    assert wide.keys() == {n.removeprefix("mtp.") for n in trained(rounded) if n[:4] == "mtp."}
+    assert rounded.mtp.wide().keys() == {
+        n.removeprefix("mtp.") for n in trained(rounded) if n[:4] == "mtp."
+    }
 
 
 def test_stacks_are_summed_exactly_and_rounded_once() -> None:

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.parts import ce_sums
 from helpers.tiny_models import loud_model, packed_batch, random_ids, tiny_config
 from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.router import routing_stats
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+from nemo_hybrid.objectives.base import Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets
 
 ROWS = [[7, 1, 2, 3, 6, 1], [4, 16], [20], [1, 1, 1, 17]]
 TRAIN = TrainOptions(mtp_loss_weight=0.3, aux_loss_weight=0.05)
@@ -34,7 +36,7 @@ def gradients(model: HybridLM, loss: Tensor) -> dict[str, Tensor]:
 def test_objective_equals_a_computation_from_logits() -> None:
     model = loud_model(tiny_config("ME*", mtp_num_depths=2))
     batch = packed_batch(model.config, ROWS)
-    ours = PretrainObjective(model, TRAIN)(batch, normalizer(batch, 2))
+    ours = NextToken(model, TRAIN)(batch, normalizer(batch, 2))
     our_gradients = gradients(model, ours.loss)
 
     h_BSD, stats = model.forward_hidden(batch.ids_BS, batch.documents)
@@ -54,13 +56,13 @@ def test_objective_equals_a_computation_from_logits() -> None:
     loss = ce[0].mean() + 0.3 / 2 * (ce[1].mean() + ce[2].mean()) + 0.05 * aux / len(ROWS)
 
     torch.testing.assert_close(ours.loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.ce_sums_N, torch.stack([c.sum() for c in ce]))
-    torch.testing.assert_close(ours.aux_sum, aux)
-    assert not ours.ce_sums_N.requires_grad
-    assert not ours.aux_sum.requires_grad
+    torch.testing.assert_close(ce_sums(ours), torch.stack([c.sum() for c in ce]))
+    torch.testing.assert_close(ours.sums["aux"], aux)
+    assert not ce_sums(ours).requires_grad
+    assert not ours.sums["aux"].requires_grad
     for name, expected in gradients(model, loss).items():
         assert (our_gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
-    assert set(ours.counts) == {"backbone.layers.1", "mtp.layers.1"}
+    assert set(ours.loads) == {"backbone.layers.1", "mtp.layers.1"}
 
 
 def test_objective_of_rows_without_documents() -> None:
@@ -71,37 +73,37 @@ def test_objective_of_rows_without_documents() -> None:
     out = model(batch.ids_BS, mtp=True)
     main = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BS.flatten())
     mtp = F.cross_entropy(out.mtp_logits[0][:, :-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten())
-    ours = PretrainObjective(model, NO_AUX)(batch, normalizer(batch, 1))
+    ours = NextToken(model, NO_AUX)(batch, normalizer(batch, 1))
     torch.testing.assert_close(ours.loss, main + 0.3 * mtp)
 
 
 def test_without_multi_token_prediction() -> None:
     model = loud_model(tiny_config("M"))
     batch = packed_batch(model.config, [[12], [12]])
-    ours = PretrainObjective(model, TRAIN)(batch, normalizer(batch, 0))
+    ours = NextToken(model, TRAIN)(batch, normalizer(batch, 0))
     expected = F.cross_entropy(model(batch.ids_BS).logits.flatten(0, 1), batch.labels_BS.flatten())
     torch.testing.assert_close(ours.loss, expected)
 
 
 def test_shares_of_unequal_micro_batches_add_up() -> None:
     model = loud_model(tiny_config("ME", mtp_num_depths=2))
-    objective = PretrainObjective(model, TRAIN)
+    objective = NextToken(model, TRAIN)
     whole = packed_batch(model.config, ROWS)
     parts = [rows_of(whole, 0, 1), rows_of(whole, 1, 4)]
     counts = [count_targets(part, 2) for part in parts]
     assert counts[0][0] * 3 < counts[1][0] * 2  # few targets in the first, many in the second
     shared = normalizer(whole, 2)
-    assert torch.equal(sum(counts), shared.targets_N)
+    assert torch.equal(sum(counts), shared.counts_N)
 
     together = objective(whole, shared)
     expected = gradients(model, together.loss)
     model.zero_grad()
     outcomes = [objective(part, shared) for part in parts]
     torch.testing.assert_close(sum(o.loss for o in outcomes), together.loss)
-    torch.testing.assert_close(sum(o.ce_sums_N for o in outcomes), together.ce_sums_N)
-    torch.testing.assert_close(sum(o.aux_sum for o in outcomes), together.aux_sum)
-    for name, counts_E in together.counts.items():
-        assert torch.equal(sum(o.counts[name] for o in outcomes), counts_E)
+    torch.testing.assert_close(sum(ce_sums(o) for o in outcomes), ce_sums(together))
+    torch.testing.assert_close(sum(o.sums["aux"] for o in outcomes), together.sums["aux"])
+    for name, counts_E in together.loads.items():
+        assert torch.equal(sum(o.loads[name] for o in outcomes), counts_E)
     for outcome in outcomes:
         outcome.loss.backward()
     accumulated = {n: p.grad for n, p in model.named_parameters()}
@@ -159,7 +161,7 @@ def test_balance_loss_pulls_the_router_when_it_is_weighted() -> None:
     batch = packed_batch(model.config, [[12], [12]])
 
     def gate_gradient(weight: float) -> Tensor:
-        objective = PretrainObjective(model, TrainOptions(aux_loss_weight=weight))
+        objective = NextToken(model, TrainOptions(aux_loss_weight=weight))
         loss = objective(batch, normalizer(batch, 0)).loss
         return gradients(model, loss)["backbone.layers.0.mixer.gate.weight"].clone()
 
@@ -176,7 +178,7 @@ def test_head_gradient_keeps_a_small_share_of_multi_token_prediction_in_bf16() -
     batch = packed_batch(config, [[65]] * 4)
 
     def head_gradient(weight: float, dtype: torch.dtype) -> Tensor:
-        objective = PretrainObjective(
+        objective = NextToken(
             model.to(dtype), TrainOptions(mtp_loss_weight=weight, aux_loss_weight=0.0)
         )
         loss = objective(batch, normalizer(batch, objective.depths)).loss
@@ -206,10 +208,10 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient(pattern: str) -> No
     starts_BW = torch.zeros_like(tokens_BW, dtype=torch.bool)
     batch = Batch.from_windows(tokens_BW, starts_BW, keep_B=torch.tensor([False, False]))
     assert count_targets(batch, 2).tolist() == [0, 0, 0]
-    objective = PretrainObjective(model, NO_AUX)
+    objective = NextToken(model, NO_AUX)
     parts = objective(batch, normalizer(batch, 2))
     assert float(parts.loss.detach()) == 0.0
-    assert parts.ce_sums_N.tolist() == [0.0, 0.0, 0.0]
+    assert ce_sums(parts).tolist() == [0.0, 0.0, 0.0]
     for name, gradient in gradients(model, parts.loss).items():
         assert gradient.eq(0).all(), name
 
@@ -220,7 +222,7 @@ def test_a_masked_row_adds_nothing_to_the_cross_entropies() -> None:
     starts_BW = torch.zeros_like(tokens_BW, dtype=torch.bool)
     both = Batch.from_windows(tokens_BW, starts_BW, keep_B=torch.tensor([True, False]))
     first = Batch.from_windows(tokens_BW[:1], starts_BW[:1])
-    objective = PretrainObjective(model, NO_AUX)
+    objective = NextToken(model, NO_AUX)
     torch.testing.assert_close(
         objective(both, normalizer(both, 2)).loss, objective(first, normalizer(first, 2)).loss
     )
@@ -234,7 +236,7 @@ def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
     keep_BS = torch.rand(batch.loss_mask_BS.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     batch = replace(batch, loss_mask_BS=batch.loss_mask_BS & keep_BS)
     counts_N = count_targets(batch, 2, per_document=True)
-    ours = PretrainObjective(model, NO_AUX)(batch, Normalizer(counts_N, 4, per_document=True))
+    ours = NextToken(model, NO_AUX, lambda step: True)(batch, Normalizer(counts_N, 4))
     our_gradients = gradients(model, ours.loss)
 
     h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
@@ -251,7 +253,7 @@ def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
                 at = torch.tensor(places)
                 means.append(F.cross_entropy(logits_TV[at], labels_T[at + k]))
         assert len(means) == int(counts_N[k])
-        assert float(ours.ce_sums_N[k] / counts_N[k]) == pytest.approx(
+        assert float(ce_sums(ours)[k] / counts_N[k]) == pytest.approx(
             float(torch.stack(means).mean().detach()), rel=1e-5
         )
         total = total + torch.stack(means).mean() * (1.0 if k == 0 else 0.3 / 2)
@@ -259,7 +261,7 @@ def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
     for name, gradient in gradients(model, total).items():
         assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
-    by_tokens = PretrainObjective(model, NO_AUX)(batch, Normalizer(count_targets(batch, 2), 4))
+    by_tokens = NextToken(model, NO_AUX)(batch, Normalizer(count_targets(batch, 2), 4))
     assert abs(float(by_tokens.loss - ours.loss)) > 1e-2
 
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
+from helpers.parts import ce_sums
 from helpers.tiny_models import (
     loud_model,
     packed_batch,
@@ -30,7 +32,8 @@ from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets, targets
+from nemo_hybrid.objectives.base import Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets, labels_and_validity
 from nemo_kernels.documents import Documents
 
 # Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
@@ -178,8 +181,8 @@ def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Co
     hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
     logits_NBSV = torch.stack([model.lm_head(h) for h in (h_BSD, *hidden)])
     counts_N = count_targets(batch, depths)
-    parts = PretrainObjective(model, TrainOptions())(batch, Normalizer(counts_N, 1))
-    labels_NBS, valid_NBS = targets(batch, depths)
+    parts = NextToken(model, TrainOptions())(batch, Normalizer(counts_N, 1))
+    labels_NBS, valid_NBS = labels_and_validity(batch, depths)
     assert torch.equal(counts_N, valid_NBS.sum((1, 2)))
     ours = {tuple(place) for place in valid_NBS.nonzero().tolist()}
     common = ours & naive.keys()
@@ -191,7 +194,7 @@ def compare(model: HybridLM, batch: Batch, naive: dict[Place, Prediction]) -> Co
         validity=len(ours ^ naive.keys()),
         labels=sum(int(labels_NBS[p]) != naive[p].target for p in common),
         logits=max(float((logits_NBSV[p] - head @ naive[p].hidden).abs().max()) for p in common),
-        losses=float((parts.ce_sums_N - sums).abs().max()),
+        losses=float((ce_sums(parts) - sums).abs().max()),
     )
 
 
@@ -201,7 +204,7 @@ def build(rows: list[list[int]], pattern: str, depths: int) -> tuple[HybridLM, B
     batch = packed_batch(config, rows)
     for seed in range(3, 100):
         model = loud_model(config, seed)
-        objective = PretrainObjective(model, TrainOptions())
+        objective = NextToken(model, TrainOptions())
         unit = Normalizer(count_targets(batch, depths), 1)
         margin = smallest_routing_margin(model, batch.ids_BS, lambda: objective(batch, unit))  # noqa: B023
         if margin > 1e-4:
@@ -234,7 +237,7 @@ def test_gradients(pattern: str) -> None:
 
     h_BSD.requires_grad_()
     hidden, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
-    labels_NBS, valid_NBS = targets(batch, 2)
+    labels_NBS, valid_NBS = labels_and_validity(batch, 2)
     logits_NBSV = model.lm_head(torch.stack(hidden))
     F.cross_entropy(
         logits_NBSV[valid_NBS[1:]], labels_NBS[1:][valid_NBS[1:]], reduction="sum"
@@ -312,7 +315,7 @@ def test_a_wrong_shift_is_noticed() -> None:
             found = compare(model, batch, naive)
         assert found.logits > 0.1, wrong
         assert found.losses > 1, wrong
-        with patch("nemo_hybrid.train.losses.shift_left", wrong):
+        with patch("nemo_hybrid.objectives.next_token.shift_left", wrong):
             found = compare(model, batch, naive)
         assert found.labels > 10, wrong
         assert found.losses > 1, wrong
@@ -322,7 +325,7 @@ def test_crossing_a_document_boundary_is_noticed() -> None:
     rows = ROWS["packed"]
     model, batch = build(rows, "*E", 2)
     naive = naive_predictions(model, weights_of(model), rows, batch)
-    with patch("nemo_hybrid.train.losses.shift_left", across_documents):
+    with patch("nemo_hybrid.objectives.next_token.shift_left", across_documents):
         found = compare(model, batch, naive)
     assert found.validity > 5
     assert found.losses > 1
@@ -374,11 +377,12 @@ def block_gradients(
     with torch.no_grad():
         e_BSD = model.backbone.embeddings(ids_BS)
         h_BSD, _ = model.forward_hidden(ids_BS)
-    parameters = model.mtp.wide() if wide else None
+    parameters = model.mtp.wide() if wide else {}
     probe_BSD = torch.randn(h_BSD.shape, generator=torch.Generator().manual_seed(1))
     loss = torch.zeros(())
     for use, share in enumerate(shares):
-        out_BSD, _ = model.mtp(h_BSD.roll(use, 1), e_BSD.roll(2 * use, 1), None, parameters)
+        inputs = h_BSD.roll(use, 1), e_BSD.roll(2 * use, 1), None
+        out_BSD, _ = functional_call(model.mtp, parameters, inputs)
         loss = loss + share * (out_BSD.float() * probe_BSD.roll(3 * use, 1)).sum()
     loss.backward()
     return {n: p.grad.float() for n, p in model.mtp.named_parameters() if p.grad is not None}
@@ -414,9 +418,7 @@ def test_gradients_of_the_depths_are_summed_in_fp32_and_rounded_once() -> None:
 @pytest.mark.parametrize("recompute", ["", "*E"])
 def test_the_model_sums_its_depths_so(recompute: str) -> None:
     """The same outputs as with the block's own parameters, and other gradients than theirs."""
-    model = loud_model(tiny_config("M", mtp_num_depths=2)).bfloat16()
-    for layer in model.mtp.layers:
-        layer.recompute = layer.letter in recompute
+    model = loud_model(tiny_config("M", mtp_num_depths=2), recompute=recompute).bfloat16()
     ids_BS = random_ids(model.config, 2, 33)
     with torch.no_grad():
         h_BSD, _ = model.forward_hidden(ids_BS)
@@ -428,7 +430,7 @@ def test_the_model_sums_its_depths_so(recompute: str) -> None:
         return hidden, [p.grad.clone() for p in model.mtp.parameters()]
 
     hidden, gradients = run()
-    with patch.object(MTPBlock, "wide", lambda _: None):
+    with patch.object(MTPBlock, "wide", lambda _: {}):
         plain_hidden, plain_gradients = run()
     assert all(torch.equal(a, b) for a, b in zip(hidden, plain_hidden, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))

@@ -8,7 +8,8 @@ from helpers.tiny_models import loud_model, packed_batch, tiny_config
 from nemo_hybrid.config import TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.layer import Layer
-from nemo_hybrid.train.losses import LossParts, Normalizer, PretrainObjective, count_targets
+from nemo_hybrid.objectives.base import LossParts, Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets
 
 PATTERN = "ME*-ME"
 
@@ -27,7 +28,7 @@ def step(model: HybridLM) -> tuple[LossParts, dict[str, Tensor], dict[str, list[
             layer.mixer.register_forward_pre_hook(counter)
     batch = packed_batch(model.config, [[7, 12, 2], [21]])
     depths = model.config.mtp_num_depths
-    objective = PretrainObjective(model, TrainOptions(aux_loss_weight=0.05))
+    objective = NextToken(model, TrainOptions(aux_loss_weight=0.05))
     parts = objective(batch, Normalizer(count_targets(batch, depths), 2))
     parts.loss.backward()
     return parts, {n: p.grad for n, p in model.named_parameters()}, calls
@@ -46,11 +47,11 @@ def test_recomputation_is_exact_and_counts_once(letters: str) -> None:
     assert torch.equal(parts.loss, expected.loss)
     for name, gradient in expected_gradients.items():
         assert torch.equal(gradients[name], gradient), name
-    assert parts.counts.keys() == expected.counts.keys()
-    for name, counts_E in expected.counts.items():
-        assert torch.equal(parts.counts[name], counts_E)
+    assert parts.loads.keys() == expected.loads.keys()
+    for name, counts_E in expected.loads.items():
+        assert torch.equal(parts.loads[name], counts_E)
     tokens = 2 * 20  # windows of 21 tokens
-    assert int(parts.counts["backbone.layers.1"].sum()) == tokens * config.num_experts_per_tok
+    assert int(parts.loads["backbone.layers.1"].sum()) == tokens * config.num_experts_per_tok
 
 
 def test_the_experts_inner_activations_are_recomputed_alone() -> None:

@@ -13,13 +13,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from helpers.parts import ce_sums
 from helpers.runs import read_steps, tiny_run
 from nemo_hybrid.config import RunConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.router import Router
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+from nemo_hybrid.objectives.base import Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets
 from nemo_hybrid.train.optim import parameter_groups, update_router_bias
 
 State = dict[str, Tensor]
@@ -121,7 +123,7 @@ def reference(
     for module in model.modules():
         if isinstance(module, Router):
             module.register_forward_hook(lambda m, _, output: gaps.append(_closest(m, output[2])))
-    objective = PretrainObjective(model, config.train)
+    objective = NextToken(model, config.train)
     with optimizer_of(optimizer):
         stepper = torch.optim.AdamW(parameter_groups(model, config.train))
     named = dict(model.named_parameters())
@@ -140,8 +142,8 @@ def reference(
         for gradient in gradients.values():
             gradient *= scale
         stepper.step()
-        update_router_bias(model, parts.counts, config.train.router_bias_rate)
-        mean_N = parts.ce_sums_N / count_targets(batch, objective.depths)
+        update_router_bias(model, parts.loads, config.train.router_bias_rate)
+        mean_N = ce_sums(parts) / count_targets(batch, objective.depths)
         if optimizer == "sgd":
             tensors |= {f"grad{step}|{name}": g.clone() for name, g in gradients.items()}
         rows.append(
@@ -149,7 +151,7 @@ def reference(
                 "losses": mean_N.tolist(),
                 "grad_norm": float(norm),
                 "targets": int(count_targets(batch, 0)),
-                "loads": {name: c.tolist() for name, c in parts.counts.items()},
+                "loads": {name: c.tolist() for name, c in parts.loads.items()},
             }
         )
     return (rows, tensors | {name: p.detach() for name, p in named.items()}), min(gaps, default=1.0)

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from helpers.runs import read_steps
+from helpers.runs import built, read_steps
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train import build
-from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.step import train_step
 from parallel.equal import STARVED, equal_run, masked, optimizer_of, starve
 
@@ -31,7 +30,7 @@ def main(store: Path, out: Path, zero: int) -> None:
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
     with optimizer_of("sgd"):
-        run = build_run(config, hybrid, world, blend, config.validate_world(world.size))
+        run = built(config, world)
     starve(run.model, STARVED)
     parts = {}
 

@@ -10,18 +10,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from helpers.runs import read_steps, tiny_run
+from helpers.runs import built, read_steps, tiny_run
 from nemo_hybrid.config import FP32_NAMES
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.mamba2 import Mamba2
+from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.parallel import engine
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run
-from nemo_hybrid.train.losses import Normalizer, count_targets
 from nemo_hybrid.train.optim import parameter_groups
+from nemo_hybrid.train.run import Run
 from nemo_hybrid.train.step import train_step
 
 LR = 1e-5
@@ -60,7 +60,7 @@ def _kept_in_fp32(world: World, store: Path, zero: int) -> dict[str, Any]:
     )
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
-    run = build_run(config, hybrid, world, blend, config.validate_world(world.size))
+    run = built(config, world)
     seen: list[dict[str, str]] = []
     named = dict(run.model.named_parameters())
     kept = {name: p for name, p in named.items() if name.rsplit(".", 1)[-1] in FP32_NAMES}
@@ -103,7 +103,7 @@ def _shows(run: Run, batch: Batch, name: str, dtype: torch.dtype) -> bool:
     held = parameter.clone()
     outputs: list[Tensor] = []
     hook = module.register_forward_hook(lambda *call: outputs.append(call[2]))
-    unit = Normalizer(count_targets(batch, run.objective.depths), len(batch.ids_BS))
+    unit = Normalizer(run.objective.count(batch, 0), len(batch.ids_BS))
     for value in (held.to(dtype), held.to(dtype) + LR):
         parameter.copy_(value)
         run.engine(batch, unit)

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from helpers.runs import tiny_run
 from nemo_hybrid.config import RunConfig
+from nemo_hybrid.objectives.base import mtp_losses
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.operands import Streams
 from nemo_hybrid.precision.policy import Precision
+from nemo_hybrid.recipes.pretrain import Pretrain
 from nemo_hybrid.train import build, loop
 from nemo_hybrid.train.guard import Guard
-from nemo_kernels.nvfp4.operand import Rounding
+from nemo_hybrid.train.run import Run
+from nemo_kernels.lowp.operand import Rounding
 from parallel.equal import ALL_OF_RANK_1, starve
 from train.low_precision import DIVISIBLE
 
@@ -83,17 +86,18 @@ def recorded(starved: tuple[int, ...]) -> Iterator[list[dict[str, Any]]]:
         steps.append(step)
         start(self, step, batch)
 
-    def stepped(run: build.Run, *args: Any, **options: Any) -> Any:
+    def stepped(run: Run, *args: Any, **options: Any) -> Any:
         batches.append({"step": steps[-1], "asked": [], "quantized": []})
         outcome = train_step(run, *args, **options)
-        batches[-1] |= {"losses": outcome.losses, "objection": outcome.objection}
-        batches[-1]["loads"] = outcome.loads()
+        losses = [outcome.means["loss"], *mtp_losses(outcome.means)]
+        batches[-1] |= {"losses": losses, "objection": outcome.objection}
+        batches[-1]["loads"] = {name: c.tolist() for name, c in outcome.loads.items()}
         return outcome
 
     def judged(self: Guard, loss: float, norm: float) -> str | None:
         return judge(self, math.nan if len(batches) == PASSED_OVER else loss, norm)
 
-    def build_run(*args: Any, **options: Any) -> build.Run:
+    def build_run(*args: Any, **options: Any) -> Run:
         run = built(*args, **options)
         starve(run.model, starved)
         return run
@@ -121,7 +125,7 @@ def main(store: Path, out: Path) -> None:
         config = seeded_run(store, size, seed)
         config.run_dir = str(out / name)
         with recorded(starved) as batches:
-            loop.train(config, os.getppid())
+            loop.train(Pretrain(config), os.getppid())
         (out / f"{name}-{rank}.json").write_text(json.dumps(batches))
     World.stop()
 

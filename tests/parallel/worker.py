@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.runs import read_steps
+from helpers.runs import built, read_steps
 from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.objectives.base import mtp_losses
+from nemo_hybrid.objectives.next_token import count_targets
 from nemo_hybrid.parallel.dispatch import expert_group_name
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train import build
-from nemo_hybrid.train.build import Run, build_run
-from nemo_hybrid.train.losses import count_targets
+from nemo_hybrid.train.run import Run
 from nemo_hybrid.train.step import train_step
 from parallel import precision
 from parallel.equal import STARVED, STEPS, equal_run, masked, optimizer_of, starve
@@ -70,9 +71,8 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     config.validate()
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)
-    accumulation = config.validate_world(world.size)
     with optimizer_of(scenario.optimizer), expert_groups(world, scenario):
-        run = build_run(config, hybrid, world, blend, accumulation)
+        run = built(config, world)
     starve(run.model, scenario.starved)
     break_it(run, scenario.fault)
     data = read_steps(config, blend, world.rank, world.size)
@@ -88,9 +88,9 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
             }
         rows.append(
             {
-                "losses": outcome.losses,
+                "losses": [outcome.means["loss"], *mtp_losses(outcome.means)],
                 "grad_norm": outcome.grad_norm,
-                "loads": outcome.loads(),
+                "loads": {name: counts_E.tolist() for name, counts_E in outcome.loads.items()},
                 "targets": world.gather(
                     sum(int(count_targets(batch, 0)) for batch in batches),
                 ),

@@ -12,9 +12,9 @@ from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.precision.health import Probe, group_of
 from nemo_hybrid.train import metrics
 from nemo_hybrid.train.metrics import StepMetrics, read_metrics
-from nemo_kernels.nvfp4 import hadamard, scales
-from nemo_kernels.nvfp4.operand import Rounding
-from nemo_kernels.nvfp4.reference import dequantize, quantize
+from nemo_kernels.lowp import hadamard, scales
+from nemo_kernels.lowp.operand import Rounding
+from nemo_kernels.lowp.reference import dequantize, quantize
 from train.low_precision import low_run
 
 NAME = "backbone.layers.0.mixer.in_proj"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear, most_rows
 from nemo_hybrid.precision.operands import Ingredients, PassFormats, Streams
-from nemo_kernels import mxfp8
+from nemo_kernels.lowp import mxfp8
+from nemo_kernels.lowp.reference import dequantize, quantize
 from nemo_kernels.moe import grouped_mlp, moe_mlp
-from nemo_kernels.nvfp4.reference import dequantize, quantize
 
 ALL_NVFP4 = PassFormats("nvfp4", "nvfp4", "nvfp4")
 EXACT = PassFormats("fp32", "fp32", "fp32")

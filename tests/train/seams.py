@@ -10,21 +10,22 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from helpers.corpus import write_corpus
-from nemo_hybrid.config import RunConfig
+from helpers.runs import built
 from nemo_hybrid.config_load import load_config
-from nemo_hybrid.data.loader import open_blend, steps
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.objectives.base import mtp_losses
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.build import Run, build_run
+from nemo_hybrid.recipes.pretrain import Pretrain
 from nemo_hybrid.train.optim import learning_rate
-from nemo_hybrid.train.resume import Position, restore
+from nemo_hybrid.train.resume import restore
+from nemo_hybrid.train.run import Position, Run
 from nemo_hybrid.train.step import train_step
 
 
@@ -60,32 +61,16 @@ LOSSES: list[Callable[[Run, Position], None]] = [
 ]
 
 
-def build(config: RunConfig, world: World) -> Run:
-    hybrid = config.model.hybrid()
-    return build_run(config, hybrid, world, open_blend(config.data, hybrid), 1)
-
-
 def two_steps(run: Run, at: Position) -> list[dict[str, Any]]:
     config = run.config
-    data = steps(
-        run.data,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=0,
-        world_size=1,
-        start_step=at.batch,
-        workers=0,
-        seed=config.train.seed,
-    )
     rows = []
-    for step in (at.step, at.step + 1):
-        done = train_step(run, next(data), learning_rate(step, config.train))
-        loss, *depths = done.losses
+    for i, step in enumerate((at.step, at.step + 1)):
+        batches = run.data.step(at.batch + i, run.share)
+        done = train_step(run, batches, learning_rate(step, config.train))
         rows.append(
             {
-                "loss": loss,
-                "mtp_losses": depths,
+                "loss": done.means["loss"],
+                "mtp_losses": mtp_losses(done.means),
                 "grad_norm": done.grad_norm,
                 "sample_hash": done.sample_hash,
             }
@@ -106,7 +91,7 @@ def main(run_dir: Path, out: Path) -> None:
     world = World.start()
     checkpoint = run_dir / "checkpoints/step_00000009"
     config = load_config([run_dir / "config.yaml"])
-    run = build(config, world)
+    run = built(config, world)
     figures = {}
     for lose in LOSSES:
         at = restore(checkpoint, run)
@@ -119,16 +104,15 @@ def main(run_dir: Path, out: Path) -> None:
     foreign = out.parent / "foreign" / checkpoint.name
     foreign.mkdir(parents=True)
     messages = {"newer format": refusal(newer, run), "no checkpoint": refusal(foreign, run)}
-    own = run.identity
-    run.identity = replace(own, tokenizer="0123")
-    messages["tokenizer"] = refusal(checkpoint, run)
-    run.identity = own
+    own = run.recipe.identity()
+    with mock.patch.object(Pretrain, "identity", return_value={**own, "tokenizer": "0123"}):
+        messages["tokenizer"] = refusal(checkpoint, run)
     config.data.path = str(write_corpus(out.parent / "other_store", seed=1))
-    messages["data"] = refusal(checkpoint, build(config, world))
+    messages["data"] = refusal(checkpoint, built(config, world))
     config.model.moe_latent_size = 24
-    messages["shape"] = refusal(checkpoint, build(config, world))
+    messages["shape"] = refusal(checkpoint, built(config, world))
     out.write_text(
-        json.dumps({"figures": figures, "messages": messages, "tokenizer": own.tokenizer})
+        json.dumps({"figures": figures, "messages": messages, "tokenizer": own["tokenizer"]})
     )
     World.stop()
 

@@ -182,11 +182,11 @@ def test_missing_and_empty_data(refused: Refused, tmp_path: Path) -> None:
 
 def test_store_that_one_node_lacks(store: Path, tmp_path: Path) -> None:
     """No process is left waiting for the one that cannot open it."""
-    from nemo_hybrid.train import build
+    from nemo_hybrid.recipes.pretrain import Pretrain
 
     def open_data(world: ThreadWorld) -> object:
         config = tiny_run(store if world.rank == 0 else tmp_path / "absent")
-        return build.open_data(config, config.model.hybrid(), world)  # type: ignore[arg-type]
+        return Pretrain(config).open_data(world, None)  # type: ignore[arg-type]
 
     for result in in_ranks(2, open_data):
         assert isinstance(result, UserError)
@@ -196,10 +196,10 @@ def test_store_that_one_node_lacks(store: Path, tmp_path: Path) -> None:
 def test_mistyped_path_is_not_the_default_corpus(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_hybrid.train import build
+    from nemo_hybrid.recipes import pretrain
 
     made: list[str] = []
-    monkeypatch.setattr(build, "prepare", lambda options: made.append(options.out))
+    monkeypatch.setattr(pretrain, "prepare", lambda options: made.append(options.out))
     place, mistyped = tmp_path / "corpus", tmp_path / "corpsu"
     message = refused("--data.default_corpus", place, "--data.path", mistyped)
     assert str(mistyped) in message

@@ -22,7 +22,7 @@ from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.export.assign import assign
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.simulate import quantization_aware
-from nemo_hybrid.train import distill
+from nemo_hybrid.objectives import kl
 from nemo_hybrid.train.metrics import read_metrics
 
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
@@ -49,7 +49,7 @@ def commands() -> Iterator[Commands]:
 def test_the_divergence_and_its_gradients_are_those_of_the_formula(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "_CHUNK_BYTES", 4 * 50 * 7)  # seven tokens at a time
+    monkeypatch.setattr(kl, "_CHUNK_BYTES", 4 * 50 * 7)  # seven tokens at a time
     generator = torch.Generator().manual_seed(0)
     h, teacher_h = torch.randn(2, 30, 16, generator=generator).to(dtype)
     head, teacher_head = torch.randn(2, 50, 16, generator=generator).to(dtype)
@@ -57,7 +57,7 @@ def test_the_divergence_and_its_gradients_are_those_of_the_formula(
     ours = [t.clone().requires_grad_() for t in (h, head)]
     theirs = [t.double().requires_grad_() for t in (h, head)]
 
-    loss = distill.linear_kl(*ours, teacher_h, teacher_head, weights)
+    loss = kl.linear_kl(*ours, teacher_h, teacher_head, weights)
     p = F.softmax(teacher_h.double() @ teacher_head.double().t(), -1)
     q = F.softmax(theirs[0] @ theirs[1].t(), -1)
     expected = (weights * (p * (p / q).log()).sum(-1)).sum()

@@ -24,7 +24,7 @@ from nemo_hybrid.config_load import dump_config
 from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.hf_config import read_json
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import read_metrics
 
 Finetune = Callable[..., Said]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.once import once
+from helpers.parts import ce_sums
 from helpers.processes import run_command
 from helpers.runs import read_steps, tiny_run
 from nemo_hybrid.config import RunConfig
@@ -24,10 +25,11 @@ from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model import mamba2, router
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
+from nemo_hybrid.objectives import next_token
+from nemo_hybrid.objectives.base import Normalizer
+from nemo_hybrid.objectives.next_token import NextToken, count_targets
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.operands import Products, Side
-from nemo_hybrid.train import losses
-from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
 from nemo_hybrid.train.metrics import read_metrics
 from nemo_hybrid.train.optim import learning_rate, parameter_groups, update_router_bias
 
@@ -77,7 +79,7 @@ def in_plain_pytorch(config: RunConfig) -> dict[int, list[float]]:
     precision = policy.apply(
         model, config.precision, hybrid, seed=config.train.seed, rank=0, device_type="cpu"
     )
-    objective = PretrainObjective(model, config.train)
+    objective = NextToken(model, config.train)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
     data = read_steps(config, open_blend(config.data, hybrid))
     found = {}
@@ -93,8 +95,8 @@ def in_plain_pytorch(config: RunConfig) -> dict[int, list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train)
         optimizer.step()
-        update_router_bias(model, parts.counts, config.train.router_bias_rate)
-        found[step + 1] = (parts.ce_sums_N / counts_N).tolist()
+        update_router_bias(model, parts.loads, config.train.router_bias_rate)
+        found[step + 1] = (ce_sums(parts) / counts_N).tolist()
     return found
 
 
@@ -144,7 +146,7 @@ def with_mtp_targets_off_by_one(patch: pytest.MonkeyPatch) -> None:
     def short(x: Tensor, k: int, seq_idx: Tensor) -> Tensor:
         return shift_left(x, k - 1, seq_idx) if k > 1 else x
 
-    patch.setattr(losses, "shift_left", short)
+    patch.setattr(next_token, "shift_left", short)
 
 
 def with_mtp_inputs_off_by_one(patch: pytest.MonkeyPatch) -> None:

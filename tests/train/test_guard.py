@@ -13,17 +13,20 @@ import pytest
 from helpers.once import once
 from helpers.processes import TESTS, Finished, run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config import GuardOptions
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.train.guard import Guard
+from nemo_hybrid.train.guard import Bands, Guard
 from nemo_hybrid.train.metrics import read_metrics
 
 FAULTY = TESTS / "helpers/faulty.py"
 STEPS, EVERY = 8, 4
 
 
+def fresh(window: int = 128, loss: float = 10.0, grad_norm: float = 10.0) -> Guard:
+    return Guard(window, Bands(loss, grad_norm))
+
+
 def settled(losses: list[float], norm: float = 1.0, **options: Any) -> Guard:
-    guard = Guard(GuardOptions(**options))
+    guard = fresh(**options)
     assert all(guard.judge(loss, norm) is None for loss in losses)
     return guard
 
@@ -33,8 +36,8 @@ EVEN = [4.0 + 0.05 * (-1) ** i for i in range(20)]
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_not_finite_is_passed_over_from_the_first_step(value: float) -> None:
-    assert "loss is" in (Guard(GuardOptions()).judge(value, 1.0) or "")
-    assert "gradient norm is" in (Guard(GuardOptions()).judge(1.0, value) or "")
+    assert "loss is" in (fresh().judge(value, 1.0) or "")
+    assert "gradient norm is" in (fresh().judge(1.0, value) or "")
 
 
 def test_a_spike_is_one_above_the_band() -> None:
@@ -50,7 +53,14 @@ def test_a_spike_is_one_above_the_band() -> None:
 
 def test_no_spike_before_sixteen_steps_nor_with_band_zero() -> None:
     assert settled(EVEN[:15]).judge(100.0, 100.0) is None
-    assert settled(EVEN, spike_band=0.0).judge(100.0, 100.0) is None
+    assert settled(EVEN, loss=0.0, grad_norm=0.0).judge(100.0, 100.0) is None
+
+
+def test_each_of_the_two_values_has_a_band_of_its_own() -> None:
+    """A surrogate loss that changes its sign has none, its gradient has."""
+    guard = settled(EVEN, loss=0.0)
+    assert guard.judge(100.0, 1.0) is None
+    assert "gradient norm is 100" in (guard.judge(4.0, 100.0) or "")
 
 
 def test_a_spike_does_not_widen_the_band() -> None:
@@ -70,7 +80,7 @@ def test_the_band_forgets_what_is_older_than_the_window() -> None:
 def test_state_goes_through_json() -> None:
     guard = settled(EVEN)
     guard.judge(math.nan, 1.0)
-    other = Guard(GuardOptions())
+    other = fresh()
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.counters == guard.counters
     assert other.state() == guard.state()

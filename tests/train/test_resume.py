@@ -17,9 +17,9 @@ from helpers.processes import Finished, run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.config import DataOptions, RunConfig
 from nemo_hybrid.config_load import load_config
-from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.data.loader import Blend, open_blend
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.train import build
+from nemo_hybrid.recipes.pretrain import Pretrain
 from nemo_hybrid.train.metrics import read_metrics
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
 from train.conftest import LAYOUT, Unbroken
@@ -145,11 +145,16 @@ def test_weights_of_a_blend_are_part_of_the_identity(store: Path) -> None:
     """They decide which samples come next."""
     blend = open_blend(DataOptions(path=str(store), sequence_length=32), tiny_run(store).model)
     two = replace(blend, train=blend.train * 2, weights=(0.5, 0.5))
-    config = tiny_run(store)
-    same, other = replace(two), replace(two, weights=(0.7, 0.3))
-    assert build.identity_of(config, two) == build.identity_of(config, same)
-    assert build.identity_of(config, two) != build.identity_of(config, other)
-    assert asdict(build.identity_of(config, other))["weights"] == [0.7, 0.3]
+    recipe = Pretrain(tiny_run(store))
+
+    def identity(rows: Blend) -> dict[str, Any]:
+        recipe.rows = rows
+        return recipe.identity()
+
+    other = replace(two, weights=(0.7, 0.3))
+    assert identity(two) == identity(replace(two))
+    assert identity(two) != identity(other)
+    assert identity(other)["weights"] == [0.7, 0.3]
 
 
 def test_moved_data_and_older_configurations_are_the_same_run(store: Path, tmp_path: Path) -> None:

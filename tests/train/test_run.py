@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers.parts import ce_sums
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import evaluations, read_metrics
 from train.conftest import Unbroken
 
@@ -84,11 +85,12 @@ def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> N
     """The weights on disk have the held-out loss that the run measured at its end."""
     from nemo_hybrid.config import DataOptions, TrainOptions
     from nemo_hybrid.data.loader import heldout_batches, open_blend
-    from nemo_hybrid.train.losses import Normalizer, PretrainObjective, count_targets
+    from nemo_hybrid.objectives.base import Normalizer
+    from nemo_hybrid.objectives.next_token import NextToken, count_targets
 
     model = HybridLM.from_hf(str(unbroken.run_dir))
     data = DataOptions(path=str(store), sequence_length=32)
-    objective = PretrainObjective(model, TrainOptions())
+    objective = NextToken(model, TrainOptions())
     total, count = 0.0, 0
     for batch in heldout_batches(
         open_blend(data, model.config),
@@ -99,7 +101,7 @@ def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> N
         limit=16,
     ):
         counts_N = count_targets(batch, objective.depths)
-        total += float(objective(batch, Normalizer(counts_N, 16)).ce_sums_N[0])
+        total += float(ce_sums(objective(batch, Normalizer(counts_N, 16)))[0])
         count += int(counts_N[0])
     last = read_metrics(unbroken.run_dir / "metrics.jsonl")[-1]
     assert total / count == pytest.approx(last.heldout_loss, rel=5e-3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers.runs import read_steps, tiny_run
 from nemo_hybrid.data.loader import open_blend
+from nemo_hybrid.objectives.next_token import count_targets
 from nemo_hybrid.train import loop, step
 
 
@@ -28,9 +29,8 @@ def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
     config = tiny_run(store)
     batches = next(read_steps(config, open_blend(config.data, config.model.hybrid())))
     world = SimpleNamespace(device=torch.device("meta"), sum=reached)
-    run = SimpleNamespace(
-        world=world, engine=None, config=config, objective=SimpleNamespace(depths=2)
-    )
+    objective = SimpleNamespace(count=lambda batch, step: count_targets(batch, 2))
+    run = SimpleNamespace(world=world, engine=None, config=config, objective=objective)
     with pytest.raises(Reached) as caught:
         step.train_step(run, batches, 1e-3)  # type: ignore[arg-type]
     (totals,) = caught.value.args

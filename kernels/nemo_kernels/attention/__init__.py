@@ -24,7 +24,11 @@ def attention(
     return impl.attention(q_BSHP, k_BSGP, v_BSGP, documents)
 
 
-def attention_step(q_BHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor) -> Tensor:
-    """Attention of one new token to all T cached ones (its own included): [B,H,P]."""
-    impl = backend.implementation("attention", q_BHP.device.type)
-    return impl.attention_step(q_BHP, k_BTGP, v_BTGP)
+def attention_read(q_BSHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, before_B: Tensor) -> Tensor:
+    """Attention of S new tokens to cached ones of their row, their own included: [B,S,H,P].
+
+    Token s of row b sees the first ``before_B[b] + s + 1`` of the T keys and values; what stands
+    behind them must be finite, and changes nothing.
+    """
+    impl = backend.implementation("attention", q_BSHP.device.type)
+    return impl.attention_read(q_BSHP, k_BTGP, v_BTGP, before_B)

@@ -16,7 +16,7 @@ from nemo_kernels.backend import draw, relative_deviation
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
-attention_step = reference.attention_step
+attention_read = reference.attention_read
 
 
 def attention(

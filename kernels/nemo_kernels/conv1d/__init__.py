@@ -26,13 +26,8 @@ def causal_conv1d(
 
 def causal_conv1d_step(
     x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token of :func:`causal_conv1d`: output [B,C] and the next state [B,C,J]."""
+) -> Tensor:
+    """One token of :func:`causal_conv1d`: [B,C]. ``state_BCJ``, the J inputs before it, moves on in
+    place."""
     impl = backend.implementation("conv1d", x_BC.device.type)
     return impl.causal_conv1d_step(x_BC, state_BCJ, weight_CK, bias_C)
-
-
-def conv_state(x_BSC: Tensor, kernel: int) -> Tensor:
-    """The last kernel-1 inputs of a sequence, zero-padded on the left: [B,C,J]."""
-    impl = backend.implementation("conv1d", x_BSC.device.type)
-    return impl.conv_state(x_BSC, kernel)

@@ -18,7 +18,6 @@ from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
 causal_conv1d_step = reference.causal_conv1d_step
-conv_state = reference.conv_state
 
 
 def causal_conv1d(

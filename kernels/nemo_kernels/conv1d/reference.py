@@ -31,18 +31,13 @@ def causal_conv1d(
 
 def causal_conv1d_step(
     x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     window_BCK = torch.cat((state_BCJ, x_BC[..., None].to(state_BCJ.dtype)), dim=-1)
     y_BC = torch.addcmul(bias_C, window_BCK[..., 0], weight_CK[:, 0])
     for k in range(1, weight_CK.shape[1]):
         y_BC = torch.addcmul(y_BC, window_BCK[..., k], weight_CK[:, k])
-    return F.silu(y_BC).to(x_BC.dtype), window_BCK[..., 1:]
-
-
-def conv_state(x_BSC: Tensor, kernel: int) -> Tensor:
-    keep = kernel - 1
-    last_BJC = x_BSC[:, max(0, x_BSC.shape[1] - keep) :]
-    return F.pad(last_BJC, (0, 0, keep - last_BJC.shape[1], 0)).transpose(1, 2).contiguous()
+    state_BCJ.copy_(window_BCK[..., 1:])
+    return F.silu(y_BC).to(x_BC.dtype)
 
 
 class _CausalConv1d(torch.autograd.Function):

@@ -46,7 +46,7 @@ def ssd_step(
     C_BGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One token of :func:`ssd_scan`: y [B,H,P] in x's dtype and the next state [B,H,P,N], fp32."""
+) -> Tensor:
+    """One token of :func:`ssd_scan`: y [B,H,P] in x's dtype. The state moves on in place."""
     impl = backend.implementation("ssd", x_BHP.device.type)
     return impl.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)

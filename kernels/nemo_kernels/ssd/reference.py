@@ -74,16 +74,15 @@ def ssd_step(
     C_BGN: Tensor,
     D_H: Tensor,
     state_BHPN: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     per_group = x_BHP.shape[1] // B_BGN.shape[1]
     x, dt_BH = x_BHP.to(state_BHPN.dtype), dt_BH.to(state_BHPN.dtype)
     B_BHN = B_BGN.to(x.dtype).repeat_interleave(per_group, dim=1)
     C_BHN = C_BGN.to(x.dtype).repeat_interleave(per_group, dim=1)
-    decay_BH = torch.exp(dt_BH * A_H)
-    new_BHPN = (x * dt_BH[..., None])[..., None] * B_BHN[..., None, :]
-    state_BHPN = torch.addcmul(new_BHPN, state_BHPN, decay_BH[..., None, None])
+    state_BHPN.mul_(torch.exp(dt_BH * A_H)[..., None, None])
+    state_BHPN.addcmul_((x * dt_BH[..., None])[..., None], B_BHN[..., None, :])
     y_BHP = (state_BHPN @ C_BHN[..., None])[..., 0] + x * D_H[:, None]
-    return y_BHP.to(x_BHP.dtype), state_BHPN
+    return y_BHP.to(x_BHP.dtype)
 
 
 class _Chunks(NamedTuple):

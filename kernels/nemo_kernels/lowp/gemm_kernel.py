@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_kernels.checks import expect, expect_device
-from nemo_kernels.nvfp4.layout import (
+from nemo_kernels.lowp.layout import (
     ATOM_BYTES,
     ATOM_K,
     ATOM_ROWS,
@@ -29,8 +29,8 @@ from nemo_kernels.nvfp4.layout import (
     Packed,
     atoms,
 )
-from nemo_kernels.nvfp4.operand import expect_ends
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp.operand import expect_ends
+from nemo_kernels.lowp.scales import BLOCK
 from nemo_kernels.shipped import Shipped, Tile
 
 _E2M1 = tl.constexpr("e2m1")  # a string will not do in the interpreter of Triton 3.6

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.operand import Operand
-from nemo_kernels.nvfp4.rounding import round_to_e4m3_
-from nemo_kernels.nvfp4.scales import E4M3_MAX, divide, parts
+from nemo_kernels.lowp.operand import Operand
+from nemo_kernels.lowp.rounding import round_to_e4m3_
+from nemo_kernels.lowp.scales import E4M3_MAX, divide, parts
 
 BLOCK = 32
 _MANTISSA = (1 << 23) - 1

@@ -18,8 +18,8 @@ from transformer_engine.pytorch import NVFP4Quantizer
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
 from nemo_kernels.backend import draw
-from nemo_kernels.nvfp4 import emulation, grouped, layout, reference
-from nemo_kernels.nvfp4.operand import Rounding
+from nemo_kernels.lowp import emulation, grouped, layout, reference
+from nemo_kernels.lowp.operand import Rounding
 
 EMULATION = grouped
 DEVICE_TYPES = ("cuda",)
@@ -43,7 +43,7 @@ class Native(NamedTuple):
 def operands(
     x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
 ) -> tuple[Native | None, Native | None]:
-    """:func:`nemo_kernels.nvfp4.operands`. The library transforms bf16 only, so that x is rounded
+    """:func:`nemo_kernels.lowp.operands`. The library transforms bf16 only, so that x is rounded
     to it where ``columns`` has a Hadamard transform.
 
     Raises:
@@ -83,12 +83,12 @@ def operands(
 
 
 def product(a: Native, b: Native, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.product`; see :func:`_product`."""
+    """:func:`nemo_kernels.lowp.product`; see :func:`_product`."""
     return _product(a.tensor, a.columnwise, b.tensor, b.columnwise, dtype)
 
 
 def grouped_product(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_product`."""
+    """:func:`nemo_kernels.lowp.grouped_product`."""
     width = b.shape[-1 if b.columnwise else -2]
     out_PN = torch.zeros(a.shape[0], width, dtype=dtype, device=ends_E.device)
     for rows, one, weight in zip(emulation.segments(ends_E), a.tensor, b.tensor, strict=True):
@@ -98,7 +98,7 @@ def grouped_product(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) ->
 
 
 def grouped_wgrad(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_wgrad`."""
+    """:func:`nemo_kernels.lowp.grouped_wgrad`."""
     size = (len(a.tensor), a.shape[-1], b.shape[-1])
     out_EMN = torch.zeros(size, dtype=dtype, device=ends_E.device)
     for out_MN, one, other in zip(out_EMN, a.tensor, b.tensor, strict=True):

@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 
 from nemo_kernels.backend import draw
-from nemo_kernels.nvfp4 import gemm_kernel, grouped, layout, quantize_kernel, reference
-from nemo_kernels.nvfp4.layout import Packed
-from nemo_kernels.nvfp4.operand import Operand, Rounding, multiplier
-from nemo_kernels.nvfp4.quantize_kernel import Result
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp import gemm_kernel, grouped, layout, quantize_kernel, reference
+from nemo_kernels.lowp.layout import Packed
+from nemo_kernels.lowp.operand import Operand, Rounding, multiplier
+from nemo_kernels.lowp.quantize_kernel import Result
+from nemo_kernels.lowp.scales import BLOCK
 
 EMULATION = grouped
 product, grouped_product = gemm_kernel.gemm, gemm_kernel.grouped_rows
@@ -36,7 +36,7 @@ _MAX_COLUMNS = 2**31 // 64
 def operands(
     x: Tensor, rows: Rounding | None, columns: Rounding | None, ends_E: Tensor | None = None
 ) -> tuple[Operand | Packed | None, Operand | Packed | None]:
-    """:func:`nemo_kernels.nvfp4.operands`; x is read once for maxima and once for all results."""
+    """:func:`nemo_kernels.lowp.operands`; x is read once for maxima and once for all results."""
     takes = x.dim() in (2, 3) and (x.dim() == 2 or ends_E is None)
     if not takes or not _takes(x, rows, columns):
         return reference.operands(x, rows, columns, ends_E)

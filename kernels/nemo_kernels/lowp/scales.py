@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.rounding import E2M1_MAX, round_to_e4m3_, round_to_nearest_
+from nemo_kernels.lowp.rounding import E2M1_MAX, round_to_e4m3_, round_to_nearest_
 
 BLOCK = 16
 E4M3_MAX = 448.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.scales import BLOCK, parts
+from nemo_kernels.lowp.scales import BLOCK, parts
 
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 _MINUS = sum(1 << place for place, sign in enumerate(SIGNS) if sign < 0)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp.scales import BLOCK
 
 ATOM_ROWS, ATOM_BLOCKS = 128, 4
 ATOM_BYTES = ATOM_ROWS * ATOM_BLOCKS

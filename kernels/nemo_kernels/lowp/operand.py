@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.checks import expect, may_read
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp.scales import BLOCK
 
 
 class Rounding(NamedTuple):

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_kernels.nvfp4 import hadamard, rounding
-from nemo_kernels.nvfp4.layout import ATOM_BYTES, atoms
-from nemo_kernels.nvfp4.operand import Rounding
-from nemo_kernels.nvfp4.scales import BLOCK
+from nemo_kernels.lowp import hadamard, rounding
+from nemo_kernels.lowp.layout import ATOM_BYTES, atoms
+from nemo_kernels.lowp.operand import Rounding
+from nemo_kernels.lowp.scales import BLOCK
 from nemo_kernels.shipped import Shipped
 
 TILE = {"B": 4, "C": 16, "num_warps": 4}

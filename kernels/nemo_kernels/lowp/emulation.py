@@ -14,16 +14,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nemo_kernels.nvfp4.operand import Operand
+from nemo_kernels.lowp.operand import Operand
 
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.product`."""
+    """:func:`nemo_kernels.lowp.product`."""
     return _scaled(_mm(a.matrix, b.matrix.mT), a, b).to(dtype)
 
 
 def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_product`; waits for a GPU, which has to tell the ends."""
+    """:func:`nemo_kernels.lowp.grouped_product`; waits for a GPU, which has to tell the ends."""
     out_PN = a.matrix.new_zeros(a.matrix.shape[0], b.matrix.shape[1], dtype=dtype)
     for e, (rows, weight) in enumerate(zip(segments(ends_E), b.matrix, strict=True)):
         out_PN[rows] = _scaled(_mm(a.matrix[rows], weight.mT), a, b, e)
@@ -31,7 +31,7 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
 
 
 def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`nemo_kernels.nvfp4.grouped_wgrad`; waits for a GPU, which has to tell the ends."""
+    """:func:`nemo_kernels.lowp.grouped_wgrad`; waits for a GPU, which has to tell the ends."""
     (m, _), (n, _) = a.matrix.shape, b.matrix.shape
     out_EMN = a.matrix.new_empty(ends_E.numel(), m, n, dtype=dtype)
     for e, rows in enumerate(segments(ends_E)):

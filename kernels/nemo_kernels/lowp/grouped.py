@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_kernels.lowp.emulation import product
+from nemo_kernels.lowp.operand import Operand
 from nemo_kernels.moe import expert_kernel
 from nemo_kernels.moe.kernel import outer_products, rows_products
-from nemo_kernels.nvfp4.emulation import product
-from nemo_kernels.nvfp4.operand import Operand
 
 __all__ = ["grouped_product", "grouped_wgrad", "product"]
 

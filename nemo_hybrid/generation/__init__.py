@@ -1,0 +1,1 @@
+"""Continuing texts with a trained model."""

@@ -1,0 +1,124 @@
+"""What a model remembers of the texts that it reads, one text in each row.
+
+Texts are read in pieces, of other lengths in every row, and nothing that is read counts before
+``commit``: until then Mamba states stay what they were, and keys and values stand behind a row's
+length, where they are scratch. So tokens are taken back by not committing, and by reading those
+that are to stay once more.
+
+Every tensor has the rows as its first dimension and is written in place, so that addresses stay
+until ``reserve`` has to make room; lengths stay on the device, so that nothing waits for it.
+
+Shapes: B rows, T tokens that there is room for, S tokens read at once, R real ones among B*S, G
+key/value heads, P head dim, C conv channels, J = conv kernel - 1, H Mamba heads, N state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_hybrid.config import Architecture
+
+
+@dataclass
+class AttentionCache:
+    """Keys and values by position."""
+
+    k_BTGP: Tensor
+    v_BTGP: Tensor
+
+    def write(self, k_BSGP: Tensor, v_BSGP: Tensor, before_B: Tensor) -> None:
+        """Put those of S tokens behind the first ``before_B`` of each row."""
+        row_B1 = torch.arange(len(before_B), device=before_B.device)[:, None]
+        place_BS = before_B[:, None] + torch.arange(k_BSGP.shape[1], device=before_B.device)
+        self.k_BTGP[row_B1, place_BS] = k_BSGP
+        self.v_BTGP[row_B1, place_BS] = v_BSGP
+
+    def reserve(self, tokens: int) -> None:
+        room = self.k_BTGP.shape[1]
+        if tokens > room:
+            more = (0, 0, 0, 0, 0, max(tokens, 2 * room) - room)
+            self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
+
+
+@dataclass
+class MambaCache:
+    """The last inputs of the convolution, and the state of the scan, in fp32."""
+
+    conv_BCJ: Tensor
+    ssm_BHPN: Tensor
+
+
+LayerCache = AttentionCache | MambaCache | None
+
+
+@dataclass
+class Caches:
+    """Of a stack of layers: ``lengths_B`` (int64) tokens of each row count as read. ``mtp``: the
+    cache of the MTP block, which has lengths of its own."""
+
+    lengths_B: Tensor
+    layers: list[LayerCache]
+    mtp: Caches | None = None
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in every row, padding that is read included. Where there is
+        less, at least twice the room there was, so that this is seldom; tensors are then others."""
+        for cache in [*self.layers, *(self.mtp.layers if self.mtp else ())]:
+            if isinstance(cache, AttentionCache):
+                cache.reserve(tokens)
+
+
+def allocate(pattern: str, cfg: Architecture, rows: int, tokens: int, like: Tensor) -> Caches:
+    """Caches of rows that have read nothing, in the dtype and on the device of ``like``."""
+
+    def cache(letter: str) -> LayerCache:
+        if letter == "*":
+            # Not empty: what is not looked at must still be finite.
+            heads = (rows, tokens, cfg.num_key_value_heads, cfg.head_dim)
+            return AttentionCache(like.new_zeros(heads), like.new_zeros(heads))
+        if letter == "M":
+            ssm = (rows, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size)
+            return MambaCache(
+                like.new_zeros(rows, cfg.conv_channels, cfg.conv_kernel - 1),
+                like.new_zeros(ssm, dtype=torch.promote_types(like.dtype, torch.float32)),
+            )
+        return None
+
+    lengths_B = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    return Caches(lengths_B, [cache(letter) for letter in pattern])
+
+
+class Reading(NamedTuple):
+    """What is being read; made once for all layers."""
+
+    before_B: Tensor  # tokens of each row that were read before
+    counts_B: Tensor  # tokens of the row's S that are real: the first ones
+    real_BS: Tensor  # bool: which these are
+    real_R: Tensor  # their places among B*S
+
+
+def reading(counts_B: Tensor, tokens: int, caches: Caches) -> Reading:
+    """Waits for a GPU, once: how many tokens are real decides how many the experts see."""
+    real_BS = torch.arange(tokens, device=counts_B.device) < counts_B[:, None]
+    return Reading(caches.lengths_B, counts_B, real_BS, real_BS.flatten().nonzero()[:, 0])
+
+
+class After(NamedTuple):
+    """What `commit` makes count: tokens per row, and states after them."""
+
+    counts_B: Tensor
+    states: list[MambaCache | None]
+
+
+def commit(caches: Caches, after: After) -> None:
+    """Have tokens count that were read; ``after`` is of the last reading with these caches."""
+    caches.lengths_B += after.counts_B
+    for cache, state in zip(caches.layers, after.states, strict=True):
+        if isinstance(cache, MambaCache) and state is not None:
+            cache.conv_BCJ.copy_(state.conv_BCJ)
+            cache.ssm_BHPN.copy_(state.ssm_BHPN)

@@ -1,0 +1,157 @@
+"""Next-token prediction, at every depth, over one Batch.
+
+loss = CE + (lambda / D) * sum_k CE_k + mu * aux, where every cross-entropy is a sum over the whole
+global batch divided by the global count of its own valid targets, and aux, the sequence-wise
+balance loss, is the mean over the rows of the global batch. Fine-tuning may take the mean over
+documents (conversations) of each one's own mean instead; each depth then counts the documents, and
+the targets of each, that it has itself.
+
+Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, N = 1 + D losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.model.hybrid import HybridLM, Stats
+from nemo_hybrid.model.mtp import shift_left
+from nemo_hybrid.objectives.base import LossParts, Normalizer, Objective
+from nemo_kernels.loss import linear_cross_entropy
+
+
+class Targets(NamedTuple):
+    """What a batch's hidden states learn, and how much of it counts."""
+
+    labels_NBS: Tensor  # int64
+    weights_NT: Tensor  # fp32: what each cross-entropy counts, before the global count divides it
+    scale_N: Tensor  # fp32: weight of each loss over its global count
+
+
+class NextToken(Objective):
+    """Cross-entropy of the next token and of each depth's, and the balance of the experts.
+
+    Its parts: ``ce``, ``mtp_1`` ... ``mtp_D``, and ``aux``, before their weights.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        train: TrainOptions,
+        per_document: Callable[[int], bool] = lambda step: False,
+    ) -> None:
+        """``per_document``: whether the step after so many averages documents' means instead of
+        all targets."""
+        super().__init__()
+        self.model = model
+        # Without a weight the MTP block is not run at all: fine-tuning leaves it as it is.
+        self.depths = model.config.mtp_num_depths if train.mtp_loss_weight else 0
+        self.names = ["ce", *(f"mtp_{k}" for k in range(1, self.depths + 1))]
+        self.weights_N = [1.0] + [train.mtp_loss_weight / max(1, self.depths)] * self.depths
+        self.aux_weight = train.aux_loss_weight
+        self.per_document = per_document
+
+    def count(self, batch: Batch, step: int) -> Tensor:
+        return count_targets(batch, self.depths, self.per_document(step))
+
+    def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
+        hidden, stats = self._read(batch)
+        targets = self._targets(batch, normalizer)
+        loss, sums = self._learn(batch, hidden, targets)
+        aux_sum = torch.zeros((), device=loss.device)
+        for routed in stats.values():
+            aux_sum = aux_sum + routed.aux_loss
+        if self.aux_weight:
+            loss = loss + aux_sum * (self.aux_weight / normalizer.rows)
+        sums["aux"] = aux_sum.detach()
+        return LossParts(loss, sums, {name: routed.counts_E for name, routed in stats.items()})
+
+    def means(self, sums: Mapping[str, Tensor], normalizer: Normalizer) -> dict[str, float]:
+        counts_N = normalizer.counts_N.clamp(min=1)
+        means = {name: float(sums[name] / counts_N[i]) for i, name in enumerate(self.names)}
+        means["aux"] = float(sums["aux"]) / (normalizer.rows * max(1, self._moe_layers()))
+        return {"loss": means["ce"], **means}
+
+    def _read(self, batch: Batch) -> tuple[list[Tensor], Stats]:
+        """Hidden states [B, S, D] of the N losses, and routing statistics."""
+        h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
+        if not self.depths:
+            return [h_BSD], stats
+        mtp_hidden, mtp_stats = self.model.forward_mtp(h_BSD, batch.ids_BS, batch.packing)
+        return [h_BSD, *mtp_hidden], stats | mtp_stats
+
+    def _targets(self, batch: Batch, normalizer: Normalizer) -> Targets:
+        labels_NBS, valid_NBS = labels_and_validity(batch, self.depths)
+        weights_N = torch.tensor(self.weights_N, device=labels_NBS.device)
+        # max(1): a loss without any target in the global batch is zero, not 0/0.
+        scale_N = weights_N / normalizer.counts_N.clamp(min=1)
+        per_document = self.per_document(normalizer.step)
+        return Targets(labels_NBS, _weights(batch, valid_NBS, per_document), scale_N)
+
+    def _learn(
+        self, batch: Batch, hidden: list[Tensor], targets: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of the loss but for the balance, and the sums of its parts."""
+        return self._cross_entropy(hidden, targets, targets.scale_N)
+
+    def _cross_entropy(
+        self, hidden: list[Tensor], targets: Targets, scale_N: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
+        loss, ce_NT = linear_cross_entropy(
+            torch.stack(hidden).flatten(0, 2),
+            self.model.lm_head.weight,
+            targets.labels_NBS.flatten(),
+            (scale_N[:, None] * targets.weights_NT).flatten(),
+        )
+        sums_N = (ce_NT.view(len(hidden), -1) * targets.weights_NT).sum(1)
+        return loss, dict(zip(self.names, sums_N, strict=True))
+
+    def _moe_layers(self) -> int:
+        config = self.model.config
+        mtp = config.mtp_pattern if self.depths else ""
+        return (config.pattern + mtp).count("E")
+
+
+def labels_and_validity(batch: Batch, depths: int) -> tuple[Tensor, Tensor]:
+    """Labels and validity [1 + D, B, S]: depth k at position t targets token t + 1 + k.
+
+    A target counts only if it lies in position t's own document and was not masked itself.
+    """
+    labels, valid = [batch.labels_BS], [batch.loss_mask_BS]
+    for k in range(1, depths + 1):
+        labels.append(shift_left(batch.labels_BS, k, batch.seq_idx_BS))
+        valid.append(shift_left(batch.loss_mask_BS, k, batch.seq_idx_BS))
+    return torch.stack(labels), torch.stack(valid)
+
+
+def count_targets(batch: Batch, depths: int, per_document: bool = False) -> Tensor:
+    """Valid targets of the main loss and of each depth, or documents with such: int64 [1 + D]."""
+    valid_NBS = labels_and_validity(batch, depths)[1]
+    if per_document:
+        return (_of_documents(batch, valid_NBS)[0] > 0).sum(1)
+    return valid_NBS.flatten(1).sum(1)
+
+
+def _of_documents(batch: Batch, valid_NBS: Tensor) -> tuple[Tensor, Tensor]:
+    """Valid targets of each document [N, documents], and the document of each token [T]."""
+    lengths = batch.cu_seqlens.diff().long()
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    tokens = valid_NBS[0].numel()
+    document_T = numbers.repeat_interleave(lengths, output_size=tokens)
+    counts = valid_NBS.new_zeros(len(valid_NBS), len(lengths), dtype=torch.int64)
+    return counts.index_add_(1, document_T, valid_NBS.flatten(1).long()), document_T
+
+
+def _weights(batch: Batch, valid_NBS: Tensor, per_document: bool) -> Tensor:
+    """fp32 [N, T]: what each target's cross-entropy counts, before the global count divides it."""
+    valid_NT = valid_NBS.flatten(1).float()
+    if not per_document:
+        return valid_NT
+    counts, document_T = _of_documents(batch, valid_NBS)
+    return valid_NT / counts.clamp(min=1)[:, document_T]

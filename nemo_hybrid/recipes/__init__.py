@@ -1,0 +1,27 @@
+"""Kinds of run. Each says what it learns from, what it trains and what it minimises."""
+
+from __future__ import annotations
+
+from nemo_hybrid.config import RunConfig, TrainingConfig
+from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.train.run import Recipe
+
+
+def recipe_of(config: TrainingConfig) -> Recipe:
+    """The kind of run that a configuration asks for."""
+    if isinstance(config, RunConfig):
+        from nemo_hybrid.recipes.pretrain import Pretrain
+
+        return Pretrain(config)
+    assert isinstance(config, FinetuneConfig)
+    if config.lora.rank:
+        from nemo_hybrid.recipes.adapt import Adapt
+
+        return Adapt(config)
+    if config.distill.preset != "none":
+        from nemo_hybrid.recipes.distill import Distill
+
+        return Distill(config)
+    from nemo_hybrid.recipes.finetune import Finetune
+
+    return Finetune(config)

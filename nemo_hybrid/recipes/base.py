@@ -1,0 +1,135 @@
+"""What kinds of run that read stores have in common; see `train.run.Recipe`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
+from nemo_hybrid.checkpoint.files import model_shape, resolve
+from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.config import TrainingConfig
+from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.objectives.base import Objective
+from nemo_hybrid.objectives.next_token import NextToken
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.precision import policy
+from nemo_hybrid.train.build import check_precision
+from nemo_hybrid.train.evaluate import heldout_losses
+from nemo_hybrid.train.guard import Bands
+from nemo_hybrid.train.resume import WholeModel
+from nemo_hybrid.train.run import Run, Trained
+
+C = TypeVar("C", bound=TrainingConfig)
+R = TypeVar("R", bound=Rows)
+
+
+class StoreRecipe(Generic[C, R]):
+    """Learns next tokens out of stores, from new weights or those of model.from_hf."""
+
+    data: type[Stored] = Stored
+    """What makes global batches of rows."""
+    rows: R
+    """Known from `open_data` on."""
+
+    def __init__(self, config: C) -> None:
+        """Raises UserError where model.from_hf cannot be read."""
+        self.config = config
+        self.shape = model_shape(config.model)
+        self.origin: Path | None = None  # directory of the weights that the run began with
+
+    def check(self) -> None:
+        self.config.validate(self.shape)
+        check_precision(self.config, self.shape)
+
+    def open_data(self, world: World, checkpoint: Path | None) -> Stored:
+        # Asked for once, because a run that it names may write a newer checkpoint meanwhile.
+        if self.config.model.from_hf:
+            self.origin = world.from_rank_0(self._find_origin, checkpoint)
+        self.rows = self._open_rows(world)
+        config = self.config
+        return self.data(
+            self.rows,
+            sequence_length=config.data.sequence_length,
+            seed=config.train.seed,
+            limit=config.train.eval_sequences,
+            workers=config.data.workers,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to continue the same sequence of samples, and to hold
+        the rounding of its masters that this run makes."""
+        config = self.config
+        return {
+            "data": self.rows.digests,
+            "weights": list(self.rows.weights),
+            "tokenizer": self.rows.tokenizer_sha256,
+            "sequence_length": config.data.sequence_length,
+            "global_batch_size": config.train.global_batch_size,
+            "seed": config.train.seed,
+            "weight_dtype": str(policy.weight_dtype(config.precision)).removeprefix("torch."),
+            "base": None,  # digest of model.from_hf, where it has a part in every step
+        }
+
+    def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
+        masters = {} if resumed else self._load(model, world)
+        return Trained(WholeModel(model), masters)
+
+    def objective(self, model: HybridLM) -> Objective:
+        return NextToken(model, self.config.train)
+
+    def begin(self, run: Run) -> None:
+        run.data.begin(run.model, run.world)
+
+    def guard(self) -> Bands:
+        band = self.config.guard.spike_band
+        return Bands(loss=band, grad_norm=band)
+
+    def companions(self) -> Companions:
+        """The data's tokenizer, and what travels with the weights that the run began with."""
+        own = read_tokenizer(self.rows.tokenizer_dir)
+        if self.origin is None:
+            return own
+        theirs = read_companions(self.origin)
+        return replace(theirs, files={**own.files, **theirs.files})
+
+    def describe(self, run: Run) -> list[str]:
+        train = self.config.train
+        return [
+            f"data {self.rows.tokens:,} training tokens; {train.max_steps} steps of "
+            f"{train.global_batch_size} x {self.config.data.sequence_length} tokens"
+        ]
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        objective = NextToken(run.model, self.config.train)
+        return heldout_losses(objective, run.data.heldout(run.share), run.world)
+
+    def publish(self, last: Path) -> None:
+        """Nothing: a checkpoint is a model's directory."""
+
+    def _open_rows(self, world: World) -> R:
+        raise NotImplementedError
+
+    def _find_origin(self, checkpoint: Path | None) -> Path:
+        """The directory that model.from_hf means. Raises UserError where it holds no model."""
+        return resolve(str(self.config.model.from_hf))
+
+    def _load(self, model: HybridLM, world: World) -> dict[str, Tensor]:
+        """Fill the model from `origin`, if there is one; return its parameters in fp32, before any
+        cast rounds them."""
+        if self.origin is None:
+            return {}
+        with world.agreed():
+            require_tokenizer(self.rows, self.origin)
+            experts = model.config.n_routed_experts
+            report = load_weights(
+                self.origin, tensors_by_name(model), model.owned_experts, n_experts=experts
+            )
+        if world.rank == 0:
+            print(report.summary(), flush=True)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}

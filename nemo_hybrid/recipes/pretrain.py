@@ -1,0 +1,34 @@
+"""Pre-training: next tokens of documents, in windows out of token stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.config import RunConfig
+from nemo_hybrid.data.loader import Blend, open_blend
+from nemo_hybrid.data.prepare import prepare
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.parallel.world import World
+from nemo_hybrid.recipes.base import StoreRecipe
+
+
+class Pretrain(StoreRecipe[RunConfig, Blend]):
+    """Everything is trained, from new weights or those of model.from_hf."""
+
+    def _open_rows(self, world: World) -> Blend:
+        data = self.config.data
+        world.from_rank_0(self._make_default_corpus)
+        with world.agreed():
+            blend = open_blend(data, self.shape)
+            if self.config.train.eval_sequences and not blend.heldout:
+                raise UserError(
+                    "the data has no held-out part: prepare it with --heldout above 0, or set "
+                    "train.eval_sequences to 0"
+                )
+        return blend
+
+    def _make_default_corpus(self) -> None:
+        path = self.config.data.path
+        if path and path == self.config.data.default_corpus and not Path(path).exists():
+            prepare(PrepareOptions(out=path, vocab_size=self.shape.vocab_size))
