@@ -77,11 +77,12 @@ class Kill:
     lost: str = ""
     """Why the kill was not survived; empty if it was."""
 
-    def judge(self) -> None:
-        due = self.step // EVERY * EVERY
-        if self.seconds_to_end > END_S[self.target]:
-            self.lost = f"processes were there after {END_S[self.target]:.0f} s"
-        elif self.target != "a worker" and self.rows_after > 1:  # one step may have been made
+    def judge(self, patience: float = 1.0) -> None:
+        """See ``--patience``."""
+        due, most = self.step // EVERY * EVERY, patience * END_S[self.target]
+        if self.seconds_to_end > most:
+            self.lost = f"processes were there after {most:.0f} s"
+        elif self.target != "a worker" and self.rows_after > patience:  # a step may have been made
             self.lost = f"{self.rows_after} rows were written after the kill"
         elif self.checkpoint < due - EVERY:
             self.lost = f"at step {self.step} the newest checkpoint is {self.checkpoint}"
@@ -90,8 +91,9 @@ class Kill:
 class Sweep:
     """All runs of one sweep, below one directory."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, patience: float) -> None:
         self.directory, self.draw = directory, random.Random(seed)
+        self.patience = patience
         self.kills: list[Kill] = []
         self.runs = 0
         self.different: list[str] = []
@@ -139,7 +141,7 @@ class Sweep:
             if last is None:
                 break
             kills -= 1
-            last.judge()
+            last.judge(self.patience)
             self.kills.append(last)
             print(
                 f"kill {len(self.kills):3}  {last.instant:14}  {last.target:9}  "
@@ -190,7 +192,7 @@ class Sweep:
         else:
             kill(job.agent.pid)
         rows = steps_recorded(run_dir)
-        while job.processes() and time.monotonic() < struck + 2 * END_S[target]:
+        while job.processes() and time.monotonic() < struck + 2 * self.patience * END_S[target]:
             job.agent.poll()
             time.sleep(0.01)
         ended = time.monotonic()
@@ -268,11 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill runs and damage checkpoints; count.")
     parser.add_argument("--kills", type=int, default=50, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of the instants and targets")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=1.0,
+        help="factor on the seconds in which processes must end, and on the rows "
+        "that they may still write: for a machine that has other work",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="fault_sweep_"))
-    sweep = Sweep(directory, options.seed)
+    sweep = Sweep(directory, options.seed, options.patience)
     print(
         f"unbroken run: {sweep.duration:.0f} s, {sweep.saving_s * 1e3:.0f} ms per checkpoint",
         flush=True,

@@ -40,7 +40,7 @@ KEPT_FP32 = ("A_log", "e_score_correction_bias")
 
 class _Shared:
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=300)
         self.slots: list[Any] = [None] * size
 
 

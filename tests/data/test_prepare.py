@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.processes import HANG_S
 from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.data import prepare as module
 from nemo_hybrid.data.prepare import PrepareSummary, prepare
@@ -422,13 +423,13 @@ def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     )
     arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not list((tmp_path / "made").rglob("*.bin")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANG_S)
     assert b"KeyboardInterrupt" in error
     assert nothing_left(tmp_path / "made")
 

@@ -8,12 +8,15 @@ happens (default: every rank)::
     {"delete": [3]}            these batches are not in the data
     {"signal": [5, 15]}        the process sends itself this signal during this batch
     {"hang": 5}                the process sleeps during this batch
+    {"hold": [6, "FILE"]}      this batch waits until FILE is there
     {"late_write": 1.0}        the thread that writes checkpoints begins so many seconds late
     {"file_size": [5, 65536]}  from this batch on, and when a checkpoint stands, no file may grow
                                beyond this many bytes
     {"slow_step": 0.2}         every batch takes this many seconds longer; with "until": 7 the first
                                seven that a process reads
     {"slow_write": 0.2}        every file of a checkpoint does
+    {"write_beside": [2, 12]}  a checkpoint is complete when two more batches have begun since its
+                               first file, or the twelfth one has
     {"events": "FILE"}         rank 0 appends "batch N" and "write NAME" there as they come
 """
 
@@ -41,6 +44,7 @@ def install(faults: dict[str, Any]) -> None:
     here = faults.get("rank", int(os.environ.get("RANK", 0))) == int(os.environ.get("RANK", 0))
     deleted = set(faults.get("delete", ()))
     current = 0
+    begun: dict[Path, int] = {}
     if "late_write" in faults:
         resume.ThreadPoolExecutor = partial(LateExecutor, faults["late_write"])
     train_step, read, backward = loop.train_step, Stored.step, Engine.backward
@@ -76,6 +80,11 @@ def install(faults: dict[str, Any]) -> None:
         if path.parent.name.startswith(files.TEMPORARY):
             event(f"write {path.name}")
             time.sleep(faults.get("slow_write", 0) if here else 0)
+            more, last = faults.get("write_beside", (0, 0))
+            begun.setdefault(path.parent, current)
+            if path.name == "manifest.json":
+                while current < min(begun[path.parent] + more, last):
+                    time.sleep(0.05)
         sync(file)
 
     files.sync = faulty_sync
@@ -104,6 +113,9 @@ def before_step(faults: dict[str, Any], current: int, run_dir: Path) -> None:
         os.kill(os.getpid(), value)
     if faults.get("hang") == current:
         time.sleep(3600)
+    at, value = faults.get("hold", (None, None))
+    while at == current and not Path(value).exists():
+        time.sleep(0.05)
     at, value = faults.get("file_size", (None, None))
     if at == current:
         while not (run_dir / "checkpoints/latest").exists():

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helpers.processes import TESTS
+from helpers.processes import HANG_S, TESTS
 from nemo_hybrid.train.metrics import read_metrics
 
 MEASURED = ("tokens_per_s", "step_seconds", "data_seconds", "mfu", "memory_gb")
@@ -88,14 +88,14 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = HANG_S) -> int:
         """The agent's exit status. Raises AssertionError with the output after ``timeout`` s."""
         try:
             return self.agent.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.text()}") from None
 
-    def until(self, condition: Callable[[], object], timeout: float = 120) -> float:
+    def until(self, condition: Callable[[], object], timeout: float = HANG_S) -> float:
         """Wait until the condition holds; the seconds it took. Raises AssertionError."""
         began = time.monotonic()
         while not condition():

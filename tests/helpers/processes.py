@@ -21,6 +21,8 @@ TESTS = Path(__file__).parents[1]
 GRACE_S = 10.0
 """How long the others may go on after the first process failed. torchrun ends them sooner; here
 their own messages are worth the wait."""
+HANG_S = 1200.0
+"""Nothing that a test starts takes a twentieth of this on an idle machine: what does hangs."""
 
 
 Process = subprocess.Popen[bytes] | ForkServerProcess
@@ -40,7 +42,7 @@ def run_python(
     size: int = 1,
     *,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = HANG_S,
     succeed: bool = True,
     fresh: bool = False,
 ) -> list[Finished]:

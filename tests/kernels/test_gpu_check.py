@@ -23,7 +23,7 @@ case "$*" in
 esac
 """
 HURRY = f"""#!/bin/bash
-set -- "${{@/#[0-9][0-9]*/1}}"
+set -- "${{@/#[0-9][0-9]*/3}}"
 exec {shutil.which("timeout")} "$@"
 """
 

@@ -12,6 +12,17 @@ from safetensors.torch import load_file
 from nemo_hybrid.checkpoint.names import is_stacked
 from parallel.equal import Outcome, State
 
+TOLERANCES = {
+    "losses": 2e-6,
+    "norms": 1e-5,
+    # Of A_log and dt_bias, whose terms cancel; those of matrices move a tenth as much.
+    "gradients": 8e-5,
+    "later gradients": 1e-4,
+    "weights": 2e-6,
+}
+"""Of :func:`distances` in fp32: twice the most that was seen of plain PyTorch in six draws of
+``helpers.bands.jittered``. A bug moves every one of them fifty times as far."""
+
 
 def read(directory: Path, name: str, size: int, ep: int) -> Outcome:
     """Numbers per step and global tensors; replicas of weights are compared on the way."""
@@ -62,4 +73,21 @@ def distances(ours: Outcome, theirs: Outcome) -> dict[str, float]:
         if key.startswith("grad"):
             kind = "gradients" if key.startswith("grad0|") else "later gradients"
             found[kind] = max(found.get(kind, 0.0), relative(ours[1][key], tensor))
+    return found
+
+
+def pooled_distances(ours: Outcome, theirs: Outcome) -> dict[str, float]:
+    """As :func:`distances`, but for gradients, which are pooled over all experts and over all else,
+    so that one token that takes another expert weighs little; and how far from 1 the share of
+    theirs in ours is, which rounding in all directions hardly moves."""
+    found = distances(ours, theirs)
+    found = {kind: found[kind] for kind in ("losses", "norms", "weights")}
+    pools: dict[tuple[str, bool], list[str]] = {}
+    for key in theirs[1]:
+        if key.startswith("grad"):
+            pools.setdefault((key.split("|")[0], ".experts." in key), []).append(key)
+    for keys in pools.values():
+        a, b = (torch.cat([o[1][key].flatten() for key in keys]).double() for o in (ours, theirs))
+        found["gradients"] = max(found.get("gradients", 0.0), relative(a, b))
+        found["shares"] = max(found.get("shares", 0.0), abs(float(a @ b / (b @ b)) - 1))
     return found

@@ -28,7 +28,9 @@ def slow(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def start(asynchronous: bool) -> Path:
         def make(out: Path) -> None:
-            faults = {"slow_write": 0.2, "events": str(out / "events")}
+            faults = {"slow_write": 0.1, "events": str(out / "events")}
+            if asynchronous:
+                faults["write_beside"] = [2, 12]
             words = ["pretrain", "--config", unbroken.config, "--run_dir", out / "run", *LAYOUT,
                      "--checkpoint.asynchronous", str(asynchronous).lower()]  # fmt: skip
             run_python([FAULTY, json.dumps(faults), *words], size=2)

@@ -25,9 +25,6 @@ from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
 SWEEP = TESTS.parent / "scripts/fault_sweep.py"
-AGENT_LOST_S = 5.0
-WORKER_LOST_S = 20.0
-"""Under torchrun, which looks every tenth of a second; ending takes longer on a loaded machine."""
 
 
 def program(unbroken: Unbroken, run_dir: Path, faults: dict[str, Any], *words: str) -> list[Any]:
@@ -133,10 +130,12 @@ def train_until(job: Job, run_dir: Path, step: int) -> None:
 
 def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with Job(program(unbroken, run_dir, {"slow_step": 0.3}), tmp_path / "log") as job:
+    go_on = tmp_path / "go on"
+    with Job(program(unbroken, run_dir, {"hold": [6, str(go_on)]}), tmp_path / "log") as job:
         train_until(job, run_dir, 5)
         kill(job.workers()[1])
-        job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
+        go_on.touch()
+        job.until(lambda: not job.processes())
         assert job.wait() == 1
     assert find_latest(run_dir / "checkpoints") == run_dir / "checkpoints/step_00000004"
 
@@ -148,26 +147,25 @@ def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
     recovers by itself from the kill of a worker."""
     import nemo_hybrid.train.loop  # noqa: F401  what takes seconds at the first refusal
 
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    with Job(program(unbroken, run_dir, {"slow_step": 1.5}), log) as job:
+    run_dir, log, never, now = (tmp_path / name for name in ("run", "log", "never", "now"))
+    with Job(program(unbroken, run_dir, {"hold": [10, str(never)]}), log) as job:
         train_until(job, run_dir, 5)
         assert pretrain("--config", unbroken.config, "--run_dir", run_dir, *LAYOUT[2:]) == 2
         message = capsys.readouterr().err
         assert f"run_dir {run_dir} is in use by another run" in message
         assert f"process {job.workers()[0]} on " in message
-        step = steps_recorded(run_dir)
-        train_until(job, run_dir, step + 1)
+        train_until(job, run_dir, 9)
         kill(job.agent.pid)
-        rows = steps_recorded(run_dir)
-        job.until(lambda: not job.workers(), timeout=AGENT_LOST_S)
-        time.sleep(0.5)
-        assert steps_recorded(run_dir) == rows < 12
+        job.until(lambda: not job.workers())
+        assert steps_recorded(run_dir) == 9
     assert "the launcher of this process is gone: stopping" in job.text()
 
-    words = program(unbroken, run_dir, {"slow_step": 0.3})
+    words = program(unbroken, run_dir, {"hold": [11, str(now)]})
     with Job(words, log, torchrun=["--max-restarts=1"]) as job:
         train_until(job, run_dir, 10)
+        job.until(lambda: (run_dir / "checkpoints/step_00000008").exists())
         kill(job.workers()[1])
+        now.touch()
         assert job.wait() == 0
     assert job.text().count("going on from") == 2
     assert job.text().count(f"going on from {run_dir / 'checkpoints/step_00000008'}") >= 1
@@ -181,7 +179,7 @@ def test_workers_of_an_agent_that_dies_while_they_start_end_too(
         job.until(lambda: len(job.workers()) == 2)
         time.sleep(0.5)  # Python and the command line are there, the libraries are not
         kill(job.agent.pid)
-        job.until(lambda: not job.workers(), timeout=30)  # the time to import them
+        job.until(lambda: not job.workers())
     assert not (tmp_path / "run").exists()
 
 
@@ -189,11 +187,11 @@ def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
     unbroken: Unbroken, tmp_path: Path
 ) -> None:
     # Both hang: whichever ends first prints its stacks, and the other may not come to it.
-    words = program(unbroken, tmp_path / "run", {"hang": 4}, "--train.hang_timeout_s", "4")
+    words = program(unbroken, tmp_path / "run", {"hang": 4}, "--train.hang_timeout_s", "8")
     with Job(words, tmp_path / "log") as job:
         assert job.wait() == 1
-        job.until(lambda: not job.processes(), timeout=WORKER_LOST_S)
-    assert "Timeout (0:00:04)!" in job.text()
+        job.until(lambda: not job.processes())
+    assert "Timeout (0:00:08)!" in job.text()
     assert "in before_step" in job.text()  # where they sleep
     assert steps_recorded(tmp_path / "run") == 3
 
@@ -243,7 +241,8 @@ def test_the_sweep_counts_what_is_lost(
 @pytest.mark.slow
 def test_kills_at_random_instants_lose_nothing(tmp_path: Path) -> None:
     out = tmp_path / "sweep.json"
-    (finished,) = run_python([SWEEP, "--kills", "2", "--seed", "1", "--out", out], timeout=600)
+    words = [SWEEP, "--kills", "2", "--seed", "1", "--patience", "20", "--out", out]
+    (finished,) = run_python(words)
     result = json.loads(out.read_text())
     assert result["lost"] == []
     assert len(result["kills"]) == 2

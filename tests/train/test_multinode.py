@@ -14,7 +14,7 @@ from pathlib import Path
 
 from helpers.corpus import flip_byte
 from helpers.launcher import differences, kill, steps_recorded
-from helpers.processes import TESTS, free_port
+from helpers.processes import HANG_S, TESTS, free_port
 from train.conftest import LAYOUT, Unbroken
 
 
@@ -43,7 +43,7 @@ def two_agents(out: Path, program: list[str | Path], *torchrun: str) -> Iterator
     ended: list[int] = []
     try:
         yield ended
-        ended += [agent.wait(timeout=180) for agent in agents]
+        ended += [agent.wait(timeout=HANG_S) for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()  # the agent ends its process
@@ -77,7 +77,7 @@ def test_a_worker_killed_on_one_node_is_replaced_on_both(
     words = ["pretrain", "--config", unbroken.config, "--run_dir", run_dir, *LAYOUT]
     faulty = [TESTS / "helpers/faulty.py", json.dumps({"slow_step": 2.0, "until": 7})]
     with two_agents(tmp_path, [*faulty, *words], "--max-restarts=2") as ended:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while steps_recorded(run_dir) < 5:
             assert time.monotonic() < deadline, "\n".join(logs(tmp_path))
             time.sleep(0.1)
