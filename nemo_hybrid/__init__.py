@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:

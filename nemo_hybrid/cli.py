@@ -12,10 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic.dataclasses import dataclass
 
 from nemo_hybrid import __version__
 from nemo_hybrid.command_options import (
@@ -31,22 +32,12 @@ from nemo_hybrid.command_options import (
     PrepareOptions,
     VerifyOptions,
 )
-from nemo_hybrid.config import RunConfig, TrainingConfig
-from nemo_hybrid.config_load import (
-    dump_config,
-    load_with,
-    options_parser,
-    read_config,
-    read_options,
-    run_parser,
-    suggest,
-    take_words,
-)
-from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
-
-if TYPE_CHECKING:
-    import jsonargparse
+from nemo_hybrid.config.base import CHECKED, Options
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.read import dump_config, merge, read_keys, run_options, sections
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
+from nemo_hybrid.config.words import from_pairs, help_text, options_of, read_options, split_words
+from nemo_hybrid.errors import Stopped, TrainingError, UserError, suggest
 
 PROG = "nemo-hybrid"
 STATUSES = (
@@ -61,6 +52,16 @@ STATUSES = (
 DEFAULT_CORPUS_RUN = Path(__file__).parent.parent / "configs" / "run" / "pretrain_tiny_cpu.yaml"
 OTHER_RANKS_WAIT_S = 3.0
 TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version."}
+
+
+@dataclass(config=CHECKED)
+class RunWords(Options):
+    """Of every command that reads the configuration of a run"""
+
+    config: str | None = None
+    """YAML file; repeated: later keys win."""
+    print_config: bool = False
+    """Print the merged options and stop."""
 
 
 class Command(NamedTuple):
@@ -116,14 +117,14 @@ def _dispatch(words: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {kind} {name}{suggest(name, [*COMMANDS, *TOP_OPTIONS])}")
     if {"-h", "--help"} & set(rest):
-        _command_parser(name).print_help()
+        print(_help(name), end="")
         return 0
     command = COMMANDS[name]
     if command.options in RUNS:
         return _run_with_config(command, rest)
-    if rest and not fields(command.options):
+    if rest and not options_of(command.options):
         raise UserError(f"{name} takes no options, got {' '.join(rest)}")
-    options = read_options(command.options, _command_parser(name), rest)
+    options = read_options(command.options, rest)
     options.validate()
     # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,7 +135,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    """Only for its help: jsonargparse would make `--help` slower than it has to be."""
+    """Only for its help."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} COMMAND [OPTIONS]\n       torchrun [...] -m nemo_hybrid COMMAND [OPTIONS]",
@@ -152,21 +153,17 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command_parser(name: str) -> jsonargparse.ArgumentParser:
-    command = COMMANDS[name]
-    prog = f"{PROG} {name}"
-    if command.options in RUNS:
-        usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
-        kind = RUNS[command.options]
-        parser = run_parser(prog, command.summary, kind, usage=usage, epilog=STATUSES)
-        parser.add_argument("--config", metavar="FILE", help="YAML file; repeated: later keys win.")
-        parser.add_argument(
-            "--print_config", action="store_true", help="Print the merged options and stop."
-        )
-        if command.options is PlanOptions:
-            parser.add_class_arguments(PlanOptions, "plan")
-        return parser
-    return options_parser(command.options, prog, command.summary, epilog=STATUSES)
+def _help(name: str) -> str:
+    command, prog = COMMANDS[name], f"{PROG} {name}"
+    if command.options not in RUNS:
+        return help_text(prog, command.summary, {"options": command.options}, STATUSES)
+    kind = RUNS[command.options]
+    parts: list[type[Options]] = [RunWords, kind, *sections(kind).values()]
+    if command.options is PlanOptions:
+        parts.append(PlanOptions)
+    usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
+    groups = {str(part.__doc__).partition("\n")[0].rstrip("."): part for part in parts}
+    return help_text(prog, command.summary, groups, STATUSES, usage)
 
 
 def _report(error: UserError | TrainingError) -> None:
@@ -186,14 +183,16 @@ def _report(error: UserError | TrainingError) -> None:
 
 def _run_with_config(command: Command, words: list[str]) -> int:
     """`pretrain` and `finetune` get the configuration, `plan` its own options as well."""
-    own, overrides = take_words(words, repeated=["--config"], switches=["--print_config"])
-    further = {"plan": PlanOptions} if command.options is PlanOptions else {}
-    kind = RUNS[command.options]
-    config, beside = load_with(own["--config"], overrides, kind, **further)
-    if own["--print_config"]:
+    kind, own = RUNS[command.options], options_of(RunWords)
+    if command.options is PlanOptions:
+        own |= options_of(PlanOptions)
+    pairs = split_words(words, own | run_options(kind))
+    config = merge([text for option, text in pairs if option == "--config"], pairs, kind)
+    beside = [from_pairs(PlanOptions, pairs)] if command.options is PlanOptions else []
+    if from_pairs(RunWords, pairs).print_config:
         print(dump_config(config), end="")
         return 0
-    return command.run(config, *beside.values()) or 0
+    return command.run(config, *beside) or 0
 
 
 def _train(config: TrainingConfig) -> None:
@@ -286,4 +285,4 @@ def default_corpus_place() -> str:
     """Where the default corpus belongs, as the run configuration that uses it says."""
     if not DEFAULT_CORPUS_RUN.is_file():
         raise UserError("--out is missing: name the directory of the token store")
-    return str(read_config(DEFAULT_CORPUS_RUN)["data.default_corpus"])
+    return str(read_keys(DEFAULT_CORPUS_RUN)["data.default_corpus"])

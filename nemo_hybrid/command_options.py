@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from nemo_hybrid.config import (
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.config.base import (
+    CHECKED,
+    GLOBS,
     NOT_NEGATIVE,
     POSITIVE,
-    Bound,
+    CommandOptions,
     NotNegativeFloat,
     NotNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
-    check_bounds,
+    Share,
+    refuse,
 )
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import SampleOptions
-
-
-@dataclass
-class Options:
-    """Of a command. The first line of a class's docstring is the command's summary."""
-
-    def validate(self) -> None:
-        """Raise UserError for an option that cannot work."""
-        check_bounds(self)
-
 
 TRAINED_VOCAB_SIZE = 4096
 """Entries of a tokenizer that `prepare` trains, unless it is told otherwise."""
 
 
-@dataclass
-class PrepareOptions(SampleOptions, Options):
+@dataclass(config=CHECKED)
+class PrepareOptions(SampleOptions, CommandOptions):
     """Turn text into a token store, or conversations into samples for fine-tuning."""
 
     paths: list[str] = field(default_factory=list)
@@ -57,26 +53,31 @@ class PrepareOptions(SampleOptions, Options):
     seed: int = 0
     """Seed of the choice of held-out documents, and of what happens to reasoning."""
 
-    def validate(self, section: str = "") -> None:
-        super().validate(section)
-        if self.out is None and self.paths and not self.preview:
-            raise UserError("--out is missing: name the directory of the store")
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise UserError(
-                "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary"
-            )
-        if self.samples_wanted:
-            if not self.paths:
-                raise UserError("samples need data: name files or directories")
-            if self.tokenizer is None:
-                raise UserError("--tokenizer is missing: name the directory of the model to train")
-        else:
-            for option in fields(SampleOptions):
-                ours = option.name in ("text_field", "heldout", "skip_bad")
-                if not ours and getattr(self, option.name) != option.default:
-                    raise UserError(
-                        f"--{option.name} is about samples: give --for finetune with it"
-                    )
+    def validate(self) -> None:
+        super().validate()
+        samples = self.samples_wanted
+        refuse(
+            (
+                self.out is None and self.paths and not self.preview,
+                "--out is missing: name the directory of the store",
+            ),
+            (
+                self.tokenizer is not None and self.vocab_size is not None,
+                "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary",
+            ),
+            (samples and not self.paths, "samples need data: name files or directories"),
+            (
+                samples and self.tokenizer is None,
+                "--tokenizer is missing: name the directory of the model to train",
+            ),
+            *(
+                (
+                    not samples and name in _OF_SAMPLES,
+                    f"--{name} is about samples: give --for finetune with it",
+                )
+                for name in self.changed()
+            ),
+        )
 
     @property
     def samples_wanted(self) -> bool:
@@ -84,8 +85,11 @@ class PrepareOptions(SampleOptions, Options):
         return self.for_ == "finetune" or self.preview > 0
 
 
-@dataclass
-class GenerateOptions(Options):
+_OF_SAMPLES = {f.name for f in fields(SampleOptions)} - {"text_field", "heldout", "skip_bad"}
+
+
+@dataclass(config=CHECKED)
+class GenerateOptions(CommandOptions):
     """Continue a prompt with a trained model."""
 
     from_: str
@@ -96,7 +100,7 @@ class GenerateOptions(Options):
     """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
     temperature: NotNegativeFloat = 0.0
     """0: always the most probable token; 1: the model's distribution; lower is more careful."""
-    top_p: Annotated[float, Bound("lie in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    top_p: Share = 1.0
     """Draw only from the most probable tokens that together have this probability."""
     seed: Seed = 1234
     """Seed of the draws."""
@@ -104,12 +108,11 @@ class GenerateOptions(Options):
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
     def validate(self) -> None:
-        super().validate()
         _check_text(self.prompt)
 
 
-@dataclass
-class EvalOptions(Options):
+@dataclass(config=CHECKED)
+class EvalOptions(CommandOptions):
     """Measure a trained model's losses on held-out data."""
 
     from_: str
@@ -124,9 +127,11 @@ class EvalOptions(Options):
     """Tokens per sequence."""
 
 
-@dataclass
-class PlanOptions(Options):
+@dataclass(config=CHECKED)
+class PlanOptions(CommandOptions):
     """Say whether a run fits, and how long a step takes."""
+
+    section: ClassVar[str] = "plan."
 
     processes: PositiveInt = 1
     """Processes of the run, one per device."""
@@ -139,7 +144,7 @@ class PlanOptions(Options):
     """Part of it that the driver, the communication library and fragmentation take: assumed."""
     matmul_tflops: Annotated[float | None, POSITIVE] = None
     """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
-    efficiency: PositiveFloat = 0.4
+    efficiency: Share = 0.4
     """Share of that rate that a whole forward and backward pass reaches: assumed."""
     memory_gb_s: Annotated[float | None, POSITIVE] = None
     """Bandwidth of the device's memory in 1e9 bytes per second."""
@@ -150,14 +155,9 @@ class PlanOptions(Options):
     network_gb_s: PositiveFloat = 50.0
     """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
 
-    def validate(self) -> None:
-        check_bounds(self, "plan.")
-        if self.efficiency > 1:
-            raise UserError(f"plan.efficiency must be at most 1, got {self.efficiency}")
 
-
-@dataclass
-class ImportOptions(Options):
+@dataclass(config=CHECKED)
+class ImportOptions(CommandOptions):
     """Copy a Hugging Face checkpoint into our layout."""
 
     out: str
@@ -169,8 +169,8 @@ class ImportOptions(Options):
         _check_paths("import", self.paths, 1, 1)
 
 
-@dataclass
-class MergeOptions(Options):
+@dataclass(config=CHECKED)
+class MergeOptions(CommandOptions):
     """Add adapters to the weights that they were trained beside."""
 
     from_: str
@@ -181,8 +181,8 @@ class MergeOptions(Options):
     """Directory of the weights, where it is not the one that the adapter names."""
 
 
-@dataclass
-class ExportOptions(Options):
+@dataclass(config=CHECKED)
+class ExportOptions(CommandOptions):
     """Write a checkpoint in the number formats that serving engines load."""
 
     from_: str
@@ -195,7 +195,7 @@ class ExportOptions(Options):
     preset: Literal["conservative", "super", "nano", "ultra"] = "conservative"
     """Which modules are quantized: conservative: experts, shared experts and dense MLPs; the others
     by module family as NVIDIA published those models."""
-    formats: dict[str, str] = field(default_factory=dict)
+    formats: GLOBS = field(default_factory=dict)
     """Formats of further modules, on top of the preset: glob over module names -> bf16, fp8, nvfp4
     or nvfp4_w4a16; or a YAML file of that."""
     scales: Literal["amax", "mse", "four_over_six", "training"] = "amax"
@@ -206,13 +206,11 @@ class ExportOptions(Options):
     without it weights alone are quantized (W4A16)."""
     calibration_tokens: PositiveInt = 65536
     """Tokens of it to read."""
-    percentile: Annotated[
-        float | None, Bound("lie between 90 and 100 (percent)", lambda v: 90 <= v <= 100)
-    ] = None
+    percentile: Annotated[float | None, Field(ge=90, le=100)] = None
     """Share of the activations, in percent, that input scales cover; null: all of them."""
     kv_cache: Literal["none", "fp8"] = "none"
     """fp8: write scales for keys and values, which needs calibration."""
-    budget_bits: Annotated[float | None, Bound("lie between 0 and 16", lambda v: 0 < v < 16)] = None
+    budget_bits: Annotated[float | None, Field(gt=0, lt=16)] = None
     """Mean bits per weight: instead of a preset, measure each module group's sensitivity and assign
     formats that fit."""
     heldout: str | None = None
@@ -222,31 +220,42 @@ class ExportOptions(Options):
     """Tokens of it to read."""
 
     def validate(self) -> None:
-        super().validate()
-        if self.calibration is None:
-            for name in ("percentile", "budget_bits"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"{name} needs calibration: name a text file or a token store")
-        elif self.format == "bf16":
-            raise UserError("calibration is for quantized formats: leave it out with bf16")
-        elif self.heldout is not None and _same_file(self.calibration, self.heldout):
-            raise UserError("heldout is the text of the calibration: name another one")
-        if self.budget_bits is not None and self.formats:
-            raise UserError("budget_bits assigns formats itself: leave formats out")
-        default = {f.name: f.default for f in fields(self)}
+        calibration, budget = self.calibration, self.budget_bits
         idle = {
-            "preset": self.format == "bf16" or self.budget_bits is not None,
+            "preset": self.format == "bf16" or budget is not None,
             "scales": self.format in ("bf16", "fp8"),
-            "calibration_tokens": self.calibration is None,
+            "calibration_tokens": calibration is None,
             "heldout_tokens": self.heldout is None,
         }
-        for name, without_effect in idle.items():
-            if without_effect and getattr(self, name) != default[name]:
-                raise UserError(f"{name} has no effect with these options: leave it out")
+        refuse(
+            *(
+                (
+                    calibration is None and getattr(self, name) is not None,
+                    f"{name} needs calibration: name a text file or a token store",
+                )
+                for name in ("percentile", "budget_bits")
+            ),
+            (
+                calibration and self.format == "bf16",
+                "calibration is for quantized formats: leave it out with bf16",
+            ),
+            (
+                calibration and self.heldout and _same_file(calibration, self.heldout),
+                "heldout is the text of the calibration: name another one",
+            ),
+            (
+                budget is not None and self.formats,
+                "budget_bits assigns formats itself: leave formats out",
+            ),
+            *(
+                (idle.get(name), f"{name} has no effect with these options: leave it out")
+                for name in self.changed()
+            ),
+        )
 
 
-@dataclass
-class VerifyOptions(Options):
+@dataclass(config=CHECKED)
+class VerifyOptions(CommandOptions):
     """Check an exported directory: names, shapes, dtypes, checksums, values."""
 
     paths: list[str] = field(default_factory=list)
@@ -262,12 +271,11 @@ class VerifyOptions(Options):
     in nats."""
 
     def validate(self) -> None:
-        super().validate()
         _check_paths("verify-export", self.paths, 1, 1)
 
 
-@dataclass
-class InspectOptions(Options):
+@dataclass(config=CHECKED)
+class InspectOptions(CommandOptions):
     """Show shape, size and tensors of a model, without loading weights."""
 
     paths: list[str] = field(default_factory=list)
@@ -284,13 +292,13 @@ class InspectOptions(Options):
         _check_paths("inspect", self.paths, 1, 1)
 
 
-@dataclass
-class DoctorOptions(Options):
+@dataclass(config=CHECKED)
+class DoctorOptions(CommandOptions):
     """Show what is installed and which path each operation takes."""
 
 
-@dataclass
-class CompareOptions(Options):
+@dataclass(config=CHECKED)
+class CompareOptions(CommandOptions):
     """Compare two checkpoints' probabilities of a text, token by token."""
 
     paths: list[str] = field(default_factory=list)
@@ -319,11 +327,16 @@ class CompareOptions(Options):
 
     def validate(self) -> None:
         _check_paths("compare-logprobs", self.paths, 1 if self.backend != "nemo_hybrid" else 2, 2)
-        super().validate()
-        if self.data is not None and self.prompt is not None:
-            raise UserError("give --data or --prompt, not both")
-        if self.prompt == "":
-            raise UserError("--prompt is empty; leave it out to compare on random token ids")
+        refuse(
+            (
+                self.data is not None and self.prompt is not None,
+                "give --data or --prompt, not both",
+            ),
+            (
+                self.prompt == "",
+                "--prompt is empty; leave it out to compare on random token ids",
+            ),
+        )
         _check_text(self.prompt or "")
 
 

@@ -22,8 +22,10 @@ from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
 from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
 from nemo_hybrid.checkpoint.weights import Report, pickles
 from nemo_hybrid.command_options import InspectOptions
-from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES, LAYER_LETTERS
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import FileRecord
 from nemo_hybrid.model import lora

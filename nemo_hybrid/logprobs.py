@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.adapter import locate
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.command_options import CompareOptions
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError

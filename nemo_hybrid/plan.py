@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from nemo_hybrid.checkpoint.files import model_shape
 from nemo_hybrid.command_options import PlanOptions
-from nemo_hybrid.config import Architecture, RunConfig
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.build import check_precision
 from nemo_hybrid.train.flops import forward_flops_per_token, parameter_counts, train_flops_per_token
@@ -102,7 +103,7 @@ def plan_command(config: RunConfig, options: PlanOptions) -> int:
     return 0
 
 
-def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> Plan:
+def make_plan(config: RunConfig, shape: ModelConfig, options: PlanOptions) -> Plan:
     """Plan a valid run. Raises UserError where it does not fit the number of processes."""
     device = _device(options)
     at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
@@ -171,7 +172,7 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     }
 
 
-def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Iterator[str]:
+def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
     """What makes a run fit, one change after the other, each with the memory it leads to.
 
     Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
@@ -200,7 +201,7 @@ def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Ite
 
 
 def _candidates(
-    config: RunConfig, shape: Architecture, options: PlanOptions
+    config: RunConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[tuple[str, dict[str, int | str]]]:
     if config.parallel.zero == 1:
         yield "--parallel.zero 2", {"parallel.zero": 2}
@@ -231,7 +232,7 @@ def _candidates(
 
 
 def _lines(
-    found: Plan, config: RunConfig, shape: Architecture, options: PlanOptions
+    found: Plan, config: RunConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[str]:
     at, memory = found.at, found.memory
     counts = parameter_counts(shape)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.files import step_name, verify
 from nemo_hybrid.command_options import PrepareOptions
-from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
+from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.doctor import environment

@@ -52,7 +52,7 @@ def worker(kind: str, source: Path, out: Path) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.export.assign import planned
     from nemo_hybrid.export.write import export_directory
 
@@ -90,7 +90,7 @@ def _resident(what: str) -> float:
 def throughput(place: Path, gb: float, repeat: int, pause: float) -> dict[str, Any]:
     import torch
 
-    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.model.hybrid import HybridLM
 
     experts = math.ceil(gb * 1e9 / EXPERT_BYTES / 2)

@@ -108,11 +108,11 @@ def train(work: Work) -> dict[str, Any]:
     import torch
 
     from nemo_hybrid.checkpoint.files import model_shape
-    from nemo_hybrid.config_load import load_config
+    from nemo_hybrid.config.finetune import FinetuneConfig
+    from nemo_hybrid.config.read import load_config
     from nemo_hybrid.data.packing import PackedSamples
     from nemo_hybrid.data.store import SAMPLES as FORMAT
     from nemo_hybrid.data.store import SampleStore, StoreWriter
-    from nemo_hybrid.finetune_options import FinetuneConfig
     from nemo_hybrid.parallel.world import World
     from nemo_hybrid.train.build import build_run
     from nemo_hybrid.train.step import train_step

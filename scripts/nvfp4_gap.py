@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config, load_config
+from nemo_hybrid.config.read import dump_config, load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.doctor import environment
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import make_directories, naming, replace_file

@@ -37,10 +37,9 @@ from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import READABLE
 from nemo_hybrid.command_options import MergeOptions
+from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.finetune_options import LoraOptions
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import naming, read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import Adapted, adaptable, adapted_of, adapters, add_adapters
 

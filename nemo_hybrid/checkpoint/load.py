@@ -36,9 +36,10 @@ from nemo_hybrid.checkpoint.weights import (
     read_headers,
 )
 from nemo_hybrid.checkpoint.writing import save_weights
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, read_config
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import config_from_hf, json_bytes, parse_json
+from nemo_hybrid.files import json_bytes, parse_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import merge_adapters
 
@@ -81,7 +82,7 @@ def read_source(
     """
     path = directory / "config.json"
     config_json = json_bytes(path)
-    config = config_from_hf(parse_json(config_json, path), str(path))
+    config = read_config(parse_json(config_json, path), str(path))
     stored = read_headers(directory)
     _check_size(config, stored)
     try:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 
 from nemo_hybrid.checkpoint.names import is_stacked
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 

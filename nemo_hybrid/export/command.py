@@ -15,7 +15,7 @@ from nemo_hybrid.checkpoint.directory import new_directory
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.command_options import ExportOptions
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, Format, family, fitted, planned

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 
 Layout = Literal["plain", "modelopt", "compressed-tensors"]
 Format = Literal["fp8", "nvfp4", "nvfp4_w4a16"]

@@ -18,10 +18,11 @@ import torch
 
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, config_json, read_config
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.declared import GROUP, Format, Layout, declared, in_engines
-from nemo_hybrid.hf_config import config_from_hf, config_to_hf, read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 
 _EMBEDDINGS = "backbone.embeddings.weight"
@@ -78,7 +79,7 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
     path = directory / "config.json"
     raw = read_json(path)
     quantization = raw.pop("quantization_config", None)
-    config = config_from_hf(raw, str(path))
+    config = read_config(raw, str(path))
     experts = 2 * config.n_routed_experts * config.pattern.count("E")
     if experts > entries:
         raise UserError(f"{path} describes {experts} expert weights; the files hold {entries}")
@@ -111,7 +112,7 @@ def read_schema(directory: Path, entries: int) -> tuple[Schema, list[str]]:
 def _faults_of_model(raw: Mapping[str, Any], config: HybridConfig) -> list[str]:
     """What config.json says beside, or unlike, what is written of a model of the family: engines
     read fields that we do not (``auto_map``, ``text_config``, ``compression_config``, ...)."""
-    wanted = config_to_hf(config)
+    wanted = config_json(config)
     if isinstance(raw.get("eos_token_id"), list):  # of which ours is the first
         wanted["eos_token_id"] = raw["eos_token_id"]
     problems = [f"config.json: {name} is unknown" for name in raw.keys() - wanted.keys()]

@@ -28,7 +28,7 @@ from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.weights import INDEX, Stored, read_headers
 from nemo_hybrid.command_options import VerifyOptions
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
@@ -47,7 +47,7 @@ from nemo_hybrid.export.divergence import States
 from nemo_hybrid.export.schema import Schema, Slot, read_schema
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
 from nemo_hybrid.export.simulate import WITH_INPUTS, quantized_inputs, rounded_input
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table, progress_bar
 

@@ -25,7 +25,8 @@ from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import (
     BLOCK,

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.init import initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, Experts, LocalDispatcher
 from nemo_hybrid.model.layer import Layer, LayerCache, Layers
@@ -36,7 +37,7 @@ class HybridOutput:
 class Backbone(nn.Module):
     """Embedding, layers and the final norm."""
 
-    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = Layers(cfg.pattern, cfg, dispatcher)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.attention import Attention, AttentionCache
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
 from nemo_hybrid.model.mamba2 import Mamba2, MambaCache
@@ -22,7 +22,7 @@ Wide = dict[str, Tensor]
 """Parameters by name that stand in for a module's own (see ``linear``)."""
 
 
-def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
+def build_mixer(letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> nn.Module:
     if letter == "M":
         return Mamba2(cfg)
     if letter == "*":
@@ -33,11 +33,11 @@ def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Mo
 
 
 class Layer(nn.Module):
-    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.LAYER_LETTERS``)."""
+    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.model.LAYER_LETTERS``)."""
 
     mixer: Any  # the four mixers share no more than being modules
 
-    def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
         self.recompute = False  # keep only the layer's input for the backward pass
@@ -103,7 +103,7 @@ def under(wide: Wide, prefix: str) -> Wide:
 class Layers(nn.ModuleList):
     """The layers of a pattern, in order."""
 
-    def __init__(self, pattern: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, pattern: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
 
     def __iter__(self) -> Iterator[Layer]:

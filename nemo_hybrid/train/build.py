@@ -17,14 +17,15 @@ from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.command_options import PrepareOptions
-from nemo_hybrid.config import HybridConfig, RunConfig, TrainingConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.data.loader import Blend, Data, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.simulate import quantization_aware
-from nemo_hybrid.finetune_options import FinetuneConfig
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import Adapted, add_adapters
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.loader import Data
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.assign import Assignment, assign
 from nemo_hybrid.export.calibrate import watching
 from nemo_hybrid.export.layout import with_inputs
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.parallel.world import World

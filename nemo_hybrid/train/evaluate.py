@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.command_options import EvalOptions
-from nemo_hybrid.config import DataOptions, HybridConfig, TrainOptions
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import DataOptions, TrainOptions
 from nemo_hybrid.data.loader import Blend, Data, heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.prepare import TRAIN

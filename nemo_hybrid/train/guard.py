@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_hybrid.config import GuardOptions
+from nemo_hybrid.config.run import GuardOptions
 
 _MIN_ACCEPTED = 16  # steps before spikes are judged
 # Spreads are at least this share of the median: a run that is momentarily very even must not take

@@ -20,11 +20,11 @@ from nemo_hybrid.checkpoint.directory import (
 )
 from nemo_hybrid.checkpoint.files import model_shape, step_name, step_of
 from nemo_hybrid.checkpoint.state import check_resumable
-from nemo_hybrid.config import TrainingConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import steps
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model import lora
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World

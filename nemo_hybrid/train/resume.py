@@ -29,10 +29,10 @@ from nemo_hybrid.checkpoint.state import (
 )
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.checkpoint.writing import describe_model
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import adapters
 from nemo_hybrid.parallel.world import World

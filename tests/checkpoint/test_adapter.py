@@ -42,7 +42,7 @@ from nemo_hybrid.checkpoint.adapter import (
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.cli import main
 from nemo_hybrid.command_options import MergeOptions
-from nemo_hybrid.finetune_options import LoraOptions
+from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.lora import adapters, add_adapters, merge_adapters
 

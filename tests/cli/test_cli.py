@@ -13,7 +13,7 @@ import pytest
 
 from nemo_hybrid import __version__, cli
 from nemo_hybrid.command_options import EvalOptions, GenerateOptions, PrepareOptions
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import TrainingError, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,9 @@ from helpers.corpus import TINY_MODEL, write_corpus
 from helpers.processes import run_python
 from nemo_hybrid.cli import main
 from nemo_hybrid.command_options import PlanOptions
-from nemo_hybrid.config import HybridConfig, ModelOptions, RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import ModelOptions, RunConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layer

@@ -23,10 +23,10 @@ from helpers.nvfp4_formula import E2M1
 from nemo_hybrid.checkpoint.files import manifest_text
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, config_json
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.export.verify import verify_directory
 from nemo_hybrid.files import FileRecord
-from nemo_hybrid.hf_config import config_to_hf
 from nemo_hybrid.model.hybrid import HybridLM
 
 from .tiny_models import loud_model, tiny_config
@@ -151,7 +151,7 @@ def build(
     linear = [n.removesuffix(".weight") for n, w in weights.items() if w.dim() > 1]
     rest = [m for m in linear if m not in modules and "embeddings" not in m]
     rest = sorted({re.sub(r"(.*\.experts)\..*", r"\1", m) for m in rest})
-    described: dict[str, Any] = config_to_hf(model.config)
+    described: dict[str, Any] = config_json(model.config)
     described["quantization_config"], twin = quantization(modules, rest, layout, algo, kv_cache)
     write_json(directory / "config.json", described)
     if twin is not None:

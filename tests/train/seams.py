@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from helpers.corpus import write_corpus
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.loader import open_blend, steps
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
