@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.terminal import print_table

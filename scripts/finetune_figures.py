@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.files import replace_file
 from nemo_hybrid.terminal import print_table
 

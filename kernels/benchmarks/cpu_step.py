@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 
 if TYPE_CHECKING:  # The parent process stays small: children inherit its peak memory.
     import torch

@@ -13,7 +13,6 @@ from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.files import MANIFEST
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.state import RUN_STATE
-from nemo_hybrid.command_options import ExportOptions
 from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
@@ -23,6 +22,7 @@ from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
 from nemo_hybrid.files import naming, read_json
 
 if TYPE_CHECKING:
+    from nemo_hybrid.commands.export import ExportOptions
     from nemo_hybrid.export.verify import Measured
 
 _WORDS = {

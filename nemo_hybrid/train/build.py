@@ -16,7 +16,6 @@ from nemo_hybrid.checkpoint.directory import each, on_rank_0
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
@@ -128,7 +127,7 @@ def _open_blend(config: RunConfig, hybrid: HybridConfig, world: World) -> Blend:
 
     def make_default() -> None:
         if data.path and data.path == data.default_corpus and not Path(data.path).exists():
-            prepare(PrepareOptions(out=data.path, vocab_size=hybrid.vocab_size))
+            prepare(data.path, vocab_size=hybrid.vocab_size)
 
     def open_stores() -> Blend:
         blend = open_blend(data, hybrid)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from helpers.sample_files import chat, lines, make, stored
 from nemo_hybrid.cli import main
-from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.commands.prepare import PrepareOptions
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import Record

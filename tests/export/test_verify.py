@@ -29,7 +29,7 @@ from helpers.exported import (
 )
 from helpers.tiny_models import loud_model, random_ids
 from nemo_hybrid.checkpoint.load import tensors_by_name
-from nemo_hybrid.command_options import VerifyOptions
+from nemo_hybrid.commands.verify import VerifyOptions, verify_command
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import decode as decoding
 from nemo_hybrid.export.assign import planned
@@ -37,7 +37,7 @@ from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.decode import other_decoder
 from nemo_hybrid.export.divergence import chosen_device
 from nemo_hybrid.export.simulate import quantized_weights
-from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
+from nemo_hybrid.export.verify import load_exported, verify_directory
 from nemo_hybrid.export.write import export_directory
 from nemo_hybrid.model.hybrid import HybridLM
 

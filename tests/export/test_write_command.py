@@ -19,14 +19,14 @@ from helpers.tiny_models import loud_model
 from nemo_hybrid import HybridConfig, UserError
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.cli import main
-from nemo_hybrid.command_options import ExportOptions, VerifyOptions
+from nemo_hybrid.commands.export import ExportOptions, export_command
+from nemo_hybrid.commands.verify import VerifyOptions, verify_command
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.words import read_options
 from nemo_hybrid.export import command
 from nemo_hybrid.export.calibrate import read_pieces
-from nemo_hybrid.export.command import export_command
-from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
+from nemo_hybrid.export.verify import load_exported, verify_directory
 
 CONFIG = HybridConfig(**(TINY_MODEL | {"pattern": "ME*-", "moe_intermediate_size": 32}))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_hybrid.command_options import PlanOptions
+from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import key_types, load_config, read_section
