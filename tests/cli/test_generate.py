@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid import generate as module
-from nemo_hybrid.commands.generate import GenerateOptions
+from nemo_hybrid.commands.generate import GenerateOptions, generate_command
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
 
@@ -32,7 +32,7 @@ def test_text_in_and_text_out(
         yield from torch.from_numpy(answer[:-1])[:, None]
 
     monkeypatch.setattr(module, "generate", fixed)
-    module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
+    generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
     (ids,) = tokenizer.encode(["a </s> b"])
     assert prompts[0].tolist() == [ids.tolist()]
     assert tokenizer.eos_id not in ids
@@ -78,12 +78,12 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     monkeypatch.setattr(module, "generate", fixed)
     options = GenerateOptions(str(tmp_path / "model"), "a b?", chat=True)
     with pytest.raises(UserError, match="has no chat template"):
-        module.generate_command(options)
+        generate_command(options)
     (tmp_path / "model" / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ eos_token ~ 'A:' }}{% endif %}"
     )
-    module.generate_command(options)
+    generate_command(options)
     expected = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
         [{"role": "user", "content": "a b?"}], add_generation_prompt=True, return_dict=False
     )
@@ -92,4 +92,4 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     assert expected.count(2) == 1
     assert capsys.readouterr().out == "yes\n"
     with pytest.raises(UserError, match=r"the prompt cannot be rendered: .*</s>"):
-        module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
+        generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
