@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from nemo_hybrid.config import HybridConfig
 from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
+    from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.hub import HybridLM
 
 __all__ = ["HybridConfig", "HybridLM", "UserError"]
@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import the model, and with it torch, only when it is asked for."""
+    """Import what takes long, torch above all, only when it is asked for."""
+    if name == "HybridConfig":
+        from nemo_hybrid.config.hf import HybridConfig
+
+        return HybridConfig
     if name == "HybridLM":
         from nemo_hybrid.hub import HybridLM
 

@@ -1,52 +1,21 @@
-"""The command line: choose a command, read its options, report the user's mistakes.
+"""The command line: from a word to a command, and from an error to a status.
 
-Everything heavy is imported after the options are known to be good, so help and error messages
-come at once.
+Nothing heavy is imported before a command's options are known to be good, so help and error
+messages come at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from nemo_hybrid import __version__
-from nemo_hybrid.command_options import (
-    CompareOptions,
-    DoctorOptions,
-    EvalOptions,
-    ExportOptions,
-    GenerateOptions,
-    ImportOptions,
-    InspectOptions,
-    MergeOptions,
-    PlanOptions,
-    PrepareOptions,
-    VerifyOptions,
-)
-from nemo_hybrid.config import RunConfig, TrainingConfig
-from nemo_hybrid.config_load import (
-    dump_config,
-    load_with,
-    options_parser,
-    read_config,
-    read_options,
-    run_parser,
-    suggest,
-    take_words,
-)
-from nemo_hybrid.errors import Stopped, TrainingError, UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
-
-if TYPE_CHECKING:
-    import jsonargparse
+from nemo_hybrid.errors import Stopped, TrainingError, UserError, suggest
 
 PROG = "nemo-hybrid"
 STATUSES = (
@@ -58,22 +27,39 @@ STATUSES = (
     "interrupted. "
     "torchrun ends with 1 whatever its processes end with."
 )
-DEFAULT_CORPUS_RUN = Path(__file__).parent.parent / "configs" / "run" / "pretrain_tiny_cpu.yaml"
 OTHER_RANKS_WAIT_S = 3.0
 TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version."}
 
 
-class Command(NamedTuple):
+class Word(NamedTuple):
     """A word of the command line."""
 
-    options: type[Any]
-    """The first line of its docstring says what the command does."""
-    run: Callable[..., int | None]
-    """Gets the options, of `plan` a RunConfig before them; gives the exit status, or None for 0."""
+    module: str
+    """Of nemo_hybrid.commands."""
+    summary: str
 
-    @property
-    def summary(self) -> str:
-        return str(self.options.__doc__).partition("\n")[0]
+
+COMMANDS = {
+    "prepare": Word(
+        "prepare", "Turn text into a token store, or conversations into samples for fine-tuning."
+    ),
+    "pretrain": Word("train", "Train a model from its first step, or resume."),
+    "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume."),
+    "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
+    "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
+    "generate": Word("generate", "Continue a prompt with a trained model."),
+    "import": Word("import_merge", "Copy a Hugging Face checkpoint into our layout."),
+    "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
+    "export": Word("export", "Write a checkpoint in the number formats that serving engines load."),
+    "verify-export": Word(
+        "verify", "Check an exported directory: names, shapes, dtypes, checksums, values."
+    ),
+    "inspect": Word("inspect", "Show shape, size and tensors of a model, without loading weights."),
+    "compare-logprobs": Word(
+        "compare", "Compare two checkpoints' probabilities of a text, token by token."
+    ),
+    "doctor": Word("doctor", "Show what is installed and which path each operation takes."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,26 +101,15 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {kind} {name}{suggest(name, [*COMMANDS, *TOP_OPTIONS])}")
+    module, summary = COMMANDS[name]
+    command = import_module(f"nemo_hybrid.commands.{module}").COMMANDS[name]
     if {"-h", "--help"} & set(rest):
-        _command_parser(name).print_help()
+        print(command.help(f"{PROG} {name}", summary, STATUSES), end="")
         return 0
-    command = COMMANDS[name]
-    if command.options in RUNS:
-        return _run_with_config(command, rest)
-    if rest and not fields(command.options):
-        raise UserError(f"{name} takes no options, got {' '.join(rest)}")
-    options = read_options(command.options, _command_parser(name), rest)
-    options.validate()
-    # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return command.run(options) or 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return int(command.start(name, rest))
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    """Only for its help: jsonargparse would make `--help` slower than it has to be."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} COMMAND [OPTIONS]\n       torchrun [...] -m nemo_hybrid COMMAND [OPTIONS]",
@@ -152,23 +127,6 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command_parser(name: str) -> jsonargparse.ArgumentParser:
-    command = COMMANDS[name]
-    prog = f"{PROG} {name}"
-    if command.options in RUNS:
-        usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
-        kind = RUNS[command.options]
-        parser = run_parser(prog, command.summary, kind, usage=usage, epilog=STATUSES)
-        parser.add_argument("--config", metavar="FILE", help="YAML file; repeated: later keys win.")
-        parser.add_argument(
-            "--print_config", action="store_true", help="Print the merged options and stop."
-        )
-        if command.options is PlanOptions:
-            parser.add_class_arguments(PlanOptions, "plan")
-        return parser
-    return options_parser(command.options, prog, command.summary, epilog=STATUSES)
-
-
 def _report(error: UserError | TrainingError) -> None:
     """Print the message once per job: from rank 0, or from a rank whose error is its own.
 
@@ -182,109 +140,3 @@ def _report(error: UserError | TrainingError) -> None:
         who = f" (rank {rank})"
     sys.stdout.flush()
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
-
-
-def _run_with_config(command: Command, words: list[str]) -> int:
-    """`pretrain` and `finetune` get the configuration, `plan` its own options as well."""
-    own, overrides = take_words(words, repeated=["--config"], switches=["--print_config"])
-    further = {"plan": PlanOptions} if command.options is PlanOptions else {}
-    kind = RUNS[command.options]
-    config, beside = load_with(own["--config"], overrides, kind, **further)
-    if own["--print_config"]:
-        print(dump_config(config), end="")
-        return 0
-    return command.run(config, *beside.values()) or 0
-
-
-def _train(config: TrainingConfig) -> None:
-    launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
-    # Checked here already, because importing the training loop takes seconds.
-    from nemo_hybrid.checkpoint.files import model_shape
-
-    config.validate(model_shape(config.model))
-    config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
-    from nemo_hybrid.recipes import recipe_of
-    from nemo_hybrid.train.loop import train
-
-    train(recipe_of(config), launcher)
-
-
-def _prepare(options: PrepareOptions) -> None:
-    if options.tokenizer and not (Path(options.tokenizer) / "tokenizer.json").is_file():
-        from nemo_hybrid.checkpoint.files import list_steps, resolve
-
-        if list_steps(Path(options.tokenizer) / "checkpoints"):  # a run's directory
-            options.tokenizer = str(resolve(options.tokenizer))
-    if options.preview:
-        from nemo_hybrid.data.preview import preview
-
-        preview(options)
-        return
-    if options.samples_wanted:
-        from nemo_hybrid.data.samples import prepare_samples
-
-        assert options.tokenizer is not None
-        assert options.out is not None
-        out = Path(options.out)
-        print(prepare_samples(options, options.paths, options.tokenizer, out, seed=options.seed))
-        return
-    if options.out is None:
-        options.out = default_corpus_place()
-    from nemo_hybrid.data.prepare import prepare
-
-    # The default corpus is made once: a second `prepare` finds it.
-    print(prepare(options, reuse=not options.paths))
-
-
-def _import(options: ImportOptions) -> None:
-    from nemo_hybrid.checkpoint.convert import import_directory
-
-    print(import_directory(Path(options.paths[0]), Path(options.out)).summary())
-    print(
-        f"written to {options.out}; go on with\n"
-        f"  {PROG} inspect {options.out}\n"
-        f"  {PROG} generate --from {options.out} --prompt TEXT\n"
-        f"  {PROG} pretrain --model.from_hf {options.out} --config FILE"
-    )
-
-
-def _doctor(_: DoctorOptions) -> int:
-    from nemo_hybrid.doctor import doctor
-
-    return doctor()
-
-
-def _in(module: str, function: str) -> Callable[..., int | None]:
-    """A command's function, imported when it is called."""
-    return lambda *options: getattr(import_module(f"nemo_hybrid.{module}"), function)(*options)
-
-
-RUNS: dict[type, type[TrainingConfig]] = {
-    RunConfig: RunConfig,
-    FinetuneConfig: FinetuneConfig,
-    PlanOptions: RunConfig,
-}
-"""Options of commands that read run configurations, and the kind of run that they are about."""
-
-COMMANDS = {
-    "prepare": Command(PrepareOptions, _prepare),
-    "pretrain": Command(RunConfig, _train),
-    "finetune": Command(FinetuneConfig, _train),
-    "plan": Command(PlanOptions, _in("plan", "plan_command")),
-    "eval": Command(EvalOptions, _in("evaluation", "eval_command")),
-    "generate": Command(GenerateOptions, _in("generate", "generate_command")),
-    "import": Command(ImportOptions, _import),
-    "merge": Command(MergeOptions, _in("checkpoint.adapter", "merge_command")),
-    "export": Command(ExportOptions, _in("export.command", "export_command")),
-    "verify-export": Command(VerifyOptions, _in("export.verify", "verify_command")),
-    "inspect": Command(InspectOptions, _in("inspection", "inspect_command")),
-    "compare-logprobs": Command(CompareOptions, _in("logprobs", "compare_command")),
-    "doctor": Command(DoctorOptions, _doctor),
-}
-
-
-def default_corpus_place() -> str:
-    """Where the default corpus belongs, as the run configuration that uses it says."""
-    if not DEFAULT_CORPUS_RUN.is_file():
-        raise UserError("--out is missing: name the directory of the token store")
-    return str(read_config(DEFAULT_CORPUS_RUN)["data.default_corpus"])

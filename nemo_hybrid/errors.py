@@ -1,5 +1,9 @@
 """Failures with a message for the user instead of a traceback."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake the user can mend: bad option, missing file, impossible layout.
@@ -20,3 +24,18 @@ class Stopped(Exception):
 
     The command line prints its message without a traceback and exits with status 4.
     """
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` for the known key nearest to key, else a pointer to the help."""
+    import difflib  # which mistakes alone need
+
+    known = list(known)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not nearest:
+        # A right name in a wrong place: lr for train.lr.
+        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+        name = key.rsplit(".", 1)[-1].lstrip("-")
+        leaf = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
+        nearest = [leaves[found] for found in leaf]
+    return f"; did you mean {nearest[0]}?" if nearest else "; see `--help`"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: the only place that writes, syncs and hashes them.
+"""Files that are whole or not there: the only place that writes, syncs and hashes them; and JSON.
 
 A new file is written under a name that nobody reads yet, synced, and then renamed: by
 ``replace_file`` for one file, by the rooms that make directories for a whole one.
@@ -7,14 +7,15 @@ A new file is written under a name that nobody reads yet, synced, and then renam
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from nemo_hybrid.errors import UserError
 
@@ -27,6 +28,7 @@ _CHUNK = 16 << 20
 _CHUNKS_AHEAD = 64  # written, but not hashed yet
 _HASHED_AT_ONCE = 1 << 18  # bytes; they stay in the core's cache
 _WORTH_A_THREAD = 1 << 20  # bytes; smaller pieces are hashed before a thread would have started
+_MAX_JSON = 100_000_000  # bytes of any file: thrice an index of a million tensors
 
 
 @dataclass(frozen=True)
@@ -173,3 +175,35 @@ def hash_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
+    return parse_json(json_bytes(path), path)
+
+
+def json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file. Raises UserError for one that is absent, or absurdly large."""
+    with naming("read", path):
+        if path.stat().st_size > _MAX_JSON:
+            raise UserError(f"{path} is larger than {_MAX_JSON} bytes; no such file is")
+        return path.read_bytes()
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in content, which came from path; UserError as in `read_json`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{path}: the key {twice!r} appears twice")
+        return out
+
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value

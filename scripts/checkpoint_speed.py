@@ -26,10 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.files import step_name, verify
-from nemo_hybrid.command_options import PrepareOptions
-from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
+from nemo_hybrid.commands.doctor import environment
+from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.prepare import prepare
-from nemo_hybrid.doctor import environment
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.pretrain import Pretrain
@@ -48,7 +47,7 @@ def build(directory: Path, gib: float) -> Run:
     for number in range(50):
         (text / f"{number}.txt").write_text(f"document {number} " * 200)
     store = str(directory / "store")
-    prepare(PrepareOptions(paths=[str(text)], out=store, vocab_size=300, heldout=0))
+    prepare(store, [str(text)], vocab_size=300, heldout=0)
     experts = int(gib * 2**30 / BYTES_PER_PARAMETER / EXPERT_PARAMETERS) + 1
     config = RunConfig(
         run_dir=str(directory / "run"),

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import load_config
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file
 from nemo_hybrid.parallel.world import World

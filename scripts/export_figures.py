@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.terminal import print_table
@@ -52,7 +52,7 @@ def worker(kind: str, source: Path, out: Path) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.export.write import export_directory
     from nemo_hybrid.precision.assign import planned
 
@@ -91,7 +91,7 @@ def throughput(place: Path, gb: float, repeat: int, pause: float) -> dict[str, A
     import torch
 
     from nemo_hybrid import HybridLM
-    from nemo_hybrid.config import HybridConfig
+    from nemo_hybrid.config.hf import HybridConfig
 
     experts = math.ceil(gb * 1e9 / EXPERT_BYTES / 2)
     shape = HybridConfig(

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.files import replace_file
 from nemo_hybrid.terminal import print_table
 
@@ -108,10 +108,10 @@ def train(work: Work) -> dict[str, Any]:
     import torch
 
     from nemo_hybrid.checkpoint.files import model_shape
-    from nemo_hybrid.config_load import load_config
+    from nemo_hybrid.config.finetune import FinetuneConfig
+    from nemo_hybrid.config.read import load_config
     from nemo_hybrid.data.store import SAMPLES as FORMAT
     from nemo_hybrid.data.store import StoreWriter
-    from nemo_hybrid.finetune_options import FinetuneConfig
     from nemo_hybrid.model.hybrid import HybridLM
     from nemo_hybrid.parallel.world import World
     from nemo_hybrid.recipes.adapt import Adapt

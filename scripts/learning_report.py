@@ -20,8 +20,8 @@ import numpy as np
 from bigram import Ids, PairModel, fit_pairs, pairs_within_documents
 
 from nemo_hybrid.checkpoint.files import model_shape
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, heldout_batches, open_blend
 from nemo_hybrid.errors import UserError

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config, load_config
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
+from nemo_hybrid.config.read import dump_config, load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import make_directories, naming, replace_file
 from nemo_hybrid.terminal import print_table

@@ -24,8 +24,8 @@ from cpu_step import Workload, batch, loss_of_ours, stepper, write_json
 from torch import Tensor
 
 from nemo_hybrid import HybridConfig, HybridLM
-from nemo_hybrid.config import PrecisionOptions
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
+from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.precision import policy
 from nemo_kernels.lowp import mxfp8
 from nemo_kernels.lowp.operand import Rounding

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_hybrid.doctor import environment
+from nemo_hybrid.commands.doctor import environment
 
 if TYPE_CHECKING:  # The parent process stays small: children inherit its peak memory.
     import torch
@@ -101,9 +101,9 @@ def build_peer(ours: HybridLM, experts: str) -> nn.Module:
     """transformers' model with the weights of ours."""
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
-    from nemo_hybrid.hf_config import config_to_hf
+    from nemo_hybrid.config.hf import config_json
 
-    fields = config_to_hf(ours.config, dtype="float32") | {"time_step_min": NO_CLAMP}
+    fields = config_json(ours.config, dtype="float32") | {"time_step_min": NO_CLAMP}
     config = NemotronHConfig(**fields)
     model = NemotronHForCausalLM._from_config(config, experts_implementation=experts)
     state = {

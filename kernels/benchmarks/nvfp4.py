@@ -116,7 +116,7 @@ class Step(NamedTuple):
 
 def build_step(device: str, recipe: str) -> Step:
     from nemo_hybrid import HybridConfig, HybridLM
-    from nemo_hybrid.config import PrecisionOptions
+    from nemo_hybrid.config.run import PrecisionOptions
     from nemo_hybrid.precision import policy
 
     if device == "cuda":

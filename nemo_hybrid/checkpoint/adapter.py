@@ -31,16 +31,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nemo_hybrid.checkpoint.directory import Writer, new_directory
+from nemo_hybrid.checkpoint.directory import Writer
 from nemo_hybrid.checkpoint.files import MANIFEST, resolve, to_json
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import READABLE
-from nemo_hybrid.command_options import MergeOptions
+from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.finetune_options import LoraOptions
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import naming, read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import Adapted, adaptable, adapted_of, adapters, add_adapters
 
@@ -259,20 +257,6 @@ def check_base(directory: Path, base: Path) -> None:
             "%s: this adapter was trained beside other weights than those in %s (or these were "
             "written anew since)", directory, base,
         )  # fmt: skip
-
-
-def merge_command(options: MergeOptions) -> None:
-    """``nemo-hybrid merge``: write weights with an adapter added to them."""
-    from nemo_hybrid.checkpoint.load import load, save_model
-
-    directory = locate(options.from_)
-    if not is_adapter(directory):
-        raise UserError(f"{directory} holds no {CONFIG}: it is a whole model already")
-    out = new_directory(options.out)
-    base = base_directory(directory, options.base)
-    model, companions = load(directory, base=base)
-    save_model(model, out, companions)
-    print(f"{out}: {base} with the adapter of {directory}")
 
 
 def _theirs(name: str) -> str:

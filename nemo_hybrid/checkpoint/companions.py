@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_hybrid.config.hf import eos_token_ids
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import eos_token_ids, parse_json, read_json
+from nemo_hybrid.files import naming, parse_json, read_json
 
 GENERATION = "generation_config.json"
 _FILES = (

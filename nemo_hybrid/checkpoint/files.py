@@ -24,18 +24,20 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.config import Architecture, HybridConfig, ModelOptions
+from nemo_hybrid.config.hf import HybridConfig, read_config
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import ModelOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import (
     TEMPORARY,
     FileRecord,
     hash_file,
     naming,
+    read_json,
     replace_file,
     side_by_side,
     sync_directory,
 )
-from nemo_hybrid.hf_config import config_from_hf, read_json
 
 log = logging.getLogger(__name__)
 
@@ -317,9 +319,9 @@ def model_shape(options: ModelOptions) -> HybridConfig:
     """
     if not options.from_hf:
         return options.hybrid()
-    shape, default = config_from_hf(resolve(options.from_hf)), Architecture()
+    shape, default = read_config(resolve(options.from_hf)), ModelConfig()
     contrary = []
-    for f in fields(Architecture):
+    for f in fields(ModelConfig):
         given, there = getattr(options, f.name), getattr(shape, f.name)
         if given not in (there, getattr(default, f.name)):
             contrary.append(f"model.{f.name} is {given!r} here, {there!r} there")

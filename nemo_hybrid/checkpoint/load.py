@@ -30,9 +30,10 @@ from nemo_hybrid.checkpoint.weights import (
     read_headers,
 )
 from nemo_hybrid.checkpoint.writing import save_weights
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, read_config
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import config_from_hf, read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import merge_adapters
 
@@ -69,7 +70,7 @@ def read_source(
     Raises UserError for files that cannot be read; what does not fit stands in the report.
     """
     path = directory / "config.json"
-    config = config_from_hf(read_json(path), str(path))
+    config = read_config(read_json(path), str(path))
     stored = read_headers(directory)
     _check_size(config, stored)
     try:

@@ -41,10 +41,10 @@ from nemo_hybrid.checkpoint.writing import (
     write_model_files,
     write_shards,
 )
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, read_config
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming, side_by_side
-from nemo_hybrid.hf_config import config_from_hf, read_json
+from nemo_hybrid.files import naming, read_json, side_by_side
 
 FORMAT_VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -273,8 +273,8 @@ def check_resumable(
     directory that is not a training checkpoint, and for a newer format.
     """
     state = _read_run_state(directory)
-    saved = config_from_hf(directory)
-    for f in fields(Architecture):
+    saved = read_config(directory)
+    for f in fields(ModelConfig):
         theirs, ours = getattr(saved, f.name), getattr(config, f.name)
         if f.name == "mtp_pattern" and not (saved.mtp_num_depths or config.mtp_num_depths):
             continue

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import parse_json
+from nemo_hybrid.files import naming, parse_json
 
 # In the order in which the reference library places tensors (then by name).
 DTYPES: dict[torch.dtype, str] = {

@@ -25,10 +25,9 @@ import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import side_by_side
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json, side_by_side
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,8 @@ from nemo_hybrid.checkpoint.directory import (
 from nemo_hybrid.checkpoint.names import from_hub, to_hub
 from nemo_hybrid.checkpoint.tensors import safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, READABLE
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, config_json
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import config_to_hf
 
 Weights = Iterable[tuple[str, torch.Tensor, int]]
 """(our name, tensor, first expert). The last counts for stacked experts only: the global index
@@ -116,7 +115,7 @@ def describe_model(
 ) -> None:
     """Write config.json, with ``more`` in it, and the companions; a generation config is made where
     they hold none."""
-    described = {**config_to_hf(config, str(dtype).removeprefix("torch.")), **(more or {})}
+    described = {**config_json(config, str(dtype).removeprefix("torch.")), **(more or {})}
     ids = companions.eos_token_ids
     if ids and ids[0] == config.eos_token_id:
         described["eos_token_id"] = ids

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from nemo_hybrid.config import Architecture, DataOptions
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.prepare import HELDOUT, TRAIN
 from nemo_hybrid.data.store import TOKENIZER, TokenStore
@@ -220,7 +221,7 @@ def digest(store: TokenStore) -> str:
     return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
 
 
-def open_blend(data: DataOptions, model: Architecture) -> Blend:
+def open_blend(data: DataOptions, model: ModelConfig) -> Blend:
     """Open and check what data.path or data.blend names. Raises UserError.
 
     All stores must share one tokenizer, whose ids and end-of-sequence token fit the model, and

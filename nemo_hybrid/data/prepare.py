@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nemo_hybrid.command_options import TRAINED_VOCAB_SIZE, PrepareOptions
 from nemo_hybrid.data.sources import (
     Document,
     Source,
@@ -44,6 +43,8 @@ from nemo_hybrid.files import naming, sync_directory, write_file
 from nemo_hybrid.terminal import progress_bar
 
 T = TypeVar("T")
+TRAINED_VOCAB_SIZE = 4096
+"""Entries of a tokenizer that is trained, unless it is told otherwise."""
 TRAIN, HELDOUT = "train", "heldout"
 RECORD = "prepare.json"
 _BATCH_CHARACTERS = 1 << 20
@@ -84,40 +85,49 @@ class PrepareSummary:
 
 
 def prepare(
-    options: PrepareOptions, *, progress: bool = True, reuse: bool = False
+    out: str | Path,
+    paths: Sequence[str] = (),
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    text_field: str = "text",
+    heldout: float = 0.03,
+    skip_bad: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    reuse: bool = False,
 ) -> PrepareSummary:
-    """Read documents, train (or take) a tokenizer, and write the token stores below options.out.
+    """Read documents (of the default corpus, where no paths are given), train or take a tokenizer,
+    and write the token stores below out.
 
     Documents are held out by a hash of seed and path (and line or row number). Unusable files of
     the default corpus are skipped and counted. ``reuse``: return the summary of an existing store
-    that was made with the same options.
+    that was made with the same arguments.
 
     Raises UserError. Nothing appears under out until everything is written.
     """
     started = time.monotonic()
-    options.validate()
-    assert options.out is not None, "the caller knows where the default corpus belongs"
-    out = Path(options.out)
-    vocab_size = TRAINED_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
-    given = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    out = Path(out)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    vocab_size = TRAINED_VOCAB_SIZE if vocab_size is None else vocab_size
     if given is None:
         check_vocab_size(vocab_size)
     request = {
-        "paths": [str(Path(p).resolve()) for p in options.paths],
+        "paths": [str(Path(p).resolve()) for p in paths],
         "tokenizer_sha256": given.sha256 if given else None,
         "vocab_size": None if given else vocab_size,
-        "text_field": options.text_field,
-        "heldout": options.heldout,
-        "skip_bad": options.skip_bad,
-        "seed": options.seed,
+        "text_field": text_field,
+        "heldout": heldout,
+        "skip_bad": skip_bad,
+        "seed": seed,
     }
     if not is_free(out):
         if reuse:
             return _existing(out, request)
         raise UserError(f"{out} exists already; name another --out or remove it first")
 
-    sources = find_sources(options.paths) if options.paths else default_sources()
-    corpus = _Corpus(sources, options, progress)
+    sources = find_sources(paths) if paths else default_sources()
+    corpus = _Corpus(sources, [*paths], out, text_field, heldout, skip_bad, seed, progress)
     if given is None:
         given = train_tokenizer(corpus.training_texts(), vocab_size)
     with replacing(out) as partial:
@@ -137,7 +147,12 @@ class _Corpus:
     """The documents of all sources, assigned to a split; counts of the latest pass."""
 
     sources: list[Source]
-    options: PrepareOptions
+    paths: list[str]
+    out: Path
+    text_field: str
+    heldout: float
+    skip_bad: bool
+    seed: int
     progress: bool
     empty: int = 0
     unusable: int = 0
@@ -146,7 +161,7 @@ class _Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return (TRAIN, HELDOUT) if self.options.heldout else (TRAIN,)
+        return (TRAIN, HELDOUT) if self.heldout else (TRAIN,)
 
     def documents(self, title: str, vocab_size: int | None) -> Iterator[tuple[str, Document]]:
         """(split, document) of every document that is not empty. Raises UserError at the end for
@@ -157,7 +172,7 @@ class _Corpus:
         before = 0
         with progress_bar(title, total, self.progress) as update:
             for source in self.sources:
-                for item in read_documents(source, self.options.text_field, vocab_size):
+                for item in read_documents(source, self.text_field, vocab_size):
                     if isinstance(item, Unusable):
                         self.unusable += 1
                         if len(self.examples) < _NAMED_UNUSABLE:
@@ -167,7 +182,7 @@ class _Corpus:
                     if len(item.content) == 0:
                         self.empty += 1
                         continue
-                    split = split_of(item.key, self.options.seed, self.options.heldout)
+                    split = split_of(item.key, self.seed, self.heldout)
                     counts[split] += 1
                     yield split, item
                 before += source.size
@@ -179,7 +194,7 @@ class _Corpus:
                 yield document.content
 
     def _check(self, counts: Counter[str]) -> None:
-        if self.unusable and self.options.paths and not self.options.skip_bad:
+        if self.unusable and self.paths and not self.skip_bad:
             named = "; ".join(f"{u.where}: {u.why}" for u in self.examples)
             more = self.unusable - len(self.examples)
             raise UserError(
@@ -194,7 +209,7 @@ class _Corpus:
             )
         for split in self.splits:
             if not counts[split]:
-                raise empty_split(split, counts.total(), "documents", self.options.heldout)
+                raise empty_split(split, counts.total(), "documents", self.heldout)
 
 
 def draw(seed: int, key: str) -> float:
@@ -262,9 +277,9 @@ def _write(
 def _summary(
     corpus: _Corpus, tokenizer: TextTokenizer, writers: dict[str, StoreWriter], started: float
 ) -> PrepareSummary:
-    held, paths = writers.get(HELDOUT), [str(p) for p in corpus.options.paths]
+    held, paths = writers.get(HELDOUT), corpus.paths
     return PrepareSummary(
-        out=str(corpus.options.out),
+        out=str(corpus.out),
         train_tokens=writers[TRAIN].tokens,
         train_documents=writers[TRAIN].documents,
         heldout_tokens=held.tokens if held else 0,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any
 
-from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import Sample, SampleMaker
 from nemo_hybrid.data.sources import Unusable, find_samples
 from nemo_hybrid.data.tokenizer import TextTokenizer
@@ -17,13 +17,14 @@ LEARNT, MASKED = "bold green", "dim"
 OPEN, CLOSE = "[[", "]]"
 
 
-def preview(options: PrepareOptions) -> None:
-    """Print the first samples and unusable records of the input. Raises UserError."""
+def preview(
+    options: SampleOptions, paths: Sequence[str], tokenizer: str, count: int, *, seed: int
+) -> None:
+    """Print the first ``count`` samples and unusable records of the input. Raises UserError."""
     options.validate()
-    assert options.tokenizer is not None
-    maker = SampleMaker(options, options.tokenizer, options.seed)
+    maker = SampleMaker(options, tokenizer, seed)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for where, item in islice(_items(maker, options.paths), options.preview):
+    for where, item in islice(_items(maker, paths), count):
         if isinstance(item, Unusable):
             print(f"{where}: unusable: {_visible(item.why)}\n")
             continue

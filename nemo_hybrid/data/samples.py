@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.chat import (
     Message,
     Rendering,
@@ -58,7 +59,6 @@ from nemo_hybrid.data.store import SAMPLES, SampleStore, StoreWriter
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file, write_file
-from nemo_hybrid.finetune_options import SampleOptions
 from nemo_hybrid.terminal import progress_bar
 
 NAMED = 5

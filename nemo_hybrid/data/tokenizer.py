@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import parse_json
+from nemo_hybrid.files import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

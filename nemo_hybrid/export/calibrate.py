@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_hybrid.config import DataOptions, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.prepare import TRAIN

@@ -13,18 +13,17 @@ from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.files import MANIFEST
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.state import RUN_STATE
-from nemo_hybrid.command_options import ExportOptions
-from nemo_hybrid.config import FP32_NAMES
-from nemo_hybrid.config_load import read_yaml
+from nemo_hybrid.config.model import FP32_NAMES
+from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.layout import ExportFacts
 from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import naming, read_json
 from nemo_hybrid.precision.assign import places, unquantizable, with_inputs
 from nemo_hybrid.precision.groups import family
 
 if TYPE_CHECKING:
+    from nemo_hybrid.commands.export import ExportOptions
     from nemo_hybrid.export.verify import Measured
 
 _WORDS = {

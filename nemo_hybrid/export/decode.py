@@ -25,7 +25,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry
 from nemo_hybrid.checkpoint.weights import Stored, read_headers
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, config_json, read_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.layout import (
     HF_QUANT,
@@ -37,8 +37,7 @@ from nemo_hybrid.export.layout import (
     quantization_configs,
     stored_tensors,
 )
-from nemo_hybrid.files import naming
-from nemo_hybrid.hf_config import config_from_hf, config_to_hf, read_json
+from nemo_hybrid.files import naming, read_json
 from nemo_hybrid.precision.assign import (
     Assignment,
     Format,
@@ -101,7 +100,7 @@ class Export:
 
     def faults_of_configuration(self) -> Iterator[str]:
         """Where the files say other things than `export` would, which engines may read."""
-        wanted = config_to_hf(self.config)
+        wanted = config_json(self.config)
         if isinstance(self.said.get("eos_token_id"), list):  # of which ours is the first
             wanted["eos_token_id"] = self.said["eos_token_id"]
         quantization, twin = quantization_configs(
@@ -164,7 +163,7 @@ def read_export(directory: Path) -> Export:
     path, twin = directory / "config.json", directory / HF_QUANT
     said = read_json(path)
     plain = {name: value for name, value in said.items() if name != "quantization_config"}
-    config = config_from_hf(plain, str(path))
+    config = read_config(plain, str(path))
     stored = read_headers(directory)
     entries = {n: e for header in stored.headers.values() for n, e in header.entries.items()}
     experts = 2 * config.n_routed_experts * config.pattern.count("E")

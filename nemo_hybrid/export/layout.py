@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.names import expert_name, to_hub
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.model.fp32 import keeps_fp32

@@ -27,8 +27,7 @@ from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.weights import INDEX
-from nemo_hybrid.command_options import VerifyOptions
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
@@ -44,12 +43,12 @@ from nemo_hybrid.export.decode import (
 from nemo_hybrid.export.divergence import States
 from nemo_hybrid.export.layout import HF_QUANT
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision.assign import WITH_INPUTS, Format
 from nemo_hybrid.precision.quantize import decoded
 from nemo_hybrid.precision.simulate import quantized_inputs, rounded_input
-from nemo_hybrid.terminal import print_table, progress_bar
+from nemo_hybrid.terminal import progress_bar
 
 PIECE = 512
 """Tokens that the models see at once."""
@@ -117,38 +116,6 @@ class Result:
         self.checks.append(Check(name, None, why))
 
 
-def verify_command(options: VerifyOptions) -> int:
-    """``nemo-hybrid verify-export``: print the checks; 2 where one failed, 3 where the divergence
-    exceeds ``max_kl``. Raises UserError for options and data that cannot be used."""
-    if options.max_kl is not None and options.base is None:
-        raise UserError("--max_kl needs --base: name the checkpoint to compare with")
-    directory = Path(options.paths[0]).expanduser()
-    result = verify_directory(
-        directory, base=options.base, data=options.data, tokens=options.tokens, show=True
-    )
-    words = {True: "passed", False: "FAILED", None: "not made"}
-    rows = [
-        (check.name, words[check.passed], "see below" if check.passed is False else check.note)
-        for check in result.checks
-    ]
-    print_table(("check", "", "what was found"), rows, title=str(directory))
-    for check in result.checks:
-        for line in check.note.splitlines() if check.passed is False else ():
-            print(f"{check.name}: {line}")
-    if not result.passed:
-        return 2
-    found = result.measured
-    if options.max_kl is None:
-        return 0
-    assert found is not None  # where every check passed, the model ran
-    # Not a number compares as false.
-    kls = [kl for kl in (found.kl, found.rounded_kl) if kl is not None]
-    if all(kl <= options.max_kl for kl in kls):
-        return 0
-    print(f"the KL divergence exceeds --max_kl {options.max_kl:g}")
-    return 3
-
-
 def verify_directory(
     directory: Path,
     *,
@@ -157,7 +124,7 @@ def verify_directory(
     tokens: int = 8192,
     show: bool = False,
 ) -> Result:
-    """Make all checks of an exported directory; options as in `VerifyOptions`.
+    """Make all checks of an exported directory; options as of `verify-export`.
 
     What is wrong with the directory stands in the result; UserError is raised for data, or a base,
     that cannot be used.

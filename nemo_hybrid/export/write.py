@@ -24,7 +24,7 @@ from nemo_hybrid.checkpoint.load import Source, read_source
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import (

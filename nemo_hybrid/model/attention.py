@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, D hidden, H query heads, G key/value heads, P head 
 
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import AttentionCache
 from nemo_hybrid.model.linear import Linear
 from nemo_kernels.attention import attention, attention_read
@@ -15,7 +15,7 @@ from nemo_kernels.documents import Documents
 class Attention(nn.Module):
     """Causal attention; documents of a packed row do not see each other."""
 
-    def __init__(self, cfg: Architecture) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.head_dim = cfg.head_dim
         q_size = cfg.num_attention_heads * cfg.head_dim

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Caches:
                 cache.reserve(tokens)
 
 
-def allocate(pattern: str, cfg: Architecture, rows: int, tokens: int, like: Tensor) -> Caches:
+def allocate(pattern: str, cfg: ModelConfig, rows: int, tokens: int, like: Tensor) -> Caches:
     """Caches of rows that have read nothing, in the dtype and on the device of ``like``."""
 
     def cache(letter: str) -> LayerCache:

@@ -5,7 +5,7 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 
 
 def keeps_fp32(name: str) -> bool:

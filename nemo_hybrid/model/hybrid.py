@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import After, Caches, allocate
 from nemo_hybrid.model.init import initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
@@ -38,7 +39,7 @@ class HybridOutput:
 class Backbone(nn.Module):
     """Embedding, layers and the final norm."""
 
-    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = Layers(cfg.pattern, cfg, dispatcher)

@@ -10,14 +10,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 
 OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, cfg: Architecture, owned_experts: range, seed: int) -> None:
+def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: int) -> None:
     """Draw all parameters of the model in place; buffers are left as built."""
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -32,7 +32,7 @@ def generator_of(seed: int, name: str, expert: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _draw(tensor: Tensor, name: str, cfg: Architecture, generator: torch.Generator) -> None:
+def _draw(tensor: Tensor, name: str, cfg: ModelConfig, generator: torch.Generator) -> None:
     parts = name.split(".")
     leaf, owner = parts[-1], parts[-2]
     # Always drawn in fp32 on the CPU, so that dtype and device do not change the stream.

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import Reading
 from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
@@ -82,7 +82,7 @@ class LocalDispatcher(nn.Module):
 class LatentMoE(nn.Module):
     """x -> fc2_latent_proj(experts(fc1_latent_proj(x))) + shared_experts(x)."""
 
-    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         D, L = cfg.hidden_size, cfg.expert_size
         self.gate = Router(cfg)

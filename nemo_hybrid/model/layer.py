@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.attention import Attention
 from nemo_hybrid.model.cache import After, Caches, LayerCache, MambaCache, Reading, reading
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
@@ -19,7 +19,7 @@ from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
 
 
-def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Module:
+def build_mixer(letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> nn.Module:
     if letter == "M":
         return Mamba2(cfg)
     if letter == "*":
@@ -30,11 +30,11 @@ def build_mixer(letter: str, cfg: Architecture, dispatcher: Dispatcher) -> nn.Mo
 
 
 class Layer(nn.Module):
-    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.LAYER_LETTERS``)."""
+    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.model.LAYER_LETTERS``)."""
 
     mixer: Any  # the four mixers share no more than being modules
 
-    def __init__(self, letter: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
@@ -92,7 +92,7 @@ class Layers(nn.ModuleList):
     """The layers of a pattern, in order. ``run`` is how training calls each of them, to be
     replaced from outside (see ``recompute``)."""
 
-    def __init__(self, pattern: str, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, pattern: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
         self.run: Run = run_plainly
 

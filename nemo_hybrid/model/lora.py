@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import LoraOptions
 from nemo_hybrid.model.init import generator_of
 from nemo_hybrid.model.latent_moe import Experts
 from nemo_hybrid.model.linear import Adapter, Linear

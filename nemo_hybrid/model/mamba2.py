@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import MambaCache, Reading
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.linear import Linear
@@ -46,7 +46,7 @@ class Mamba2(KeepsFp32):
     ``A_log``, ``D`` and ``dt_bias`` stay fp32: a bf16 ulp is coarser than their updates.
     """
 
-    def __init__(self, cfg: Architecture) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = cfg.mamba_num_heads, cfg.mamba_head_dim
         self.groups, self.state, self.chunk = cfg.n_groups, cfg.ssm_state_size, cfg.chunk_size

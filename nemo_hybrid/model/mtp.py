@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import After, Caches
 from nemo_hybrid.model.latent_moe import Dispatcher
 from nemo_hybrid.model.layer import Layers
@@ -26,7 +26,7 @@ class MTPBlock(nn.Module):
     """u = eh_proj([enorm(e); hnorm(h)]) -> layers -> final_layernorm, named as the checkpoint does:
     the projections belong to the first layer, the final norm to the last."""
 
-    def __init__(self, cfg: Architecture, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         D, eps = cfg.hidden_size, cfg.layer_norm_epsilon
         self.layers = Layers(cfg.mtp_pattern, cfg, dispatcher)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import Architecture
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_kernels.moe import topk_router
 
@@ -28,7 +28,7 @@ class Router(KeepsFp32):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, cfg: Architecture) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.top_k = cfg.num_experts_per_tok
         self.scaling = cfg.routed_scaling_factor

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM, Stats
 from nemo_hybrid.model.mtp import shift_left

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.state import Fragment
-from nemo_hybrid.config import TrainingConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.parallel import deepspeed_private
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, TrainedExperts, expert_group_name
 from nemo_hybrid.parallel.world import World

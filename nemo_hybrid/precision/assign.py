@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.globs import matched, nearest
 from nemo_hybrid.model.hybrid import HybridLM

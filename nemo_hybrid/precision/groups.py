@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nemo_hybrid.config import LAYER_LETTERS
+from nemo_hybrid.config.model import LAYER_LETTERS
 
 
 class Group(NamedTuple):

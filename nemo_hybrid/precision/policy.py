@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import nn
 
-from nemo_hybrid.config import Architecture, PrecisionOptions
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.globs import last_rule, matched, nearest, of_all_layers
 from nemo_hybrid.precision import groups
@@ -111,7 +112,7 @@ def weight_dtype(options: PrecisionOptions) -> torch.dtype:
     return DTYPES["fp32" if options.recipe == "fp32" else "bf16"]
 
 
-def check(model: nn.Module, options: PrecisionOptions, shape: Architecture, tokens: int) -> None:
+def check(model: nn.Module, options: PrecisionOptions, shape: ModelConfig, tokens: int) -> None:
     """Raise UserError for what cannot be done, naming the option and the layer.
 
     ``model`` may be on the meta device; ``tokens`` are those of a micro-batch.
@@ -146,7 +147,7 @@ def check(model: nn.Module, options: PrecisionOptions, shape: Architecture, toke
 def apply(
     model: nn.Module,
     options: PrecisionOptions,
-    shape: Architecture,
+    shape: ModelConfig,
     *,
     seed: int,
     rank: int,
@@ -162,7 +163,7 @@ def apply(
     return Precision(changed, options, Streams(seed, rank), table, probe)
 
 
-def resolve(model: nn.Module, options: PrecisionOptions, shape: Architecture) -> list[Product]:
+def resolve(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> list[Product]:
     """All products of a model with their formats, in the model's order. Raises UserError."""
     modules = dict(model.named_modules())
     names = [name for name, module in modules.items() if hasattr(module, "low_precision")]
@@ -192,7 +193,7 @@ def resolve(model: nn.Module, options: PrecisionOptions, shape: Architecture) ->
     ]
 
 
-def _changed(model: nn.Module, options: PrecisionOptions, shape: Architecture) -> list[Product]:
+def _changed(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> list[Product]:
     """Those that run in another format than the run's own."""
     base = _all(_base(options))
     return [p for p in resolve(model, options, shape) if p.formats != base]
@@ -263,7 +264,7 @@ def _check_glob(glob: str, modules: list[str], products: list[str], depth: int) 
     )
 
 
-def _check_dimensions(product: Product, shape: Architecture, tokens: int) -> None:
+def _check_dimensions(product: Product, shape: ModelConfig, tokens: int) -> None:
     """Raise UserError where a dimension is not made of whole blocks."""
     name, module, formats = product
     # Kernels take whole blocks of NVFP4 in both dimensions, whichever a pass sums over.
@@ -304,7 +305,7 @@ def low_formats(formats: Iterable[str]) -> str:
 
 
 def table_of(
-    model: nn.Module, products: Sequence[Product], shape: Architecture, device_type: str
+    model: nn.Module, products: Sequence[Product], shape: ModelConfig, device_type: str
 ) -> list[tuple[str, ...]]:
     """Rows below `HEADER`. Counted are multiply-adds of all weight matrices per token;
     attention scores and the scan are no products with weights."""
@@ -321,7 +322,7 @@ def table_of(
 
 
 def work_of(
-    model: nn.Module, products: Sequence[Product], shape: Architecture
+    model: nn.Module, products: Sequence[Product], shape: ModelConfig
 ) -> Iterator[tuple[str, str, int]]:
     """Name, format and multiply-adds per token and pass of all modules with weight matrices."""
     for name, module in model.named_modules():

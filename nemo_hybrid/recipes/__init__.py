@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_hybrid.config import RunConfig, TrainingConfig
-from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.train.run import Recipe
 
 

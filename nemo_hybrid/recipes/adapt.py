@@ -25,10 +25,10 @@ from nemo_hybrid.checkpoint.directory import Writer
 from nemo_hybrid.checkpoint.files import to_json
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.writing import describe_model
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.finetune import LoraOptions
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import LoraOptions
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model import lora
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World

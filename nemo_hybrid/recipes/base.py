@@ -12,7 +12,7 @@ from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_
 from nemo_hybrid.checkpoint.files import model_shape, resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config import TrainingConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.objectives.base import Objective

@@ -13,10 +13,10 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.adapter import base_digest
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.loader import Rows
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
 from nemo_hybrid.objectives.base import Objective

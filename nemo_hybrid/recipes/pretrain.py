@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_hybrid.command_options import PrepareOptions
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.loader import Blend, open_blend
 from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
@@ -31,4 +30,4 @@ class Pretrain(StoreRecipe[RunConfig, Blend]):
     def _make_default_corpus(self) -> None:
         path = self.config.data.path
         if path and path == self.config.data.default_corpus and not Path(path).exists():
-            prepare(PrepareOptions(out=path, vocab_size=self.shape.vocab_size))
+            prepare(path, vocab_size=self.shape.vocab_size)

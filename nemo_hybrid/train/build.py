@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_hybrid.config import HybridConfig, TrainingConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.recompute import recompute_layers

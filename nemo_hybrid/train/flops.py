@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layer
@@ -62,9 +63,9 @@ class ParameterCounts:
     """Backbone parameters that one token meets: k of E routed experts, embedding and head in."""
 
 
-def without_storage(cfg: Architecture, ep: int = 1, dtype: torch.dtype = torch.float32) -> HybridLM:
+def without_storage(cfg: ModelConfig, ep: int = 1, dtype: torch.dtype = torch.float32) -> HybridLM:
     """The model of one of ``ep`` processes on the meta device, to look at: callers share it."""
-    return _built(tuple(getattr(cfg, f.name) for f in fields(Architecture)), ep, dtype)
+    return _built(tuple(getattr(cfg, f.name) for f in fields(ModelConfig)), ep, dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -75,14 +76,14 @@ def _built(shape: tuple[Any, ...], ep: int, dtype: torch.dtype) -> HybridLM:
         return model.to(dtype)
 
 
-def layer_parameters(cfg: Architecture, letter: str, ep: int = 1) -> dict[str, torch.Tensor]:
+def layer_parameters(cfg: ModelConfig, letter: str, ep: int = 1) -> dict[str, torch.Tensor]:
     """One layer's parameters by name, without storage, as one of ``ep`` processes holds them."""
     with torch.device("meta"):
         layer = Layer(letter, cfg, LocalDispatcher(cfg.n_routed_experts // ep))
     return dict(layer.named_parameters())
 
 
-def parameter_counts(cfg: Architecture) -> ParameterCounts:
+def parameter_counts(cfg: ModelConfig) -> ParameterCounts:
     """Count a model's parameters: matrices without biases, the convolution with one.
 
     Agrees with the released Nemotron 3 checkpoints to the last parameter.
@@ -94,7 +95,7 @@ def parameter_counts(cfg: Architecture) -> ParameterCounts:
     return ParameterCounts(total, outside_mtp, total - outside_mtp, _active(cfg, backbone))
 
 
-def _active(cfg: Architecture, parameters: Mapping[str, torch.Tensor]) -> int:
+def _active(cfg: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> int:
     """How many of these parameters one token meets: k of E routed experts, all others."""
     k, n = cfg.num_experts_per_tok, cfg.n_routed_experts
     return sum(
@@ -102,7 +103,7 @@ def _active(cfg: Architecture, parameters: Mapping[str, torch.Tensor]) -> int:
     )
 
 
-def train_flops_per_token(cfg: Architecture, sequence_length: int) -> float:
+def train_flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
     """Useful FLOPs of forward and backward per training token, at sequences of this length.
 
     3 x (2 x M + A + C): the backward pass costs twice the forward pass, and per token
@@ -126,16 +127,14 @@ def train_flops_per_token(cfg: Architecture, sequence_length: int) -> float:
     return 3 * (2 * outside + forward_flops_per_token(cfg, layers, sequence_length))
 
 
-def forward_flops_per_token(
-    cfg: Architecture, layers: Iterable[str], sequence_length: int
-) -> float:
+def forward_flops_per_token(cfg: ModelConfig, layers: Iterable[str], sequence_length: int) -> float:
     """FLOPs of a forward pass through layers of these letters, as `train_flops_per_token` counts
     them."""
     counts = Counter(layers)
     return sum(n * _layer_flops(cfg, letter, sequence_length) for letter, n in counts.items())
 
 
-def _layer_flops(cfg: Architecture, letter: str, sequence_length: int) -> float:
+def _layer_flops(cfg: ModelConfig, letter: str, sequence_length: int) -> float:
     parameters = layer_parameters(cfg, letter)
     matrices = {n: p for n, p in parameters.items() if p.dim() > 1 and ".conv1d." not in n}
     flops = 2.0 * _active(cfg, matrices)

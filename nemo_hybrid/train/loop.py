@@ -13,7 +13,7 @@ import torch
 from nemo_hybrid.checkpoint.directory import find_latest_together, verify_together
 from nemo_hybrid.checkpoint.files import step_name, step_of
 from nemo_hybrid.checkpoint.state import check_resumable
-from nemo_hybrid.config import TrainingConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World

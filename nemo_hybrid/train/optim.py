@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config import FP32_NAMES, TrainOptions
+from nemo_hybrid.config.model import FP32_NAMES
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 

@@ -22,7 +22,7 @@ from nemo_hybrid.checkpoint.state import (
     save_checkpoint,
 )
 from nemo_hybrid.checkpoint.weights import load_weights
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.run import Position, Run

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.companions import Companions
-from nemo_hybrid.config import HybridConfig, TrainingConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.config import Architecture, PrecisionOptions, TrainingConfig
-from nemo_hybrid.config_load import dump_config, flatten, read_config
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.read import dump_config, flatten, read_keys
+from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, naming, replace_file
 from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
@@ -152,7 +153,7 @@ def _began_so(config: TrainingConfig) -> bool:
     """Whether the last start in this directory was told to go on from the same checkpoint: the same
     command given again."""
     saved = Path(config.run_dir) / CONFIG_FILE
-    return saved.is_file() and read_config(saved, type(config)).get("resume") == config.resume
+    return saved.is_file() and read_keys(saved, type(config)).get("resume") == config.resume
 
 
 def _nothing_lost(config: TrainingConfig) -> None:
@@ -161,7 +162,7 @@ def _nothing_lost(config: TrainingConfig) -> None:
     run_dir = Path(config.run_dir)
     path = run_dir / METRICS_FILE
     # How often it saved, which may change now.
-    saved = read_config(run_dir / CONFIG_FILE, type(config))
+    saved = read_keys(run_dir / CONFIG_FILE, type(config))
     every = int(saved.get("checkpoint.every", 0))
     last = max((row.step for row in read_metrics(path)), default=0) if path.is_file() else 0
     if every and last >= 2 * every:
@@ -240,7 +241,7 @@ def _compared(config: TrainingConfig) -> dict[str, Any]:
 
 def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
     """Without the shape's options: with model.from_hf the shape comes from there."""
-    names = {f"model.{f.name}" for f in fields(Architecture)}
+    names = {f"model.{f.name}" for f in fields(ModelConfig)}
     return {key: value for key, value in options.items() if key not in names}
 
 

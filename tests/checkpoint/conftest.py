@@ -15,7 +15,7 @@ import torch
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.parallel.agreement import Agreement
 
 CONFIG = HybridConfig(

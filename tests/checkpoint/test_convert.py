@@ -19,7 +19,8 @@ from nemo_hybrid.checkpoint.files import verify
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import is_stacked, to_hub
 from nemo_hybrid.checkpoint.weights import account, load_weights, read_headers
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES
 
 CONFIG = tiny_config("ME*-", mtp_num_depths=2)
 

@@ -20,7 +20,7 @@ from nemo_hybrid.checkpoint.directory import (
     find_latest_together,
     verify_together,
 )
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
 

@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig, config_json, read_config
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.hf_config import config_from_hf, config_to_hf
 
 SUPER = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
 # No two fields share a value, so that a swapped pair shows.
@@ -45,16 +45,16 @@ def transformers_config(**values: object):
 )  # fmt: skip
 def test_round_trip_through_strict_json(cfg: HybridConfig) -> None:
     text = json.dumps(cfg.to_hf(), allow_nan=False)
-    assert config_from_hf(json.loads(text)) == cfg
+    assert read_config(json.loads(text)) == cfg
 
 
 def test_transformers_reads_what_we_write(tmp_path) -> None:
     from transformers import AutoConfig
 
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ODD)))
+    (tmp_path / "config.json").write_text(json.dumps(config_json(ODD)))
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "NemotronHConfig"
-    for f in fields(Architecture):
+    for f in fields(ModelConfig):
         if f.name not in ("pattern", "mtp_pattern", "mtp_num_depths"):
             assert getattr(theirs, f.name) == getattr(ODD, f.name), f.name
     assert theirs.hybrid_override_pattern == ODD.pattern
@@ -65,7 +65,7 @@ def test_transformers_reads_what_we_write(tmp_path) -> None:
 
 
 def test_we_read_what_transformers_writes(tmp_path) -> None:
-    ours = config_to_hf(ODD)
+    ours = config_json(ODD)
     del ours["mtp_num_depths"]  # transformers would carry an unknown field along
     transformers_config(**ours).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -80,39 +80,39 @@ def test_absent_fields_mean_what_transformers_says() -> None:
             "num_experts_per_tok", "moe_intermediate_size", "num_attention_heads", "head_dim",
             "num_key_value_heads", "intermediate_size",
             "moe_shared_expert_intermediate_size")  # fmt: skip
-    sparse = {k: v for k, v in config_to_hf(ODD).items() if k in keep}
-    ours, theirs = config_from_hf(sparse), transformers_config(**sparse)
-    for f in fields(Architecture):
+    sparse = {k: v for k, v in config_json(ODD).items() if k in keep}
+    ours, theirs = read_config(sparse), transformers_config(**sparse)
+    for f in fields(ModelConfig):
         if f.name not in ("pattern", "mtp_pattern", "mtp_num_depths"):
             assert getattr(ours, f.name) == getattr(theirs, f.name), f.name
     assert ours.mtp_num_depths == theirs.num_nextn_predict_layers == 0
 
 
 def test_both_vocabularies_and_the_pattern_agree() -> None:
-    base = config_to_hf(ODD)
+    base = config_json(ODD)
     del base["hybrid_override_pattern"]
     old = ["mamba", "moe", "attention", "mlp", "mamba", "moe"]
     new = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"]
     for names in (old, new):
-        assert config_from_hf(base | {"layers_block_type": names}) == ODD
-        assert config_from_hf(config_to_hf(ODD) | {"layers_block_type": names}) == ODD
+        assert read_config(base | {"layers_block_type": names}) == ODD
+        assert read_config(config_json(ODD) | {"layers_block_type": names}) == ODD
     mtp = {"mtp_layers_block_type": ["attention", "moe", "full_attention"]}
-    assert config_from_hf(config_to_hf(ODD) | mtp) == ODD
+    assert read_config(config_json(ODD) | mtp) == ODD
 
 
 def test_layers_of_an_absent_mtp_block(tmp_path) -> None:
     """transformers writes them into every config.json; nothing reads them."""
     cfg = replace(ODD, mtp_num_depths=0, mtp_pattern="*E")
-    transformers_config(**config_to_hf(cfg)).save_pretrained(tmp_path)
+    transformers_config(**config_json(cfg)).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["mtp_layers_block_type"]
-    assert config_from_hf(tmp_path) == cfg
+    assert read_config(tmp_path) == cfg
 
 
 def test_eos_list_and_dead_rope_fields() -> None:
     dead = {"rope_theta": 10000, "partial_rotary_factor": 1.0, "eos_token_id": [18, 11],
             "norm_eps": 2e-5, "time_step_limit": [0.0, {"__float__": "Infinity"}]}  # fmt: skip
-    assert config_from_hf(config_to_hf(ODD) | dead) == ODD
-    assert config_from_hf(config_to_hf(ODD) | {"time_step_limit": [0, float("inf")]}) == ODD
+    assert read_config(config_json(ODD) | dead) == ODD
+    assert read_config(config_json(ODD) | {"time_step_limit": [0, float("inf")]}) == ODD
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_eos_list_and_dead_rope_fields() -> None:
 )
 def test_refusals_name_the_field(change: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=r"config\.json") as caught:
-        config_from_hf(config_to_hf(ODD) | change)
+        read_config(config_json(ODD) | change)
     assert named in str(caught.value)
 
 
@@ -177,9 +177,9 @@ def test_refusals_name_the_field(change: dict[str, object], named: str) -> None:
 def test_broken_files(tmp_path, text: str, says: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=says):
-        config_from_hf(tmp_path)
+        read_config(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
-        config_from_hf(tmp_path / "absent.json")
+        read_config(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize(

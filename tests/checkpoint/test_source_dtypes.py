@@ -18,7 +18,7 @@ from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid import HybridLM, UserError
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 
 CONFIG = tiny_config("ME*-E", mtp_num_depths=2)
 INDEX = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from nemo_hybrid.checkpoint.names import from_hub, is_stacked, to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Report, load_weights
 from nemo_hybrid.checkpoint.writing import save_weights
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
 
 TINY = HybridConfig(

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_hybrid.config import (
+from nemo_hybrid.config.run import (
     DataOptions,
     ModelOptions,
     ParallelOptions,

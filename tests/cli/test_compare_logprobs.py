@@ -12,11 +12,11 @@ from torch import Tensor
 
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid import cli
+from nemo_hybrid.commands.compare import our_states, their_states
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.divergence import per_token
 from nemo_hybrid.hub import HybridLM
-from nemo_hybrid.logprobs import our_states, their_states
 
 CONFIG = tiny_config("MEM*E-", mtp_num_depths=1)
 TEXT = "def add(a, b):\n    return a + b\n" * 3

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config, flatten, key_types, load_config, read_config
+from nemo_hybrid.config.read import dump_config, flatten, key_types, load_config, read_keys
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_blend_is_replaced_as_a_whole(tmp_path: Path) -> None:
     [
         ("1e-3", 1e-3),
         ("1E3", 1000.0),
-        ("-2e+1", -20.0),
+        ("+2e+1", 20.0),
         ("1", 1.0),
         (".5", 0.5),
         ("1.5e-7", 1.5e-7),
@@ -163,8 +163,7 @@ def test_null_and_bare_switch(tmp_path: Path) -> None:
 def test_bad_file(tmp_path: Path, text: str, expected: str) -> None:
     said = message(tmp_path, text)
     assert expected in said
-    if "finite" not in said:
-        assert "run.yaml" in said or "gone.yaml" in said
+    assert "run.yaml" in said or "gone.yaml" in said
 
 
 @pytest.mark.parametrize(
@@ -235,10 +234,10 @@ def test_dumped_values_are_exact(
     tmp_path_factory: pytest.TempPathFactory,
     lr: float, seed: int, text: str, weights: list[float],
 ) -> None:  # fmt: skip
-    """Compared before jsonargparse, which would hide a text that came back as a number."""
+    """Compared as they are read, before types are checked."""
     config = RunConfig(run_dir="/runs/a")
     config.train.lr, config.train.seed, config.model.pattern = lr, seed, text
     config.data.blend = {f"/{i}": w for i, w in enumerate(weights)}
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(dump_config(config), encoding="utf-8", newline="")
-    assert read_config(file) == flatten(asdict(config))
+    assert read_keys(file) == flatten(asdict(config))

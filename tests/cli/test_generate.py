@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid import generate as module
-from nemo_hybrid.command_options import GenerateOptions
+from nemo_hybrid.commands.generate import GenerateOptions
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
 

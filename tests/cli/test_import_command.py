@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid import HybridLM, cli
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 
 CONFIG = tiny_config("ME*E-", mtp_num_depths=1)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nemo_hybrid import HybridLM
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import load_config
 from nemo_hybrid.train.flops import parameter_counts
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"

@@ -17,17 +17,17 @@ from cli import plan_memory
 from helpers.corpus import TINY_MODEL, write_corpus
 from helpers.processes import run_python
 from nemo_hybrid.cli import main
-from nemo_hybrid.command_options import PlanOptions
-from nemo_hybrid.config import HybridConfig, ModelOptions, RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.commands.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
+from nemo_hybrid.commands.plan import DEVICES, Part, PlanOptions, changes, make_plan
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import ModelOptions, RunConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel import dispatch, engine
-from nemo_hybrid.plan import DEVICES, Part, changes, make_plan
 from nemo_hybrid.train import flops, memory
-from nemo_hybrid.train.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
 from nemo_hybrid.train.optim import parameter_groups
 from nemo_kernels.documents import Documents
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.chat import ChatTemplate, load_template, read_messages, read_tools
 from nemo_hybrid.data.samples import Made, SampleMaker
 from nemo_hybrid.data.sources import BadRecord, Record
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import SampleOptions
 
 CHATML = """{%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_hybrid.config import DataOptions, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, Sampler, Share, Stored, heldout_batches, open_blend
 from nemo_hybrid.data.store import TokenStore

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from helpers.processes import HANG_S
-from nemo_hybrid.command_options import PrepareOptions
 from nemo_hybrid.data import prepare as module
 from nemo_hybrid.data.prepare import PrepareSummary, prepare
 from nemo_hybrid.data.sources import default_sources
@@ -42,7 +41,7 @@ def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
         options = {"vocab_size": 300, **options}
     how = {name: options.pop(name) for name in ("progress", "reuse") if name in options}
     options = {"heldout": 0.3, "seed": 0, **options, "paths": [*map(str, paths)], "out": str(out)}
-    return prepare(PrepareOptions(**options), **{"progress": False, **how})
+    return prepare(**options, **{"progress": False, **how})
 
 
 def decoded(out: Path, split: str) -> list[str]:
@@ -135,8 +134,8 @@ def test_transformers_loads_the_tokenizer(folder: Path, tmp_path: Path) -> None:
 def test_same_input_same_bytes_in_other_processes(folder: Path, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from nemo_hybrid.data.prepare import PrepareOptions, prepare;"
-        "prepare(PrepareOptions(paths=[sys.argv[1]], out=sys.argv[2], vocab_size=330, heldout=0.3))"
+        "from nemo_hybrid.data.prepare import prepare;"
+        "prepare(sys.argv[2], [sys.argv[1]], vocab_size=330, heldout=0.3)"
     )
     for name, threads in (("a", "1"), ("b", "3")):
         env = {**os.environ, "PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads}
@@ -418,8 +417,8 @@ def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from nemo_hybrid.data.prepare import PrepareOptions, prepare;"
-        "prepare(PrepareOptions(paths=[sys.argv[1]], out=sys.argv[2], tokenizer=sys.argv[3]))"
+        "from nemo_hybrid.data.prepare import prepare;"
+        "prepare(sys.argv[2], [sys.argv[1]], tokenizer=sys.argv[3])"
     )
     arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data import chat
 from nemo_hybrid.data.chat import change_reasoning, learnt_parts
 from nemo_hybrid.data.samples import Made, SampleMaker
 from nemo_hybrid.data.sources import Record
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import SampleOptions
 
 MakeModel = Callable[..., Path]
 TWICE = "Sure. <think>a</think>x<think>b</think>y"

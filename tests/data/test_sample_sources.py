@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.sample_files import chat, lines, make, stored
-from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data import samples as module
 from nemo_hybrid.data.preview import preview
 from nemo_hybrid.data.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def test_files_of_other_kinds_are_no_samples(
     with pytest.raises(UserError, match=what):
         make(model, tmp_path / "out", path)
     with pytest.raises(UserError, match=what):
-        preview(PrepareOptions(paths=[str(path)], tokenizer=str(model), preview=1))
+        preview(SampleOptions(), [str(path)], str(model), 1, seed=0)
 
 
 def test_what_a_directory_holds_besides_samples(make_model: MakeModel, tmp_path: Path) -> None:

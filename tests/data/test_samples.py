@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from helpers.sample_files import chat, lines, make, stored
 from nemo_hybrid.cli import main
-from nemo_hybrid.command_options import PrepareOptions
+from nemo_hybrid.commands.prepare import PrepareOptions
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import Record
 from nemo_hybrid.data.store import SampleStore, StoreWriter, TokenStore
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import SampleOptions
 
 MakeModel = Callable[..., Path]
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from helpers.chats import write_base, write_chats
 from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.tiny_models import loud_model, random_ids, tiny_config
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.finetune import SampleOptions
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, train_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import calibrate as calibrate_module
 from nemo_hybrid.export.calibrate import calibrate, read_pieces
-from nemo_hybrid.finetune_options import SampleOptions
 from nemo_hybrid.model.hybrid import HybridLM
 
 CONFIG = tiny_config("E*-M")

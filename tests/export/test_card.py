@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from helpers.exported import export_config
-from nemo_hybrid.command_options import ExportOptions
+from nemo_hybrid.commands.export import ExportOptions
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.card import card, code, lineage
 from nemo_hybrid.export.layout import ExportFacts

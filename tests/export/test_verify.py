@@ -28,10 +28,10 @@ from helpers.exported import (
     write_export,
 )
 from helpers.tiny_models import loud_model
-from nemo_hybrid.command_options import VerifyOptions
+from nemo_hybrid.commands.verify import VerifyOptions, verify_command
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.divergence import chosen_device
-from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
+from nemo_hybrid.export.verify import load_exported, verify_directory
 from nemo_hybrid.hub import HybridLM
 
 

@@ -20,7 +20,8 @@ from nemo_hybrid.checkpoint.files import verify
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, tensor_bytes
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import ExportFacts, modules_of
 from nemo_hybrid.export.write import export_directory

@@ -19,13 +19,14 @@ from helpers.tiny_models import loud_model
 from nemo_hybrid import HybridConfig, UserError
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.cli import main
-from nemo_hybrid.command_options import ExportOptions, VerifyOptions
-from nemo_hybrid.config_load import load_config, options_parser, read_options
+from nemo_hybrid.commands.export import ExportOptions, export_command
+from nemo_hybrid.commands.verify import VerifyOptions, verify_command
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.words import read_options
 from nemo_hybrid.export import command
 from nemo_hybrid.export.calibrate import read_pieces
-from nemo_hybrid.export.command import export_command
-from nemo_hybrid.export.verify import load_exported, verify_command, verify_directory
-from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.export.verify import load_exported, verify_directory
 
 CONFIG = HybridConfig(**(TINY_MODEL | {"pattern": "ME*-", "moe_intermediate_size": 32}))
 
@@ -249,9 +250,8 @@ def test_what_fails_late_leaves_nothing(files, tmp_path) -> None:
 
 
 def read(*words: str) -> dict[str, str]:
-    parser = options_parser(ExportOptions, "export", "")
     given = ["--from", "a", "--out", "b", "--format", "nvfp4", *words]
-    return read_options(ExportOptions, parser, given).formats
+    return read_options(ExportOptions, given).formats
 
 
 def test_formats_are_a_file_or_a_mapping(tmp_path) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from helpers.corpus import TINY_MODEL
 from helpers.tiny_models import loud
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.tokenizer import train_tokenizer
-from nemo_hybrid.finetune_options import FinetuneConfig
 from nemo_hybrid.hub import HybridLM
 
 WORDS = ("ab", "cde", "fg", "hijk", "lm", "nop", "q", "rst", "uvw", "xyz")

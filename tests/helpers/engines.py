@@ -21,8 +21,7 @@ import torch
 
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.hf_config import config_from_hf
+from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.model.hybrid import HybridLM
 
 Json = dict[str, Any]
@@ -59,7 +58,7 @@ def read_as_engines(directory: Path) -> Seen:
     raw = json.loads((directory / "config.json").read_text())
     quantization = raw.pop("quantization_config", None)
     twin = directory / "hf_quant_config.json"
-    config = config_from_hf(raw)
+    config = read_config(raw)
     plain = _plain(config)
     # Engines keep routers and convolutions as linear layers, too.
     shapes = {

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nemo_hybrid.config import Architecture, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.hybrid import HybridLM
 
 _OURS_ONLY = ("pattern", "mtp_pattern", "mtp_num_depths")
@@ -71,7 +72,7 @@ def open_clamp(theirs: nn.Module) -> nn.Module:
 def _their_config(config: HybridConfig) -> object:
     from transformers import NemotronHConfig
 
-    shape = {f.name: getattr(config, f.name) for f in fields(Architecture)}
+    shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig)}
     for name in _OURS_ONLY:
         del shape[name]
     # The plainest of their implementations: an oracle should be easy to believe.

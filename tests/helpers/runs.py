@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.corpus import TINY_MODEL
-from nemo_hybrid.config import (
+from nemo_hybrid.config.run import (
     DataOptions,
     ModelOptions,
     ParallelOptions,

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import SampleSummary, prepare_samples
 from nemo_hybrid.data.store import SampleStore
-from nemo_hybrid.finetune_options import SampleOptions
 
 Sample = tuple[list[int], list[bool]]
 """Ids, and which of them are learnt."""

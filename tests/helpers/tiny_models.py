@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.model.recompute import recompute_layers

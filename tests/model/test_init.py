@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.tiny_models import loud_model, random_ids, tiny_config
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.train.flops import parameter_counts

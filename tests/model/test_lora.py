@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from helpers.bands import band
 from helpers.sabotage import relative
 from helpers.tiny_models import loud_model, random_ids, tiny_config
-from nemo_hybrid.config import HybridConfig, PrecisionOptions
+from nemo_hybrid.config.finetune import LoraOptions
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.finetune_options import LoraOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.linear import Adapter

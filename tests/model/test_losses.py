@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.parts import ce_sums
 from helpers.tiny_models import loud_model, packed_batch, random_ids, tiny_config
-from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.router import routing_stats

@@ -28,7 +28,7 @@ from helpers.tiny_models import (
     tiny_config,
 )
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny_models import CHUNK, CONV, document_numbers, loud_model, random_ids, tiny_config
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import shift_left
 from nemo_kernels.documents import Documents

@@ -42,7 +42,7 @@ from helpers.tiny_models import (
     smallest_routing_margin,
     tiny_config,
 )
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.model.hybrid import HybridLM
 
 TOLERANCE = 1e-5

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny_models import loud_model, packed_batch, tiny_config
-from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.layer import Layer
 from nemo_hybrid.objectives.base import LossParts, Normalizer

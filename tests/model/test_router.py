@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny_models import loud_model, tiny_config
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.model.router import Router
 from nemo_hybrid.train.optim import LoadCounter, max_violation, update_router_bias
 

@@ -19,7 +19,7 @@ from helpers.sabotage import quiet_paths, relative
 from helpers.tiny_models import CHUNK, decided_model, loud_model, random_ids, tiny_config
 from nemo_hybrid import HybridLM, UserError
 from nemo_hybrid.checkpoint.load import tensors_by_name
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.parts import ce_sums
 from helpers.runs import read_steps, tiny_run
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.hybrid import HybridLM

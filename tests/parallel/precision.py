@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.runs import built, read_steps, tiny_run
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model.mamba2 import Mamba2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from helpers.runs import tiny_run
-from nemo_hybrid.config import RunConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.objectives.base import mtp_losses
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision.health import Probe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_hybrid.config import FP32_NAMES
+from nemo_hybrid.config.model import FP32_NAMES
 
 LR = 1e-5
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers.corpus import write_corpus
 from helpers.processes import run_command
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.train import metrics
 from nemo_hybrid.train.metrics import StepMetrics, read_metrics

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_hybrid.config import HybridConfig, PrecisionOptions
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision import policy

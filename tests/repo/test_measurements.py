@@ -10,7 +10,7 @@ import pytest
 from helpers.corpus import write_corpus
 from helpers.processes import run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_hybrid.command_options import PlanOptions
-from nemo_hybrid.config import HybridConfig, RunConfig
-from nemo_hybrid.config_load import key_types, load_config, read_section
-from nemo_hybrid.finetune_options import FinetuneConfig
+from nemo_hybrid.commands.plan import PlanOptions
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import key_types, load_config, read_section
+from nemo_hybrid.config.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs/run").glob("*.yaml"))

@@ -13,7 +13,7 @@ from helpers.corpus import write_corpus
 from helpers.once import once
 from helpers.processes import run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 
 LAYOUT = ("--parallel.ep", "2", "--train.micro_batch_size", "2")
 """Of the unbroken run: 2 processes and 2 micro-batches make the 8 sequences of a step."""

@@ -19,8 +19,8 @@ import torch
 
 from helpers.runs import tiny_run
 from nemo_hybrid import cli
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision.policy import Precision
 from nemo_hybrid.train import loop

@@ -18,7 +18,7 @@ import torch
 
 from helpers.corpus import write_corpus
 from helpers.runs import built
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.read import load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.objectives.base import mtp_losses
 from nemo_hybrid.parallel.world import World

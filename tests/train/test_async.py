@@ -14,8 +14,8 @@ from helpers.launcher import differences
 from helpers.once import once
 from helpers.processes import TESTS, run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.files import read_json
 from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"

@@ -17,8 +17,9 @@ from helpers.corpus import TINY_MODEL, flip_byte, write_corpus
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid import cli
-from nemo_hybrid.config import HybridConfig, ModelOptions
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.run import ModelOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train import loop
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run

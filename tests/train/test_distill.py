@@ -16,8 +16,8 @@ from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
 from helpers.processes import run_command
 from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.objectives import kl

@@ -14,7 +14,7 @@ import pytest
 from helpers.once import once
 from helpers.processes import run_command, run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.train.metrics import read_metrics
 
 STEPS = 12

@@ -20,10 +20,10 @@ from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from helpers.tiny_models import loud
 from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.store import SampleStore
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import read_metrics
 

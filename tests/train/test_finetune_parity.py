@@ -17,7 +17,7 @@ from helpers.chats import MARKED, conversations, tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
 from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.store import SampleStore
 from nemo_hybrid.train.metrics import read_metrics

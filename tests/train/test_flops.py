@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.train import flops
 from nemo_hybrid.train.flops import parameter_counts, peak_flops, train_flops_per_token
 

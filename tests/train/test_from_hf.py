@@ -15,9 +15,10 @@ from helpers.corpus import TINY_MODEL
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from helpers.tiny_models import loud_model
-from nemo_hybrid.config import FP32_NAMES, HybridConfig
-from nemo_hybrid.config_load import dump_config
-from nemo_hybrid.hf_config import read_json
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.files import read_json
 
 GENERATION = '{"eos_token_id": [2, 11], "temperature": 0.6}'
 

@@ -19,8 +19,8 @@ from helpers.once import once
 from helpers.parts import ce_sums
 from helpers.processes import run_command
 from helpers.runs import read_steps, tiny_run
-from nemo_hybrid.config import RunConfig
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.loader import open_blend
 from nemo_hybrid.model import mamba2, router
 from nemo_hybrid.model.hybrid import HybridLM

@@ -13,7 +13,7 @@ import pytest
 from helpers.once import once
 from helpers.processes import TESTS, Finished, run_python
 from helpers.runs import tiny_run
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.train.guard import Bands, Guard
 from nemo_hybrid.train.metrics import read_metrics
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from nemo_hybrid.config import DataOptions, ModelOptions, RunConfig, TrainOptions
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.store import StoreWriter
 from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
 

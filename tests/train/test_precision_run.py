@@ -13,7 +13,7 @@ import pytest
 from helpers.once import once
 from helpers.processes import run_python
 from nemo_hybrid.cli import main
-from nemo_hybrid.config_load import dump_config, load_config
+from nemo_hybrid.config.read import dump_config, load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.precision import policy
 from nemo_hybrid.train.build import check_precision

@@ -15,8 +15,8 @@ import pytest
 from helpers.corpus import flip_byte, write_corpus
 from helpers.processes import Finished, run_command
 from helpers.runs import tiny_run
-from nemo_hybrid.config import DataOptions, RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import DataOptions, RunConfig
 from nemo_hybrid.data.loader import Blend, open_blend
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.recipes.pretrain import Pretrain

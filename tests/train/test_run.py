@@ -15,7 +15,7 @@ from helpers.parts import ce_sums
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import files
-from nemo_hybrid.config_load import dump_config
+from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import evaluations, read_metrics
 from train.conftest import Unbroken
@@ -83,7 +83,7 @@ def test_checkpoints_are_whole_and_latest_is_the_newest(unbroken: Unbroken) -> N
 
 def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> None:
     """The weights on disk have the held-out loss that the run measured at its end."""
-    from nemo_hybrid.config import DataOptions, TrainOptions
+    from nemo_hybrid.config.run import DataOptions, TrainOptions
     from nemo_hybrid.data.loader import heldout_batches, open_blend
     from nemo_hybrid.objectives.base import Normalizer
     from nemo_hybrid.objectives.next_token import NextToken, count_targets

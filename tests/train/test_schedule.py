@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from nemo_hybrid.config import TrainOptions
+from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.train.optim import learning_rate
 
 

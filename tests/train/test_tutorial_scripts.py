@@ -15,12 +15,12 @@ from torch import Tensor
 
 from helpers.processes import run_python
 from nemo_hybrid import HybridConfig, HybridLM
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.config.finetune import FinetuneConfig, SampleOptions
+from nemo_hybrid.config.read import load_config
 from nemo_hybrid.data.chat import load_template, need_template
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import BadRecord, find_sources
 from nemo_hybrid.data.tokenizer import train_tokenizer
-from nemo_hybrid.finetune_options import FinetuneConfig, SampleOptions
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "configs" / "chat_template.jinja"

@@ -1,51 +1,132 @@
-"""`nemo-hybrid export`: which formats, with which scales, and what they cost."""
+"""`export`: which formats, with which scales, and what they cost."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import field, replace
 from itertools import accumulate
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from nemo_hybrid.checkpoint.directory import new_directory
-from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.checkpoint.publish import CARD
-from nemo_hybrid.command_options import ExportOptions
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.data.store import TOKENIZER
+from nemo_hybrid.commands.command import Command
+from nemo_hybrid.config.base import CHECKED, GLOBS, CommandOptions, PositiveInt, refuse
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.calibrate import Calibration, calibrate, read_pieces
-from nemo_hybrid.export.card import card, lineage, measured_table
-from nemo_hybrid.export.decode import Scales
-from nemo_hybrid.export.divergence import States, ready
-from nemo_hybrid.export.layout import ExportFacts
-from nemo_hybrid.export.sensitivity import (
-    SPENT_ON,
-    assign_within,
-    candidates,
-    measure,
-    sensitivity_report,
-)
-from nemo_hybrid.export.verify import Measured, load_exported, states
-from nemo_hybrid.export.verify import measure as measure_export
-from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
-from nemo_hybrid.precision.assign import Assignment, Format, fitted, planned, with_inputs
-from nemo_hybrid.precision.groups import family
 from nemo_hybrid.terminal import print_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_hybrid.export.calibrate import Calibration
+    from nemo_hybrid.export.divergence import States
+    from nemo_hybrid.export.layout import ExportFacts
+    from nemo_hybrid.export.verify import Measured
+    from nemo_hybrid.precision.assign import Assignment, Format
 
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
 _FEW_TOKENS = 1024
 _SHOWN = 8  # experts
 
 
-def export_command(options: ExportOptions) -> None:
-    """``nemo-hybrid export``. What can be refused without a model is refused before one is loaded.
+@dataclass(config=CHECKED)
+class ExportOptions(CommandOptions):
+    """Write a checkpoint in the number formats that serving engines load."""
 
-    Raises UserError."""
+    from_: str
+    """Run, checkpoint or Hugging Face directory."""
+    out: str
+    """Directory to write; it must be absent or empty."""
+    format: Literal["bf16", "nvfp4", "mixed", "fp8", "compressed-tensors"]
+    """bf16: plain; nvfp4, mixed, fp8: ModelOpt's layout, mixed with a format per module;
+    compressed-tensors: NVFP4 in that library's layout."""
+    preset: Literal["conservative", "super", "nano", "ultra"] = "conservative"
+    """Which modules are quantized: conservative: experts, shared experts and dense MLPs; the others
+    by module family as NVIDIA published those models."""
+    formats: GLOBS = field(default_factory=dict)
+    """Formats of further modules, on top of the preset: glob over module names -> bf16, fp8, nvfp4
+    or nvfp4_w4a16; or a YAML file of that."""
+    scales: Literal["amax", "mse", "four_over_six", "training"] = "amax"
+    """NVFP4 scales of weights: from the largest value; from a search for the least error; from the
+    choice between 4 and 6; or those of the 16x16 blocks of NVFP4 training."""
+    calibration: str | None = None
+    """Token store, samples for fine-tuning or text file whose activations give the input scales;
+    without it weights alone are quantized (W4A16)."""
+    calibration_tokens: PositiveInt = 65536
+    """Tokens of it to read."""
+    percentile: Annotated[float | None, Field(ge=90, le=100)] = None
+    """Share of the activations, in percent, that input scales cover; null: all of them."""
+    kv_cache: Literal["none", "fp8"] = "none"
+    """fp8: write scales for keys and values, which needs calibration."""
+    budget_bits: Annotated[float | None, Field(gt=0, lt=16)] = None
+    """Mean bits per weight: instead of a preset, measure each module group's sensitivity and assign
+    formats that fit."""
+    heldout: str | None = None
+    """Token store or samples (their held-out part), or another text file: measure KL divergence and
+    perplexity of the export on it, for the model card."""
+    heldout_tokens: PositiveInt = 8192
+    """Tokens of it to read."""
+
+    def validate(self) -> None:
+        calibration, budget = self.calibration, self.budget_bits
+        idle = {
+            "preset": self.format == "bf16" or budget is not None,
+            "scales": self.format in ("bf16", "fp8"),
+            "calibration_tokens": calibration is None,
+            "heldout_tokens": self.heldout is None,
+        }
+        refuse(
+            *(
+                (
+                    calibration is None and getattr(self, name) is not None,
+                    f"{name} needs calibration: name a text file or a token store",
+                )
+                for name in ("percentile", "budget_bits")
+            ),
+            (
+                calibration and self.format == "bf16",
+                "calibration is for quantized formats: leave it out with bf16",
+            ),
+            (
+                calibration and self.heldout and _same_file(calibration, self.heldout),
+                "heldout is the text of the calibration: name another one",
+            ),
+            (
+                budget is not None and self.formats,
+                "budget_bits assigns formats itself: leave formats out",
+            ),
+            *(
+                (idle.get(name), f"{name} has no effect with these options: leave it out")
+                for name in self.changed()
+            ),
+        )
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return Path(one).is_file() and Path(one).samefile(other)
+    except OSError:
+        return False
+
+
+def export_command(options: ExportOptions) -> None:
+    """What can be refused without a model is refused before one is loaded. Raises UserError."""
+    import torch
+
+    from nemo_hybrid.checkpoint.directory import new_directory
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.checkpoint.publish import CARD
+    from nemo_hybrid.data.store import TOKENIZER
+    from nemo_hybrid.export.calibrate import read_pieces
+    from nemo_hybrid.export.card import card, lineage, measured_table
+    from nemo_hybrid.export.sensitivity import assign_within, candidates
+    from nemo_hybrid.export.verify import states
+    from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
+    from nemo_hybrid.precision.assign import planned, with_inputs
+
     source, out = unquantized(options.from_), new_directory(options.out)
     shape = HybridConfig.from_hf(str(source))
     calibrated, budget = options.calibration is not None, options.budget_bits
@@ -120,6 +201,18 @@ def _calibrated(
     source: Path, pieces: list[Tensor], assignment: Assignment, options: ExportOptions
 ) -> tuple[Calibration, Assignment, dict[str, bytes]]:
     """The calibration; with a budget, an assignment that keeps it, and the files that say why."""
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.export.calibrate import calibrate
+    from nemo_hybrid.export.divergence import ready
+    from nemo_hybrid.export.sensitivity import (
+        SPENT_ON,
+        assign_within,
+        measure,
+        sensitivity_report,
+    )
+    from nemo_hybrid.precision.assign import fitted, with_inputs
+    from nemo_hybrid.precision.groups import family
+
     budget, reports = options.budget_bits, dict[str, bytes]()
     inputs = with_inputs(assignment)
     if budget is not None:
@@ -148,10 +241,17 @@ def _measured(
 ) -> Measured:
     """The model of a directory against its source. Raises UserError where its logits are not
     finite."""
+    from nemo_hybrid.export.decode import Scales
+    from nemo_hybrid.export.verify import load_exported, measure
+    from nemo_hybrid.precision.assign import with_inputs
+
     inputs, seen = with_inputs(facts.assignment), facts.calibration
     amax = {place: seen.amax[place] for place in inputs} if seen else {}
     scales, model = Scales(facts.assignment, amax), load_exported(directory)
-    found = measure_export(before, model, scales, pieces, str(options.heldout), True)
+    found = measure(before, model, scales, pieces, str(options.heldout), True)
     if not all(math.isfinite(x) for x in found if isinstance(x, float)):
         raise UserError("logits are not finite: the checkpoint is broken")
     return found
+
+
+COMMANDS = {"export": Command(export_command, ExportOptions)}

@@ -1,29 +1,31 @@
-"""Options of `finetune`, beside and instead of those of `pretrain` (nemo_hybrid.config)."""
+"""Options of `finetune`, beside and instead of those of `pretrain`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import field
+from typing import Annotated, ClassVar, Literal
 
-from nemo_hybrid.config import (
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.config.base import (
+    CHECKED,
+    GLOBS,
     POSITIVE,
-    Architecture,
     BelowOne,
-    Bound,
     NotNegativeFloat,
     NotNegativeInt,
+    Options,
     PositiveFloat,
     PositiveInt,
-    SequenceOptions,
-    TrainingConfig,
-    TrainOptions,
-    check_bounds,
+    Share,
+    refuse,
 )
-from nemo_hybrid.errors import UserError
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import SequenceOptions, TrainingConfig, TrainOptions
 
 
-@dataclass
-class SampleOptions:
+@dataclass(config=CHECKED)
+class SampleOptions(Options):
     """How records become samples: token ids, and which of them are learnt."""
 
     sequence_length: PositiveInt = 2048
@@ -51,23 +53,26 @@ class SampleOptions:
     skip_bad: bool = False
     """Skip (and count) records that cannot be learnt from, instead of stopping."""
 
-    def validate(self, section: str = "") -> None:
+    def validate(self) -> None:
         """Raise UserError for options that contradict each other."""
-        check_bounds(self, section)
-        if self.strip_reasoning + self.truncate_reasoning > 1:
-            raise UserError(
-                f"{section}strip_reasoning and {section}truncate_reasoning exceed 1 together"
-            )
-        if self.reasoning == "strip" and (self.strip_reasoning or self.truncate_reasoning):
-            raise UserError(
-                f"{section}reasoning strip leaves nothing for {section}strip_reasoning and "
-                f"{section}truncate_reasoning"
-            )
+        strip, cut = f"{self.section}strip_reasoning", f"{self.section}truncate_reasoning"
+        refuse(
+            (
+                self.strip_reasoning + self.truncate_reasoning > 1,
+                f"{strip} and {cut} exceed 1 together",
+            ),
+            (
+                self.reasoning == "strip" and (self.strip_reasoning or self.truncate_reasoning),
+                f"{self.section}reasoning strip leaves nothing for {strip} and {cut}",
+            ),
+        )
 
 
-@dataclass
-class LoraOptions:
+@dataclass(config=CHECKED)
+class LoraOptions(Options):
     """Low-rank adapters (arXiv 2106.09685) beside frozen weights."""
+
+    section: ClassVar[str] = "lora."
 
     rank: NotNegativeInt = 0
     """Rank of the adapters; 0: none, the weights themselves are trained."""
@@ -85,24 +90,28 @@ class LoraOptions:
         return (2.0 * self.rank if self.alpha is None else self.alpha) / max(1, self.rank)
 
 
-@dataclass
-class DistillOptions:
+@dataclass(config=CHECKED)
+class DistillOptions(Options):
     """Quantization-aware distillation: train for an export (arXiv 2601.20088)."""
+
+    section: ClassVar[str] = "distill."
 
     preset: Literal["none", "conservative", "super", "nano", "ultra"] = "none"
     """Which modules compute in the formats of `export --preset`; they learn the probabilities of
     model.from_hf, which is held in memory beside the model. none: ordinary fine-tuning."""
-    formats: dict[str, str] = field(default_factory=dict)
+    formats: GLOBS = field(default_factory=dict)
     """Formats of further modules, as for `export`: glob over module names -> bf16, fp8, nvfp4 or
     nvfp4_w4a16."""
-    weight: Annotated[float, Bound("lie in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    weight: Share = 1.0
     """Share of the KL divergence from the unquantized model in the main loss; the rest is
     cross-entropy, as the held-out loss always is."""
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class FinetuneDataOptions(SampleOptions, SequenceOptions):
     """What is learnt from."""
+
+    section: ClassVar[str] = "data."
 
     path: str | None = None
     """Conversations and the like (.jsonl, .parquet, .txt, a directory of those, a Hugging Face
@@ -111,7 +120,7 @@ class FinetuneDataOptions(SampleOptions, SequenceOptions):
     """The same for evaluation, instead of the share heldout of path."""
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class FinetuneTrainOptions(TrainOptions):
     """Optimization, losses, what is trained, and what happens when."""
 
@@ -145,12 +154,11 @@ class FinetuneTrainOptions(TrainOptions):
     """Train the routers too: their weights, and the bias that balances experts."""
 
     def per_document(self, step: int) -> bool:
-        """Whether the step after ``step`` averages samples' means instead of all targets."""
         first_stage = self.second_stage_step or 0
         return self.loss == "conversations" or (self.loss == "two_stage" and step >= first_stage)
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class FinetuneConfig(TrainingConfig):
     """Fine-tune a checkpoint on conversations, or resume."""
 
@@ -162,61 +170,65 @@ class FinetuneConfig(TrainingConfig):
     lora: LoraOptions = field(default_factory=LoraOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
 
-    def validate(self, shape: Architecture | None = None) -> None:
+    def validate(self, shape: ModelConfig | None = None) -> None:
         super().validate(shape)
-        train, depths = self.train, (shape or self.model).mtp_num_depths
-        self.data.validate("data.")
-        if not self.model.from_hf:
-            raise UserError("model.from_hf is missing: name the checkpoint to fine-tune")
-        if not self.data.path:
-            raise UserError("data.path is missing: name the conversations to learn from")
-        if (train.loss == "two_stage") != (train.second_stage_step is not None):
-            raise UserError(
+        self.data.validate()
+        train, rank, preset = self.train, self.lora.rank, self.distill.preset
+        mtp, distils = train.trained == "mtp", preset != "none"
+        no_mtp, no_distilling = (
+            "train.trained mtp cannot be had",
+            f"distill.preset {preset} cannot be had",
+        )
+        refuse(
+            (
+                not self.model.from_hf,
+                "model.from_hf is missing: name the checkpoint to fine-tune",
+            ),
+            (not self.data.path, "data.path is missing: name the conversations to learn from"),
+            (
+                (train.loss == "two_stage") != (train.second_stage_step is not None),
                 "train.loss two_stage and train.second_stage_step (the steps of its first stage) "
-                "belong together"
-            )
-        if train.trained == "mtp":
-            why = (
-                "the model has no multi-token-prediction block"
-                if not depths
-                else "train.mtp_loss_weight is 0"
-                if not train.mtp_loss_weight
-                else "lora.rank asks for adapters: choose one of the two"
-                if self.lora.rank
-                else None
-            )
-            if why:
-                raise UserError(f"train.trained mtp cannot be had: {why}")
-        if self.lora.rank:
-            if train.train_router:
-                raise UserError(
-                    "train.train_router cannot be had with lora.rank: weights are frozen"
-                )
-        elif self.lora != LoraOptions():
-            raise UserError("lora options have no effect without lora.rank")
-        if self.distill.preset != "none":
-            why = (
-                "precision.recipe asks for other formats"
-                if self.precision.low
-                else "lora.rank freezes the weights that would be quantized"
-                if self.lora.rank
-                else "train.trained mtp leaves them as they are"
-                if train.trained == "mtp"
-                else None
-            )
-            if why:
-                raise UserError(f"distill.preset {self.distill.preset} cannot be had: {why}")
-        elif self.distill != DistillOptions():
-            raise UserError("distill options have no effect without distill.preset")
+                "belong together",
+            ),
+            (
+                mtp and not (shape or self.model).mtp_num_depths,
+                f"{no_mtp}: the model has no multi-token-prediction block",
+            ),
+            (mtp and not train.mtp_loss_weight, f"{no_mtp}: train.mtp_loss_weight is 0"),
+            (mtp and rank, f"{no_mtp}: lora.rank asks for adapters: choose one of the two"),
+            (
+                rank and train.train_router,
+                "train.train_router cannot be had with lora.rank: weights are frozen",
+            ),
+            (
+                not rank and self.lora.changed(),
+                "lora options have no effect without lora.rank",
+            ),
+            (
+                distils and self.precision.low,
+                f"{no_distilling}: precision.recipe asks for other formats",
+            ),
+            (
+                distils and rank,
+                f"{no_distilling}: lora.rank freezes the weights that would be quantized",
+            ),
+            (distils and mtp, f"{no_distilling}: train.trained mtp leaves them as they are"),
+            (
+                not distils and self.distill.changed(),
+                "distill options have no effect without distill.preset",
+            ),
+        )
         if train.max_steps:
             self.validate_steps()
 
     def validate_steps(self) -> None:
         """What depends on the number of steps, once it is known. Raises UserError."""
-        train = self.train
-        self.precision.validate(train.max_steps)
-        if train.second_stage_step is not None and train.second_stage_step >= train.max_steps:
-            raise UserError(
-                f"train.second_stage_step ({train.second_stage_step}) must be below the number of "
-                f"steps ({train.max_steps}), or the second stage never comes"
+        steps, second = self.train.max_steps, self.train.second_stage_step
+        self.precision.validate(steps)
+        refuse(
+            (
+                (second or 0) >= steps,
+                f"train.second_stage_step ({second}) must be below the number of steps ({steps}), "
+                "or the second stage never comes",
             )
+        )

@@ -9,15 +9,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from nemo_hybrid.checkpoint.files import model_shape
-from nemo_hybrid.command_options import PlanOptions
-from nemo_hybrid.config import Architecture, RunConfig
+from pydantic.dataclasses import dataclass as options
+
+from nemo_hybrid.commands.command import Command
+from nemo_hybrid.config.base import (
+    CHECKED,
+    POSITIVE,
+    CommandOptions,
+    NotNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.train.build import check_precision
-from nemo_hybrid.train.flops import forward_flops_per_token, parameter_counts, train_flops_per_token
-from nemo_hybrid.train.memory import Layout, Memory, groups_of, layout_of, peak
+
+if TYPE_CHECKING:
+    from nemo_hybrid.commands.memory import Layout, Memory
+
+
+@options(config=CHECKED)
+class PlanOptions(CommandOptions):
+    """Say whether a run fits, and how long a step takes."""
+
+    section: ClassVar[str] = "plan."
+
+    processes: PositiveInt = 1
+    """Processes of the run, one per device."""
+    device: Literal["h100", "h200", "b200", "gb200", "gb300", "cpu"] = "h100"
+    """Device of every process; `cpu`: one core. Its data sheet gives the figures below that are
+    null."""
+    memory_gb: Annotated[float | None, POSITIVE] = None
+    """Memory of one device in 1e9 bytes."""
+    reserve_gb: NotNegativeFloat = 4.0
+    """Part of it that the driver, the communication library and fragmentation take: assumed."""
+    matmul_tflops: Annotated[float | None, POSITIVE] = None
+    """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
+    efficiency: Share = 0.4
+    """Share of that rate that a whole forward and backward pass reaches: assumed."""
+    memory_gb_s: Annotated[float | None, POSITIVE] = None
+    """Bandwidth of the device's memory in 1e9 bytes per second."""
+    devices_per_node: Annotated[int | None, POSITIVE] = None
+    """Devices that a fast link connects."""
+    link_gb_s: Annotated[float | None, POSITIVE] = None
+    """That link's bandwidth per device and direction, in 1e9 bytes per second."""
+    network_gb_s: PositiveFloat = 50.0
+    """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
 
 
 class Device(NamedTuple):
@@ -89,7 +129,9 @@ class Plan:
 
 def plan_command(config: RunConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
-    options.validate()
+    from nemo_hybrid.checkpoint.files import model_shape
+    from nemo_hybrid.train.build import check_precision
+
     config = deepcopy(config)
     if not config.data.path and not config.data.blend:
         config.data.path = "not needed"
@@ -102,8 +144,11 @@ def plan_command(config: RunConfig, options: PlanOptions) -> int:
     return 0
 
 
-def make_plan(config: RunConfig, shape: Architecture, options: PlanOptions) -> Plan:
+def make_plan(config: RunConfig, shape: ModelConfig, options: PlanOptions) -> Plan:
     """Plan a valid run. Raises UserError where it does not fit the number of processes."""
+    from nemo_hybrid.commands.memory import groups_of, layout_of, peak
+    from nemo_hybrid.train.flops import forward_flops_per_token, train_flops_per_token
+
     device = _device(options)
     at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
     tokens = at.tokens * at.accumulation
@@ -141,6 +186,8 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     """What travels in a step: routed slots (latent rows and weights, forward, backward and
     recomputed), fp32 gradients (every micro-batch with ZeRO-2, once with ZeRO-1), and the updated
     weights."""
+    from nemo_hybrid.commands.memory import groups_of
+
     cfg, ep, node = at.cfg, at.ep, device.devices_per_node
     link, network = device.link_gb_s * 1e9, network_gb_s * 1e9
     passes = cfg.pattern.count("E") + cfg.mtp_num_depths * cfg.mtp_pattern.count("E")
@@ -171,7 +218,7 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     }
 
 
-def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Iterator[str]:
+def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
     """What makes a run fit, one change after the other, each with the memory it leads to.
 
     Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
@@ -200,7 +247,7 @@ def changes(config: RunConfig, options: PlanOptions, shape: Architecture) -> Ite
 
 
 def _candidates(
-    config: RunConfig, shape: Architecture, options: PlanOptions
+    config: RunConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[tuple[str, dict[str, int | str]]]:
     if config.parallel.zero == 1:
         yield "--parallel.zero 2", {"parallel.zero": 2}
@@ -231,8 +278,11 @@ def _candidates(
 
 
 def _lines(
-    found: Plan, config: RunConfig, shape: Architecture, options: PlanOptions
+    found: Plan, config: RunConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[str]:
+    from nemo_hybrid.commands.memory import groups_of
+    from nemo_hybrid.train.flops import parameter_counts
+
     at, memory = found.at, found.memory
     counts = parameter_counts(shape)
     local = sum(g.numel for g in groups_of(at))
@@ -279,3 +329,6 @@ def _gb(size: float) -> str:
     if size < 1e9:
         return f"{size / 1e6:,.0f} MB"
     return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+COMMANDS = {"plan": Command(plan_command, PlanOptions, RunConfig)}

@@ -8,29 +8,47 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
+from pydantic.dataclasses import dataclass as options
 
-from nemo_hybrid.checkpoint.adapter import adapted_in, is_adapter, locate, read_adapter
-from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, model_shape, resolve, verify
-from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
-from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
-from nemo_hybrid.checkpoint.weights import Report, pickles
-from nemo_hybrid.command_options import InspectOptions
-from nemo_hybrid.config import FP32_NAMES, LAYER_LETTERS, HybridConfig, RunConfig
-from nemo_hybrid.config_load import load_config
+from nemo_hybrid.commands.command import Command, check_paths
+from nemo_hybrid.config.base import CHECKED, CommandOptions
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import FP32_NAMES, LAYER_LETTERS
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import FileRecord
-from nemo_hybrid.model import lora
-from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.precision.groups import component
 from nemo_hybrid.terminal import print_table
-from nemo_hybrid.train.flops import parameter_counts, without_storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_hybrid.checkpoint.weights import Report
+    from nemo_hybrid.files import FileRecord
+    from nemo_hybrid.model.hybrid import HybridLM
+
+
+@options(config=CHECKED)
+class InspectOptions(CommandOptions):
+    """Show shape, size and tensors of a model, without loading weights."""
+
+    paths: list[str] = field(default_factory=list)
+    """Model or run YAML, config.json, or the directory of a run, a checkpoint or a Hugging Face
+    model. In a directory with weights every tensor is compared with the model; exit status 2 means
+    that one is missing, unexpected or does not fit."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    deep: bool = False
+    """Read every file and compare its checksum with the manifest. Of a run's checkpoint, presence
+    and size of all files are compared in any case."""
+
+    def validate(self) -> None:
+        check_paths("inspect", self.paths, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,9 @@ class Inspection:
 
 
 def inspect_command(options: InspectOptions) -> int:
-    """``nemo-hybrid inspect``: print the tables; 2 where a tensor is missing or does not fit."""
+    """Print the tables; 2 where a tensor is missing or does not fit."""
+    from nemo_hybrid.checkpoint.adapter import is_adapter, locate
+
     path = Path(options.paths[0])
     if not path.is_file() and is_adapter(locate(path)):
         _inspect_adapter(locate(path), options)
@@ -93,6 +113,10 @@ def inspect_command(options: InspectOptions) -> int:
 
 def _inspect_adapter(directory: Path, options: InspectOptions) -> None:
     """Print what an adapter adapts; its files are compared with the manifest as a model's are."""
+    from nemo_hybrid.checkpoint.adapter import adapted_in, read_adapter
+    from nemo_hybrid.checkpoint.files import verify
+    from nemo_hybrid.model import lora
+
     records = verify(directory) if options.deep else _verify(directory, deep=False)
     stored = read_adapter(directory)
     rank, alpha, adapted = stored.options.rank, stored.options.alpha, adapted_in(stored)
@@ -123,6 +147,11 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     UserError for what is none of these, for files whose headers are broken, and for a checkpoint
     that is not whole.
     """
+    from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve
+    from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
+    from nemo_hybrid.checkpoint.weights import pickles
+    from nemo_hybrid.train.flops import parameter_counts
+
     path = path.expanduser()
     source = records = None
     if not path.exists() or path.is_dir() or path.name == LATEST:
@@ -160,6 +189,8 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
 def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
     """Compare a directory with its manifest. One without training state may have been edited since
     it was written, so that it is compared only where ``deep`` asks for it."""
+    from nemo_hybrid.checkpoint.files import MANIFEST, verify
+
     if _of_a_run(directory) or (deep and (directory / MANIFEST).exists()):
         return verify(directory, deep)
     return None
@@ -167,12 +198,16 @@ def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
 
 def _of_a_run(directory: Path) -> bool:
     """Whether this is a run's checkpoint, or what is left of one."""
+    from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE
+
     return any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))
 
 
 def _verified(
     directory: Path, parameters: Iterable[str], records: dict[str, FileRecord], deep: bool
 ) -> Verified:
+    from nemo_hybrid.checkpoint.state import check_state
+
     state: dict[str, Any] = {}
     if _of_a_run(directory):
         state = check_state(directory, parameters)
@@ -203,6 +238,8 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 def _shape_in_yaml(path: Path) -> HybridConfig:
     """The shape in a run's configuration, or in a file of the section ``model`` alone."""
+    from nemo_hybrid.checkpoint.files import model_shape
+
     try:
         content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError):
@@ -214,13 +251,17 @@ def _shape_in_yaml(path: Path) -> HybridConfig:
 
 
 def _without_storage(config: HybridConfig, path: Path) -> HybridLM:
+    from nemo_hybrid.train.flops import without_storage
+
     try:
         return without_storage(config)
     except (RuntimeError, TypeError):  # a product, or a number, beyond 64 bits
         raise UserError(f"{path} describes a model of impossible size") from None
 
 
-def _by_component(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _by_component(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    from nemo_hybrid.precision.groups import component
+
     counts: Counter[str] = Counter()
     for name, tensor in parameters.items():
         counts[component(name)] += tensor.numel()
@@ -295,3 +336,6 @@ def _size(count: int) -> str:
             break
         count /= 1024  # type: ignore[assignment]
     return f"{count:.2f} {unit}" if unit != "bytes" else f"{count} bytes"
+
+
+COMMANDS = {"inspect": Command(inspect_command, InspectOptions)}

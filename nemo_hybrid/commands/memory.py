@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nemo_hybrid.config import LAYER_LETTERS, Architecture, RunConfig, TrainOptions
+from nemo_hybrid.config.model import LAYER_LETTERS, ModelConfig
+from nemo_hybrid.config.run import RunConfig, TrainOptions
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 from nemo_hybrid.precision.policy import weight_dtype
 from nemo_hybrid.train.flops import layer_parameters, without_storage
@@ -63,7 +64,7 @@ class Group(NamedTuple):
 class Layout:
     """What memory depends on."""
 
-    cfg: Architecture
+    cfg: ModelConfig
     processes: int
     ep: int
     zero: int
@@ -94,7 +95,7 @@ class Layout:
         return [parameter.numel() for parameter in self.layers[letter].values()]
 
 
-def layout_of(config: RunConfig, cfg: Architecture, processes: int, cpu: bool) -> Layout:
+def layout_of(config: RunConfig, cfg: ModelConfig, processes: int, cpu: bool) -> Layout:
     """The layout of a valid run. Raises UserError where it does not fit the number of processes."""
     kernels = vars(config.kernels)
     return Layout(

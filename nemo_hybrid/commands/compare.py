@@ -9,23 +9,75 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic.dataclasses import dataclass as options
 
-from nemo_hybrid.checkpoint.adapter import locate
-from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.command_options import CompareOptions
-from nemo_hybrid.config import HybridConfig
-from nemo_hybrid.data.store import TOKENIZER
-from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
+from nemo_hybrid.commands.command import Command, check_paths, check_text
+from nemo_hybrid.commands.inspect import inspect
+from nemo_hybrid.config.base import (
+    CHECKED,
+    NOT_NEGATIVE,
+    CommandOptions,
+    PositiveInt,
+    Seed,
+    refuse,
+)
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.divergence import PerToken, States, per_token, ready, states_of
-from nemo_hybrid.inspection import inspect
-from nemo_hybrid.precision.policy import DTYPES
 from nemo_hybrid.terminal import print_table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nemo_hybrid.data.tokenizer import TextTokenizer
+    from nemo_hybrid.export.divergence import PerToken, States
+
+
+@options(config=CHECKED)
+class CompareOptions(CommandOptions):
+    """Compare two checkpoints' probabilities of a text, token by token."""
+
+    paths: list[str] = field(default_factory=list)
+    """A and B: run, checkpoint or Hugging Face directories. B may be left out when backend is not
+    this program: then it is A again."""
+    backend: Literal["nemo_hybrid", "transformers", "transformers_unclamped"] = "nemo_hybrid"
+    """What computes B. transformers keeps Mamba-2 time steps above time_step_min, which neither
+    this program nor Megatron-LM does, so that small differences are to be expected;
+    transformers_unclamped takes that limit away, so that only rounding should remain."""
+    data: str | None = None
+    """UTF-8 text file to read with the checkpoints' tokenizer. Without data and prompt, random
+    token ids are taken."""
+    prompt: str | None = None
+    """Text to compare on, instead of a file."""
+    tokens: PositiveInt = 2048
+    """Most tokens whose probabilities are compared."""
+    sequence_length: PositiveInt = 512
+    """Tokens that the models see at once; the text is cut into pieces of this length."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format of weights and computation, whatever the files hold."""
+    tolerance: Annotated[float | None, NOT_NEGATIVE] = None
+    """End with status 3 when the mean absolute difference exceeds this (in nats). Single tokens may
+    differ by more."""
+    seed: Seed = 1234
+    """Seed of the random token ids."""
+
+    def validate(self) -> None:
+        check_paths("compare-logprobs", self.paths, 1 if self.backend != "nemo_hybrid" else 2, 2)
+        refuse(
+            (
+                self.data is not None and self.prompt is not None,
+                "give --data or --prompt, not both",
+            ),
+            (
+                self.prompt == "",
+                "--prompt is empty; leave it out to compare on random token ids",
+            ),
+        )
+        check_text(self.prompt or "")
 
 
 @dataclass(frozen=True)
@@ -46,10 +98,14 @@ class Text:
 
 
 def compare_command(options: CompareOptions) -> int:
-    """``nemo-hybrid compare-logprobs``: print the differences; 3 where they exceed the tolerance.
+    """Print the differences; 3 where they exceed the tolerance.
 
     Raises UserError for checkpoints that do not read the same tokens.
     """
+    from nemo_hybrid.checkpoint.adapter import locate
+    from nemo_hybrid.export.divergence import per_token
+    from nemo_hybrid.precision.policy import DTYPES
+
     a = locate(options.paths[0])
     b = locate(options.paths[-1])
     text = _text(options, a, b)
@@ -70,6 +126,9 @@ def compare_command(options: CompareOptions) -> int:
 def our_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) -> States:
     """Final hidden states by this program. ids [T + 1]; pieces of ``length`` tokens are one
     document each. Raises UserError as load_model does."""
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.export.divergence import ready, states_of
+
     _announce(directory, "nemo_hybrid")
     model = ready(load_model(directory, dtype))
 
@@ -91,6 +150,8 @@ def their_states(
     transformers finds no place for a tensor; it has none for those of the MTP block.
     """
     from transformers import NemotronHForCausalLM
+
+    from nemo_hybrid.export.divergence import ready, states_of
 
     report = inspect(directory).report
     if report is None:
@@ -134,6 +195,11 @@ def _announce(directory: Path, backend: str) -> None:
 
 def _text(options: CompareOptions, a: Path, b: Path) -> Text:
     """The tokens to compare on. Raises UserError where A and B do not read the same ones."""
+    import torch
+
+    from nemo_hybrid.data.store import TOKENIZER
+    from nemo_hybrid.data.tokenizer import load_tokenizer
+
     vocab_size, other = (HybridConfig.from_hf(str(place)).vocab_size for place in (a, b))
     if vocab_size != other:
         raise UserError(
@@ -185,6 +251,8 @@ def _words(options: CompareOptions) -> str | None:
 
 
 def _encode(tokenizer: TextTokenizer, words: str | None) -> Tensor:
+    import torch
+
     return torch.from_numpy(tokenizer.encode([words or ""])[0])
 
 
@@ -209,3 +277,6 @@ def _print(options: CompareOptions, a: Path, b: Path, text: Text, found: PerToke
             "transformers keeps Mamba-2 time steps above time_step_min, which may explain a "
             "difference: try --backend transformers_unclamped"
         )
+
+
+COMMANDS = {"compare-logprobs": Command(compare_command, CompareOptions)}

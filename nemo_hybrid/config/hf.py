@@ -11,18 +11,18 @@ Field names and their meaning when absent are those of transformers'
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from nemo_hybrid.config import LAYER_NAMES, Architecture, HybridConfig, check_pattern
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.config.base import CHECKED
+from nemo_hybrid.config.model import LAYER_NAMES, ModelConfig, check_pattern
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
+from nemo_hybrid.files import read_json
 
 DEFAULT_MTP_DEPTHS = 2  # what the released models were trained with
 
@@ -96,22 +96,39 @@ _FIXED: dict[str, Any] = {
     "sliding_window": None,
 }
 _LARGEST = 2**30  # of any whole number: widths, which are products of two, fit into 64 bits
-_MOST_EXPERTS = 2**16
+_MOST = {"n_routed_experts": 2**16}
 _MOST_LAYERS = 2**12
 _MOST_DEPTHS = 2**10
-_MAX_JSON = 100_000_000  # bytes of any file: thrice an index of a million tensors
 _INFINITY = {"__float__": "Infinity"}  # how transformers writes it
 
 
-def config_to_hf(cfg: HybridConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+@dataclass(config=CHECKED)
+class HybridConfig(ModelConfig):
+    """The configuration a :class:`nemo_hybrid.HybridLM` is built from."""
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> HybridConfig:
+        """Read config.json (or the directory that holds it). Raises UserError, naming fields."""
+        return read_config(path)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of config.json for transformers and serving engines."""
+        return config_json(self)
+
+
+def _plain_fields() -> list[str]:
+    """Fields that mean the same here and there."""
+    patterns = ("pattern", "mtp_pattern", "mtp_num_depths")
+    return [f.name for f in fields(ModelConfig) if f.name not in patterns]
+
+
+def config_json(cfg: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     """The config.json of a checkpoint whose weights are stored in dtype, as strict JSON values.
 
     A model without shared expert is written with size 0; transformers cannot build that one.
     """
     out: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], **_FIXED}
-    shape = {f.name: getattr(cfg, f.name) for f in fields(Architecture)}
-    del shape["pattern"], shape["mtp_pattern"], shape["mtp_num_depths"]
-    out |= shape
+    out |= {name: getattr(cfg, name) for name in _plain_fields()}
     out |= {
         "hybrid_override_pattern": cfg.pattern,
         "num_hidden_layers": cfg.num_hidden_layers,
@@ -131,9 +148,7 @@ def config_to_hf(cfg: HybridConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     return out
 
 
-def config_from_hf(
-    source: str | Path | Mapping[str, Any], where: str = "config.json"
-) -> HybridConfig:
+def read_config(source: str | Path | Mapping[str, Any], where: str = "config.json") -> HybridConfig:
     """Read a configuration from a config.json, the directory that holds one, or its contents
     (``where`` says in messages where those stand).
 
@@ -170,60 +185,26 @@ def config_from_hf(
         elif missing:
             raise UserError(f"{where}: {', '.join(missing)} is missing")
     _check_shared(raw, where, used="E" in used)
-    values: dict[str, Any] = {}
-    types = get_type_hints(Architecture)
-    for f in fields(Architecture):
-        if f.name in ("pattern", "mtp_pattern", "mtp_num_depths"):
-            continue
-        value = raw.get(f.name)
-        if value is None:
-            value = _ABSENT.get(f.name)
-        if f.name == "eos_token_id" and isinstance(value, list):
+    values: dict[str, Any] = {"pattern": pattern, "mtp_num_depths": depths}
+    if depths:
+        values["mtp_pattern"] = mtp_pattern
+    for name in _plain_fields():
+        value = _ABSENT.get(name) if raw.get(name) is None else raw[name]
+        if name == "eos_token_id" and isinstance(value, list):
             several = eos_token_ids(value, where)
             value = several[0]  # checkpoint.companions carries the list
-        values[f.name] = _typed(value, types[f.name], f.name, where)
-    cfg = HybridConfig(pattern=pattern, mtp_num_depths=depths, **values)
-    if depths:
-        cfg.mtp_pattern = mtp_pattern
+        most = _MOST.get(name, _LARGEST)
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"{where}: {name} is {value}, at most {most} is supported")
+        values[name] = value
     try:
+        cfg = HybridConfig(**values)
         cfg.validate()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if max(several, default=0) >= cfg.vocab_size:
         raise UserError(f"{where}: eos_token_id is {several}, vocab_size is {cfg.vocab_size}")
     return cfg
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
-    return parse_json(json_bytes(path), path)
-
-
-def json_bytes(path: Path) -> bytes:
-    """The bytes of a JSON file. Raises UserError for one that is absent, or absurdly large."""
-    with naming("read", path):
-        if path.stat().st_size > _MAX_JSON:
-            raise UserError(f"{path} is larger than {_MAX_JSON} bytes; no such file is")
-        return path.read_bytes()
-
-
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in content, which came from path; UserError as in `read_json`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise UserError(f"{path}: the key {twice!r} appears twice")
-        return out
-
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value
 
 
 def _resolve_aliases(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -352,21 +333,3 @@ def eos_token_ids(value: Any, where: str) -> list[int]:
 
 def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
-    """Check value against the type of an Architecture field."""
-    kind, *rest = get_args(hint) or (hint,)
-    if value is None and rest:
-        return None
-    checks: dict[type, Callable[[Any], bool]] = {
-        bool: lambda v: isinstance(v, bool),
-        int: lambda v: type(v) is int and abs(v) <= _LARGEST,
-        float: lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max,
-    }
-    if not checks[kind](value):
-        wanted = f"{kind.__name__} | None" if rest else kind.__name__
-        raise UserError(f"{where}: {name} must be {wanted}, got {value!r}")
-    if name == "n_routed_experts" and value > _MOST_EXPERTS:
-        raise UserError(f"{where}: {name} is {value}, at most {_MOST_EXPERTS} are supported")
-    return float(value) if kind is float else value

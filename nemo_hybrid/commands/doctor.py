@@ -13,6 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_hybrid.commands.command import Command
 from nemo_hybrid.terminal import print_table
 
 # Distribution and import names.
@@ -160,3 +161,6 @@ def environment() -> dict[str, Any]:
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+COMMANDS = {"doctor": Command(doctor)}

@@ -1,21 +1,68 @@
-"""`generate`: continue a text with a trained model, or answer it."""
+"""`generate`: continue a prompt with a trained model."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
-from nemo_hybrid.command_options import GenerateOptions
-from nemo_hybrid.data.chat import load_template, need_template
-from nemo_hybrid.data.sources import BadRecord
-from nemo_hybrid.data.tokenizer import TextStream, TextTokenizer, load_tokenizer
+from nemo_hybrid.commands.command import Command, check_text
+from nemo_hybrid.config.base import (
+    CHECKED,
+    CommandOptions,
+    NotNegativeFloat,
+    PositiveInt,
+    Seed,
+    Share,
+)
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.generation.sampling import generate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nemo_hybrid.data.tokenizer import TextTokenizer
+
+
+@dataclass(config=CHECKED)
+class GenerateOptions(CommandOptions):
+    """Continue a prompt with a trained model."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: PositiveInt = 100
+    """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
+    temperature: NotNegativeFloat = 0.0
+    """0: always the most probable token; 1: the model's distribution; lower is more careful."""
+    top_p: Share = 1.0
+    """Draw only from the most probable tokens that together have this probability."""
+    seed: Seed = 1234
+    """Seed of the draws."""
+    chat: bool = False
+    """Give the prompt as a user's message, rendered with the model's chat template."""
+
+    def validate(self) -> None:
+        check_text(self.prompt)
+
+
+def _chat_prompt(tokenizer: TextTokenizer, directory: Path, prompt: str) -> NDArray[np.int64]:
+    """Token ids that ask for an answer to a user's message."""
+    from nemo_hybrid.data.chat import load_template, need_template
+    from nemo_hybrid.data.sources import BadRecord
+
+    template = need_template(load_template(tokenizer, directory), directory)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        template.check(messages)
+        text = template.render(messages, add_generation_prompt=True)
+    except BadRecord as e:
+        raise UserError(f"the prompt cannot be rendered: {e}") from e
+    return tokenizer.encode_chat(text)[0]
 
 
 def stop_ids(directory: Path, default: int) -> list[int]:
@@ -29,23 +76,14 @@ def stop_ids(directory: Path, default: int) -> list[int]:
     return companions.stop_ids or companions.eos_token_ids or [default]
 
 
-def _chat_prompt(tokenizer: TextTokenizer, directory: Path, prompt: str) -> NDArray[np.int64]:
-    """Token ids that ask for an answer to a user's message."""
-    template = need_template(load_template(tokenizer, directory), directory)
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        template.check(messages)
-        text = template.render(messages, add_generation_prompt=True)
-    except BadRecord as e:
-        raise UserError(f"the prompt cannot be rendered: {e}") from e
-    return tokenizer.encode_chat(text)[0]
-
-
 def generate_command(options: GenerateOptions) -> None:
-    """``nemo-hybrid generate``: print the prompt and its continuation as it appears, or the answer
-    to it alone."""
+    """Print the prompt and its continuation as it appears, or the answer to it alone."""
+    import torch
+
     from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
     from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
+    from nemo_hybrid.generation.sampling import generate
 
     directory = given = locate(options.from_)
     if is_adapter(given) and not (given / "tokenizer.json").is_file():
@@ -86,3 +124,6 @@ def generate_command(options: GenerateOptions) -> None:
     sys.stdout.write(text.finish() + "\n")
     seconds = time.monotonic() - began
     print(f"[{count} tokens in {seconds:.1f} s]", file=sys.stderr)
+
+
+COMMANDS = {"generate": Command(generate_command, GenerateOptions)}

@@ -1,0 +1,94 @@
+"""What commands have in common: how their words are read, and their help."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.config.base import CHECKED, CommandOptions, Options, refuse
+from nemo_hybrid.config.run import TrainingConfig
+from nemo_hybrid.config.words import from_pairs, help_text, options_of, read_options, split_words
+from nemo_hybrid.errors import UserError
+
+
+@dataclass(config=CHECKED)
+class RunWords(Options):
+    """Configuration of the run."""
+
+    config: str | None = None
+    """YAML file; repeated: later keys win."""
+    print_config: bool = False
+    """Print the merged options and stop."""
+
+
+class Command(NamedTuple):
+    """What is done with a word of the command line."""
+
+    run: Callable[..., int | None]
+    """Gets the configuration and the options, where there are such; gives the exit status, or None
+    for 0."""
+    options: type[CommandOptions] | None = None
+    kind: type[TrainingConfig] | None = None
+    """The kind of run whose configuration the command reads."""
+
+    def start(self, name: str, words: Sequence[str]) -> int:
+        """Read the words that follow the command's name, and run it. Raises UserError."""
+        if self.kind is not None:
+            return self._with_config(self.kind, words)
+        given = []
+        if self.options is not None:
+            given = [read_options(self.options, words)]
+            given[0].validate()
+        elif words:
+            raise UserError(f"{name} takes no options, got {' '.join(words)}")
+        # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return self.run(*given) or 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _with_config(self, kind: type[TrainingConfig], words: Sequence[str]) -> int:
+        from nemo_hybrid.config.read import dump_config, merge, run_options
+
+        own = options_of(self.options) if self.options else {}
+        pairs = split_words(words, options_of(RunWords) | run_options(kind) | own)
+        config = merge([text for option, text in pairs if option == "--config"], pairs, kind)
+        beside = [from_pairs(self.options, pairs)] if self.options else []
+        if from_pairs(RunWords, pairs).print_config:
+            print(dump_config(config), end="")
+            return 0
+        return self.run(config, *beside) or 0
+
+    def help(self, prog: str, summary: str, statuses: str) -> str:
+        """All options and their meaning."""
+        parts: list[type[Options]] = [self.options] if self.options else []
+        usage = None
+        if self.kind is not None:
+            from nemo_hybrid.config.read import sections
+
+            parts = [RunWords, self.kind, *sections(self.kind).values(), *parts]
+            usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
+        groups = {str(part.__doc__).partition("\n")[0].rstrip("."): part for part in parts}
+        return help_text(prog, summary, groups, statuses, usage)
+
+
+def check_paths(command: str, paths: list[str], fewest: int, most: int) -> None:
+    """Raise UserError for too few or too many words without an option."""
+    wanted = str(most) if fewest == most else f"{fewest} or {most}"
+    given = " ".join(paths) or "none"
+    refuse(
+        (
+            not fewest <= len(paths) <= most,
+            f"{command} takes {wanted} path{'s' * (most > 1)}, got {given}",
+        )
+    )
+
+
+def check_text(prompt: str) -> None:
+    """Raise UserError for a command-line word that held bytes which are not UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise UserError("the prompt is not text: it holds bytes that are not UTF-8")

@@ -1,0 +1,90 @@
+"""`eval`: losses of a trained model on held-out data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.commands.command import Command
+from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import DataOptions, TrainOptions
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.terminal import print_table
+
+if TYPE_CHECKING:
+    from nemo_hybrid.data.loader import Blend
+    from nemo_hybrid.data.packing import PackedSamples
+
+
+@dataclass(config=CHECKED)
+class EvalOptions(CommandOptions):
+    """Measure a trained model's losses on held-out data."""
+
+    from_: str
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    data: str
+    """Prepared token store, or samples for fine-tuning, whose held-out part is used."""
+    sequences: PositiveInt = 256
+    """Sequences to evaluate (fewer if the store holds fewer)."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences per forward pass."""
+    sequence_length: PositiveInt = 256
+    """Tokens per sequence."""
+
+
+def _open(options: EvalOptions, shape: ModelConfig) -> tuple[Blend | PackedSamples, int]:
+    """A token store, or samples for fine-tuning in packs that hold the longest of them; and the
+    length of its rows."""
+    from nemo_hybrid.data.loader import open_blend
+    from nemo_hybrid.data.packing import PackedSamples, open_stores
+    from nemo_hybrid.data.prepare import TRAIN
+    from nemo_hybrid.data.store import holds_samples
+
+    length = options.sequence_length
+    if not holds_samples(Path(options.data) / TRAIN):
+        return open_blend(DataOptions(path=options.data, sequence_length=length), shape), length
+    train, heldout = open_stores(Path(options.data))
+    length = max(length, *(int(store.lengths.max()) for store in (train, heldout) if store))
+    return PackedSamples(train, heldout, length, shape.pad_token_id), length
+
+
+def eval_command(options: EvalOptions) -> None:
+    """Print the held-out losses of a checkpoint, as a table."""
+    from nemo_hybrid.checkpoint.adapter import locate
+    from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.data.loader import heldout_batches, require_tokenizer
+    from nemo_hybrid.objectives.next_token import NextToken
+    from nemo_hybrid.parallel.world import World
+    from nemo_hybrid.train.evaluate import heldout_losses
+
+    directory = locate(options.from_)
+    model = load_model(directory)
+    rows, length = _open(options, model.config)
+    require_tokenizer(rows, directory)
+    if not rows.heldout:
+        raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
+    world = World.start()
+    batches = heldout_batches(
+        rows,
+        sequence_length=length,
+        micro_batch_size=options.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        limit=options.sequences,
+    )
+    losses = heldout_losses(NextToken(model.to(world.device), TrainOptions()), batches, world)
+    World.stop()
+    if world.rank:
+        return
+    table = []
+    for k, loss in enumerate(losses.values()):
+        name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
+        table.append((name, f"{loss:.4f}", f"{math.exp(loss):.1f}"))
+    print_table(("target", "held-out loss (nats per token)", "perplexity"), table)
+
+
+COMMANDS = {"eval": Command(eval_command, EvalOptions)}

@@ -1,0 +1,29 @@
+"""`pretrain` and `finetune`."""
+
+from __future__ import annotations
+
+import os
+
+from nemo_hybrid.commands.command import Command
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
+
+
+def train_command(config: TrainingConfig) -> None:
+    """Train, or go on with a run."""
+    launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
+    # Checked here already, because importing the training loop takes seconds.
+    from nemo_hybrid.checkpoint.files import model_shape
+
+    config.validate(model_shape(config.model))
+    config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
+    from nemo_hybrid.recipes import recipe_of
+    from nemo_hybrid.train.loop import train
+
+    train(recipe_of(config), launcher)
+
+
+COMMANDS = {
+    "pretrain": Command(train_command, kind=RunConfig),
+    "finetune": Command(train_command, kind=FinetuneConfig),
+}

@@ -1,0 +1,155 @@
+"""What all options share: bounds, the check of types when they are made, and messages of one line.
+
+Options are pydantic dataclasses. Docstrings of fields are the help texts of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from nemo_hybrid.errors import UserError, suggest
+
+CHECKED = ConfigDict(
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+    defer_build=True,  # most commands need few of the classes
+)
+"""Of every class of options."""
+POSITIVE = Field(gt=0)
+NOT_NEGATIVE = Field(ge=0)
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NotNegativeInt = Annotated[int, NOT_NEGATIVE]
+NotNegativeFloat = Annotated[float, NOT_NEGATIVE]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Some generators refuse others."""
+GLOBS = dict[str, str]
+"""Globs over module names and their formats; a YAML file of them can be named instead."""
+
+
+class OptionError(UserError):
+    """An option whose value cannot be had."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(why)
+        self.key = key
+        """Which, such as ``train.lr``."""
+
+
+class Options:
+    """Base of all options: a wrong value is refused when they are made, with an OptionError."""
+
+    section: ClassVar[str] = ""
+    """What stands before the names of fields in files and messages: ``train.``"""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, values: Any, make: Callable[[Any], Any]) -> Any:
+        try:
+            return make(values)
+        except ValidationError as error:
+            raise _in_words(error, cls) from None
+
+    def changed(self) -> list[str]:
+        """Names of the fields that do not have their default."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]  # type: ignore[arg-type]
+
+
+class CommandOptions(Options):
+    """Options of a command. The first line of a class's docstring is the command's summary."""
+
+    def validate(self) -> None:
+        """Raise UserError for options that contradict each other or have no effect."""
+
+
+def default_of(field: Any) -> Any:
+    """The default of a dataclass's field; MISSING: it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def field_types(options: type[Options]) -> dict[str, Any]:
+    """Type of every field, without bounds."""
+    hints = get_type_hints(options)
+    return {f.name: hints[f.name] for f in fields(options)}  # type: ignore[arg-type]
+
+
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raise UserError with the first text whose condition holds."""
+    for holds, why in rules:
+        if holds:
+            raise UserError(why)
+
+
+def about(options: type, name: str) -> Any:
+    """What pydantic knows of a field: ``description``, its docstring, and ``metadata``, its
+    bounds."""
+    known = [
+        vars(c)["__pydantic_fields__"] for c in options.__mro__ if "__pydantic_fields__" in vars(c)
+    ]
+    described = [of[name] for of in known if name in of]
+    return next((field for field in described if field.description), described[0])
+
+
+def flag(options: type[Options], field_name: str) -> str:
+    """The option of a field; a trailing underscore (``from_``) is not part of it."""
+    return f"--{options.section}{field_name.rstrip('_')}"
+
+
+def _in_words(error: ValidationError, options: type[Options]) -> OptionError:
+    """What went wrong with the first option that is wrong, in one line of plain words."""
+    found = error.errors(include_url=False)
+    missing = [flag(options, str(e["loc"][0])) for e in found if e["type"] == "missing"]
+    if missing:
+        return OptionError("", f"missing: {', '.join(missing)}")
+    first = found[0]
+    name, *inside = map(str, first["loc"])
+    key, hints = options.section + name, field_types(options)
+    if name not in hints:
+        return OptionError(key, f"unknown option {key}{suggest(name, hints)}")
+    got = (
+        "null" if first["input"] is None else first["input"] if first["input"] != "" else "nothing"
+    )
+    if inside:
+        got = f"{inside[0]}: {got}"
+    if "finite" in first["type"]:
+        return OptionError(key, f"{key} must be a finite number, got {got}")
+    if "ctx" in first and {"gt", "ge", "lt", "le"} & first["ctx"].keys():
+        return OptionError(key, f"{key} must {_bounds_in_words(options, name)}, got {got}")
+    return OptionError(key, f"{key}: expected {type_in_words(hints[name])}, got {got}")
+
+
+def _bounds_in_words(options: type, name: str) -> str:
+    """What a number must do: ``be positive``, ``lie in [0, 1)``."""
+    limits: dict[str, Any] = {}
+    for limit in about(options, name).metadata:
+        limits |= {k: getattr(limit, k) for k in ("gt", "ge", "lt", "le") if hasattr(limit, k)}
+    low, high = (limits.get(a, limits.get(b)) for a, b in (("gt", "ge"), ("lt", "le")))
+    if high is not None:
+        opens, closes = "(" if "gt" in limits else "[", "]" if "le" in limits else ")"
+        return f"lie in {opens}{low}, {'2**63' if high == 2**63 else high}{closes}"
+    return "be positive" if limits == {"gt": 0} else f"be {low} or more"
+
+
+def type_in_words(hint: Any) -> str:
+    """A type in words: ``an integer``, ``one of wsd, cosine``."""
+    simple = {int: "an integer", float: "a number", bool: "true or false", str: "text (quote it)"}
+    if hint in simple:
+        return simple[hint]
+    args = get_args(hint)
+    if type(None) in args:
+        return " or ".join([*(type_in_words(a) for a in args if a is not type(None)), "null"])
+    if get_origin(hint) is list:
+        return 'a list such as "[q_proj, o_proj]"'
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(args)}"
+    if hint == GLOBS:
+        return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
+    return "a mapping of paths to numbers"

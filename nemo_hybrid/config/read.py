@@ -1,0 +1,189 @@
+"""YAML files of options: sections in files of their own, paths seen from the file that names them,
+and a configuration back to YAML.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from nemo_hybrid.config.base import GLOBS, OptionError, Options, field_types
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
+from nemo_hybrid.config.words import Pairs, split_words, value_of
+from nemo_hybrid.config.yaml_text import dump_yaml, read_yaml
+from nemo_hybrid.errors import UserError, suggest
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+PATH_KEYS = (
+    "run_dir",
+    "resume",
+    "model.from_hf",
+    "data.path",
+    "data.default_corpus",
+    "data.heldout_path",
+    "data.chat_template",
+)
+"""Keys that hold a path. The keys inside data.blend are paths too."""
+NOT_A_PATH = {"resume": ("auto", "never")}
+
+
+def sections(kind: type[TrainingConfig] = RunConfig) -> dict[str, type[Options]]:
+    """Name and class of every section of a kind of run, in order."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind) if is_dataclass(hints[f.name])}
+
+
+def key_types(kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
+    """Type of every dotted key of a kind of run, such as ``train.lr``."""
+    hints, types = get_type_hints(kind), dict[str, Any]()
+    for f in fields(kind):
+        section = sections(kind).get(f.name)
+        if section is None:
+            types[f.name] = hints[f.name]
+        else:
+            types |= {f"{f.name}.{name}": hint for name, hint in field_types(section).items()}
+    return types
+
+
+def load_config(
+    files: Iterable[str | Path],
+    overrides: Sequence[str] = (),
+    kind: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> Config:
+    """Merge YAML files in order, then apply ``--dotted.key value`` words.
+
+    A word pair ``--SECTION FILE`` (for example ``--model model/tiny.yaml``) merges a section's file
+    after all configuration files. The result has absolute paths; call ``validate()`` on it.
+    Raises UserError for a missing or malformed file, an unknown key or a value of a wrong type.
+    """
+    return merge(files, split_words(overrides, run_options(kind)), kind)
+
+
+def run_options(kind: type[TrainingConfig]) -> dict[str, Any]:
+    """Type of every option of a kind of run: its sections' files, and its keys."""
+    keys = {f"--{key}": hint for key, hint in key_types(kind).items()}
+    return {f"--{name}": str for name in sections(kind)} | keys
+
+
+def merge(files: Iterable[str | Path], pairs: Pairs, kind: type[Config]) -> Config:
+    """What load_config does, of pairs of option and text; other options are left alone."""
+    values: dict[str, Any] = {"run_dir": kind().run_dir}
+    origin: dict[str, str | Path] = {}  # file that a key's value comes from
+    read = [(file, read_keys(Path(file), kind)) for file in files]
+    for name in sections(kind):
+        given = [text for option, text in pairs if option == f"--{name}"]
+        read += [(file, read_section(Path(file), name, kind)) for file in given]
+    for file, found in read:
+        values |= found
+        origin |= dict.fromkeys(found, file)
+    types = key_types(kind)
+    for option, text in pairs:
+        key = option[2:]
+        if key in types:
+            values[key] = value_of(text, types[key])
+            origin.pop(key, None)
+    try:
+        return build(_resolve_paths(values, Path.cwd()), kind)
+    except OptionError as error:
+        where = f"{origin[error.key]}: " if error.key in origin else ""
+        raise UserError(f"{where}{error}") from None
+
+
+def read_keys(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
+    """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
+    flat: dict[str, Any] = {}
+    inner = sections(kind)
+    for key, value in read_yaml(file).items():
+        if key not in inner:
+            flat |= _known({str(key): value}, file, kind)
+        elif isinstance(value, str):
+            flat |= read_section(_resolve(value, file.parent), key, kind)
+        else:
+            flat |= _known(_in_section({} if value is None else value, key, file), file, kind)
+    return flat
+
+
+def read_section(
+    file: Path, section: str, kind: type[TrainingConfig] = RunConfig
+) -> dict[str, Any]:
+    """The same of a file that holds the keys of one section, such as a model's shape."""
+    return _known(_in_section(read_yaml(file), section, file), file, kind)
+
+
+def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file}: {section} must be a mapping of keys or the path of a YAML file, "
+            f"got {content!r}"
+        )
+    return {f"{section}.{key}": value for key, value in content.items()}
+
+
+def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict[str, Any]:
+    """The same keys, if there are such, with paths seen from the file, and mappings of globs that
+    are kept in files of their own."""
+    known = key_types(kind)
+    for key, value in flat.items():
+        if key not in known:
+            near = suggest(key, [*sections(kind), *known])
+            raise UserError(f"{file}: unknown key {key}{near}")
+        if known[key] == GLOBS and isinstance(value, str):
+            flat = {**flat, key: read_yaml(_resolve(value, file.parent))}
+    return _resolve_paths(flat, file.parent)
+
+
+def flatten(content: dict[str, Any], kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
+    """Dotted keys of a configuration by sections; data.blend stays one value."""
+    flat: dict[str, Any] = {}
+    inner = sections(kind)
+    for key, value in content.items():
+        if key in inner and isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _resolve(path: str, base: Path) -> Path:
+    """Without ``..``; links are kept, so that they may be moved later."""
+    return Path(os.path.normpath(base.absolute() / Path(path).expanduser()))
+
+
+def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The same with every relative path made absolute, seen from base."""
+    out = dict(flat)
+    for key in PATH_KEYS:
+        value = flat.get(key)
+        if isinstance(value, str) and value not in NOT_A_PATH.get(key, ()):
+            out[key] = str(_resolve(value, base))
+    if isinstance(flat.get("data.blend"), dict):
+        blend = flat["data.blend"].items()
+        out["data.blend"] = {str(_resolve(str(k), base)): weight for k, weight in blend}
+    return out
+
+
+def nest(flat: dict[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
+    """A mapping of sections from dotted keys."""
+    content: dict[str, Any] = {name: {} for name in sections(kind)}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (content[section] if section else content)[name] = value
+    return content
+
+
+def build(flat: dict[str, Any], kind: type[Config]) -> Config:
+    """A configuration from dotted keys. Raises OptionError."""
+    content = nest(flat, kind)
+    for name, section in sections(kind).items():
+        content[name] = section(**content[name])
+    return kind(**content)
+
+
+def dump_config(config: TrainingConfig) -> str:
+    """YAML text from which load_config gives an equal configuration (paths made absolute)."""
+    kind = type(config)
+    return dump_yaml(nest(_resolve_paths(flatten(asdict(config), kind), Path.cwd()), kind))

@@ -1,0 +1,360 @@
+"""Every option of a training run.
+
+Field docstrings are the help texts of the command line, and field types declare bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Annotated, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from nemo_hybrid.config.base import (
+    CHECKED,
+    GLOBS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    BelowOne,
+    NotNegativeFloat,
+    NotNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    refuse,
+)
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.model import ModelConfig, check_pattern
+
+
+@dataclass(config=CHECKED)
+class ModelOptions(ModelConfig):
+    """Model of a run: its shape, or a directory to take shape and weights from."""
+
+    from_hf: str | None = None
+    """Directory with config.json and safetensors to start from; the shape is the one it holds."""
+
+    def hybrid(self) -> HybridConfig:
+        return HybridConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+@dataclass(config=CHECKED)
+class SequenceOptions(Options):
+    """Where training sequences come from, whatever they hold."""
+
+    section: ClassVar[str] = "data."
+
+    path: str | None = None
+    """Prepared token store (made by `prepare`)."""
+    sequence_length: PositiveInt = 256
+    """Tokens per training sequence."""
+    workers: NotNegativeInt = 0
+    """Background threads that read ahead; the order of samples does not depend on it."""
+    verify: Literal["full", "size"] = "full"
+    """Check of the store's files at the start: every SHA-256, or only the sizes (for stores too
+    large to read twice)."""
+
+
+@dataclass(config=CHECKED)
+class DataOptions(SequenceOptions):
+    """Where tokens come from and how they are cut into sequences."""
+
+    blend: dict[str, float] = field(default_factory=dict)
+    """Several stores and their weights, instead of path; they must share one tokenizer."""
+    default_corpus: str | None = None
+    """Place of the default corpus (this Python's standard library): it is made here when data.path
+    names this place and nothing is there."""
+
+
+@dataclass(config=CHECKED)
+class TrainOptions(Options):
+    """Optimization, losses, and what happens when."""
+
+    section: ClassVar[str] = "train."
+
+    max_steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    seed: Seed = 1234
+    """Seed of initialization and sample order."""
+    global_batch_size: PositiveInt = 16
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: NotNegativeFloat = 0.01
+    """Final learning rate over the peak."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
+    warmup_steps: NotNegativeInt = 100
+    """Steps of linear warm-up."""
+    decay_steps: NotNegativeInt = 200
+    """Last steps over which the wsd schedule decays; fewer if the warm-up leaves fewer."""
+    weight_decay: NotNegativeFloat = 0.1
+    """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
+    beta1: BelowOne = 0.9
+    """AdamW beta 1."""
+    beta2: BelowOne = 0.95
+    """AdamW beta 2."""
+    eps: PositiveFloat = 1e-8
+    """AdamW epsilon."""
+    clip_grad_norm: NotNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    mtp_loss_weight: NotNegativeFloat = 0.3
+    """Weight lambda of the mean over depths of the multi-token-prediction losses."""
+    aux_loss_weight: NotNegativeFloat = 1e-4
+    """Weight of the sequence-wise load-balancing loss."""
+    router_bias_rate: NotNegativeFloat = 1e-3
+    """Step of the router bias update, once per global batch; 0 freezes the bias."""
+    recompute: str = ""
+    """Pattern letters whose layers recompute activations in the backward pass, such as "ME"; e: of
+    LatentMoE layers the experts' inner activations alone."""
+    deterministic: bool = False
+    """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical there
+    too. Not run on a GPU yet."""
+    eval_every: NotNegativeInt = 0
+    """Steps between evaluations on held-out data; 0: at the start and the end only."""
+    eval_sequences: NotNegativeInt = 256
+    """Held-out sequences per evaluation (fewer if the store holds fewer); 0: no evaluation."""
+    log_every: PositiveInt = 10
+    """Steps between plain log lines when the output is not a terminal."""
+    hang_timeout_s: NotNegativeFloat = 1800
+    """Seconds without a finished step after which a process prints its stacks and ends; 0: never.
+    Evaluations and checkpoints count as part of their step."""
+
+    def per_document(self, step: int) -> bool:
+        """Whether the step after ``step`` averages documents' means instead of all targets."""
+        return False
+
+
+@dataclass(config=CHECKED)
+class GuardOptions(Options):
+    """Which steps are not made, and what follows."""
+
+    section: ClassVar[str] = "guard."
+
+    spike_band: NotNegativeFloat = 10.0
+    """A loss or gradient norm this many robust standard deviations above the median of the last
+    accepted ones is a spike; 0: only NaN and infinity are passed over."""
+    window: PositiveInt = 128
+    """Accepted steps that the median is taken of; none is judged a spike before 16."""
+    rollback_after: PositiveInt = 4
+    """Batches passed over in a row that send the run back to its last checkpoint; the data goes
+    on behind them."""
+    stop_after: PositiveInt = 3
+    """Returns without a new checkpoint in between after which the run stops."""
+
+
+ZERO_REFUSED = {
+    0: "without ZeRO, bf16 weights have no fp32 masters, and clipping ignores expert parallelism",
+    3: "DeepSpeed refuses ZeRO-3 for MoE layers whose experts are divided over processes",
+}
+"""Why the other stages cannot be had."""
+
+
+@dataclass(config=CHECKED)
+class ParallelOptions(Options):
+    """How the work is divided over processes."""
+
+    section: ClassVar[str] = "parallel."
+
+    ep: PositiveInt = 1
+    """Expert-parallel size: processes over which the routed experts are divided."""
+    zero: int = 2
+    """DeepSpeed ZeRO stage: 1 or 2."""
+
+
+@dataclass(config=CHECKED)
+class PrecisionOptions(Options):
+    """Number formats."""
+
+    section: ClassVar[str] = "precision."
+
+    recipe: Literal["bf16", "fp32", "nvfp4_super", "nvfp4_ultra", "nvfp4_all"] = "bf16"
+    """bf16: bf16 weights and activations with fp32 masters and accumulation; fp32: all fp32;
+    nvfp4_super, nvfp4_ultra: bf16 but for the products that these models were trained in NVFP4
+    and MXFP8 with; nvfp4_all: every linear layer and expert in NVFP4."""
+    formats: GLOBS = field(default_factory=dict)
+    """Formats of further products, on top of the recipe: glob over module names -> FORMAT or
+    FORWARD/DGRAD/WGRAD, each bf16, fp32, nvfp4 or mxfp8; of several globs the last counts."""
+    last_layers_bf16: Annotated[int | None, NOT_NEGATIVE] = None
+    """Last layers of the backbone that the recipe leaves in bf16; null: the recipe's share of the
+    depth (super 14 of 88, ultra 16 of 108, at least one; all: none)."""
+    rht: bool = True
+    """Random Hadamard transform of both operands of NVFP4 weight gradients."""
+    stochastic_rounding: bool = True
+    """Of gradients that are rounded to NVFP4."""
+    two_dimensional_weights: bool = True
+    """One NVFP4 scale per 16x16 block of a weight, so that both passes see the same weights."""
+    switch_step: Annotated[int | None, POSITIVE] = None
+    """Optimizer steps after which low precision ends; null: never."""
+    switch_passes: Literal["forward", "all"] = "all"
+    """Passes that are in bf16 from then on."""
+    health_every: NotNegativeInt = 100
+    """Steps between samples of the health metrics of low precision; 0: never."""
+
+    @property
+    def low(self) -> bool:
+        """Whether any product may run in low precision."""
+        return self.recipe not in ("bf16", "fp32") or bool(self.formats)
+
+    def validate(self, max_steps: int) -> None:
+        """Raise UserError for options that contradict each other or have no effect in a run of so
+        many steps."""
+        idle = set[str]() if self.low else {*_OF_LOW}
+        if self.recipe in ("bf16", "fp32"):
+            idle.add("last_layers_bf16")
+        refuse(
+            (
+                self.recipe == "fp32" and self.formats,
+                "precision.formats has no effect with precision.recipe fp32: set the recipe to "
+                "bf16, in which all other products then run",
+            ),
+            *(
+                (
+                    name in idle,
+                    f"precision.{name} has no effect with precision.recipe {self.recipe}: leave "
+                    "it out, or choose an nvfp4 recipe",
+                )
+                for name in self.changed()
+            ),
+            (
+                self.switch_passes != "all" and self.switch_step is None,
+                "precision.switch_passes has no effect without precision.switch_step",
+            ),
+            (
+                (self.switch_step or 0) >= max_steps,
+                f"precision.switch_step ({self.switch_step}) must be below train.max_steps "
+                f"({max_steps}), or the switch never comes",
+            ),
+        )
+
+
+_OF_LOW = ("rht", "stochastic_rounding", "two_dimensional_weights", "switch_step")
+
+
+@dataclass(config=CHECKED)
+class CheckpointOptions(Options):
+    """When checkpoints are written and how many stay."""
+
+    section: ClassVar[str] = "checkpoint."
+
+    every: NotNegativeInt = 500
+    """Steps between checkpoints; one is always written at the end. 0: at the end only."""
+    keep: NotNegativeInt = 3
+    """Newest checkpoints that stay; 0: all of them."""
+    asynchronous: bool = True
+    """Copy the state to CPU memory and write it while training goes on."""
+
+
+@dataclass(config=CHECKED)
+class KernelOptions(Options):
+    """Which implementation each operation takes; `doctor` prints the choice and its reason."""
+
+    section: ClassVar[str] = "kernels."
+
+    ssd: Literal["auto", "reference", "mamba_ssm"] = "auto"
+    """Mamba-2 scan."""
+    conv1d: Literal["auto", "reference", "causal_conv1d"] = "auto"
+    """Causal depthwise convolution."""
+    attention: Literal["auto", "reference", "flash_attn"] = "auto"
+    """Softmax attention (reference: torch's scaled_dot_product_attention)."""
+    moe: Literal["auto", "reference", "triton", "grouped_mm"] = "auto"
+    """Router, sorting of routed slots, and experts; triton: Hopper GPUs and newer."""
+    nvfp4: Literal["auto", "reference", "triton", "transformer_engine"] = "auto"
+    """Quantization to NVFP4 and products of it; transformer_engine: Blackwell GPUs."""
+
+
+@dataclass(config=CHECKED)
+class TrainingConfig(Options):
+    """What `pretrain` and `finetune` have in common."""
+
+    run_dir: str = "runs/default"
+    """Directory of the run: resolved configuration, metrics, plots, checkpoints."""
+    resume: str = "auto"
+    """auto: newest valid checkpoint of the same configuration, else a fresh start; never: the
+    directory must be empty; or the path of a checkpoint."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: SequenceOptions = field(default_factory=SequenceOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
+    kernels: KernelOptions = field(default_factory=KernelOptions)
+
+    def validate(self, shape: ModelConfig | None = None) -> None:
+        """Check everything that needs neither data nor processes. Raises UserError.
+
+        ``shape`` is that of the model, where it does not come from the options here.
+        """
+        m, zero = shape or self.model, self.parallel.zero
+        m.validate()
+        check_pattern(self.train.recompute, "train.recompute", "ME*-e", empty=True)
+        refuse(
+            (
+                self.data.sequence_length <= m.mtp_num_depths,
+                f"data.sequence_length ({self.data.sequence_length}) must exceed "
+                f"model.mtp_num_depths ({m.mtp_num_depths})",
+            ),
+            (
+                zero not in (1, 2),
+                f"parallel.zero must be 1 or 2, got {zero}: "
+                f"{ZERO_REFUSED.get(zero, 'there is no other stage')}",
+            ),
+            (
+                m.n_routed_experts % self.parallel.ep,
+                f"model.n_routed_experts ({m.n_routed_experts}) is not divisible by "
+                f"parallel.ep ({self.parallel.ep})",
+            ),
+        )
+
+    def validate_world(self, world_size: int) -> int:
+        """Check the layout against the number of processes; return the accumulation steps."""
+        ep, t = self.parallel.ep, self.train
+        per_pass = t.micro_batch_size * world_size
+        refuse(
+            (
+                world_size % ep,
+                f"parallel.ep ({ep}) does not divide the number of processes ({world_size})",
+            ),
+            (
+                t.global_batch_size % per_pass,
+                f"train.global_batch_size ({t.global_batch_size}) is not divisible by "
+                f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
+                f"= {per_pass}",
+            ),
+        )
+        return t.global_batch_size // per_pass
+
+
+@dataclass(config=CHECKED)
+class RunConfig(TrainingConfig):
+    """Train a model from its first step, or resume."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def validate(self, shape: ModelConfig | None = None) -> None:
+        super().validate(shape)
+        self.precision.validate(self.train.max_steps)
+        path, blend = self.data.path, self.data.blend
+        refuse(
+            (
+                (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight,
+                "train.mtp_loss_weight must be positive while model.mtp_num_depths is; set "
+                "model.mtp_num_depths to 0 to train without multi-token prediction",
+            ),
+            (path and blend, "give data.path or data.blend, not both"),
+            (
+                not path and not blend,
+                "data.path is missing: name a token store made by `nemo-hybrid prepare`",
+            ),
+            *(
+                (
+                    weight <= 0,
+                    f"data.blend: the weight of {store} must be positive, got {weight}",
+                )
+                for store, weight in blend.items()
+            ),
+        )
