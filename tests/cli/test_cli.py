@@ -38,12 +38,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def record(*args: Any, **kwargs: Any) -> None:
         calls.append((*args, kwargs) if kwargs else args[0])
 
-    for module, function in [
-        ("nemo_hybrid.train.loop", "train"),
-        ("nemo_hybrid.data.prepare", "prepare"),
+    for module, function, stand_in in [
+        ("nemo_hybrid.recipes", "recipe_of", lambda config: config),
+        ("nemo_hybrid.train.loop", "train", record),
+        ("nemo_hybrid.data.prepare", "prepare", record),
     ]:
         stub = ModuleType(module)
-        setattr(stub, function, record)
+        setattr(stub, function, stand_in)
         monkeypatch.setitem(sys.modules, module, stub)
     for command in (generate, evaluate):
         in_place_of(command, record, monkeypatch)

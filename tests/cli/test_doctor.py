@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_hybrid import doctor
+from nemo_hybrid.commands import doctor
 
 
 @pytest.fixture

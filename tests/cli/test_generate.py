@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid import HybridConfig, HybridLM
-from nemo_hybrid import generate as module
-from nemo_hybrid.commands.generate import GenerateOptions
+from nemo_hybrid.commands.generate import GenerateOptions, generate_command, stop_ids
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation import sampling
 
 
 def test_text_in_and_text_out(
@@ -31,8 +31,8 @@ def test_text_in_and_text_out(
         prompts.append(prompt_BS)
         yield from torch.from_numpy(answer[:-1])[:, None]
 
-    monkeypatch.setattr(module, "generate", fixed)
-    module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
+    monkeypatch.setattr(sampling, "generate", fixed)
+    generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
     (ids,) = tokenizer.encode(["a </s> b"])
     assert prompts[0].tolist() == [ids.tolist()]
     assert tokenizer.eos_id not in ids
@@ -43,17 +43,17 @@ def test_text_in_and_text_out(
 
 def test_what_ends_a_text(tmp_path: Path) -> None:
     """generation_config.json before config.json before the default."""
-    assert module.stop_ids(tmp_path, 2) == [2]
+    assert stop_ids(tmp_path, 2) == [2]
     (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert module.stop_ids(tmp_path, 2) == [5, 6]
+    assert stop_ids(tmp_path, 2) == [5, 6]
     (tmp_path / "generation_config.json").write_text('{"temperature": 1.0}')
-    assert module.stop_ids(tmp_path, 2) == [5, 6]
+    assert stop_ids(tmp_path, 2) == [5, 6]
     for value, ids in (("7", [7]), ("[7, 8]", [7, 8])):
         (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
-        assert module.stop_ids(tmp_path, 2) == ids
+        assert stop_ids(tmp_path, 2) == ids
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(UserError, match="eos_token_id"):
-        module.stop_ids(tmp_path, 2)
+        stop_ids(tmp_path, 2)
 
 
 def test_chat_asks_with_the_template_and_prints_the_answer_alone(
@@ -75,15 +75,15 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
         prompts.append(prompt_BS)
         yield from torch.from_numpy(answer)[:, None]
 
-    monkeypatch.setattr(module, "generate", fixed)
+    monkeypatch.setattr(sampling, "generate", fixed)
     options = GenerateOptions(str(tmp_path / "model"), "a b?", chat=True)
     with pytest.raises(UserError, match="has no chat template"):
-        module.generate_command(options)
+        generate_command(options)
     (tmp_path / "model" / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ eos_token ~ 'A:' }}{% endif %}"
     )
-    module.generate_command(options)
+    generate_command(options)
     expected = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
         [{"role": "user", "content": "a b?"}], add_generation_prompt=True, return_dict=False
     )
@@ -92,4 +92,4 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     assert expected.count(2) == 1
     assert capsys.readouterr().out == "yes\n"
     with pytest.raises(UserError, match=r"the prompt cannot be rendered: .*</s>"):
-        module.generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
+        generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
