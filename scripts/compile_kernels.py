@@ -2,11 +2,11 @@
 
     python scripts/compile_kernels.py [--arch 90 100] [--only NAME] [--modules MODULE ...]
 
+What is compiled is what the calls in ``kernel_launches`` launch, in the forms that Triton gives it.
 Prints a row for each kernel, configuration and architecture: registers per thread, bytes of stack
-(where spilled registers go), shared memory, tensor memory columns, and the matrix instruction that
-was found. Ends with status 1 when a kernel does not compile, lacks the instruction that it
-declares, has a matrix product but declares none, needs more shared memory than a block may have, or
-spills without a stated reason, and also when a stated reason is no longer needed.
+(where spilled registers go), shared memory, tensor memory columns, and the instruction that its
+matrix products need if it was found. Ends with status 1 when a kernel does not compile, lacks that
+instruction, needs more shared memory than a block may have, or spills.
 
 Every compilation has a process of its own, because a compiler that aborts takes its process along.
 """
@@ -31,10 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from nemo_kernels import shipped
-
 if TYPE_CHECKING:
-    from nemo_kernels.shipped import Shipped
+    from nemo_kernels.launch import Launch
 
 ARCHS = (90, 100)
 MAX_SHARED = 232_448
@@ -46,22 +44,16 @@ HEADER = ("kernel", "configuration", "sm", "regs", "stack", "shared", "tmem", "f
 
 
 class Job(NamedTuple):
-    """A shipped kernel and the architecture to compile it for."""
+    """A launch, the architecture to compile it for, and its configuration: kinds of tensors,
+    constants, warps and stages."""
 
-    item: Shipped
+    launch: Launch
     arch: int
+    configuration: str
 
     @property
     def kernel(self) -> str:
-        return self.item.kernel.__name__
-
-    @property
-    def configuration(self) -> str:
-        """Kinds of tensors, constants, warps and stages."""
-        kinds = [kind[1:] for kind in self.item.signature.values() if kind.startswith("*")]
-        parts = ["/".join(dict.fromkeys(kinds))] if kinds else []
-        parts += [f"{name}={value}" for name, value in self.item.constants.items()]
-        return " ".join([*parts, f"warps={self.item.num_warps}", f"stages={self.item.num_stages}"])
+        return str(self.launch.kernel.__name__)
 
 
 class Code(NamedTuple):
@@ -71,44 +63,81 @@ class Code(NamedTuple):
     stack: int
     shared: int
     tensor_memory: int
-    found: str
-    has_dot: bool
+    wanted: str
+    """The instruction for its matrix products; empty: it has none."""
+    found: bool
+
+
+class Absent(NamedTuple):
+    """Stands where Triton looks for the driver of a GPU."""
+
+    arch: int
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # under which Triton keeps what it compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def warmed_up(launch: Launch, arch: int) -> Any:
+    """What Triton compiles at this launch, without running it."""
+    from triton.runtime import driver
+
+    driver.set_active(Absent(arch))
+    return launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+
+
+def jobs_of(launches: Iterator[tuple[Launch, tuple[int, ...]]], archs: Sequence[int]) -> list[Job]:
+    """Launches that differ for the compiler, by what it would be given."""
+    from triton import knobs
+
+    jobs: dict[tuple[object, ...], Job] = {}
+
+    def note(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        key = (fn.module, fn.name, arch, compile["key"])
+        jobs.setdefault(key, Job(launch, arch, configuration(launch.kernel.arg_names, compile)))
+        return True  # compile nothing
+
+    knobs.runtime.jit_cache_hook = note
+    for launch, on in launches:
+        for arch in [arch for arch in archs if arch in on]:
+            warmed_up(launch, arch)
+    knobs.runtime.jit_cache_hook = None
+    return [*jobs.values()]
+
+
+def configuration(names: Sequence[str], given: dict[str, Any]) -> str:
+    kinds = [kind[1:] for kind in given["signature"].values() if kind.startswith("*")]
+    parts = ["/".join(dict.fromkeys(kinds))] if kinds else []
+    parts += [f"{names[place]}={value}" for (place,), value in given["constants"].items()]
+    return " ".join([*parts, f"warps={given['num_warps']}", f"stages={given['num_stages']}"])
 
 
 def compile_one(job: Job) -> Code:
-    """Raises what Triton raises, and ValueError when the declaration misses an argument."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    item, names = job.item, job.item.kernel.arg_names
-    declared = {*item.signature, *item.constants}
-    wrong = sorted(declared.symmetric_difference(names) | {*item.divisible}.difference(names))
-    if wrong:
-        raise ValueError(f"arguments declared but not there, or not declared: {', '.join(wrong)}")
-    aligned = [
-        name for name, kind in item.signature.items() if kind[0] == "*" or name in item.divisible
-    ]
-    source = ASTSource(
-        fn=item.kernel,
-        signature={name: item.signature.get(name, "constexpr") for name in names},
-        constexprs=item.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    """Raises what Triton raises."""
+    built = warmed_up(job.launch, job.arch)
     registers, stack = resource_usage(built.asm["cubin"])
-    wanted = item.instruction.get(job.arch)
-    searched = [wanted] if wanted else [*IN_PTX]
-    found = [name for name in searched if IN_PTX.get(name, name) in built.asm["ptx"]]
-    return Code(
-        registers,
-        stack,
-        built.metadata.shared,
-        built.metadata.tmem_size or 0,
-        "".join(found[:1]),
-        "tt.dot" in built.asm["ttir"],
-    )
+    wanted = instruction(built.asm["ttir"], job.arch)
+    found = bool(wanted) and IN_PTX.get(wanted, wanted) in built.asm["ptx"]
+    memory = (built.metadata.shared, built.metadata.tmem_size or 0)
+    return Code(registers, stack, *memory, wanted, found)
+
+
+def instruction(ttir: str, arch: int) -> str:
+    """The instruction for the matrix products in Triton's code; empty where there is none."""
+    product = re.search(r"tt\.dot(\w*) .*: tensor<[\dx]*x(\w+)>", ttir)
+    if product is None:
+        return ""
+    if product[1]:
+        return "kind::mxf4nvf4"
+    # fp32 would be rounded by matrix instructions.
+    return "fma.rn.f32" if product[2] == "f32" else {90: "wgmma", 100: "tcgen05"}[arch]
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -126,33 +155,17 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def faults(job: Job, code: Code) -> list[str]:
+def faults(code: Code) -> list[str]:
     """Why this code may not be shipped; empty when it may."""
-    wanted, reason = job.item.instruction.get(job.arch), job.item.spills
     found = []
-    if wanted and not code.found:
-        found.append(f"no {wanted} in the code")
-    if code.has_dot and not wanted:
-        found.append("has a matrix product, but declares no instruction")
+    if code.wanted and not code.found:
+        found.append(f"no {code.wanted} in the code")
     if code.shared > MAX_SHARED:
         found.append(f"{code.shared} bytes of shared memory, at most {MAX_SHARED}")
     if code.tensor_memory > MAX_TENSOR_MEMORY:
         found.append(f"{code.tensor_memory} columns of tensor memory, at most {MAX_TENSOR_MEMORY}")
-    if code.stack and not reason:
+    if code.stack:
         found.append(f"spills to {code.stack} bytes of stack")
-    return found
-
-
-def stale(jobs: Sequence[Job], codes: Sequence[Code | str]) -> list[str]:
-    """Configurations that give a reason for spills and spill on none of their architectures; those
-    that were not compiled for all of them are not judged."""
-    found = []
-    for item in {id(job.item): job.item for job in jobs if job.item.spills}.values():
-        judged = [c for job, c in zip(jobs, codes, strict=True) if job.item is item]
-        clean = all(isinstance(c, Code) and not c.stack for c in judged)
-        if clean and len(judged) == len(item.archs):
-            name = f"{item.kernel.__name__} ({Job(item, 0).configuration})"
-            found.append(f"{name} does not spill: remove its reason {item.spills!r}")
     return found
 
 
@@ -205,18 +218,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def check(jobs: Sequence[Job], workers: int) -> list[str]:
     """Compile and print the table; returns what is wrong, a line each."""
     results = dict(in_processes(jobs, workers))
-    codes = [results[index] for index in range(len(jobs))]
     rows: list[Sequence[str]] = [HEADER]
     problems = []
-    for job, code in zip(jobs, codes, strict=True):
-        wrong = [code] if isinstance(code, str) else faults(job, code)
+    for job, code in ((job, results[index]) for index, job in enumerate(jobs)):
+        wrong = [code] if isinstance(code, str) else faults(code)
         numbers = code[:4] if isinstance(code, Code) else ("", "", "", "")
-        found = (code.found or "-") if isinstance(code, Code) else ""
+        found = (code.wanted if code.found else "-") if isinstance(code, Code) else ""
         cells = (job.kernel, job.configuration, job.arch, *numbers, found)
         rows.append((*map(str, cells), "FAIL" if wrong else "ok"))
         problems += [f"{job.kernel} ({job.configuration}) sm_{job.arch}: {w}" for w in wrong]
     print(table(rows))
-    return problems + stale(jobs, codes)
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,16 +236,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=ARCHS)
     parser.add_argument("--only", help="kernels whose name contains this")
     parser.add_argument(
-        "--modules", nargs="+", default=shipped.MODULES, help="default: all shipped"
+        "--modules", nargs="+", default=["kernel_launches"], help="default: all shipped"
     )
     chosen = parser.parse_args(arguments)
-    items = [item for name in chosen.modules for item in import_module(name).shipped()]
-    jobs = [
-        Job(item, arch)
-        for item in items
-        for arch in chosen.arch
-        if arch in item.archs and (chosen.only or "") in item.kernel.__name__
-    ]
+    launches = (
+        (launch, archs)
+        for name in chosen.modules
+        for launch, archs in import_module(name).launches()
+        if (chosen.only or "") in launch.kernel.__name__
+    )
+    jobs = jobs_of(launches, chosen.arch)
     if not jobs:
         parser.error("no shipped kernel fits --only and --arch")
     import triton

@@ -1,6 +1,6 @@
 """The parts of path triton's MoE layer, one by one: dispatch, up and down projection.
 
-They are not public operations: this file knows how ``nemo_kernels.moe.kernel`` calls its kernels.
+They are not public operations: this file knows what ``nemo_kernels.moe.kernel`` is made of.
 
 Shapes as in ``moe_problem``; R = T*K routed slots.
 """
@@ -56,22 +56,34 @@ class Parts:
         return self.p.x_TL.new_empty(self.p.shape.slots, columns).normal_()
 
     @cached_property
-    def launched(self) -> tuple[Any, Any, Any]:
-        """The module of path triton, its tiles for this problem and its rows."""
+    def triton(self) -> Any:
+        """The experts of path triton, with the tiles for this problem."""
         from nemo_kernels.moe import expert_kernel, kernel
 
         s = self.p.shape
         plan = expert_kernel.plan(self.p.x_TL.dtype, s.slots, s.experts, s.width, s.inner)
-        weights_TK = self.p.weights_TK.detach()
-        return kernel, plan, kernel._rows(weights_TK, self.slots, self.slots.counts_E, plan.up.m)
+        return kernel.TritonExperts(plan)
+
+    @cached_property
+    def routed(self) -> function.Routed:
+        """As path triton takes it."""
+        x_TL, up_EFL, down_ELF = (t.detach() for t in (self.p.x_TL, self.p.up_EFL, self.p.down_ELF))
+        groups = self.triton.groups(self.slots.counts_E, self.p.shape.slots)
+        token_R = self.token_R.int()
+        return function.Routed(x_TL, token_R, self.weights_R, groups, up_EFL, down_ELF)
+
+    def inverse_TK(self, slots: function.Slots) -> Tensor:
+        return slots.inverse_R.view(self.p.shape.tokens, self.p.shape.k)
 
     def dispatch(self) -> Callable[[], Results]:
         """Sort and sum over each token's slots: path triton gathers inside its products."""
-        kernel, y_RL, s = self.launched[0], self.y_RL, self.p.shape
+        from nemo_kernels.moe import kernel
+
+        experts, y_RL = self.triton, self.y_RL
 
         def call() -> Results:
-            slots = kernel.sort_slots(self.p.ids_TK, s.experts)
-            return *slots, kernel._combine(y_RL, slots.inverse_R, s.k)
+            slots = kernel.sort_slots(self.p.ids_TK, self.p.shape.experts)
+            return *slots, experts.combine(y_RL, self.inverse_TK(slots))
 
         return call
 
@@ -81,21 +93,22 @@ class Parts:
         def call() -> Results:
             slots = reference.sort_slots(self.p.ids_TK, s.experts)
             x_TL.index_select(0, slots.order_R // s.k)
-            return *slots, function.combine(y_RL, slots.inverse_R, s.tokens)
+            return *slots, function.Experts().combine(y_RL, self.inverse_TK(slots))
 
         return call
 
     def dispatch_in_fp32(self) -> Results:
-        tokens = self.p.shape.tokens
-        return *self.slots, function.combine(self.y_RL.float(), self.slots.inverse_R, tokens)
+        inverse_TK = self.inverse_TK(self.slots)
+        return *self.slots, function.Experts().combine(self.y_RL.float(), inverse_TK)
 
     def up(self) -> Callable[[], Results]:
-        kernel, plan, rows = self.launched
-        x_TL, up_EFL = self.p.x_TL.detach(), self.p.up_EFL.detach()
+        from nemo_kernels.moe import kernel
+
+        s, routed, tile = self.p.shape, self.routed, self.triton.plan.up
 
         def call() -> Results:
-            h_RF, act_RF = (x_TL.new_empty(self.p.shape.slots, up_EFL.shape[1]) for _ in range(2))
-            kernel._up(plan.up, x_TL, rows, up_EFL, h_RF, act_RF)
+            h_RF, act_RF = (routed.x_TL.new_empty(s.slots, s.inner) for _ in range(2))
+            kernel.up(tile, routed, h_RF, act_RF)
             return h_RF, act_RF
 
         return call
@@ -115,9 +128,11 @@ class Parts:
         return h_RF, h_RF.relu().square() * self.weights_R[:, None]
 
     def down(self) -> Callable[[], Results]:
-        kernel, plan, rows = self.launched
-        act_RF, down_ELF = self.act_RF, self.p.down_ELF.detach()
-        return lambda: (kernel._product(plan.down, act_RF, rows, down_ELF.mT),)
+        from nemo_kernels.moe import kernel
+
+        tile, tiles = self.triton.plan.down, self.routed.groups.tiles
+        act_RF, down_EFL = self.act_RF, self.routed.down_ELF.mT
+        return lambda: (kernel.product(tile, act_RF, tiles, down_EFL),)
 
     def down_of_torch(self) -> Callable[[], Results]:
         act_RF, down_ELF = self.act_RF, self.p.down_ELF.detach()

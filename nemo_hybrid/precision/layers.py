@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.precision.operands import BLOCKS, Products
 from nemo_kernels import lowp
-from nemo_kernels.moe.function import Gradients, Wanted
+from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
 
 
 class QuantizedLinear(Products):
@@ -65,55 +65,57 @@ class Segments(NamedTuple):
         return padded_P.index_copy_(0, self.place_R, t_R)
 
 
-class QuantizedExperts(Products):
-    """An implementation of ``nemo_kernels.moe.function.Experts``; what it keeps of the
-    pre-activation is padded: [P, F]."""
+class QuantizedExperts(Products, Experts):
+    """Experts with `Segments` as groups; what they keep of the pre-activation is padded: [P, F]."""
 
-    def groups(self, counts_E: Tensor) -> Tensor:
-        return counts_E
+    def groups(self, counts_E: Tensor, n_rows: int) -> Segments:
+        align = max(BLOCKS[kind] for kind in self.formats)
+        if "nvfp4" in self.formats:
+            align = max(align, lowp.segment_alignment(counts_E.device.type))
+        padded_E = (counts_E + (align - 1)).div(align, rounding_mode="floor") * align
+        ends_E = padded_E.cumsum(0)
+        expert_R = torch.repeat_interleave(counts_E, output_size=n_rows)
+        # How many zeros stand before each expert's rows.
+        zeros_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+        place_R = torch.arange(n_rows, device=counts_E.device) + zeros_E[expert_R]
+        if counts_E.is_cuda:  # which must not be asked how many rows there are
+            rows = most_rows(n_rows, counts_E.numel(), align)
+        else:
+            rows = int(ends_E[-1])
+        return Segments(place_R, ends_E.int(), rows)
 
-    def forward(
-        self, x_RL: Tensor, weights_R: Tensor, groups: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        segments = self._segments(groups, x_RL.shape[0])
-        h_PF = self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
-        weights_P1 = segments.pad(weights_R)[:, None]
-        act_PF = h_PF.float().relu().square_().mul_(weights_P1).to(x_RL.dtype)
-        y_PL = self._forward_product(act_PF, w_down_ELF, segments)
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
+        segments: Segments = routed.groups
+        h_PF = self.pre_activation(routed)
+        weight_P1 = segments.pad(routed.weight_R)[:, None]
+        act_PF = h_PF.float().relu().square_().mul_(weight_P1).to(h_PF.dtype)
+        y_PL = self._forward_product(act_PF, routed.down_ELF, segments)
         return y_PL.index_select(0, segments.place_R), h_PF
 
-    def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
-        segments = self._segments(groups, x_RL.shape[0])
-        return self._forward_product(segments.pad(x_RL), w_up_EFL, segments)
+    def pre_activation(self, routed: Routed) -> Tensor:
+        x_PL = routed.groups.pad(routed.rows(routed.x_TL))
+        return self._forward_product(x_PL, routed.up_EFL, routed.groups)
 
-    def backward(
-        self,
-        dy_RL: Tensor,
-        h_PF: Tensor,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
-        segments = self._segments(groups, x_RL.shape[0])
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
+        segments: Segments = routed.groups
         use = self.streams.next_use(self.name)
-        weights_P1 = segments.pad(weights_R)[:, None]
-        relu_PF = h_PF.float().relu()
-        act_PF = (relu_PF.square() * weights_P1).to(x_RL.dtype)
+        weight_P1 = segments.pad(routed.weight_R)[:, None]
+        relu_PF = h_RF.float().relu()
+        act_PF = (relu_PF.square() * weight_P1).to(h_RF.dtype)
+        dy_PL = segments.pad(routed.rows(dy_TL))
         dact_PF, ddown_ELF = self._backward_products(
-            segments.pad(dy_RL), act_PF, w_down_ELF, segments, (*use, "down"), wanted[1]
+            dy_PL, act_PF, routed.down_ELF, segments, (*use, "down"), wanted[1]
         )
         dh_PF = dact_PF.float() * relu_PF
-        dweights_P = torch.linalg.vecdot(dh_PF, relu_PF)
-        dh_PF = dh_PF.mul_(2 * weights_P1).to(x_RL.dtype)
+        dweight_P = torch.linalg.vecdot(dh_PF, relu_PF)
+        dh_PF = dh_PF.mul_(2 * weight_P1).to(h_RF.dtype)
+        x_PL = segments.pad(routed.rows(routed.x_TL))
         dx_PL, dup_EFL = self._backward_products(
-            dh_PF, segments.pad(x_RL), w_up_EFL, segments, (*use, "up"), wanted[0]
+            dh_PF, x_PL, routed.up_EFL, segments, (*use, "up"), wanted[0]
         )
         place_R = segments.place_R
-        dx_RL, dweights_R = dx_PL.index_select(0, place_R), dweights_P.index_select(0, place_R)
-        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+        dx_RL, dweight_R = dx_PL.index_select(0, place_R), dweight_P.index_select(0, place_R)
+        return dx_RL, dweight_R, dup_EFL, ddown_ELF
 
     def _forward_product(self, x_P: Tensor, weight_E: Tensor, segments: Segments) -> Tensor:
         ends_E = segments.ends_E
@@ -138,22 +140,6 @@ class QuantizedExperts(Products):
             return dx_P, None
         x = self.wgrad_input(x_P, ends_E)
         return dx_P, lowp.grouped_wgrad(for_wgrad, x, ends_E, torch.float32)
-
-    def _segments(self, counts_E: Tensor, n_rows: int) -> Segments:
-        align = max(BLOCKS[kind] for kind in self.formats)
-        if "nvfp4" in self.formats:
-            align = max(align, lowp.segment_alignment(counts_E.device.type))
-        padded_E = (counts_E + (align - 1)).div(align, rounding_mode="floor") * align
-        ends_E = padded_E.cumsum(0)
-        expert_R = torch.repeat_interleave(counts_E, output_size=n_rows)
-        # How many zeros stand before each expert's rows.
-        zeros_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
-        place_R = torch.arange(n_rows, device=counts_E.device) + zeros_E[expert_R]
-        if counts_E.is_cuda:  # which must not be asked how many rows there are
-            rows = most_rows(n_rows, counts_E.numel(), align)
-        else:
-            rows = int(ends_E[-1])
-        return Segments(place_R, ends_E.int(), rows)
 
 
 def most_rows(n_rows: int, n_experts: int, align: int) -> int:

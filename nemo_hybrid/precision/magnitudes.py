@@ -19,6 +19,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import adaptable
 from nemo_hybrid.precision.groups import is_stacked
+from nemo_kernels.moe.function import Routed
 from nemo_kernels.moe.reference import LoopExperts
 
 _BIN_BITS = 16
@@ -68,19 +69,12 @@ class _Watched(LoopExperts):
     def __init__(self, up: Magnitudes | None, down: Magnitudes | None) -> None:
         self.up, self.down = up, down
 
-    def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        y_RL, h_RF = super().forward(x_RL, weights_R, groups, w_up_EFL, w_down_ELF)
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
+        y_RL, h_RF = super().forward(routed, keep)
         if self.up is not None:
-            self.up.see(x_RL, groups)
+            self.up.see(routed.rows(routed.x_TL), routed.groups)
         if self.down is not None:
-            self.down.see(h_RF.relu().square(), groups)
+            self.down.see(h_RF.relu().square(), routed.groups)
         return y_RL, h_RF
 
 

@@ -23,7 +23,7 @@ from nemo_hybrid.precision.groups import is_stacked
 from nemo_hybrid.precision.quantize import Search, decoded, weight_tensors
 from nemo_kernels.lowp.reference import fake_quantize
 from nemo_kernels.lowp.scales import E4M3_MAX
-from nemo_kernels.moe.function import Gradients, Wanted
+from nemo_kernels.moe.function import Gradients, Routed, Wanted
 from nemo_kernels.moe.reference import LoopExperts
 
 Change = Callable[[Tensor], Tensor]
@@ -200,45 +200,31 @@ class QuantizedMLP(LoopExperts):
         self.up, self.down = up or _unchanged, down or _unchanged
         self.up_weight, self.down_weight = up_weight or _unchanged, down_weight or _unchanged
 
-    def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        h_RF = self.pre_activation(x_RL, groups, w_up_EFL)
-        act_RF = self.down(h_RF.float().relu().square()) * weights_R[:, None]
-        return _products(act_RF, groups, self.down_weight(w_down_ELF)), h_RF
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
+        h_RF = self.pre_activation(routed)
+        act_RF = self.down(h_RF.float().relu().square()) * routed.weight_R[:, None]
+        return _products(act_RF, routed.groups, self.down_weight(routed.down_ELF)), h_RF
 
-    def pre_activation(self, x_RL: Tensor, groups: list[int], w_up_EFL: Tensor) -> Tensor:
-        return _products(self.up(x_RL).float(), groups, self.up_weight(w_up_EFL)).to(x_RL.dtype)
+    def pre_activation(self, routed: Routed) -> Tensor:
+        x_RL = self.up(routed.rows(routed.x_TL)).float()
+        h_RF = _products(x_RL, routed.groups, self.up_weight(routed.up_EFL))
+        return h_RF.to(routed.x_TL.dtype)
 
-    def backward(
-        self,
-        dy_RL: Tensor,
-        h_RF: Tensor,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
         """By computing everything once more; that of weights is in their dtype."""
-        given = (x_RL, weights_R, w_up_EFL, w_down_ELF)
+        given = (routed.rows(routed.x_TL), routed.weight_R, routed.up_EFL, routed.down_ELF)
         with torch.enable_grad():
-            x_RL, weights_R, *weights = (
+            x_RL, weight_R, *weights = (
                 t.detach().requires_grad_(want)
                 for t, want in zip(given, (True, True, *wanted), strict=True)
             )
-            y_RL, _ = self.forward(x_RL, weights_R, groups, *weights)
-        leaves = [t for t in (x_RL, weights_R, *weights) if t.requires_grad]
-        found = iter(torch.autograd.grad(y_RL, leaves, dy_RL.to(y_RL.dtype)))
-        dx_RL, dweights_R = next(found), next(found)
+            again = Routed(x_RL, None, weight_R, routed.groups, *weights)
+            y_RL, _ = self.forward(again, keep=False)
+        leaves = [t for t in (x_RL, weight_R, *weights) if t.requires_grad]
+        found = iter(torch.autograd.grad(y_RL, leaves, routed.rows(dy_TL).to(y_RL.dtype)))
+        dx_RL, dweight_R = next(found), next(found)
         dup_EFL, ddown_ELF = (next(found) if want else None for want in wanted)
-        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+        return dx_RL, dweight_R, dup_EFL, ddown_ELF
 
 
 def _products(x_R: Tensor, groups: list[int], weight_E: Tensor) -> Tensor:

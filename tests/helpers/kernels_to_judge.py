@@ -1,14 +1,16 @@
 """Kernels that are well and kernels that are not, for the test of scripts/compile_kernels.py.
 
-``CASE`` in the environment says which of them ``shipped`` declares.
+``CASE`` in the environment says which of them are launched.
 """
 
+import multiprocessing
 import os
 
+import torch
 import triton
 import triton.language as tl
 
-from nemo_kernels.shipped import Shipped
+from nemo_kernels.launch import Launch
 
 
 @triton.jit
@@ -36,40 +38,43 @@ def refused(x_ptr, N: tl.constexpr):
 
 
 class Aborting:
-    """Ends the process that looks at it, as a failed assertion of the compiler does."""
+    """Ends the process that compiles it, as a failed assertion of the compiler does."""
 
     __name__ = "aborting"
+    arg_names = center.arg_names
 
-    @property
-    def arg_names(self):
-        os.abort()
-
-
-def gemm(tile, instruction=None, **more):
-    signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*bf16", "K": "i32"}
-    constants = dict(zip(("M", "N", "BLOCK_K"), tile, strict=True))
-    wanted = instruction or {90: "wgmma", 100: "tcgen05"}
-    return Shipped(matmul, signature, constants, wanted, 4, 3, divisible=("K",), **more)
+    def warmup(self, *arguments, **options):
+        if multiprocessing.parent_process():
+            os.abort()
+        center.warmup(*arguments, **options)
 
 
-def rows(columns, num_warps=4, wanted=None, **more):
-    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
-    return Shipped(center, signature, {"N": columns}, {90: wanted}, num_warps, 3, **more)
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gemm(*tile, depth=256):
+    m, n, _ = tile
+    a, b, c = (empty(*shape, dtype=torch.bfloat16) for shape in ((m, depth), (n, depth), (m, n)))
+    return Launch(matmul, (a, b, c, depth, *tile), {"num_warps": 4, "num_stages": 3})
+
+
+def rows(columns, num_warps=4):
+    x, y = empty(columns), empty(columns)
+    return Launch(center, (x, y), {"N": columns, "num_warps": num_warps})
 
 
 CASES = {
-    "good": lambda: [gemm((128, 64, 64)), rows(1024)],
-    "missing": lambda: [rows(1024, wanted="wgmma")],
-    "shared": lambda: [gemm((128, 256, 256))],
+    "good": lambda: [gemm(128, 64, 64), rows(1024), gemm(128, 64, 64, depth=512)],
+    "missing": lambda: [gemm(16, 16, 64)],
+    "shared": lambda: [gemm(128, 256, 256)],
     "spill": lambda: [rows(16384, num_warps=1)],
-    "excused": lambda: [rows(16384, num_warps=1, spills="a row is wide")],
-    "stale": lambda: [rows(1024, spills="it once did")],
-    "undeclared": lambda: [gemm((128, 64, 64), {90: None})],
-    "refused": lambda: [Shipped(refused, {"x_ptr": "*fp32"}, {"N": 4}, {}, 4, 3)],
-    "aborting": lambda: [Shipped(Aborting(), {}, {}, {}, 4, 3)],
-    "argument": lambda: [Shipped(center, {"x_ptr": "*fp32"}, {"N": 64}, {}, 4, 3)],
+    "refused": lambda: [Launch(refused, (empty(4), 4), {})],
+    "aborting": lambda: [Launch(Aborting(), (empty(4), empty(4), 4), {})],
 }
 
 
-def shipped():
-    return [item for case in os.environ["CASE"].split() for item in CASES[case]()]
+def launches():
+    for case in os.environ["CASE"].split():
+        for launch in CASES[case]():
+            yield launch, (90, 100)

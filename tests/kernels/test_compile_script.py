@@ -29,6 +29,7 @@ def errors(output: str) -> list[str]:
 
 
 def test_good_kernels_pass_on_both_architectures() -> None:
+    """One of three launches differs from another in a number alone, which is not compiled."""
     done = compile_kernels("good")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
@@ -47,20 +48,18 @@ def test_good_kernels_pass_on_both_architectures() -> None:
 
 @pytest.fixture(scope="module")
 def faulty() -> subprocess.CompletedProcess[str]:
-    cases = "good missing shared spill excused undeclared refused aborting argument"
+    cases = "good missing shared spill refused aborting"
     return compile_kernels(cases, "--arch", "90")
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        "center (fp32 N=1024 warps=4 stages=3) sm_90: no wgmma in the code",
+        "matmul (bf16 M=16 N=16 BLOCK_K=64 warps=4 stages=3) sm_90: no wgmma in the code",
         "sm_90: 589824 bytes of shared memory, at most 232448",
         "center (fp32 N=16384 warps=1 stages=3) sm_90: spills to ",
-        "sm_90: has a matrix product, but declares no instruction",
         "refused (fp32 N=4 warps=4 stages=3) sm_90: does not compile (status 1)",
-        "aborting (warps=4 stages=3) sm_90: does not compile (status -6)",
-        "not declared: y_ptr",
+        "aborting (fp32 N=4 warps=4 stages=3) sm_90: does not compile (status -6)",
     ],
 )
 def test_what_may_not_be_shipped_is_named(
@@ -71,20 +70,10 @@ def test_what_may_not_be_shipped_is_named(
 
 
 def test_nothing_else_is_named(faulty: subprocess.CompletedProcess[str]) -> None:
-    """Two kernels are good and one may spill; the one with too much shared memory spills, too."""
+    """Two kernels are good; the one with too much shared memory spills, too."""
     verdicts = [line.split()[-1] for line in faulty.stdout.splitlines()[2:] if "error" not in line]
-    assert (verdicts.count("ok"), verdicts.count("FAIL")) == (3, 7)
-    assert len(errors(faulty.stdout)) == 8
-
-
-def test_a_reason_that_is_not_needed_anymore_fails() -> None:
-    done = compile_kernels("stale", "--arch", "90", "100")
-    assert done.returncode == 1
-    name = "center (fp32 N=1024 warps=4 stages=3)"
-    wanted = f"error: {name} does not spill: remove its reason 'it once did'"
-    assert errors(done.stdout) == [wanted]
-    # Where it was not compiled for every architecture it may still spill on the other.
-    assert compile_kernels("stale", "--arch", "90").returncode == 0
+    assert (verdicts.count("ok"), verdicts.count("FAIL")) == (2, 5)
+    assert len(errors(faulty.stdout)) == 6
 
 
 def test_a_name_that_fits_no_kernel_is_refused() -> None:

@@ -267,6 +267,12 @@ def test_bad_input_is_named() -> None:
     ids_TK = torch.zeros(4, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected torch.int64, got torch.int32"):
         moe_mlp(x_TL, ids_TK.int(), weights_TK, up, down)
+    with pytest.raises(ValueError, match=r"topk_weights_TK: expected a tensor on cpu, got meta"):
+        moe_mlp(x_TL, ids_TK, weights_TK.to("meta"), up, down)
+    with pytest.raises(
+        ValueError, match=r"topk_ids_TK: expected 1 to 3 \(experts\) columns, got 4"
+    ):
+        moe_mlp(x_TL, ids_TK.repeat(1, 2), weights_TK.repeat(1, 2), up, down)
     with pytest.raises(ValueError, match=r"topk_weights_TK: expected shape \[4, any\]"):
         moe_mlp(x_TL, ids_TK, weights_TK[:3], up, down)
     with pytest.raises(ValueError, match=r"w_down_ELF: expected shape \[3, 6, 5\], got"):

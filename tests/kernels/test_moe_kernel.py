@@ -7,6 +7,7 @@ width.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -16,8 +17,10 @@ from torch import Tensor
 from helpers.drawn import drawn, st
 from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
 from helpers.triton_env import DEVICE, guarded_memory
-from nemo_kernels.moe import expert_kernel, kernel, reference
-from nemo_kernels.moe.expert_kernel import PLANS, Plan, Tile
+from nemo_kernels.launch import Tile, recorded
+from nemo_kernels.moe import expert_kernel, function, kernel, reference
+from nemo_kernels.moe.expert_kernel import PLANS, Plan
+from nemo_kernels.moe.function import Routed
 from nemo_kernels.moe.kernel import grouped_mlp, moe_mlp
 
 FP32, BF16 = 1e-5, 1.2e-2
@@ -91,13 +94,12 @@ def test_odd_widths_and_fp32_as_shipped(dtype: torch.dtype, band: float) -> None
     assert deviation(run(ids_TK, inputs, dy), oracle(ids_TK, inputs, dy)) < band
 
 
-@pytest.mark.parametrize(
-    ("width", "inner"),
-    [(24, 1856), (1024, 168)] if DEVICE == "cpu" else [(1024, 2688), (2688, 1856)],
-)
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="too much for the interpreter; needs a CUDA device")
+@pytest.mark.parametrize(("width", "inner"), [(1024, 2688), (2688, 1856)])
 def test_widths_of_published_models(width: int, inner: int) -> None:
-    """1856 and 2688 are no multiples of the largest tiles. In the interpreter one width at a time:
-    1856 is 14.5 tiles and 29 steps, 168 is a 16th of 2688."""
+    """1856 and 2688 are no multiples of the largest tiles: nor are the widths of
+    test_tiles_as_shipped, which is all that the interpreter could show."""
     generator = torch.Generator().manual_seed(3)
     ids_TK = torch.tensor([[0], [1], [0]])
     inputs = draw_inputs(generator, 3, 1, 2, width, inner, torch.bfloat16)
@@ -107,8 +109,10 @@ def test_widths_of_published_models(width: int, inner: int) -> None:
     assert deviation(run(ids_TK, inputs, dy), theirs) < BF16
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("counts", [[3, 0, 17, 1], [0, 0, 21, 0], [21, 0, 0, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    ("counts", "recompute"),
+    [([3, 0, 17, 1], False), ([3, 0, 17, 1], True), ([0, 0, 21, 0], False), ([0, 0, 0, 0], True)],
+)
 def test_grouped_mlp_on_sorted_rows(counts: list[int], recompute: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     n_rows = sum(counts)
@@ -151,18 +155,27 @@ def test_fp32_copies_of_weights_keep_their_gradients_in_fp32() -> None:
         assert not torch.equal(ours, rounded)
 
 
-@pytest.mark.parametrize("trained", [(False, False), (True, False), (False, True)])
-def test_no_gradient_of_frozen_weights_is_computed(trained: tuple[bool, bool]) -> None:
-    """The other gradients keep every bit."""
+@cache
+def all_trained() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Ids, dy and inputs with all gradients."""
     generator = torch.Generator().manual_seed(7)
     ids_TK = draw_ids(generator, 20, 4, 2, 0.0).to(DEVICE)
     inputs = draw_inputs(generator, 20, 2, 4, 24, 40, torch.bfloat16)
     dy = torch.randn(20, 24, generator=generator).bfloat16().to(DEVICE)
-    whole, part = (tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs) for _ in range(2))
-    moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
+    whole = tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs)
+    with tiles(SMALL):
+        moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
+    return ids_TK, dy, whole
+
+
+@pytest.mark.parametrize("trained", [(False, False), (True, False), (False, True)])
+def test_no_gradient_of_frozen_weights_is_computed(trained: tuple[bool, bool]) -> None:
+    """The other gradients keep every bit."""
+    ids_TK, dy, whole = all_trained()
+    part = tuple(t.detach().requires_grad_() for t in whole)
     for weight, train in zip(part[2:], trained, strict=True):
         weight.requires_grad_(train)
-    with mock.patch.object(kernel, "_wgrad", wraps=kernel._wgrad) as wgrad:
+    with tiles(SMALL), mock.patch.object(kernel, "wgrad", wraps=kernel.wgrad) as wgrad:
         moe_mlp(part[0], ids_TK, *part[1:]).backward(dy)
     assert wgrad.call_count == sum(trained)
     for tensor, wanted in zip(part, whole, strict=True):
@@ -196,50 +209,65 @@ def test_what_is_kept_for_the_backward_pass(recompute: bool) -> None:
 
 
 def test_results_do_not_vary_between_calls() -> None:
+    """Several tiles of an expert; in the interpreter, whose programs run one by one, this is what
+    shows that recomputation changes no bit."""
+    n_tokens, k, n_experts, width, inner = (
+        (24, 2, 5, 32, 40) if DEVICE == "cpu" else (60, 4, 8, 48, 72)
+    )
     generator = torch.Generator().manual_seed(8)
-    ids_TK = draw_ids(generator, 60, 8, 4, 0.5)
-    inputs = draw_inputs(generator, 60, 4, 8, 48, 72, torch.bfloat16)
-    dy = torch.randn(60, 48, generator=generator).bfloat16()
-    kept = run(ids_TK, inputs, dy)
-    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy)))
-    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy, recompute=True)))
+    ids_TK = draw_ids(generator, n_tokens, n_experts, k, 0.5)
+    inputs = draw_inputs(generator, n_tokens, k, n_experts, width, inner, torch.bfloat16)
+    dy = torch.randn(n_tokens, width, generator=generator).bfloat16()
+    with tiles(SMALL):
+        kept = run(ids_TK, inputs, dy)
+        assert all(map(torch.equal, kept, run(ids_TK, inputs, dy)))
+        assert all(map(torch.equal, kept, run(ids_TK, inputs, dy, recompute=True)))
 
 
-def shifted(rows: kernel._Rows) -> kernel._Rows:
-    return rows._replace(token_R=rows.token_R.roll(1))
+def shifted(routed: Routed) -> Routed:
+    assert routed.token_R is not None
+    return routed._replace(token_R=routed.token_R.roll(1))
 
 
-def unweighted(rows: kernel._Rows) -> kernel._Rows:
-    return rows._replace(weight_R=torch.ones_like(rows.weight_R))
+def unweighted(routed: Routed) -> Routed:
+    return routed._replace(weight_R=torch.ones_like(routed.weight_R))
 
 
-def one_row_late(rows: kernel._Rows) -> kernel._Rows:
-    return rows._replace(end_E=rows.end_E - 1)
+def one_row_late(routed: Routed) -> Routed:
+    groups = routed.groups
+    return routed._replace(groups=groups._replace(end_E=groups.end_E - 1))
 
 
-def short_tiles(rows: kernel._Rows) -> kernel._Rows:
-    return rows._replace(end_M=rows.end_M - 1)
+def short_tiles(routed: Routed) -> Routed:
+    groups = routed.groups
+    tiles = groups.tiles._replace(end_M=groups.tiles.end_M - 1)
+    return routed._replace(groups=groups._replace(tiles=tiles))
 
 
 @pytest.mark.parametrize("mistake", [shifted, unweighted, one_row_late, short_tiles])
-def test_the_comparison_notices(mistake: Callable[[kernel._Rows], kernel._Rows]) -> None:
+def test_the_comparison_notices(mistake: Callable[[Routed], Routed]) -> None:
     generator = torch.Generator().manual_seed(9)
     ids_TK = draw_ids(generator, 12, 3, 2, 0.0)
     inputs = draw_inputs(generator, 12, 2, 3, 24, 20)
     dy = torch.randn(12, 24, generator=generator)
-    right, make = oracle(ids_TK, inputs, dy), kernel._rows
-    with tiles(SMALL):
-        assert deviation(run(ids_TK, inputs, dy), right) < FP32
-        with mock.patch.object(kernel, "_rows", lambda *a: mistake(make(*a))):
-            assert not deviation(run(ids_TK, inputs, dy), right) < 0.05  # also true for NaN
+    right = oracle(ids_TK, inputs, dy)
+    with tiles(SMALL), mock.patch.object(function, "Routed", lambda *a: mistake(Routed(*a))):
+        assert not deviation(run(ids_TK, inputs, dy), right) < 0.05  # also true for NaN
 
 
 def test_self_check() -> None:
+    """In the interpreter of two plans' tiles; test_tiles_as_shipped has all."""
     assert DEVICE in kernel.DEVICE_TYPES
-    assert kernel.self_check(DEVICE) < BF16
-    make = kernel._rows
-    with mock.patch.object(kernel, "_rows", lambda *a: shifted(make(*a))):
+    some = {key: plan for key, plan in PLANS.items() if key[0] or DEVICE == "cuda"}
+    with mock.patch.object(expert_kernel, "PLANS", some):
+        assert kernel.self_check(DEVICE) < BF16
+    tokens, (one, *_) = kernel._tokens, some
+    mistake = mock.patch.object(kernel, "_tokens", lambda routed: tokens(shifted(routed)))
+    with mistake, mock.patch.object(expert_kernel, "PLANS", {one: PLANS[one]}):
         assert kernel.self_check(DEVICE) > 0.1
+    with mock.patch.object(kernel.function, "self_check", return_value=0.5) as check:
+        assert kernel.self_check(DEVICE) == 0.5
+    assert {call.args[0].args[0].plan for call in check.call_args_list} == {*PLANS.values()}
 
 
 def test_offsets_beyond_int32() -> None:
@@ -282,10 +310,6 @@ def test_bad_input_is_named() -> None:
         moe_mlp(x, ids, w, up, down.mT.contiguous().mT)
     with pytest.raises(ValueError, match=r"x_RL: expected a contiguous tensor, got strides"):
         grouped_mlp(x.t().contiguous().t(), w[:, 0].contiguous(), ids[:3, 0], up, down)
-    with pytest.raises(ValueError, match=r"topk_weights_TK: expected a tensor on .* got meta"):
-        moe_mlp(x, ids, w.to("meta"), up, down)
-    with pytest.raises(ValueError, match=r"topk_ids_TK: expected 1 to 3 \(experts\) columns"):
-        moe_mlp(x, ids.repeat(1, 2), w.repeat(1, 2), up, down)
     x, ids, w, up, down = (t.to("meta") for t in (x, ids, w, up, down))
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected at most 2147418112 elements"):
         moe_mlp(x, ids.new_empty(2**30, 2), w, up, down)
@@ -323,20 +347,19 @@ def test_nan_goes_where_the_reference_lets_it_go(where: str) -> None:
 
 
 def test_without_gradients_the_pre_activation_is_not_even_written() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ids_TK = draw_ids(generator, 9, 4, 2, 0.0).to(DEVICE)
-    x, w, up, down = (t.detach().to(DEVICE) for t in draw_inputs(generator, 9, 2, 4, 16, 16))
-    written = []
-    launch = kernel._launch
+    x, w, up, down = (
+        t.detach().to("meta") for t in draw_inputs(torch.Generator(), 9, 2, 4, 16, 16)
+    )
+    ids_TK = torch.empty(9, 2, dtype=torch.int64, device="meta")
 
-    def watched(function: object, blocks: int, tile: Tile, *arguments: object) -> None:
-        if function is expert_kernel.up_kernel:
-            written.append(arguments[4] is not None)
-        launch(function, blocks, tile, *arguments)
+    def writes() -> bool:
+        with recorded() as launches:
+            moe_mlp(x, ids_TK, w, up, down)
+        (launch,) = (one for one in launches if one.kernel is expert_kernel.up_kernel)
+        return launch.arguments[4] is not None
 
-    with mock.patch.object(kernel, "_launch", watched):
-        moe_mlp(x, ids_TK, w, up, down)
-        with torch.no_grad():
-            moe_mlp(x, ids_TK, w, up.requires_grad_(), down)
-        moe_mlp(x, ids_TK, w, up, down)
-    assert written == [False, False, True]
+    assert not writes()
+    up.requires_grad_()
+    assert writes()
+    with torch.no_grad():
+        assert not writes()

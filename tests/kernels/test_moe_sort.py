@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.drawn import drawn, st
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels import checks
-from nemo_kernels.moe import reference
+from nemo_kernels.moe import reference, sort_slots
 from nemo_kernels.moe import sort_kernel as kernel
 
 # Several blocks of slots, several steps of the running sum and several programs that write tiles,
@@ -90,7 +90,7 @@ def test_many_tokens_give_the_same_each_time(n_experts: int, k: int, skew: float
 def test_ids_out_of_range_stand_at_the_end_and_are_written_nowhere_else(ids: list[int]) -> None:
     """As on a GPU, where values are not checked."""
     ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 1)
-    with mock.patch.multiple(kernel, **SMALL), mock.patch.object(kernel, "expect_range"):
+    with mock.patch.multiple(kernel, **SMALL):
         order_R, inverse_R, counts_E = sort(ids_TK, 4)
     known = [e if 0 <= e < 4 else 4 for e in ids]
     assert order_R.tolist() == sorted(range(len(ids)), key=lambda slot: known[slot])
@@ -129,9 +129,9 @@ def test_tiles_equal_a_loop(counts: list[int], rows_per_tile: int) -> None:
 
 
 def test_tiles_of_many_rows_and_experts() -> None:
-    counts = [0] * 200 + [2**30, 0, 5, 2**29 + 1]
+    counts = [0] * 20 + [2**30, 0, 5, 2**29 + 1]
     n_rows = sum(counts)
-    with mock.patch.object(kernel, "_TILES", (512, 128)):
+    with mock.patch.object(kernel, "_TILES", (512, 16)):
         tiles = tile_table(counts, n_rows, 2**15)
     assert tiles == naive_tiles(counts, n_rows, 2**15)
 
@@ -172,7 +172,6 @@ def test_the_host_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_):
         raise AssertionError("reads a tensor's value")
 
-    monkeypatch.setattr(kernel, "expect_range", lambda *_: None)  # passes on a GPU
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "cpu", "nonzero"):
         if DEVICE == "cuda" or name != "cpu":  # the interpreter calls cpu()
             monkeypatch.setattr(Tensor, name, fail)
@@ -198,23 +197,21 @@ def test_debug_mode_checks_values_anywhere(monkeypatch: pytest.MonkeyPatch) -> N
     checks.expect_range("topk_ids_TK", "ids", ids, 8)
     on_device = torch.tensor([[0, 3]], device=DEVICE)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected ids in \[0, 3\), got 0 to 3"):
-        kernel.sort_slots(on_device, 3)
+        sort_slots(on_device, 3)
 
 
 def test_bad_input_is_named() -> None:
     ids_TK = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     too_many = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE).expand(2**16, 2**15)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected torch.int64, got torch.int32"):
-        kernel.sort_slots(ids_TK.int(), 3)
+        sort_slots(ids_TK.int(), 3)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected shape \[any, any\], got \[8\]"):
-        kernel.sort_slots(ids_TK.flatten(), 3)
+        sort_slots(ids_TK.flatten(), 3)
     with pytest.raises(ValueError, match="n_experts: expected 1 to 1024, got 1025"):
         kernel.sort_slots(ids_TK, 1025)
     with pytest.raises(ValueError, match="topk_ids_TK: expected 0 to 2147418112 routed slots, got"):
         kernel.sort_slots(too_many, 3)
     counts_E = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"counts_E: expected torch.int64, got torch.int32"):
-        kernel.tile_table(counts_E.int(), 4, 4)
     with pytest.raises(ValueError, match="n_rows: expected 0 to 2147418112 routed slots, got -1"):
         kernel.tile_table(counts_E, -1, 4)
     with pytest.raises(ValueError, match="rows_per_tile: expected 1 to 32768, got 0"):

@@ -6,20 +6,29 @@
   widened again where the rounded value is what counts.
 * No atomic operation whose result depends on an order, and no tuning at run time.
 
-What is loaded is an integer where the kernel's declaration (``shipped()``) says so of its pointer.
+What is loaded is an integer where all launches give the pointer a tensor of integers.
 """
 
 import ast
 import re
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
+import kernel_launches
 import pytest
+import torch
 
-from nemo_kernels import shipped
+from nemo_kernels import launch
 
-PACKAGE = Path(shipped.__file__).parent
+PACKAGE = Path(launch.__file__).parent
+MODULES = (
+    "nemo_kernels.moe.sort_kernel",
+    "nemo_kernels.moe.router_kernel",
+    "nemo_kernels.moe.expert_kernel",
+    "nemo_kernels.lowp.gemm_kernel",
+    "nemo_kernels.lowp.quantize_kernel",
+)
 NARROW = ("bfloat16", "float16", "float8e4nv", "float8e5")
 EXACT_CAST = {"tl.float32", "tl.int1", "tl.int32", "tl.int64"}
 IN_ANY_ORDER = {"tl.atomic_max", "tl.atomic_min"}
@@ -30,13 +39,16 @@ REARRANGING = {"tl.trans", "tl.permute", "tl.reshape"}
 TUNING = ("autotune", "heuristics")
 
 
-def pointer_kinds(declared: list[shipped.Shipped]) -> dict[str, set[str]]:
-    """Triton's types under which each pointer argument of a module is declared."""
-    kinds: dict[str, set[str]] = {}
-    for item in declared:
-        for name, kind in item.signature.items():
-            if kind.startswith("*"):
-                kinds.setdefault(name, set()).add(kind)
+@cache
+def launched() -> dict[str, dict[str, set[str]]]:
+    """For each module the types under which tensors are given to its pointer arguments."""
+    kinds: dict[str, dict[str, set[str]]] = {}
+    for (kernel, arguments, _), _ in kernel_launches.launches():
+        of_module = kinds.setdefault(kernel.fn.__module__, {})
+        for name, argument in zip(kernel.arg_names, arguments, strict=False):
+            if isinstance(argument, torch.Tensor):
+                kind = str(argument.dtype).replace("torch.", "*")
+                of_module.setdefault(name, set()).add(kind)
     return kinds
 
 
@@ -150,31 +162,46 @@ def faults(source: str, kinds: dict[str, set[str]]) -> list[str]:
     return found
 
 
-def source_of(module: ModuleType) -> str:
-    return Path(str(module.__file__)).read_text("utf-8")
+def source_of(module: str) -> str:
+    return Path(str(import_module(module).__file__)).read_text("utf-8")
 
 
-def test_every_kernel_module_is_declared() -> None:
+def test_every_kernel_module_is_known() -> None:
     files = {p.relative_to(PACKAGE.parent).as_posix() for p in PACKAGE.rglob("*.py")}
-    with_kernels = {f for f in files if "triton.jit" in (PACKAGE.parent / f).read_text("utf-8")}
-    declared = {f"{m.replace('.', '/')}.py" for m in shipped.MODULES}
-    assert with_kernels - {"nemo_kernels/shipped.py"} == declared
+    with_kernels = {f for f in files if "\n@triton.jit" in (PACKAGE.parent / f).read_text("utf-8")}
+    assert with_kernels == {f"{m.replace('.', '/')}.py" for m in MODULES}
+    assert set(launched()) == set(MODULES)
 
 
-@pytest.mark.parametrize("name", shipped.MODULES)
+def test_every_kernel_is_launched_by_launch_and_recorded() -> None:
+    recorded = {launch.kernel.__name__ for launch, _ in kernel_launches.launches()}
+    for module in MODULES:
+        functions = [n for n in ast.parse(source_of(module)).body if isinstance(n, ast.FunctionDef)]
+        kernels = {
+            f.name
+            for f in functions
+            if f.name.endswith("_kernel") and any("jit" in ast.unparse(d) for d in f.decorator_list)
+        }
+        assert kernels
+        assert kernels <= recorded
+    for file in PACKAGE.rglob("*.py"):
+        calls = (n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call))
+        direct = [ast.unparse(c) for c in calls if re.search(r"kernel\[.*\]$", ast.unparse(c.func))]
+        assert bool(direct) == (file.name == "launch.py"), direct
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_kernels_keep_the_rules(name: str) -> None:
-    module = import_module(name)
-    source = source_of(module)
+    source = source_of(name)
     assert "@triton.jit" in source
-    assert faults(source, pointer_kinds(module.shipped())) == []
+    assert faults(source, launched()[name]) == []
 
 
 def test_forgotten_widening_is_found() -> None:
     widened = re.compile(r"(other=[\d.]+\))\.to\(tl\.float32\)")
     found = 0
-    for name in shipped.MODULES:
-        module = import_module(name)
-        source, kinds = source_of(module), pointer_kinds(module.shipped())
+    for name in MODULES:
+        source, kinds = source_of(name), launched()[name]
         for match in widened.finditer(source):
             changed = source[: match.start()] + match[1] + source[match.end() :]
             assert faults(changed, kinds), match.string[match.start() - 60 : match.end()]

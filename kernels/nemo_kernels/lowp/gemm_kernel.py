@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nemo_kernels.checks import expect, expect_device
+from nemo_kernels.launch import Tile, launch
 from nemo_kernels.lowp.layout import (
     ATOM_BYTES,
     ATOM_K,
@@ -31,7 +32,6 @@ from nemo_kernels.lowp.layout import (
 )
 from nemo_kernels.lowp.operand import expect_ends
 from nemo_kernels.lowp.scales import BLOCK
-from nemo_kernels.shipped import Shipped, Tile
 
 _E2M1 = tl.constexpr("e2m1")  # a string will not do in the interpreter of Triton 3.6
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,15 +74,9 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
         return out.zero_()
     tile = _WGRAD[N % 256 == 0]
     with torch.cuda.device_of(out):
-        _wgrad_kernel[(E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
-            *_arguments(a, tile.m, tile.k),
-            *_arguments(b, tile.n, tile.k),
-            ends_E,
-            out,
-            M,
-            N,
-            **tile.options(),
-        )
+        grid = (E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+        operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
+        launch(_wgrad_kernel, grid, *operands, ends_E, out, M, N, **tile.options())
     return out
 
 
@@ -93,17 +87,10 @@ def _rows(a: Packed, b: Packed, ends_E: Tensor | None, dtype: torch.dtype) -> Te
         return out.zero_()
     tile = _ROWS[N % 256 == 0]
     with torch.cuda.device_of(out):
-        _rows_kernel[(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)](
-            *_arguments(a, tile.m, tile.k),
-            *_arguments(b, tile.n, tile.k),
-            ends_E,
-            out,
-            M,
-            N,
-            K,
-            1 if ends_E is None else len(ends_E),
-            **tile.options(),
-        )
+        grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+        operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
+        sizes = (M, N, K, 0 if ends_E is None else len(ends_E))
+        launch(_rows_kernel, grid, *operands, ends_E, out, *sizes, **tile.options())
     return out
 
 
@@ -119,19 +106,13 @@ def _arguments(x: Packed, rows: int, depth: int) -> tuple[Any, ...]:
         [columns * ATOM_BYTES, ATOM_BYTES, ATOM_BYTES // 2, 1],
     )
     return (
-        TensorDescriptor(data, *codes, _code_block(rows, depth)),
-        TensorDescriptor(x.scale, *scales, _scale_block(rows, depth)),
+        TensorDescriptor(data, *codes, [rows, depth // 2]),
+        # A dimension of a block may have at most 256 elements: an atom has two.
+        TensorDescriptor(
+            x.scale, *scales, [rows // ATOM_ROWS, depth // ATOM_K, 2, ATOM_BYTES // 2]
+        ),
         x.tensor_scale,
     )
-
-
-def _code_block(rows: int, depth: int) -> list[int]:
-    return [rows, depth // 2]
-
-
-def _scale_block(rows: int, depth: int) -> list[int]:
-    # A dimension may have at most 256 elements: an atom has two.
-    return [rows // ATOM_ROWS, depth // ATOM_K, 2, ATOM_BYTES // 2]
 
 
 def _expect_operands(
@@ -261,37 +242,3 @@ def _wgrad_kernel(
 # By whether the number of columns is a multiple of 256.
 _ROWS = {False: Tile(128, 128, 256, 8, 4), True: Tile(128, 256, 256, 8, 4)}
 _WGRAD = {False: Tile(128, 128, 128, 8, 6), True: Tile(128, 256, 128, 8, 6)}
-
-
-def shipped() -> list[Shipped]:
-    """Each kernel with each of its tiles, with results in bf16 and fp32."""
-    kernels = []
-    for dtype in ("*bf16", "*fp32"):
-        for tile in _ROWS.values():
-            sizes = ("M", "N", "K", "n_experts")
-            kernels += [
-                _declare(_rows_kernel, tile, dtype, sizes, ends_E="*i32"),
-                _declare(_rows_kernel, tile, dtype, sizes),
-            ]
-        for tile in _WGRAD.values():
-            kernels.append(_declare(_wgrad_kernel, tile, dtype, ("M", "N"), ends_E="*i32"))
-    return kernels
-
-
-def _declare(
-    kernel: Any, tile: Tile, dtype: str, sizes: tuple[str, ...], ends_E: str | None = None
-) -> Shipped:
-    signature = {"out": dtype, **dict.fromkeys(sizes, "i32")}
-    constants: dict[str, Any] = dict(tile.blocks())
-    if ends_E:
-        signature["ends_E"] = ends_E
-    else:
-        constants["ends_E"] = None
-    for name, rows in (("a", tile.m), ("b", tile.n)):
-        signature[name] = f"tensordesc<u8{_code_block(rows, tile.k)}>"
-        signature[f"{name}_scale"] = f"tensordesc<fp8e4nv{_scale_block(rows, tile.k)}>"
-        signature[f"{name}_tensor_scale"] = "*fp32"
-    native = {100: "kind::mxf4nvf4"}
-    return Shipped(
-        kernel, signature, constants, native, tile.warps, tile.stages, sizes, archs=(100,)
-    )

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemo_kernels.launch import launch
 from nemo_kernels.lowp import hadamard, rounding
 from nemo_kernels.lowp.layout import ATOM_BYTES, atoms
 from nemo_kernels.lowp.operand import Rounding
 from nemo_kernels.lowp.scales import BLOCK
-from nemo_kernels.shipped import Shipped
 
 TILE = {"B": 4, "C": 16, "num_warps": 4}
 """Column-wise, 32 bytes of codes lie together."""
@@ -89,9 +89,11 @@ def quantize(
     with torch.cuda.device_of(x_EMN):
         grid = (n_row_tiles * triton.cdiv(n, BLOCK * AMAX["C"] * AMAX["STEPS"]), n_matrices)
         transformed = bits_2S[1] if rht else None
-        amax_kernel[grid](x_EMN, plain, transformed, segment_T, *sizes, **AMAX)
+        launch(amax_kernel, grid, x_EMN, plain, transformed, segment_T, *sizes, **AMAX)
         grid = (n_row_tiles * triton.cdiv(n, BLOCK * TILE["C"]), n_matrices)
-        quantize_kernel[grid](
+        launch(
+            quantize_kernel,
+            grid,
             x_EMN,
             segment_T,
             *_side(rows, made[0], bits_2S[0]),
@@ -266,7 +268,7 @@ def _write_tensor_scales(amax_S, scale_S, first, S):
     tl.store(scale_S + s, tl.div_rn(amax, 2688.0), mask=s < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def amax_kernel(
     x_EMN, amax_S, transformed_amax_S, segment_T, M, N, S,
     B: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
@@ -394,7 +396,7 @@ def _quantize_side(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "row_seed", "column_seed"])
 def quantize_kernel(
     x_EMN, segment_T,
     row_amax_S, row_data, row_scale, row_tensor_scale_S, row_seed: tl.int64,
@@ -416,57 +418,3 @@ def quantize_kernel(
             x_EMN, segment_T, column_amax_S, column_data, column_scale, column_tensor_scale_S,
             column_seed, M, N, S, True, SQUARE, RHT, COLUMN_RANDOM, B, C,
         )  # fmt: skip
-
-
-def shipped() -> list[Shipped]:
-    """The operands of training's products, decoded and as codes: of activations, of gradients, of
-    weights, and without the transform, random bits or 16x16 blocks."""
-    tile, sizes = {"B": TILE["B"], "C": TILE["C"]}, {"M": "i32", "N": "i32", "S": "i32"}
-    kernels = []
-
-    def declare(kernel: Any, values: dict[str, Any], types: dict[str, str], *archs: int) -> None:
-        """Arguments without a type are None or constexpr."""
-        kernels.append(Shipped(kernel, types, values, {}, TILE["num_warps"], 3, ("M", "N"), archs))
-
-    for x in ("*bf16", "*fp32"):
-        types = {"x_EMN": x, "segment_T": "*i32", **sizes}
-        both = {"amax_S": "*i32", "transformed_amax_S": "*i32"}
-        for missing in (None, *both):
-            kinds = {**types, **{name: k for name, k in both.items() if name != missing}}
-            steps = {name: AMAX[name] for name in ("B", "C", "STEPS")}
-            values = {**steps, **({missing: None} if missing else {})}
-            declare(amax_kernel, values, kinds, 90, 100)
-        for how in _COMBINATIONS:
-            for packed, arch in ((False, 90), (True, 100)):
-                kinds, values = {**types, "row_seed": "i64", "column_seed": "i64"}, {**tile}
-                for side, wanted in (("row", how.rows), ("column", how.columns)):
-                    data = "*i32" if packed else "*bf16"
-                    names = {"amax_S": "*i32", "data": data, "scale": "*u8"}
-                    for name, kind in {**names, "tensor_scale_S": "*fp32"}.items():
-                        if wanted and (packed or name != "scale"):
-                            kinds[f"{side}_{name}"] = kind
-                        else:
-                            values[f"{side}_{name}"] = None
-                values |= {"SQUARE": how.square, "RHT": how.rht, "COLUMN_RANDOM": how.random}
-                values["ROW_RANDOM"] = how.random and how.rows
-                declare(quantize_kernel, values, kinds, arch)
-    return kernels
-
-
-class _Combination(NamedTuple):
-    rows: bool
-    columns: bool
-    square: bool = False
-    rht: bool = False
-    random: bool = False
-
-
-_COMBINATIONS = (
-    _Combination(True, True, rht=True),
-    _Combination(True, True, rht=True, random=True),
-    _Combination(True, False, square=True),
-    _Combination(True, True, square=True),
-    _Combination(True, False),
-    _Combination(True, True),
-    _Combination(True, True, random=True),
-)

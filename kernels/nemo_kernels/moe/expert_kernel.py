@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_kernels.shipped import Shipped, Tile
+from nemo_kernels.launch import Tile
 
 
 @triton.jit
@@ -240,61 +240,3 @@ def plan(dtype: torch.dtype, rows: int, experts: int, *widths: int) -> Plan:
     if any(width % 16 for width in widths):
         return PLAIN
     return PLANS[rows < FEW_ROWS * experts, widths[0] % WIDE == 0]
-
-
-def shipped() -> list[Shipped]:
-    """Each kernel with each of its tiles: in bf16, with products and weights' gradients also in
-    fp32, and in fp32; combining as many slots as published models have."""
-    matrix, plain = {90: "wgmma", 100: "tcgen05"}, dict.fromkeys((90, 100), "fma.rn.f32")
-    kernels = _shipped("*bf16", {*PLANS.values()}, matrix, aligned=True)
-    kernels += _shipped("*bf16", {PLAIN}, matrix, aligned=False)
-    kernels += _shipped("*fp32", {FP32}, plain, aligned=False)
-    combine = {"y_RL": "*bf16", "inverse_R": "*i64", "out_TL": "*bf16", "L": "i32"}
-    for slots in (6, 22):
-        constants = {"n_slots": slots, "BLOCK_N": COMBINED}
-        kernels.append(Shipped(combine_kernel, combine, constants, {}, 4, 3, ("L",)))
-    return kernels
-
-
-def _shipped(x: str, plans: set[Plan], instruction: dict[int, str], aligned: bool) -> list[Shipped]:
-    """Products of operands of type x; ``aligned``: of widths that are multiples of 16."""
-    tiles = {"expert_M": "*i32", "first_M": "*i32", "end_M": "*i32", "L": "i32", "F": "i32"}
-    gathered = {"token_R": "*i32", "w_EFL": x, "weight_R": "*fp32"}
-    up = {"x_TL": x, **gathered, "h_RF": x, "act_RF": x, **tiles}
-    down = {"dy_TL": x, "w_ELF": x, "token_R": "*i32", "weight_R": "*fp32", "h_RF": x, "dh_RF": x}
-    down = {**down, "act_RF": x, "dweight_RN": "*fp32", **tiles}
-    product = {"a_RP": x, "b_EPQ": x, "out_RQ": x, "P": "i32", "Q": "i32", "stride_P": "i32"}
-    product = {**product, "stride_Q": "i32", "expert_M": "*i32", "first_M": "*i32", "end_M": "*i32"}
-    wgrad = {"row_RF": x, "gathered_TL": x, "token_R": "*i32", "end_E": "*i32", "L": "i32"}
-    wgrad = {**wgrad, "F": "i32", "stride_F": "i32", "stride_L": "i32"}
-
-    def declare(
-        kernel: object, tile: Tile, signature: dict[str, str], **fixed: int | None
-    ) -> Shipped:
-        kept = {name: kind for name, kind in signature.items() if name not in fixed}
-        sizes = tuple(name for name, kind in kept.items() if kind[0] != "*") if aligned else ()
-        constants = {**fixed, **tile.blocks()}
-        return Shipped(kernel, kept, constants, instruction, tile.warps, tile.stages, sizes)
-
-    kernels = []
-    for tile in sorted({plan.up for plan in plans}):
-        kernels += [
-            declare(up_kernel, tile, up),
-            declare(up_kernel, tile, up, h_RF=None),
-            declare(up_kernel, tile, up, act_RF=None),
-            declare(down_dgrad_kernel, tile, down),
-        ]
-        if x != "*fp32":  # with which all products are
-            wide = {**product, "out_RQ": "*fp32"}
-            kernels += [
-                declare(rows_kernel, tile, wide, **{s: 1}) for s in ("stride_P", "stride_Q")
-            ]
-    for tile in sorted({plan.down for plan in plans}):
-        kernels += [declare(rows_kernel, tile, product, **{s: 1}) for s in ("stride_P", "stride_Q")]
-    for tile in sorted({plan.wgrad for plan in plans}):
-        kernels += [
-            declare(wgrad_kernel, tile, {**wgrad, "out_EFL": kind}, **{stride: 1})
-            for kind in sorted({x, "*fp32"})
-            for stride in ("stride_F", "stride_L")
-        ]
-    return kernels

@@ -7,7 +7,7 @@ work, F expert inner width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,42 +32,62 @@ class Slots(NamedTuple):
     """int64: slots per expert."""
 
 
-class Experts(Protocol):
-    """An implementation of the expert MLP on rows sorted by expert. It may leave results in fp32.
+class Routed(NamedTuple):
+    """What experts work on: slots sorted by expert, and the tokens that they belong to."""
 
-    ``groups`` is counts_E in whatever form the implementation needs.
-    """
+    x_TL: Tensor
+    token_R: Tensor | None
+    """int32: each slot's token; None: tokens are the sorted slots, T = R."""
+    weight_R: Tensor
+    groups: Any
+    """Slots per expert, as `Experts.groups` makes them."""
+    w_up_EFL: Tensor
+    w_down_ELF: Tensor
+    """Both perhaps in fp32, where x is not."""
 
-    def groups(self, counts_E: Tensor) -> Any: ...
+    def rows(self, t_TL: Tensor) -> Tensor:
+        """Of each slot's token: [R, L]."""
+        return t_TL if self.token_R is None else t_TL.index_select(0, self.token_R)
 
-    def forward(
-        self, x_RL: Tensor, weights_R: Tensor, groups: Any, w_up_EFL: Tensor, w_down_ELF: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Output y_RL and the pre-activation h_RF in x's dtype."""
+    @property
+    def up_EFL(self) -> Tensor:
+        """In x's dtype, as `down_ELF`."""
+        return self.w_up_EFL.to(self.x_TL.dtype)
 
-    def pre_activation(self, x_RL: Tensor, groups: Any, w_up_EFL: Tensor) -> Tensor:
+    @property
+    def down_ELF(self) -> Tensor:
+        return self.w_down_ELF.to(self.x_TL.dtype)
+
+
+class Experts:
+    """An implementation of the expert MLP. It may leave results in another dtype than x's."""
+
+    def groups(self, counts_E: Tensor, n_rows: int) -> Any:
+        """``counts_E``, whose sum is n_rows, in the form that the implementation needs."""
+        raise NotImplementedError
+
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Output y_RL, and if it is to be kept the pre-activation h_RF in x's dtype."""
+        raise NotImplementedError
+
+    def pre_activation(self, routed: Routed) -> Tensor:
         """h_RF, to the bit that of forward."""
+        raise NotImplementedError
 
-    def backward(
-        self,
-        dy_RL: Tensor,
-        h_RF: Tensor,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: Any,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
-        """Gradients of x_RL, weights_R, w_up_EFL, w_down_ELF; zero for experts without rows."""
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
+        """Gradients of x for each slot [R, L], weight_R, w_up_EFL and w_down_ELF; zero for experts
+        without slots. ``dy_TL``, contiguous, has rows as x has."""
+        raise NotImplementedError
+
+    def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
+        """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]."""
+        if not len(inverse_TK):
+            return y_RL.new_zeros(0, y_RL.shape[1])
+        return F.embedding_bag(inverse_TK, y_RL, mode="sum")
 
 
-class ExpertMLP(torch.autograd.Function):
-    """Both entry points. ``slots`` None: x is sorted already, and results are not combined.
-
-    Keeps its inputs (not their K-fold gather), the sort and, without ``recompute``, the
-    pre-activation.
-    """
+class _ExpertMLP(torch.autograd.Function):
+    """Keeps its inputs (not their K-fold gather), the sort and, if asked, the pre-activation."""
 
     @staticmethod
     def forward(
@@ -79,57 +99,42 @@ class ExpertMLP(torch.autograd.Function):
         counts_E: Tensor,
         w_up_EFL: Tensor,
         w_down_ELF: Tensor,
-        recompute: bool,
+        keep: bool,
     ) -> Tensor:
-        ctx.experts, ctx.groups, ctx.shape = experts, experts.groups(counts_E), weights.shape
-        ctx.weight_dtype = w_up_EFL.dtype
-        w_up_EFL, w_down_ELF = w_up_EFL.to(x_TL.dtype), w_down_ELF.to(x_TL.dtype)
-        token_R = inverse_R = None
+        token_R = inverse_TK = None
+        weight_R = weights
         if slots is not None:
-            token_R = slots.order_R.div(weights.shape[1], rounding_mode="floor")
-            inverse_R = slots.inverse_R
-            weights = weights.reshape(-1).index_select(0, slots.order_R)
-        x_RL = _gathered(x_TL, token_R)
-        y_RL, h_RF = experts.forward(x_RL, weights, ctx.groups, w_up_EFL, w_down_ELF)
-        kept = None if recompute else h_RF
-        ctx.save_for_backward(kept, x_TL, token_R, inverse_R, weights, w_up_EFL, w_down_ELF)
-        return combine(y_RL, inverse_R, len(x_TL)).to(x_TL.dtype)
+            token_R = slots.order_R.div(weights.shape[1], rounding_mode="floor").int()
+            inverse_TK = slots.inverse_R.view(weights.shape)
+            weight_R = weights.reshape(-1).index_select(0, slots.order_R)
+        groups = experts.groups(counts_E, weights.numel())
+        routed = Routed(x_TL, token_R, weight_R, groups, w_up_EFL, w_down_ELF)
+        y_RL, h_RF = experts.forward(routed, keep)
+        ctx.experts, ctx.groups = experts, groups
+        kept = h_RF if keep else None
+        ctx.save_for_backward(x_TL, token_R, weight_R, w_up_EFL, w_down_ELF, inverse_TK, kept)
+        return _combined(experts, y_RL, inverse_TK).to(x_TL.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TL: Tensor) -> tuple[Tensor | None, ...]:
-        h_RF, x_TL, token_R, inverse_R, weights_R, w_up_EFL, w_down_ELF = ctx.saved_tensors
-        dy_RL, x_RL = _gathered(dy_TL, token_R).contiguous(), _gathered(x_TL, token_R)
+        experts: Experts = ctx.experts
+        *given, w_up_EFL, w_down_ELF, inverse_TK, h_RF = ctx.saved_tensors
+        routed = Routed(*given, ctx.groups, w_up_EFL, w_down_ELF)
         if h_RF is None:
-            h_RF = ctx.experts.pre_activation(x_RL, ctx.groups, w_up_EFL)
+            h_RF = experts.pre_activation(routed)
         wanted = ctx.needs_input_grad[5:7]
-        dx_RL, dweights, dup_EFL, ddown_ELF = ctx.experts.backward(
-            dy_RL, h_RF, x_RL, weights_R, ctx.groups, w_up_EFL, w_down_ELF, wanted
-        )
-        return (
-            None,
-            combine(dx_RL, inverse_R, len(x_TL)).to(x_TL.dtype),
-            _gathered(dweights, inverse_R).view(ctx.shape).to(weights_R.dtype),
-            None,
-            None,
-            None if dup_EFL is None else dup_EFL.to(ctx.weight_dtype),
-            None if ddown_ELF is None else ddown_ELF.to(ctx.weight_dtype),
-            None,
-        )
+        dx_RL, dweights, *dmatrices = experts.backward(routed, h_RF, dy_TL.contiguous(), wanted)
+        dx_TL = _combined(experts, dx_RL, inverse_TK).to(routed.x_TL.dtype)
+        if inverse_TK is not None:
+            dweights = dweights.index_select(0, inverse_TK.flatten()).view(inverse_TK.shape)
+        dup_EFL, ddown_ELF = (None if d is None else d.to(w_up_EFL.dtype) for d in dmatrices)
+        dweights = dweights.to(routed.weight_R.dtype)
+        return None, dx_TL, dweights, None, None, dup_EFL, ddown_ELF, None
 
 
-def _gathered(t: Tensor, places: Tensor | None) -> Tensor:
-    return t if places is None else t.index_select(0, places)
-
-
-def combine(y_RL: Tensor, inverse_R: Tensor | None, n_tokens: int) -> Tensor:
-    """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]. Without
-    ``inverse_R``: the rows."""
-    if inverse_R is None:
-        return y_RL
-    if not n_tokens:
-        return y_RL.new_zeros(0, y_RL.shape[1])
-    return F.embedding_bag(inverse_R.view(n_tokens, -1), y_RL, mode="sum")
+def _combined(experts: Experts, y_RL: Tensor, inverse_TK: Tensor | None) -> Tensor:
+    return y_RL if inverse_TK is None else experts.combine(y_RL, inverse_TK)
 
 
 def grouped_mlp(
@@ -142,9 +147,8 @@ def grouped_mlp(
     recompute: bool = False,
 ) -> Tensor:
     """``nemo_kernels.moe.grouped_mlp`` by an implementation of the experts."""
-    return ExpertMLP.apply(
-        experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute
-    )
+    keep = _keeps(recompute, x_RL, weights_R, w_up_EFL, w_down_ELF)
+    return _ExpertMLP.apply(experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, keep)
 
 
 def moe_mlp(
@@ -160,9 +164,15 @@ def moe_mlp(
 ) -> Tensor:
     """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts."""
     slots = sort(topk_ids_TK, w_up_EFL.shape[0])
-    return ExpertMLP.apply(
-        experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute
+    keep = _keeps(recompute, x_TL, topk_weights_TK, w_up_EFL, w_down_ELF)
+    return _ExpertMLP.apply(
+        experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, keep
     )
+
+
+def _keeps(recompute: bool, *inputs: Tensor) -> bool:
+    """Whether the pre-activation is kept for a backward pass."""
+    return not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 def self_check(

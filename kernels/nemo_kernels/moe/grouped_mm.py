@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from nemo_kernels.moe import function, reference
-from nemo_kernels.moe.function import Gradients, Wanted
+from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
 from nemo_kernels.moe.reference import accumulation_dtype, sort_slots, topk_router
 
 __all__ = [
@@ -27,55 +27,44 @@ _ALIGNMENT = 16
 """Bytes to which grouped_mm needs rows aligned on a GPU."""
 
 
-class GroupedMMExperts:
+class GroupedMMExperts(Experts):
     """The expert MLP, all experts in each matrix product."""
 
-    def groups(self, counts_E: Tensor) -> Tensor:
+    def groups(self, counts_E: Tensor, n_rows: int) -> Tensor:
         return counts_E.cumsum(0).int()
 
-    def forward(
-        self, x_RL: Tensor, weights_R: Tensor, groups: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        h_RF = self.pre_activation(x_RL, groups, w_up_EFL)
-        act_RF = h_RF.to(accumulation_dtype(x_RL)).relu()
-        act_RF = act_RF.square_().mul_(weights_R[:, None]).to(x_RL.dtype)
-        return grouped_mm(act_RF, w_down_ELF.mT, offs=groups), h_RF
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
+        h_RF, dtype = self.pre_activation(routed), routed.x_TL.dtype
+        act_RF = h_RF.to(accumulation_dtype(h_RF)).relu()
+        act_RF = act_RF.square_().mul_(routed.weight_R[:, None]).to(dtype)
+        return grouped_mm(act_RF, routed.down_ELF.mT, offs=routed.groups), h_RF
 
-    def pre_activation(self, x_RL: Tensor, groups: Tensor, w_up_EFL: Tensor) -> Tensor:
+    def pre_activation(self, routed: Routed) -> Tensor:
         """Raises ValueError for rows that cannot be aligned."""
-        n_experts, *widths = w_up_EFL.shape
-        if not supports(x_RL.dtype, n_experts, 1, *widths):
+        dtype, (n_experts, *widths) = routed.x_TL.dtype, routed.w_up_EFL.shape
+        if not supports(dtype, n_experts, 1, *widths):
             raise ValueError(
-                f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // x_RL.dtype.itemsize} "
-                f"for {x_RL.dtype} (path grouped_mm of op moe), got {list(w_up_EFL.shape)}; path "
-                "reference takes any"
+                f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // dtype.itemsize} for "
+                f"{dtype} (path grouped_mm of op moe), got {[n_experts, *widths]}; path reference "
+                "takes any"
             )
-        return grouped_mm(x_RL, w_up_EFL.mT, offs=groups)
+        return grouped_mm(routed.rows(routed.x_TL), routed.up_EFL.mT, offs=routed.groups)
 
-    def backward(
-        self,
-        dy_RL: Tensor,
-        h_RF: Tensor,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
-        acc, weights_R1 = accumulation_dtype(x_RL), weights_R[:, None]
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
+        dtype, acc, groups = h_RF.dtype, accumulation_dtype(h_RF), routed.groups
+        dy_RL, weight_R1 = routed.rows(dy_TL), routed.weight_R[:, None]
         relu_RF = h_RF.to(acc).relu()
-        dh_RF = grouped_mm(dy_RL, w_down_ELF, offs=groups).to(acc).mul_(relu_RF)
-        dweights_R = torch.linalg.vecdot(dh_RF, relu_RF)
+        dh_RF = grouped_mm(dy_RL, routed.down_ELF, offs=groups).to(acc).mul_(relu_RF)
+        dweight_R = torch.linalg.vecdot(dh_RF, relu_RF)
         dup_EFL = ddown_ELF = None
         if wanted[1]:
-            act_RF = relu_RF.square_().mul_(weights_R1).to(x_RL.dtype)
+            act_RF = relu_RF.square_().mul_(weight_R1).to(dtype)
             ddown_ELF = grouped_mm(dy_RL.t(), act_RF, offs=groups)
-        dh_RF = dh_RF.mul_(2 * weights_R1).to(x_RL.dtype)
-        dx_RL = grouped_mm(dh_RF, w_up_EFL, offs=groups)
+        dh_RF = dh_RF.mul_(2 * weight_R1).to(dtype)
+        dx_RL = grouped_mm(dh_RF, routed.up_EFL, offs=groups)
         if wanted[0]:
-            dup_EFL = grouped_mm(dh_RF.t(), x_RL, offs=groups)
-        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+            dup_EFL = grouped_mm(dh_RF.t(), routed.rows(routed.x_TL), offs=groups)
+        return dx_RL, dweight_R, dup_EFL, ddown_ELF
 
 
 grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())

@@ -20,16 +20,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nemo_kernels import backend
-from nemo_kernels.checks import expect_device
+from nemo_kernels.launch import Tile, launch
 from nemo_kernels.moe import expert_kernel, function, reference
 from nemo_kernels.moe.expert_kernel import Plan
-from nemo_kernels.moe.function import Slots
+from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
 from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
-from nemo_kernels.shipped import Tile
 
 __all__ = [
     "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
@@ -44,87 +42,62 @@ _MAX_MATRIX = 2**31
 """Elements of one expert's matrix: offsets within it are int32."""
 
 
-class _Rows(NamedTuple):
-    """Rows sorted by expert, as the kernels need to know them."""
+class Groups(NamedTuple):
+    """Rows sorted by expert, as the kernels need to know them; all int32."""
 
-    token_R: Tensor
-    """int32: the row of x that belongs to each."""
-    weight_R: Tensor
     end_E: Tensor
-    """int32: the row after the last one of each expert."""
-    expert_M: Tensor
-    first_M: Tensor
-    end_M: Tensor
-
-    @property
-    def tiles(self) -> tuple[Tensor, ...]:
-        return self[3:]
+    """The row after the last one of each expert."""
+    tiles: Tiles
 
 
-class _Experts(torch.autograd.Function):
-    """Both entry points. ``slots`` None: x is sorted already and results are not combined."""
+class TritonExperts(Experts):
+    """The expert MLP by kernels with the tiles of a plan."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TL: Tensor,
-        weights: Tensor,
-        slots: Slots | None,
-        counts_E: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        plan: Plan,
-        keep: bool,
-    ) -> Tensor:
-        inverse_R = None if slots is None else slots.inverse_R
-        rows = _rows(weights, slots, counts_E, plan.up.m)
-        act_RF = x_TL.new_empty(weights.numel(), w_up_EFL.shape[1])
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def groups(self, counts_E: Tensor, n_rows: int) -> Groups:
+        # Rows that do not exist are not read, whatever the counts.
+        end_E = counts_E.cumsum(0).clamp_(0, n_rows).int()
+        return Groups(end_E, tile_table(counts_E, n_rows, self.plan.up.m))
+
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor | None]:
+        act_RF = _empty_inner(routed)
         h_RF = torch.empty_like(act_RF) if keep else None
-        _up(plan.up, x_TL, rows, w_up_EFL, h_RF, act_RF)
-        y_RL = _product(plan.down, act_RF, rows, w_down_ELF.mT)
-        ctx.plan = plan
-        ctx.save_for_backward(x_TL, weights, inverse_R, w_up_EFL, w_down_ELF, h_RF, *rows)
-        return y_RL if inverse_R is None else _combine(y_RL, inverse_R, weights.shape[1])
+        up(self.plan.up, routed, h_RF, act_RF)
+        return product(self.plan.down, act_RF, routed.groups.tiles, routed.down_ELF.mT), h_RF
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TL: Tensor) -> tuple[Tensor | None, ...]:
-        x_TL, weights, inverse_R, w_up_EFL, w_down_ELF, h_RF, *tensors = ctx.saved_tensors
-        plan, rows = ctx.plan, _Rows(*tensors)
-        dy_TL = dy_TL.contiguous()
-        if h_RF is None:
-            h_RF = x_TL.new_empty(weights.numel(), w_up_EFL.shape[1])
-            _up(plan.up, x_TL, rows, w_up_EFL, h_RF, None)
-        dh_RF, act_RF, dweights = _down_dgrad(plan.up, dy_TL, h_RF, rows, w_down_ELF)
+    def pre_activation(self, routed: Routed) -> Tensor:
+        h_RF = _empty_inner(routed)
+        up(self.plan.up, routed, h_RF, None)
+        return h_RF
+
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
+        plan, token_R, (end_E, tiles) = self.plan, _tokens(routed), routed.groups
+        dh_RF, act_RF, dweight_R = down_dgrad(plan.up, routed, h_RF, dy_TL)
         dup_EFL = ddown_ELF = None
-        if ctx.needs_input_grad[5]:
-            ddown_ELF = torch.empty_like(w_down_ELF)
-            _wgrad(plan.wgrad, act_RF, dy_TL, rows.token_R, rows.end_E, ddown_ELF.mT)
+        if wanted[1]:
+            ddown_ELF = torch.empty_like(routed.w_down_ELF)
+            wgrad(plan.wgrad, act_RF, dy_TL, token_R, end_E, ddown_ELF.mT)
         del act_RF
-        if ctx.needs_input_grad[4]:
-            dup_EFL = torch.empty_like(w_up_EFL)
-            _wgrad(plan.wgrad, dh_RF, x_TL, rows.token_R, rows.end_E, dup_EFL)
-        dx_TL = _product(plan.down, dh_RF, rows, w_up_EFL)
-        if inverse_R is not None:
-            dx_TL = _combine(dx_TL, inverse_R, weights.shape[1])
-            dweights = dweights.index_select(0, inverse_R).view_as(weights)
-        return dx_TL, dweights.to(weights.dtype), None, None, dup_EFL, ddown_ELF, None, None
+        if wanted[0]:
+            dup_EFL = torch.empty_like(routed.w_up_EFL)
+            wgrad(plan.wgrad, dh_RF, routed.x_TL, token_R, end_E, dup_EFL)
+        return product(plan.down, dh_RF, tiles, routed.up_EFL), dweight_R, dup_EFL, ddown_ELF
+
+    def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
+        (n_tokens, k), width, columns = inverse_TK.shape, y_RL.shape[1], expert_kernel.COMBINED
+        out_TL = y_RL.new_empty(n_tokens, width)
+        if out_TL.numel():
+            grid = (n_tokens * triton.cdiv(width, columns),)
+            arguments = (y_RL, inverse_TK, out_TL, width, k, columns)
+            launch(expert_kernel.combine_kernel, grid, *arguments, num_warps=4, num_stages=3)
+        return out_TL
 
 
-def _apply(
-    x_TL: Tensor,
-    weights: Tensor,
-    slots: Slots | None,
-    counts_E: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool,
-) -> Tensor:
+def _planned(x_TL: Tensor, n_rows: int, w_up_EFL: Tensor) -> TritonExperts:
     n_experts, inner, width = w_up_EFL.shape
-    plan = expert_kernel.plan(x_TL.dtype, weights.numel(), n_experts, width, inner)
-    differentiable = any(t.requires_grad for t in (x_TL, weights, w_up_EFL, w_down_ELF))
-    keep = not recompute and torch.is_grad_enabled() and differentiable
-    return _Experts.apply(x_TL, weights, slots, counts_E, w_up_EFL, w_down_ELF, plan, keep)
+    return TritonExperts(expert_kernel.plan(x_TL.dtype, n_rows, n_experts, width, inner))
 
 
 def grouped_mlp(
@@ -138,12 +111,15 @@ def grouped_mlp(
     """``nemo_kernels.moe.grouped_mlp``. Keeps the inputs and, without recompute, h [R, F].
 
     Raises:
-        ValueError: dtype, device, contiguity or size that the kernels do not take.
+        ValueError: dtype, contiguity or size that the kernels do not take.
     """
     slots = {"weights_R": weights_R, "counts_E": counts_E}
     _check({"x_RL": x_RL}, slots, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
+    experts = _planned(x_RL, weights_R.numel(), w_up_EFL)
     with torch.cuda.device_of(x_RL):
-        return _apply(x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute)
+        return function.grouped_mlp(
+            experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
+        )
 
 
 def moe_mlp(
@@ -157,35 +133,14 @@ def moe_mlp(
     """``nemo_kernels.moe.moe_mlp``. Keeps the inputs, the sort and, without recompute, h [R, F].
 
     Raises:
-        ValueError: dtype, device, contiguity or size that the kernels do not take.
+        ValueError: dtype, contiguity or size that the kernels do not take.
     """
-    n_experts, k = w_up_EFL.shape[0], topk_ids_TK.shape[1]
     choices = {"topk_ids_TK": topk_ids_TK, "topk_weights_TK": topk_weights_TK}
     _check({"x_TL": x_TL}, choices, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
-    if not 0 < k <= n_experts:
-        raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
+    experts = _planned(x_TL, topk_ids_TK.numel(), w_up_EFL)
+    arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
     with torch.cuda.device_of(x_TL):
-        slots = sort_slots(topk_ids_TK, n_experts)
-        return _apply(x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, recompute)
-
-
-def rows_products(tile: Tile, a_RP: Tensor, counts_E: Tensor, b_EPQ: Tensor) -> Tensor:
-    """Each row times its expert's matrix, in fp32: [R, Q]. Rows after the last expert's are not
-    written. a is contiguous, one stride of b's matrices is 1; both have one dtype."""
-    out_RQ = a_RP.new_empty(len(a_RP), b_EPQ.shape[2], dtype=torch.float32)
-    with torch.cuda.device_of(a_RP):
-        _product(tile, a_RP, tile_table(counts_E, len(a_RP), tile.m), b_EPQ, out_RQ)
-    return out_RQ
-
-
-def outer_products(tile: Tile, a_RF: Tensor, b_RL: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's sum over its rows of the outer products, in fp32: [E, F, L]. Expert e's rows
-    end before ends_E[e] (int32)."""
-    out_EFL = a_RF.new_empty(ends_E.numel(), a_RF.shape[1], b_RL.shape[1], dtype=torch.float32)
-    token_R = torch.arange(len(a_RF), dtype=torch.int32, device=a_RF.device)
-    with torch.cuda.device_of(a_RF):
-        _wgrad(tile, a_RF, b_RL, token_R, ends_E, out_EFL)
-    return out_EFL
+        return function.moe_mlp(experts, *arguments, sort=sort_slots)
 
 
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
@@ -210,17 +165,14 @@ def self_check(device_type: str) -> float:
         (x_TD, weight_ED),
     )
     experts = [
-        function.self_check(partial(_moe, plan), reference.moe_mlp, device_type)
+        function.self_check(
+            partial(function.moe_mlp, TritonExperts(plan), sort=sort_slots),
+            reference.moe_mlp,
+            device_type,
+        )
         for plan in {*expert_kernel.PLANS.values()}
     ]
     return max(router, *experts)
-
-
-def _moe(
-    plan: Plan, x_TL: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFL: Tensor, down_ELF: Tensor
-) -> Tensor:
-    slots = sort_slots(ids_TK, up_EFL.shape[0])
-    return _Experts.apply(x_TL, weights_TK, slots, slots.counts_E, up_EFL, down_ELF, plan, True)
 
 
 def _problem(n_experts: int, elements: int) -> str:
@@ -232,109 +184,83 @@ def _problem(n_experts: int, elements: int) -> str:
     return ""
 
 
-def _check(x: dict[str, Tensor], slots: dict[str, Tensor], **others: Tensor) -> None:
-    """Raise ValueError for what the kernels do not take, from shapes, dtypes and devices alone. The
-    first of ``slots`` has an element per slot."""
-    (x_TL,), (slot_name, slot_TK) = x.values(), next(iter(slots.items()))
-    tensors = {**slots, **others}
-    expect_device(x_TL, **tensors)
-    for name, t in {**x, **tensors}.items():
+def _check(x: dict[str, Tensor], slots: dict[str, Tensor], **matrices: Tensor) -> None:
+    """Raise ValueError for what the kernels do not take, from shapes and dtypes alone. The first of
+    ``slots`` has an element per slot."""
+    for name, t in {**x, **slots, **matrices}.items():
         if not t.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
-    for name, t in {**x, **others}.items():
+    for name, t in {**x, **matrices}.items():
         if t.dtype not in _DTYPES:
             raise ValueError(f"{name}: expected one of {_DTYPES}, got {t.dtype}")
+    slot_name, slot_TK = next(iter(slots.items()))
     if slot_TK.numel() > MAX_ROWS:
         raise ValueError(
             f"{slot_name}: expected at most {MAX_ROWS} elements, got {slot_TK.numel()}"
         )
-    n_experts, inner, width = others["w_up_EFL"].shape
+    n_experts, inner, width = matrices["w_up_EFL"].shape
     problem = _problem(n_experts, inner * width)
     if problem:
         raise ValueError(f"w_up_EFL: {problem} (path triton of op moe)")
 
 
-def _rows(weights: Tensor, slots: Slots | None, counts_E: Tensor, rows_per_tile: int) -> _Rows:
-    n_rows = weights.numel()
-    if slots is None:
-        token_R = torch.arange(n_rows, dtype=torch.int32, device=weights.device)
-        weight_R = weights
-    else:
-        token_R = slots.order_R.int().div_(weights.shape[1], rounding_mode="floor")
-        weight_R = weights.view(-1).index_select(0, slots.order_R)
-    # Rows that do not exist are not read, whatever the counts.
-    end_E = counts_E.cumsum(0).clamp_(0, n_rows).int()
-    return _Rows(token_R, weight_R, end_E, *tile_table(counts_E, n_rows, rows_per_tile))
+def _tokens(routed: Routed) -> Tensor:
+    """int32: the row of x that belongs to each slot."""
+    if routed.token_R is not None:
+        return routed.token_R
+    return torch.arange(len(routed.x_TL), dtype=torch.int32, device=routed.x_TL.device)
 
 
-def _launch(kernel: Any, blocks: int, tile: Tile, *arguments: Any) -> None:
-    kernel[(blocks,)](*arguments, **tile.options())
+def _empty_inner(routed: Routed) -> Tensor:
+    """[R, F] in x's dtype."""
+    return routed.x_TL.new_empty(len(routed.weight_R), routed.w_up_EFL.shape[1])
 
 
-def _over_tiles(
-    kernel: Any, rows: _Rows | Tiles, tile: Tile, columns: int, *arguments: Any
-) -> None:
-    blocks = rows.expert_M.numel() * triton.cdiv(columns, tile.n)
-    _launch(kernel, blocks, tile, *arguments)
+def _over_tiles(kernel: Any, tiles: Tiles, tile: Tile, columns: int, *arguments: Any) -> None:
+    blocks = tiles.expert_M.numel() * triton.cdiv(columns, tile.n)
+    launch(kernel, (blocks,), *arguments, **tile.options())
 
 
-def _up(
-    tile: Tile, x_TL: Tensor, rows: _Rows, w_EFL: Tensor, h_RF: Tensor | None, act_RF: Tensor | None
-) -> None:
+def up(tile: Tile, routed: Routed, h_RF: Tensor | None, act_RF: Tensor | None) -> None:
     """Write h and act, those that are given."""
-    _, inner, width = w_EFL.shape
-    arguments = (x_TL, rows.token_R, w_EFL.to(x_TL.dtype), rows.weight_R, h_RF, act_RF)
-    _over_tiles(expert_kernel.up_kernel, rows, tile, inner, *arguments, *rows.tiles, width, inner)
+    _, inner, width = routed.w_up_EFL.shape
+    tiles, operands = routed.groups.tiles, (routed.x_TL, _tokens(routed), routed.up_EFL)
+    arguments = (*operands, routed.weight_R, h_RF, act_RF, *tiles, width, inner)
+    _over_tiles(expert_kernel.up_kernel, tiles, tile, inner, *arguments)
 
 
-def _product(
-    tile: Tile, a_RD: Tensor, rows: _Rows | Tiles, b_EDO: Tensor, out_RO: Tensor | None = None
+def product(
+    tile: Tile, a_RD: Tensor, tiles: Tiles, b_EDO: Tensor, out_RO: Tensor | None = None
 ) -> Tensor:
     """Each row times its expert's matrix."""
-    b_EDO = b_EDO.to(a_RD.dtype)
     _, depth, columns = b_EDO.shape
     if out_RO is None:
         out_RO = a_RD.new_empty(a_RD.shape[0], columns)
-    tiles = (rows.expert_M, rows.first_M, rows.end_M)
     arguments = (a_RD, b_EDO, out_RO, *tiles, depth, columns, *b_EDO.stride()[1:])
-    _over_tiles(expert_kernel.rows_kernel, rows, tile, columns, *arguments)
+    _over_tiles(expert_kernel.rows_kernel, tiles, tile, columns, *arguments)
     return out_RO
 
 
-def _down_dgrad(
-    tile: Tile, dy_TL: Tensor, h_RF: Tensor, rows: _Rows, w_ELF: Tensor
+def down_dgrad(
+    tile: Tile, routed: Routed, h_RF: Tensor, dy_TL: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h and of the routing weights, and act."""
-    _, width, inner = w_ELF.shape
+    _, width, inner = routed.w_down_ELF.shape
+    tiles, weight_R = routed.groups.tiles, routed.weight_R
     dh_RF, act_RF = torch.empty_like(h_RF), torch.empty_like(h_RF)
-    parts_RN = rows.weight_R.new_empty(
-        h_RF.shape[0], triton.cdiv(inner, tile.n), dtype=torch.float32
-    )
-    operands = (dy_TL, rows.token_R, w_ELF.to(dy_TL.dtype), rows.weight_R, h_RF)
-    results = (dh_RF, act_RF, parts_RN)
-    kernel = expert_kernel.down_dgrad_kernel
-    _over_tiles(kernel, rows, tile, inner, *operands, *results, *rows.tiles, width, inner)
+    parts_RN = h_RF.new_empty(len(h_RF), triton.cdiv(inner, tile.n), dtype=torch.float32)
+    operands = (dy_TL, _tokens(routed), routed.down_ELF, weight_R, h_RF)
+    arguments = (*operands, dh_RF, act_RF, parts_RN, *tiles, width, inner)
+    _over_tiles(expert_kernel.down_dgrad_kernel, tiles, tile, inner, *arguments)
     return dh_RF, act_RF, parts_RN.sum(1)
 
 
-def _wgrad(
+def wgrad(
     tile: Tile, row_RF: Tensor, gathered_TL: Tensor, token_R: Tensor, end_E: Tensor, out_EFL: Tensor
 ) -> None:
     """Write each expert's sum over its rows of the outer products."""
     n_experts, inner, width = out_EFL.shape
     blocks = n_experts * triton.cdiv(inner, tile.m) * triton.cdiv(width, tile.n)
     operands = (row_RF, gathered_TL, token_R, end_E, out_EFL)
-    strides = out_EFL.stride()[1:]
-    _launch(expert_kernel.wgrad_kernel, blocks, tile, *operands, inner, width, *strides)
-
-
-def _combine(y_RL: Tensor, inverse_R: Tensor, k: int) -> Tensor:
-    """Sum of each token's k rows, in fp32 and in their order."""
-    width, columns = y_RL.shape[1], expert_kernel.COMBINED
-    out_TL = y_RL.new_empty(y_RL.shape[0] // k, width)
-    blocks = out_TL.shape[0] * triton.cdiv(width, columns)
-    if blocks:
-        expert_kernel.combine_kernel[(blocks,)](
-            y_RL, inverse_R, out_TL, width, k, columns, num_warps=4, num_stages=3
-        )
-    return out_TL
+    sizes = (inner, width, *out_EFL.stride()[1:])
+    launch(expert_kernel.wgrad_kernel, (blocks,), *operands, *sizes, **tile.options())

@@ -11,13 +11,14 @@ do not go to memory. On a GPU the loop waits for the group sizes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_kernels.moe import function
-from nemo_kernels.moe.function import Gradients, Slots, Wanted
+from nemo_kernels.moe.function import Experts, Gradients, Routed, Slots, Wanted
 
 __all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
@@ -45,61 +46,43 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     return Slots(order_R, inverse_R, bounds.diff())
 
 
-class LoopExperts:
+class LoopExperts(Experts):
     """The expert MLP, expert by expert."""
 
-    def groups(self, counts_E: Tensor) -> list[int]:
+    def groups(self, counts_E: Tensor, n_rows: int) -> list[int]:
         return counts_E.tolist()
 
-    def forward(
-        self,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        acc = accumulation_dtype(x_RL)
-        h_RF = x_RL.new_empty(x_RL.shape[0], w_up_EFL.shape[1])
+    def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
+        x_RL, acc = routed.rows(routed.x_TL), accumulation_dtype(routed.x_TL)
+        h_RF = x_RL.new_empty(x_RL.shape[0], routed.w_up_EFL.shape[1])
         y_RL = torch.empty_like(x_RL, dtype=acc)
-        rows = zip(*(t.split(groups) for t in (x_RL, weights_R, h_RF, y_RL)), strict=True)
-        for (x, weight, h, y), up, down in zip(rows, w_up_EFL, w_down_ELF, strict=True):
+        rows = _split(routed, x_RL, routed.weight_R, h_RF, y_RL)
+        for (x, weight, h, y), up, down in zip(rows, routed.up_EFL, routed.down_ELF, strict=True):
             _pre_activation(x, up, h)
             act = h.to(acc).relu()
             act.mul_(act).mul_(weight[:, None])
             torch.mm(act, down.to(acc).t(), out=y)
         return y_RL, h_RF
 
-    def pre_activation(self, x_RL: Tensor, groups: list[int], w_up_EFL: Tensor) -> Tensor:
-        h_RF = x_RL.new_empty(x_RL.shape[0], w_up_EFL.shape[1])
-        for x, h, up in zip(x_RL.split(groups), h_RF.split(groups), w_up_EFL, strict=True):
+    def pre_activation(self, routed: Routed) -> Tensor:
+        x_RL = routed.rows(routed.x_TL)
+        h_RF = x_RL.new_empty(x_RL.shape[0], routed.w_up_EFL.shape[1])
+        for (x, h), up in zip(_split(routed, x_RL, h_RF), routed.up_EFL, strict=True):
             _pre_activation(x, up, h)
         return h_RF
 
-    def backward(
-        self,
-        dy_RL: Tensor,
-        h_RF: Tensor,
-        x_RL: Tensor,
-        weights_R: Tensor,
-        groups: list[int],
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        wanted: Wanted,
-    ) -> Gradients:
-        acc = accumulation_dtype(x_RL)
-        dx_RL, dweights_R = (torch.empty_like(t, dtype=acc) for t in (x_RL, weights_R))
+    def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
+        x_RL, acc = routed.rows(routed.x_TL), accumulation_dtype(routed.x_TL)
+        matrices, weight_R = (routed.up_EFL, routed.down_ELF), routed.weight_R
+        dx_RL, dweight_R = (torch.empty_like(t, dtype=acc) for t in (x_RL, weight_R))
         dup_EFL, ddown_ELF = (
             torch.empty_like(w, dtype=acc) if want else None
-            for w, want in zip((w_up_EFL, w_down_ELF), wanted, strict=True)
+            for w, want in zip(matrices, wanted, strict=True)
         )
         ones_F = h_RF.new_ones(h_RF.shape[1], dtype=acc)
-        per_row = (dy_RL, h_RF, x_RL, weights_R, dx_RL, dweights_R)
-        rows = zip(*(t.split(groups) for t in per_row), strict=True)
-        experts = zip(w_up_EFL, w_down_ELF, strict=True)
-        for e, ((dy, h, x, weight, dx, dweight), (up, down)) in enumerate(
-            zip(rows, experts, strict=True)
-        ):
+        rows = _split(routed, routed.rows(dy_TL), h_RF, x_RL, weight_R, dx_RL, dweight_R)
+        experts = zip(rows, *matrices, strict=True)
+        for e, ((dy, h, x, weight, dx, dweight), up, down) in enumerate(experts):
             dy, relu, weight = dy.to(acc), h.to(acc).relu(), weight[:, None]
             dh = torch.mm(dy, down.to(acc)).mul_(relu)
             torch.mv(dh * relu, ones_F, out=dweight)  # sum over F; sum() is several times slower
@@ -109,7 +92,12 @@ class LoopExperts:
             torch.mm(dh, up.to(acc), out=dx)
             if dup_EFL is not None:
                 torch.mm(dh.t(), x.to(acc), out=dup_EFL[e])
-        return dx_RL, dweights_R, dup_EFL, ddown_ELF
+        return dx_RL, dweight_R, dup_EFL, ddown_ELF
+
+
+def _split(routed: Routed, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each expert's rows of tensors."""
+    return zip(*(t.split(routed.groups) for t in tensors), strict=True)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

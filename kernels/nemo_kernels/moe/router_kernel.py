@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.checks import expect, expect_device
+from nemo_kernels.launch import launch
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, padded
-from nemo_kernels.shipped import Shipped
 
 MAX_CHOICES = 32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,20 +41,14 @@ def topk_router(
     backward pass keeps x, the router weight, the ids and the scores.
 
     Raises:
-        ValueError: shapes or devices do not fit together, x is of another dtype than fp32, bf16 or
-            fp16, E is above 1024, or K above 32 or above E.
+        ValueError: x is of another dtype than fp32, bf16 or fp16, E is above 1024, or K above 32.
     """
-    expect("x_TD", x_TD, (None, None))
     if x_TD.dtype not in _DTYPES:
         raise ValueError(f"x_TD: expected one of {_DTYPES}, got {x_TD.dtype}")
-    expect("weight_ED", weight_ED, (None, x_TD.shape[1]))
-    n_experts = weight_ED.shape[0]
-    expect("bias_E", bias_E, (n_experts,))
-    expect_device(x_TD, weight_ED=weight_ED, bias_E=bias_E)
-    if n_experts > MAX_EXPERTS:
-        raise ValueError(f"weight_ED: expected at most {MAX_EXPERTS} experts, got {n_experts}")
-    if not 0 < k <= min(MAX_CHOICES, n_experts):
-        raise ValueError(f"k: expected 1 to {min(MAX_CHOICES, n_experts)}, got {k}")
+    if len(weight_ED) > MAX_EXPERTS:
+        raise ValueError(f"weight_ED: expected at most {MAX_EXPERTS} experts, got {len(weight_ED)}")
+    if k > MAX_CHOICES:
+        raise ValueError(f"k: expected 1 to {MAX_CHOICES}, got {k}")
     with torch.cuda.device_of(x_TD):
         ids, weights, scores = _Router.apply(
             x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
@@ -82,7 +75,7 @@ class _Router(torch.autograd.Function):
         if n_tokens:
             tensors = (logits_TE, bias_E.float().contiguous(), ids_TK, weights_TK, scores_TE)
             sizes = (n_experts, k, scaling_factor, int(normalize), padded(n_experts), MAX_CHOICES)
-            _router_kernel[(n_tokens,)](*tensors, *sizes, **_OPTIONS)
+            launch(_router_kernel, (n_tokens,), *tensors, *sizes, **_OPTIONS)
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TD, weight_ED, ids_TK, scores_TE)
@@ -106,10 +99,10 @@ class _Router(torch.autograd.Function):
         if n_tokens:
             gradients = (dweights_TK.contiguous(), dscores_TE.contiguous())
             sizes = (stride, n_experts, k, ctx.scaling_factor, int(ctx.normalize))
+            tensors = (*gradients, ids_TK, scores_TE, dlogits_TE)
             choices = (padded(n_experts), MAX_CHOICES)
-            _router_backward_kernel[(n_tokens,)](
-                *gradients, ids_TK, scores_TE, dlogits_TE, *sizes, *choices, **_OPTIONS
-            )
+            grid = (n_tokens,)
+            launch(_router_backward_kernel, grid, *tensors, *sizes, *choices, **_OPTIONS)
         dx_TD = dweight_ED = None
         if ctx.needs_input_grad[0]:
             dx_TD = torch.mm(dlogits_TE, weight_ED.float()).to(x_TD.dtype)
@@ -187,22 +180,3 @@ def _router_backward_kernel(
         dscore += tl.where(expert == id, tl.sum(tl.where(choice == i, dchosen, 0.0), 0), 0.0)
     dlogit = dscore * score * (1 - score)
     tl.store(dlogits_TE + token * n_experts + expert, dlogit, mask=is_expert)
-
-
-def shipped() -> list[Shipped]:
-    """Each kernel as it is launched. The padded number of experts is the only choice."""
-    sizes = {"n_experts": "i32", "k": "i32", "scaling_factor": "fp32", "normalize": "i32"}
-    tensors = {"ids_TK": "*i64", "scores_TE": "*fp32"}
-    forward = {"logits_TE": "*fp32", "bias_E": "*fp32", "weights_TK": "*fp32", **tensors, **sizes}
-    gradients = {"dweights_TK": "*fp32", "dscores_TE": "*fp32", "dlogits_TE": "*fp32"}
-    backward = {**gradients, **tensors, "dscores_stride": "i32", **sizes}
-    kernels = []
-    for experts in (128, 256, 512, 1024):
-        constants = {"EXPERTS": experts, "CHOICES": MAX_CHOICES}
-        for kernel, signature, divisible in (
-            (_router_kernel, forward, ("n_experts",)),
-            (_router_backward_kernel, backward, ("n_experts", "dscores_stride")),
-        ):
-            item = Shipped(kernel, signature, constants, {}, **_OPTIONS, divisible=divisible)
-            kernels.append(item)
-    return kernels

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_kernels.checks import expect, expect_range
+from nemo_kernels.launch import launch
 from nemo_kernels.moe.function import Slots
-from nemo_kernels.shipped import Shipped
 
 MAX_EXPERTS = 1024
 _MAX_TILE = 2**15
@@ -51,12 +50,9 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     order, so that ``order_R`` and ``inverse_R`` are permutations whatever the ids.
 
     Raises:
-        ValueError: ids are not a 2-D int64 tensor, E is above 1024, R above 2**31 - 2**16, or (seen
-            on CPU tensors and in debug mode) ids are out of range.
+        ValueError: E is above 1024, or R above 2**31 - 2**16.
     """
-    expect("topk_ids_TK", topk_ids_TK, (None, None), dtype=torch.int64)
     _expect_sizes(n_experts, "topk_ids_TK", topk_ids_TK.numel())
-    expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     with torch.cuda.device_of(topk_ids_TK):
         return _sort(topk_ids_TK.reshape(-1), n_experts)
 
@@ -70,18 +66,15 @@ def _sort(ids_R: Tensor, n_experts: int) -> Slots:
     before_BE = torch.empty(n_blocks + 1, n_experts, dtype=torch.int32, device=device)
     experts = padded(n_experts)
     if n_slots:
-        _count_kernel[(n_blocks,)](
-            ids_R, before_BE, n_slots, n_experts, SLOTS=_SLOTS, EXPERTS=experts, **_OPTIONS
-        )
+        sizes = {"SLOTS": _SLOTS, "EXPERTS": experts}
+        table = (ids_R, before_BE, n_slots, n_experts)
+        launch(_count_kernel, (n_blocks,), *table, **sizes, **_OPTIONS)
     blocks, columns = _SCAN
-    _scan_kernel[(triton.cdiv(n_experts, columns),)](
-        before_BE, counts_E, n_blocks, n_experts, BLOCKS=blocks, EXPERTS=columns, **_OPTIONS
-    )
+    scan = (before_BE, counts_E, n_blocks, n_experts, blocks, columns)
+    launch(_scan_kernel, (triton.cdiv(n_experts, columns),), *scan, **_OPTIONS)
     if n_slots:
-        sizes = {"SLOTS": _SLOTS, "COMPARED": _COMPARED, "EXPERTS": experts}
-        _place_kernel[(n_blocks,)](
-            ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts, **sizes, **_OPTIONS
-        )
+        places = (ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts)
+        launch(_place_kernel, (n_blocks,), *places, **sizes, COMPARED=_COMPARED, **_OPTIONS)
     return Slots(order_R, inverse_R, counts_E)
 
 
@@ -97,9 +90,8 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
         M = ceil(R / rows_per_tile) + E entries; no tile reaches behind row R, whatever the counts.
 
     Raises:
-        ValueError: counts are not a 1-D int64 tensor, or a size is out of range.
+        ValueError: a size is out of range.
     """
-    expect("counts_E", counts_E, (None,), dtype=torch.int64)
     n_experts = counts_E.shape[0]
     _expect_sizes(n_experts, "n_rows", n_rows)
     if not 0 < rows_per_tile <= _MAX_TILE:
@@ -108,9 +100,8 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
     tiles = Tiles(*(counts_E.new_empty(n_tiles, dtype=torch.int32) for _ in Tiles._fields))
     with torch.cuda.device_of(counts_E):
         sizes = (n_experts, n_rows, n_tiles, rows_per_tile)
-        _tile_kernel[(triton.cdiv(n_tiles, _TILES[0]),)](
-            counts_E.contiguous(), *tiles, *sizes, TILES=_TILES[0], EXPERTS=_TILES[1], **_OPTIONS
-        )
+        grid = (triton.cdiv(n_tiles, _TILES[0]),)
+        launch(_tile_kernel, grid, counts_E.contiguous(), *tiles, *sizes, *_TILES, **_OPTIONS)
     return tiles
 
 
@@ -236,29 +227,3 @@ def _rows_of(counts_E, expert, mask, n_rows):
     """int32 rows of experts, within [0, n_rows] whatever the counts."""
     count = tl.load(counts_E + expert, mask=mask, other=0).to(tl.int64)
     return tl.maximum(tl.minimum(count, n_rows), 0).to(tl.int32)
-
-
-def shipped() -> list[Shipped]:
-    """Each kernel as it is launched. The padded number of experts is the only choice."""
-    table, size = {"before_BE": "*i32"}, {"n_experts": "i32"}
-    slots = {"ids_R": "*i64", **table, "n_slots": "i32", **size}
-    places = {**slots, "order_R": "*i64", "inverse_R": "*i64", "n_blocks": "i32"}
-    scan = {**table, "counts_E": "*i64", "n_blocks": "i32", **size}
-    tiles = {"counts_E": "*i64", "expert_M": "*i32", "first_M": "*i32", "end_M": "*i32", **size}
-    tiles |= {"n_rows": "i32", "n_tiles": "i32", "rows_per_tile": "i32"}
-
-    def declare(
-        kernel: Any, signature: dict[str, str], *divisible: str, **constants: int
-    ) -> Shipped:
-        divisible = ("n_experts", *divisible)
-        return Shipped(kernel, signature, constants, {}, **_OPTIONS, divisible=divisible)
-
-    kernels = [
-        declare(_scan_kernel, scan, BLOCKS=_SCAN[0], EXPERTS=_SCAN[1]),
-        declare(_tile_kernel, tiles, "rows_per_tile", TILES=_TILES[0], EXPERTS=_TILES[1]),
-    ]
-    for experts in (128, 256, 512, 1024):
-        sizes = {"SLOTS": _SLOTS, "EXPERTS": experts}
-        kernels.append(declare(_count_kernel, slots, **sizes))
-        kernels.append(declare(_place_kernel, places, **sizes, COMPARED=_COMPARED))
-    return kernels

@@ -1,0 +1,142 @@
+"""Every kernel in every form in which it is shipped, for scripts/compile_kernels.py.
+
+The operations are called at sizes of published models, on tensors without data, and say themselves
+what they launch. A new kernel needs a call here.
+
+Shapes: T tokens, D hidden, E experts, K experts per token, R routed slots, L width in which experts
+work, F expert inner width; M rows and N columns of a matrix.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nemo_kernels.launch import Launch, recorded
+from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
+from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
+from nemo_kernels.lowp.operand import Operand, Rounding
+from nemo_kernels.moe import kernel
+
+BOTH, HOPPER, BLACKWELL = (90, 100), (90,), (100,)
+BF16, FP32 = torch.bfloat16, torch.float32
+SUPER, NANO = (512, 22, 1024, 2688), (128, 6, 2688, 1856)
+"""Experts, experts per token, L and F."""
+ODD = (16, 1020, 2690)
+"""Experts, L and F that are not aligned."""
+SQUARE, RHT = Rounding((16, 16)), Rounding(rht=True)
+SIDES = (
+    # (rows, columns) of activations forward and backward, of gradients, of weights, and without the
+    # transform, random bits or 16x16 blocks.
+    (Rounding(), None),
+    (None, RHT),
+    (Rounding(), RHT),
+    (Rounding(seed=1), Rounding(rht=True, seed=2)),
+    (SQUARE, None),
+    (SQUARE, SQUARE),
+    (Rounding(), Rounding()),
+    (Rounding(seed=1), Rounding(seed=2)),
+)
+
+
+def launches() -> Iterator[tuple[Launch, tuple[int, ...]]]:
+    """Each launch, also the same one twice, with the architectures on which it happens."""
+    for architectures, call in calls():
+        with recorded() as found:
+            call()
+        yield from ((launch, architectures) for launch in found)
+
+
+def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
+    for tokens, (experts, k, width, inner) in itertools.product((4096, 16384), (SUPER, NANO)):
+        for weights in (BF16, FP32):
+            yield BOTH, partial(moe_layer, tokens, experts, k, width, inner, weights)
+        yield BOTH, partial(emulated_experts, tokens * k, experts, width, inner, BF16)
+    for dtype in (BF16, FP32):
+        yield BOTH, partial(experts_on_rows, 4096, *ODD, dtype)
+        yield BOTH, partial(emulated_experts, 4096, *ODD, dtype)
+    for experts in (128, 256, 512, 1024):
+        yield BOTH, partial(router_and_sort, 16384, 4096, experts)
+    for dtype, n in itertools.product((BF16, FP32), (1024, 2688)):
+        yield BLACKWELL, partial(native_products, 4096, n, 1024, 128, dtype)
+    for dtype, sides in itertools.product((BF16, FP32), SIDES):
+        yield BLACKWELL, partial(quantizers, 4096, 1024, 12, dtype, *sides, packed=True)
+        yield HOPPER, partial(quantizers, 4096, 1024, 12, dtype, *sides, packed=False)
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return meta(*shape, dtype=dtype).requires_grad_()
+
+
+def moe_layer(
+    tokens: int, experts: int, k: int, width: int, inner: int, weights: torch.dtype
+) -> None:
+    """Forward and backward, with and without recomputation; ``weights``: their dtype."""
+    ids_TK = meta(tokens, k, dtype=torch.int64)
+    x_TL, weights_TK = leaf(tokens, width), leaf(tokens, k, dtype=FP32)
+    up_EFL = leaf(experts, inner, width, dtype=weights)
+    down_ELF = leaf(experts, width, inner, dtype=weights)
+    for recompute in (False, True):
+        kernel.moe_mlp(x_TL, ids_TK, weights_TK, up_EFL, down_ELF, recompute).sum().backward()
+
+
+def experts_on_rows(rows: int, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:
+    """The same on sorted rows; in bf16 with weights' gradients in both dtypes."""
+    counts_E = meta(experts, dtype=torch.int64)
+    x_RL, weights_R = leaf(rows, width, dtype=dtype), leaf(rows, dtype=FP32)
+    for weights, recompute in itertools.product({dtype, FP32}, (False, True)):
+        up_EFL = leaf(experts, inner, width, dtype=weights)
+        down_ELF = leaf(experts, width, inner, dtype=weights)
+        y_RL = kernel.grouped_mlp(x_RL, weights_R, counts_E, up_EFL, down_ELF, recompute)
+        y_RL.sum().backward()
+
+
+def emulated_experts(rows: int, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:
+    """The grouped products of a format that is emulated in ``dtype``."""
+    ends_E = meta(experts, dtype=torch.int32)
+    x_RL, h_RF = meta(rows, width, dtype=dtype), meta(rows, inner, dtype=dtype)
+    up_EFL = meta(experts, inner, width, dtype=dtype)
+    forward, columns = Operand(x_RL, None, False), Operand(x_RL, None, True)
+    gradient, transposed = Operand(h_RF, None, False), Operand(h_RF, None, True)
+    grouped_product(forward, Operand(up_EFL, None, False), ends_E, BF16)
+    grouped_product(gradient, Operand(up_EFL, None, True), ends_E, BF16)
+    grouped_wgrad(transposed, columns, ends_E, FP32)
+
+
+def router_and_sort(tokens: int, hidden: int, experts: int) -> None:
+    x_TD, weight_ED = leaf(tokens, hidden), leaf(experts, hidden)
+    bias_E = meta(experts, dtype=FP32)
+    ids_TK, weights_TK, scores_TE = kernel.topk_router(x_TD, weight_ED, bias_E, 8, 2.5, True)
+    (weights_TK.sum() + scores_TE.sum()).backward()
+    kernel.sort_slots(ids_TK, experts)
+
+
+def native_products(m: int, n: int, k: int, experts: int, dtype: torch.dtype) -> None:
+    def packed(*shape: int, scales: tuple[int, ...] = (experts,)) -> layout.Packed:
+        *outer, rows, columns = shape
+        data = meta(*outer, rows, columns // 2, dtype=torch.uint8)
+        size = (*outer, *layout.atoms(rows, columns), layout.ATOM_BYTES)
+        tensor_scale = meta(*scales, dtype=FP32)
+        return layout.Packed(data, meta(*size, dtype=torch.float8_e4m3fn), tensor_scale)
+
+    ends_E = meta(experts, dtype=torch.int32)
+    gemm_kernel.gemm(packed(m, k, scales=()), packed(n, k, scales=()), dtype)
+    gemm_kernel.grouped_rows(packed(m, k), packed(experts, n, k), ends_E, dtype)
+    gemm_kernel.grouped_wgrad(packed(k, m), packed(n, m), ends_E, dtype)
+
+
+def quantizers(
+    m: int, n: int, experts: int, dtype: torch.dtype, rows: Rounding | None,
+    columns: Rounding | None, packed: bool,
+) -> None:  # fmt: skip
+    """Of experts' rows."""
+    x_1MN, ends_E = meta(1, m, n, dtype=dtype), meta(experts, dtype=torch.int32)
+    quantize_kernel.quantize(x_1MN, rows, columns, ends_E, packed=packed)
