@@ -9,8 +9,8 @@ metrics but what tells of the machine, and every file of the stores, the last ch
 fine-tuning publishes, and the exports. Prints one line per product: equal, or the first difference
 with both values, REV's first.
 
-Not compared: manifest.json (checksums of files that name their directory), the logs, TensorBoard
-and plots. The directory that each side works in and the seconds that `prepare` took are taken out
+Not compared: manifest.json (checksums of files that name their directory), base.json (the digest of
+such a manifest), the logs, TensorBoard and plots. The directory that each side works in and the seconds that `prepare` took are taken out
 of files first. --allow NAME passes over a field of metrics (and those below it) that one side alone
 has, or a file of that name that differs or that one side alone has.
 
@@ -44,7 +44,7 @@ from golden_runs import STEPS, WORKS, with_needs, write_inputs
 ROOT = Path(__file__).parents[1]
 MEASURED = {"tokens_per_s", "step_seconds", "data_seconds", "mfu", "memory_gb"}
 """Fields of metrics that tell of the machine."""
-NOT_COMPARED = {"manifest.json"}
+NOT_COMPARED = {"manifest.json", "base.json"}
 SECONDS = re.compile(rb'"seconds": [\d.e-]+')
 
 

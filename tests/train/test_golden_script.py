@@ -115,6 +115,7 @@ def write_run(directory: Path) -> Path:
         "checkpoints/step_00000020/manifest.json": bytes(directory),
         "checkpoints/step_00000020/run.yaml": b"from_hf: " + bytes(directory.parent / "pretrain"),
         "model/adapter_model.safetensors": b"adapter",
+        "model/base.json": bytes(directory),
         "model/seconds.json": b'{"seconds": %d.5e-07}' % len(str(directory)),
         "plots/losses.png": bytes(directory),
     }
