@@ -10,9 +10,10 @@ fine-tuning publishes, and the exports. Prints one line per product: equal, or t
 with both values, REV's first.
 
 Not compared: manifest.json (checksums of files that name their directory), base.json (the digest of
-such a manifest), the logs, TensorBoard and plots. The directory that each side works in and the seconds that `prepare` took are taken out
-of files first. --allow NAME passes over a field of metrics (and those below it) that one side alone
-has, or a file of that name that differs or that one side alone has.
+such a manifest), the logs, TensorBoard and plots. The directory that each side works in and the
+seconds that `prepare` took are taken out of files first. --allow NAME passes over a field of
+metrics (and those below it) that one side alone has, or a file of that name that differs or that
+one side alone has.
 
 REV is run by the interpreter that runs this script if its pyproject.toml has the same dependencies;
 else by a virtual environment on top of that one, with REV installed into it, made once per set of
