@@ -9,11 +9,10 @@ metrics but what tells of the machine, and every file of the stores, the last ch
 fine-tuning publishes, and the exports. Prints one line per product: equal, or the first difference
 with both values, REV's first.
 
-Not compared: manifest.json (checksums of files that name their directory), base.json (the digest of
-such a manifest), the logs, TensorBoard and plots. The directory that each side works in and the
-seconds that `prepare` took are taken out of files first. --allow NAME passes over a field of
-metrics (and those below it) that one side alone has, or a file of that name that differs or that
-one side alone has.
+The logs, TensorBoard and plots are not compared, and the seconds that `prepare` took are taken out
+of files first. --allow NAME passes over a field of metrics (and those below it) that one side alone
+has, or a file of that name that differs or that one side alone has; where a file of a checkpoint
+does, its manifest.json does too.
 
 REV is run by the interpreter that runs this script if its pyproject.toml has the same dependencies;
 else by a virtual environment on top of that one, with REV installed into it, made once per set of
@@ -45,7 +44,6 @@ from golden_runs import STEPS, WORKS, with_needs, write_inputs
 ROOT = Path(__file__).parents[1]
 MEASURED = {"tokens_per_s", "step_seconds", "data_seconds", "mfu", "memory_gb"}
 """Fields of metrics that tell of the machine."""
-NOT_COMPARED = {"manifest.json", "base.json"}
 SECONDS = re.compile(rb'"seconds": [\d.e-]+')
 
 
@@ -146,10 +144,8 @@ def _hashes(directory: Path) -> dict[str, str]:
     roots = [steps[-1], directory / "model"] if steps else [directory]
     found = {}
     for path in (p for root in roots for p in root.rglob("*") if p.is_file()):
-        if path.name not in NOT_COMPARED:
-            content = path.read_bytes().replace(bytes(directory.parent), b".")
-            content = SECONDS.sub(b'"seconds": 0', content)
-            found[path.relative_to(directory).as_posix()] = hashlib.sha256(content).hexdigest()
+        content = SECONDS.sub(b'"seconds": 0', path.read_bytes())
+        found[path.relative_to(directory).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
 
 

@@ -27,14 +27,15 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-PRETRAIN = "pretrain --config {inputs}/run.yaml --data.path store --run_dir"
-LAST = f"pretrain/checkpoints/step_{STEPS:08d}"
+HERE = "/proc/self/cwd"
+"""The directory of one side, by a name that is the same on both: runs record absolute paths."""
+PRETRAIN = f"pretrain --config {{inputs}}/run.yaml --data.path {HERE}/store --run_dir {HERE}"
 FINETUNE = (
-    f"finetune --model.from_hf {LAST} --data.path samples --data.sequence_length 128 "
-    f"--train.max_steps {STEPS} --train.global_batch_size 4 --train.micro_batch_size 2 "
-    "--train.lr 1e-3 --train.warmup_steps 3 --train.eval_sequences 8 --run_dir"
+    f"finetune --model.from_hf {HERE}/import --data.path {HERE}/samples --data.sequence_length 128 --train.max_steps {STEPS} "
+    "--train.global_batch_size 4 --train.micro_batch_size 2 --train.lr 1e-3 "
+    f"--train.warmup_steps 3 --train.eval_sequences 8 --run_dir {HERE}"
 )
-EXPORT = "export --from pretrain --calibration store --calibration_tokens 512"
+EXPORT = "export --from import --calibration store --calibration_tokens 512"
 
 
 class Work(NamedTuple):
@@ -54,29 +55,31 @@ WORKS = {
         "--chat_template {inputs}/template.jinja --out samples",
         "store",
     ),
-    "pretrain": Work(f"{PRETRAIN} pretrain", "store"),
+    "pretrain": Work(f"{PRETRAIN}/pretrain", "store"),
     "ep2": Work(
-        f"{PRETRAIN} ep2 --parallel.ep 2 --parallel.zero 2 --train.micro_batch_size 2 "
+        f"{PRETRAIN}/ep2 --parallel.ep 2 --parallel.zero 2 --train.micro_batch_size 2 "
         "--train.recompute Me --data.workers 1",
         "store",
         processes=2,
     ),
     "nvfp4": Work(
-        f"{PRETRAIN} nvfp4 --precision.recipe nvfp4_super --precision.health_every 5", "store"
+        f"{PRETRAIN}/nvfp4 --precision.recipe nvfp4_super --precision.health_every 5", "store"
     ),
-    "resumed": Work(f"{PRETRAIN} resumed", "pretrain", copies="pretrain"),
+    "resumed": Work(f"{PRETRAIN}/resumed", "pretrain", copies="pretrain"),
+    # What follows starts from here: a checkpoint's manifest would tell of the run's options too.
+    "import": Work(f"import pretrain/checkpoints/step_{STEPS:08d} --out import", "pretrain"),
     "lora": Work(
-        f"{FINETUNE} lora --lora.rank 4 --lora.target_modules [q_proj,in_proj] "
+        f"{FINETUNE}/lora --lora.rank 4 --lora.target_modules [q_proj,in_proj] "
         "--lora.target_parameters [experts.up_proj] --train.loss two_stage "
         f"--train.second_stage_step {HALF}",
-        "samples pretrain",
+        "samples import",
     ),
     "distill": Work(
-        f"{FINETUNE} distill --distill.preset conservative --distill.weight 0.7",
-        "samples pretrain",
+        f"{FINETUNE}/distill --distill.preset conservative --distill.weight 0.7",
+        "samples import",
     ),
-    "export_nvfp4": Work(f"{EXPORT} --format nvfp4 --out export_nvfp4", "pretrain"),
-    "export_mixed": Work(f"{EXPORT} --format mixed --preset super --out export_mixed", "pretrain"),
+    "export_nvfp4": Work(f"{EXPORT} --format nvfp4 --out export_nvfp4", "import"),
+    "export_mixed": Work(f"{EXPORT} --format mixed --preset super --out export_mixed", "import"),
     "generate": Work("generate --from pretrain --prompt ab --max_new_tokens 40", "pretrain"),
 }
 
