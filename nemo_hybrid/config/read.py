@@ -166,24 +166,24 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
     return out
 
 
-def nest(flat: dict[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """A mapping of sections from dotted keys."""
-    content: dict[str, Any] = {name: {} for name in sections(kind)}
+    content: dict[str, Any] = {}
     for key, value in flat.items():
         section, _, name = key.rpartition(".")
-        (content[section] if section else content)[name] = value
+        (content.setdefault(section, {}) if section else content)[name] = value
     return content
 
 
 def build(flat: dict[str, Any], kind: type[Config]) -> Config:
     """A configuration from dotted keys. Raises OptionError."""
-    content = nest(flat, kind)
+    content = nest(flat)
     for name, section in sections(kind).items():
-        content[name] = section(**content[name])
+        content[name] = section(**content.get(name, {}))
     return kind(**content)
 
 
 def dump_config(config: TrainingConfig) -> str:
     """YAML text from which load_config gives an equal configuration (paths made absolute)."""
     kind = type(config)
-    return dump_yaml(nest(_resolve_paths(flatten(asdict(config), kind), Path.cwd()), kind))
+    return dump_yaml(nest(_resolve_paths(flatten(asdict(config), kind), Path.cwd())))

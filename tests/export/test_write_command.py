@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from helpers.corpus import TINY_MODEL, write_corpus
 from helpers.tiny_models import loud_model
 from nemo_hybrid import HybridConfig, UserError
+from nemo_hybrid.checkpoint import load
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands.export import ExportOptions, export_command
@@ -24,7 +25,6 @@ from nemo_hybrid.commands.verify import VerifyOptions, verify_command
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.words import read_options
-from nemo_hybrid.export import command
 from nemo_hybrid.export.calibrate import read_pieces
 from nemo_hybrid.export.verify import load_exported, verify_directory
 
@@ -163,7 +163,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(command, "load_model", fails)
+    monkeypatch.setattr(load, "load_model", fails)
 
 
 @pytest.mark.parametrize(
