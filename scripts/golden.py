@@ -196,8 +196,8 @@ def report(base: Side, now: Side, failed: list[dict[str, str]], allow: Sequence[
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The same tiny runs by two revisions, compared.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_hybrid_golden"
-    add = partial(parser.add_argument, metavar="NAME", nargs="+")
-    add("--only", choices=WORKS, default=[*WORKS], help=f"these alone, of {', '.join(WORKS)}")
+    add = partial(parser.add_argument, metavar="NAME", nargs="+", action="extend")
+    add("--only", choices=WORKS, help=f"these alone and what they need, of {', '.join(WORKS)}")
     add("--allow", default=[], help="fields that one side alone has, files that may differ")
     add = parser.add_argument
     add("--base", required=True, metavar="REV", help="the revision to compare with")
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             base = Side(tree, pythons[0], out / "base", out / "inputs")
             now = Side(ROOT.resolve(), pythons[1], out / "now", out / "inputs")
             with ThreadPoolExecutor(options.jobs) as pool:
-                names = with_needs(options.only)
+                names = with_needs(options.only or [*WORKS])
                 failed = list(pool.map(lambda side: side.work(names), (base, now)))
             different = report(base, now, failed, options.allow)
         finally:

@@ -31,9 +31,10 @@ HERE = "/proc/self/cwd"
 """The directory of one side, by a name that is the same on both: runs record absolute paths."""
 PRETRAIN = f"pretrain --config {{inputs}}/run.yaml --data.path {HERE}/store --run_dir {HERE}"
 FINETUNE = (
-    f"finetune --model.from_hf {HERE}/import --data.path {HERE}/samples --data.sequence_length 128 --train.max_steps {STEPS} "
-    "--train.global_batch_size 4 --train.micro_batch_size 2 --train.lr 1e-3 "
-    f"--train.warmup_steps 3 --train.eval_sequences 8 --run_dir {HERE}"
+    f"finetune --model.from_hf {HERE}/import --data.path {HERE}/samples "
+    f"--data.sequence_length 128 --train.max_steps {STEPS} --train.global_batch_size 4 "
+    "--train.micro_batch_size 2 --train.lr 1e-3 --train.warmup_steps 3 --train.eval_sequences 8 "
+    f"--run_dir {HERE}"
 )
 EXPORT = "export --from import --calibration store --calibration_tokens 512"
 
