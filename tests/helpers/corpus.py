@@ -39,6 +39,8 @@ TINY_MODEL: dict[str, Any] = {
     # Larger than usual: with tiny weights a broken router or scan would hardly change the loss.
     "initializer_range": 0.15,
 }
+ALL_EXPERTS = {"num_experts_per_tok": TINY_MODEL["n_routed_experts"]}
+"""Where two layouts or implementations are compared: rounding must not choose between experts."""
 
 
 def write_corpus(out: Path, seed: int = 0, documents: int = 600, heldout: int = 80) -> Path:

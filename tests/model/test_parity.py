@@ -2,14 +2,14 @@
 
 The weights are loud (see ``helpers.tiny_models``), and every case shows with its own model and its
 own tokens that it would notice: each sabotage of the pattern's layers must change the logits by
-more than 1e-2 of their norm (most change them by 0.2 and more), a thousand times the tolerance.
+more than 1e-2 of their norm (most change them by 0.2 and more), a thousand times the tolerance, and
+a gradient lost on its way shows a hundred times its own.
 
-Tolerance: 1e-5, relative to the Euclidean norm of the tensor that transformers computes: of all
-logits together, and of the gradient of each parameter alone. It holds with the routing weight
-before the down projection here and after it there: both orders are the same sum, and a layer whose
-output is rounded in another order differs by 2e-7. What larger deviations there are (up to 1e-6 in
-logits, 5e-6 in gradients of a few numbers such as A_log, whose terms cancel) come from rounding
-too: computing our scan with another chunk size moves the gradients as much.
+Tolerances are relative to the Euclidean norm of the tensor that transformers computes: of all
+logits together, and of the gradient of each parameter alone. Rounding eight times as badly
+(``helpers.bands.jittered``) moves the logits by up to 6e-6, and by up to 5e-5 the gradients of a
+few numbers such as A_log and D, whose terms cancel; matrices' by a tenth of that. They hold with
+the routing weight before the down projection here and after it there: both are the same sum.
 
 No token comes closer than 1e-4 to another choice of experts.
 
@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import SABOTAGE, jittered
 from helpers.nemotron_h_oracle import their_name, transformers_twin
 from helpers.sabotage import (
     NOTICED,
@@ -45,7 +46,7 @@ from helpers.tiny_models import (
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.model.hybrid import HybridLM
 
-TOLERANCE = 1e-5
+TOLERANCE, GRADIENTS = 1e-5, 1e-4
 MARGIN = 1e-4
 VANISHED = 1e-6  # of the largest gradient: nothing but rounding
 
@@ -103,8 +104,17 @@ def test_logits_and_gradients_equal_those_of_transformers(case: str) -> None:
     assert smallest_routing_margin(model, ids_BS) > MARGIN
     logits, gradients = deviations(model, ids_BS)
     assert logits < TOLERANCE
-    assert {name: d for name, d in gradients.items() if not d < TOLERANCE} == {}
+    assert {name: d for name, d in gradients.items() if not d < GRADIENTS} == {}
     assert quiet_paths(model, ids_BS) == {}
+
+
+def test_rounding_eight_times_as_badly_stays_within_the_tolerances() -> None:
+    config = parity_config(MIXED, n_groups=1, moe_latent_size=None)  # the worst of the cases
+    ids_BS = random_ids(config, 2, 2 * CHUNK + 1)
+    model = decided_model(config, ids_BS, MARGIN, FIRST_SEED)
+    logits, gradients = jittered(lambda: deviations(model, ids_BS))
+    assert TOLERANCE / SABOTAGE < logits < TOLERANCE
+    assert GRADIENTS / SABOTAGE < max(gradients.values()) < GRADIENTS
 
 
 @pytest.mark.parametrize(
@@ -155,7 +165,7 @@ def test_the_clamp_of_transformers_is_the_only_thing_that_was_neutralised() -> N
         ours = model(ids_BS).logits
         assert relative(ours, twin(ids_BS, use_cache=False).logits) < TOLERANCE
         twin.model.layers[0].mixer.time_step_limit = (model.config.time_step_min, float("inf"))
-        assert relative(ours, twin(ids_BS, use_cache=False).logits) > 10 * TOLERANCE
+        assert relative(ours, twin(ids_BS, use_cache=False).logits) > SABOTAGE * TOLERANCE
 
 
 def parity_config(pattern: str, **changes: object) -> HybridConfig:
@@ -187,7 +197,7 @@ def deviations(model: HybridLM, ids_BS: Tensor) -> tuple[float, dict[str, float]
             found[name] = relative(mine, their)
         else:
             assert has_no_gradient(name, model.config, ids_BS.shape[1]), name
-            found[name] = TOLERANCE * float(mine.norm()) / (VANISHED * largest)
+            found[name] = GRADIENTS * float(mine.norm()) / (VANISHED * largest)
     return relative(ours, theirs), found
 
 

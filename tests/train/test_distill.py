@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
+from helpers.corpus import ALL_EXPERTS
 from helpers.processes import run_command
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config.hf import HybridConfig
@@ -31,7 +32,7 @@ PRESET = "nano"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "hf", **DIVISIBLE)
+    return write_base(tmp_path_factory.mktemp("base") / "hf", **DIVISIBLE, **ALL_EXPERTS)
 
 
 @pytest.fixture(scope="module")

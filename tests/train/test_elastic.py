@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from helpers.bands import SABOTAGE
+from helpers.corpus import ALL_EXPERTS
 from helpers.once import once
 from helpers.processes import run_command, run_python
 from helpers.runs import tiny_run
@@ -18,8 +20,9 @@ from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.train.metrics import read_metrics
 
 STEPS = 12
-TOLERANCE = 1e-6
-"""Relative, of losses and gradient norms in fp32, in every step."""
+TOLERANCE = 2e-6
+"""Relative, of losses and gradient norms in fp32, in every step: twice what ``bands.jittered``
+moves them. (With a choice of experts it moves them by 1e-3: in 12 steps some choices are close.)"""
 Row = dict[str, Any]
 
 
@@ -64,7 +67,7 @@ class Alone:
 def alone(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Alone:
     def make(out: Path) -> None:
         train = {"max_steps": STEPS, "micro_batch_size": 8, "eps": 1e-4, "eval_sequences": 0}
-        config = tiny_run(store, train=train | {"warmup_steps": 5})
+        config = tiny_run(store, model=ALL_EXPERTS, train=train | {"warmup_steps": 5})
         config.checkpoint.every = 3
         config.checkpoint.keep = 0
         (out / "run.yaml").write_text(dump_config(config))
@@ -107,7 +110,7 @@ def test_layouts_may_change_at_every_stop(alone: Alone, tmp_path: Path) -> None:
     assert max(distances(ours, theirs)) < TOLERANCE
     # Conditions: samples and losses differ from step to step.
     assert len({row["sample_hash"] for row in theirs}) == STEPS
-    assert all(abs(b["loss"] / a["loss"] - 1) > 100 * TOLERANCE for a, b in pairwise(theirs))
+    assert all(abs(b["loss"] / a["loss"] - 1) > SABOTAGE * TOLERANCE for a, b in pairwise(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_a_jump_at_the_seam_is_noticed(alone: Alone, seams: dict[str, Any], lost
     theirs = rows(alone.run_dir)[9:11]
     assert max(distances(seams["figures"]["nothing"], theirs)) == 0
     ours = seams["figures"][lost]
-    assert distances(ours, theirs)[1] > 100 * TOLERANCE
+    assert distances(ours, theirs)[1] > SABOTAGE * TOLERANCE
     samples, right = (
         [row["sample_hash"] for row in seams["figures"][x]] for x in (lost, "nothing")
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from helpers.chats import TEMPLATE, conversations, tune, write_base, write_chats
 from helpers.commands import Commands, Said, commands_in_one_process
+from helpers.corpus import ALL_EXPERTS
 from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from helpers.tiny_models import loud
@@ -34,7 +35,7 @@ DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base") / "hf")
+    return write_base(tmp_path_factory.mktemp("base") / "hf", **ALL_EXPERTS)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import SABOTAGE
 from helpers.once import once
 from helpers.parts import ce_sums
 from helpers.processes import run_command
@@ -41,9 +42,10 @@ GOLDEN: dict[int, list[float]] = {
     30: [2.32053, 3.07936, 2.99804],
 }
 """Step -> loss and the losses of both depths."""
-BAND = {1: 6e-5, 10: 5e-3, 20: 5e-3, 30: 5e-3}
-"""Relative. Other processors and torch versions round differently; that grows over the steps. The
-narrow one sees a wrong forward pass that training would make up for."""
+BAND = {1: 5e-6, 10: 1e-3, 20: 5e-3, 30: 5e-3}
+"""Relative. In three draws of ``helpers.bands.jittered`` the losses moved by up to 7e-7, 1.3e-4,
+8e-4 and 1.4e-3: in time a token takes another expert. The narrow one sees a wrong forward pass that
+training would make up for."""
 
 
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
@@ -52,10 +54,12 @@ TWIN: dict[int, float] = {1: 4.88808, 10: 3.54332, 20: 2.80769, 30: 2.32318}
 """Its loss in fp32."""
 NVFP4: dict[int, float] = {1: 4.85830, 10: 3.59840, 20: 2.86989, 30: 2.42948}
 """Its loss with fp32 weights and the formats of recipe nvfp4_super."""
-NVFP4_BAND = {1: 1e-3, 10: 2e-2, 20: 2e-2, 30: 2e-2}
-"""Relative. A number that is rounded to another code is soon another run."""
-NVFP4_DISTANCE = 0.06
-"""Of the NVFP4 run from its twin, relative."""
+NVFP4_BAND = {1: 1e-5, 10: 1e-2, 20: 4e-2, 30: 4e-2}
+"""Relative. A number that is rounded to another code is soon another run: first weights that were
+moved by up to eight units of roundoff, in four draws, gave losses 2e-7, 5e-3, 1.6e-2 and 1.4e-2
+away; so did another processor."""
+NVFP4_DISTANCE = 0.09
+"""Of the NVFP4 run from its twin, relative: 4.6 % at the end, and the band."""
 
 
 def golden_run(store: Path) -> RunConfig:
@@ -174,7 +178,7 @@ def test_a_broken_model_leaves_the_band(
     break_it(monkeypatch)
     distance = off(in_plain_pytorch(golden_run(store)))
     print(break_it.__name__, distance)
-    assert distance > 3
+    assert distance > SABOTAGE
 
 
 def nvfp4_losses(store: Path) -> dict[int, float]:
