@@ -1,24 +1,24 @@
-"""README.md of an exported directory: what it was made of and how, and what nobody has checked."""
+"""README.md of an exported directory: facts and numbers, and what nobody has checked."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.files import MANIFEST
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.state import RUN_STATE
-from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.export.layout import ExportFacts
+from nemo_hybrid.export.layout import ExportFacts, layout_of
 from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
 from nemo_hybrid.files import naming, read_json
+from nemo_hybrid.model.fp32 import keeps_fp32
 from nemo_hybrid.precision.assign import places, unquantizable, with_inputs
 from nemo_hybrid.precision.groups import family
 
@@ -26,48 +26,165 @@ if TYPE_CHECKING:
     from nemo_hybrid.commands.export import ExportOptions
     from nemo_hybrid.export.verify import Measured
 
-_WORDS = {
+_FORMATS = {
     "bf16": "BF16",
     "fp32": "FP32",
-    "fp8": "FP8 (E4M3, one scale per tensor)",
+    "fp8": "FP8 (E4M3, one scale per tensor), inputs too",
     "nvfp4": "NVFP4 (E2M1 in blocks of 16), inputs too",
     "nvfp4_w4a16": "NVFP4 (E2M1 in blocks of 16), weights alone",
+}
+_NVIDIA = "the module families of NVIDIA's model of this name, not NVIDIA's choice of single layers"
+_PRESETS = {
+    "conservative": "experts, shared experts and dense MLPs",
+    "super": _NVIDIA,
+    "ultra": _NVIDIA,
+    "nano": _NVIDIA,
 }
 _SCALES = {
     "amax": "from the largest value of a block",
     "mse": "searched for the least squared error of a block",
     "four_over_six": "the better of mapping a block's largest value to 4 and to 6",
-    "training": "those of 16x16 blocks, repeated for 16 rows, as NVFP4 training (see Lineage) has "
-    "them; q, k and v have one common tensor scale, which they had not there",
+    "training": "those of 16x16 blocks, as NVFP4 training has them, but for q, k and v, which have "
+    "one common tensor scale",
 }
+_ENGINES = """## Serving
+
+```sh
+vllm serve DIR                                # FP8 keys and values: --kv-cache-dtype fp8
+python -m sglang.launch_server --model-path DIR                    # --kv-cache-dtype fp8_e4m3
+trtllm-serve DIR
+```
+
+| engine | |
+|---|---|
+| vLLM | from 0.32, whose loaders names and configuration follow; 0.15 refuses `MIXED_PRECISION` |
+| vLLM, drafting with the multi-token-prediction block | `--speculative-config \
+'{"method": "mtp", "num_speculative_tokens": 1}'`; misread weights show in its acceptance alone |
+| SGLang 0.5.23, TensorRT-LLM 1.2.1 | not tried |
+| transformers 5.23 | loads `bf16`; of `compressed-tensors` with experts it computes wrong values, \
+without a warning; does not read ModelOpt's layout |
+
+## Not checked
+
+- This directory was not loaded into any serving engine, nor run on a GPU's FP4 or FP8 units; speed
+  was not measured.
+- No benchmark was run: questions, code, long contexts, tools, languages. Acceptance of drafted
+  tokens was not measured.
+- Tensors were not compared with the source after they were written:
+  `nemo-hybrid verify-export DIR --base SOURCE` does it.
+- What has no number above was not measured, nor was what FP8 keys and values cost.
+"""
 _LAYER = re.compile(r"(backbone|mtp)\.layers\.(\d+)\.(.+)")
 _LONGEST = 200
 _QUOTED = 4000  # characters of the source's own card
 
 
+class Origin(NamedTuple):
+    """What the files of a checkpoint tell of it, and the beginning of its own card."""
+
+    facts: Mapping[str, str]
+    own: str
+
+
 def card(
-    options: ExportOptions, facts: ExportFacts, origin: str, measured: Measured | None = None
+    options: ExportOptions, facts: ExportFacts, origin: Origin, measured: Measured | None = None
 ) -> str:
     """The model card, in the form that the Hugging Face hub reads.
 
-    ``origin``: see `lineage`. Without ``measured`` it says that nobody did. Texts that come from
-    users and files stand in it as code, so that they cannot become Markdown or HTML.
+    Texts that come from users and files stand in it as code, so that they cannot become Markdown or
+    HTML.
     """
+    formats = sorted(set(facts.assignment.values()) - {"bf16"})
+    tags = ["nemotron_h", *dict.fromkeys(name.partition("_")[0] for name in formats)]
+    what = ", ".join(tag.upper() for tag in tags[1:]) or "BF16"
+    rows = {**_facts(options, facts), **origin.facts}
     sections = [
-        _head(options, facts),
-        origin,
-        _recipe(options, facts),
-        _precision(facts),
-        _measured(facts, measured),
-        _engines(options, facts),
-        _unchecked(options, facts, measured),
+        f"---\ntags: [{', '.join(tags)}]\n---\n# {_name(str(facts.source))} in {what}",
+        "Licence and limits of the source apply.",
+        _table(("", ""), [row for row in rows.items() if row[1]]),
+        "## Formats",
+        _table(("modules", "layers", "format", "weights"), _weights(facts)),
     ]
-    return "\n\n".join(sections) + "\n"
+    if measured is not None:
+        title, header, numbers = measured_table(measured)
+        sections += ["## Measured", f"{title}:", _table(header, numbers)]
+    sections.append(_ENGINES)
+    if origin.own:
+        # Four spaces make it code, whatever it says.
+        lines = ["    " + _printable(line.expandtabs(4)) for line in origin.own.splitlines()]
+        sections += [f"## The beginning of the source's {CARD}", "\n".join(lines) + "\n"]
+    return "\n\n".join(sections)
 
 
-def lineage(source: Path) -> str:
-    """The section on where the weights of a checkpoint come from: what its own files say of that,
-    and which of them cannot be read."""
+def _facts(options: ExportOptions, facts: ExportFacts) -> dict[str, str]:
+    """Rows of the table; those without a value are left out."""
+    seen, budget, unseen = facts.calibration, options.budget_bits, {}
+    quantized, inputs = options.format != "bf16", with_inputs(facts.assignment)
+    rows = {
+        "exported by": f"nemo_hybrid {__version__}, `--format {options.format}`",
+        "parameters": f"{facts.parameters:,}",
+        "bytes of weights": f"{facts.bytes_after:,}",
+        "bits per parameter, scales included": f"{8 * facts.bytes_after / facts.parameters:.2f}",
+        "share of what BF16 takes": f"{facts.share:.1%}",
+        "layout": layout_of(options.format) if quantized else "plain",
+    }
+    if quantized and budget is None:
+        rows["preset"] = f"`{options.preset}`: {_PRESETS[options.preset]}"
+    if budget is not None:
+        groups = candidates(facts.shape, ())
+        rows |= {
+            "formats by": f"measured sensitivity (`{TABLE_FILE}`)",
+            "bits per weight that a budget is for": f"{mean_bits(groups, facts.assignment):.3f}",
+            "budget": f"{budget:g} for {sum(g.weights for g in groups):,} weights",
+        }
+    rows["changed by globs, the last counts"] = "; ".join(
+        f"{code(glob)}: {code(given)}" for glob, given in options.formats.items()
+    )
+    if any(format.startswith("nvfp4") for format in facts.assignment.values()):
+        rows["NVFP4 block scales"] = f"`{options.scales}`: {_SCALES[options.scales]}"
+    if seen is not None:
+        data = _text(options.calibration or "", "training part")
+        rows["calibration"] = f"{seen.tokens:,} tokens of {data}"
+        unseen = seen.unseen
+    if inputs:
+        share = options.percentile
+        rows["input scales cover"] = (
+            "all values" if share is None else f"{share:g} % of the values that are not zero"
+        )
+    if seen is not None and options.kv_cache == "fp8":
+        where = ", ".join(dict.fromkeys(place.partition(".")[0] for place in seen.kv))
+        rows["FP8 scales of keys and values"] = f"{len(seen.kv)}, in: {where}"
+    for place, experts in unseen.items():
+        rows[f"experts of {code(place)} that calibration did not reach, with their layer's largest "
+             "input"] = _ranges(experts)  # fmt: skip
+    for kind, errors in sorted(facts.errors.items()):
+        shown = ", ".join(f"{error:.4f} with `{name}`" for name, error in errors.items())
+        rows[f"relative error of the weights, {kind.replace('_', ' ')}"] = shown
+    return rows
+
+
+def _weights(facts: ExportFacts) -> list[tuple[str, str, str, str]]:
+    """All weights of the model, of each kind in one row."""
+    never = unquantizable(facts.shape)
+    sizes = places(facts.shape) | never
+    kept = {name: "fp32" if keeps_fp32(name) else "bf16" for name in never}
+    found: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name, format in (facts.assignment | kept).items():
+        match = _LAYER.fullmatch(name)
+        shown = f"{match[1]} … {match[3]}" if match else name
+        found["" if name in never else family(name), shown, format].append(name)
+    rows = []
+    for kind, shown, format in sorted(found, key=lambda key: (not key[0], key)):
+        names = found[kind, shown, format]
+        layers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
+        weights = sum(math.prod(sizes[name]) for name in names)
+        rows.append((f"`{shown}`", _ranges(layers), _FORMATS[format], f"{weights:,}"))
+    return rows
+
+
+def lineage(source: Path) -> Origin:
+    """Where the weights of a checkpoint come from: what its own files say of that, and which of
+    them cannot be read."""
     unread: list[str] = []
 
     def content(name: str, read: Callable[[Path], Any]) -> Any:
@@ -84,37 +201,28 @@ def lineage(source: Path) -> str:
         inside = run.get(section)
         return inside.get(key) if isinstance(inside, dict) else None
 
-    batch, length = told("train", "global_batch_size"), told("data", "sequence_length")
-    digest = _codes([manifest.get("sha256")])
     blend, digests = told("data", "blend"), state.get("data")
     data = [p for p in (*(blend if isinstance(blend, dict) else ()), told("data", "path")) if p]
-    found = {
+    base = told("model", "from_hf")
+    facts = {
         "checkpoint": _name(str(source)),
-        "SHA-256 in its manifest": f"{digest}, not checked against the files" if digest else "",
-        "began as": _name(base) if isinstance(base := told("model", "from_hf"), str) else "",
+        "SHA-256 in its manifest, not checked": _codes([manifest.get("sha256")]),
+        "began as": _name(base) if isinstance(base, str) else "",
         "optimizer steps": _count(state.get("step")),
-        "each of": f"{_count(batch)} sequences of {_count(length)} tokens"
-        if _count(batch) and _count(length)
-        else "",
+        "sequences per step": _count(told("train", "global_batch_size")),
+        "tokens per sequence": _count(told("data", "sequence_length")),
         "number formats of training": _codes([told("precision", "recipe")]) or "not known",
         "distilled for": _codes([p for p in [told("distill", "preset")] if p != "none"]),
         "training data": ", ".join(_name(path) for path in data if isinstance(path, str)),
         "digests of the data": _codes(digests if isinstance(digests, list) else []),
         "could not be read": _codes(unread),
     }
-    lines = ["## Lineage", "", _table(("", ""), [row for row in found.items() if row[1]])]
-    if own:
-        # Four spaces make it code, whatever it says.
-        quoted = ["    " + _printable(line.expandtabs(4)) for line in own[:_QUOTED].splitlines()]
-        begins = f", in its first {_QUOTED:,} characters" if len(own) > _QUOTED else ""
-        lines += ["", f"Its own `{CARD}` says{begins}:", "", *quoted]
-    return "\n".join(lines)
+    return Origin({name: value for name, value in facts.items() if value}, own or "")
 
 
 def _beginning(path: Path) -> str:
-    """Of a text: a character more than is quoted."""
     with naming("read", path), open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(_QUOTED + 1)
+        return file.read(_QUOTED)
 
 
 def _count(value: object) -> str:
@@ -156,115 +264,6 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _head(options: ExportOptions, facts: ExportFacts) -> str:
-    formats = sorted(set(facts.assignment.values()) - {"bf16"})
-    tags = ["nemotron_h", *dict.fromkeys(name.partition("_")[0] for name in formats)]
-    what = ", ".join(tag.upper() for tag in tags[1:]) or "BF16"
-    bits = 8 * facts.bytes_after / facts.parameters
-    name = _name(str(facts.source))
-    return "\n".join(
-        [
-            "---",
-            f"tags: [{', '.join(tags)}]",
-            "---",
-            f"# {name} in {what}",
-            "",
-            f"Weights of {name}, exported by nemo_hybrid {__version__} with "
-            f"`--format {options.format}`. Licence and limits of the source apply.",
-            "",
-            f"{facts.parameters:,} parameters in {facts.bytes_after:,} bytes ({bits:.2f} bits "
-            f"each, scales included), {facts.share:.1%} of what they take in BF16.",
-        ]
-    )
-
-
-def _recipe(options: ExportOptions, facts: ExportFacts) -> str:
-    if options.format == "bf16":
-        return (
-            "## Recipe\n\nNothing is quantized: weights are BF16, those that decide by small "
-            "differences (`A_log`, `D`, `dt_bias`, router biases) FP32."
-        )
-    layout = "compressed-tensors" if options.format == "compressed-tensors" else "ModelOpt"
-    rows = [("layout", layout), ("formats by", _choice(options, facts))]
-    if options.formats:
-        changes = (f"{code(glob)}: {code(given)}" for glob, given in options.formats.items())
-        rows.append(("changed by globs, the last counts", "; ".join(changes)))
-    if any(format.startswith("nvfp4") for format in facts.assignment.values()):
-        rows.append(("NVFP4 block scales", f"`{options.scales}`: {_SCALES[options.scales]}"))
-    seen, data = facts.calibration, ""
-    if seen is not None:
-        data = f"{seen.tokens:,} tokens of {_text(options.calibration or '', 'training part')}"
-    if not with_inputs(facts.assignment):
-        why = "nothing was calibrated" if seen is None else "weights alone are quantized"
-        rows.append(("input scales", f"none: {why}, inputs stay BF16"))
-    else:
-        share = "all of the values"
-        if options.percentile is not None:
-            share = f"{options.percentile:g} % of the values that are not zero"
-        rows.append(("input scales", f"{share} on {data}"))
-    cache = "no scales"
-    if seen is not None and options.kv_cache == "fp8":
-        cache = f"FP8, with scales for the largest ones on {data}"
-        without = not any(place.startswith("mtp.") for place in seen.kv)
-        if without and facts.shape.mtp_num_depths and "*" in facts.shape.mtp_pattern:
-            cache += "; none for the multi-token-prediction block"
-    rows.append(("keys and values", cache))
-    lines = ["## Recipe", "", _table(("", ""), rows)]
-    if seen is not None and seen.unseen:
-        count = sum(len(experts) for experts in seen.unseen.values())
-        lines += [
-            "",
-            f"In {len(seen.unseen)} stacks of experts, {count} experts saw no token of the "
-            "calibration; they have the largest input of their layer's others: "
-            + "; ".join(f"{code(place)}: {_ranges(who)}" for place, who in seen.unseen.items())
-            + ".",
-        ]
-    if options.budget_bits is None and options.preset != "conservative" and options.format != "fp8":
-        lines += [
-            "",
-            "The preset follows the formats that NVIDIA published for its model of this name, by "
-            "module family. It is not NVIDIA's assignment of single layers.",
-        ]
-    return "\n".join(lines)
-
-
-def _choice(options: ExportOptions, facts: ExportFacts) -> str:
-    if options.budget_bits is None:
-        preset = f"preset `{options.preset}`"
-        return f"{preset}, all that it quantizes in FP8" if options.format == "fp8" else preset
-    groups = candidates(facts.shape, ())
-    return (
-        f"measured sensitivity (`{TABLE_FILE}`): {mean_bits(groups, facts.assignment):.3f} bits "
-        f"on average, at most {options.budget_bits:g}, of the {sum(g.weights for g in groups):,} "
-        "weights that a budget may quantize"
-    )
-
-
-def _precision(facts: ExportFacts) -> str:
-    never = unquantizable(facts.shape)
-    sizes = places(facts.shape) | never
-    kept = {n: "fp32" if n.rpartition(".")[2] in FP32_NAMES else "bf16" for n in never}
-    found: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for name, format in (facts.assignment | kept).items():
-        match = _LAYER.fullmatch(name)
-        shown = f"{match[1]} … {match[3]}" if match else name
-        found["" if name in never else family(name), shown, format].append(name)
-    rows = []
-    for kind, shown, format in sorted(found, key=lambda key: (not key[0], key)):
-        names = found[kind, shown, format]
-        layers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
-        weights = sum(math.prod(sizes[name]) for name in names)
-        rows.append((f"`{shown}`", _ranges(layers), _WORDS[format], f"{weights:,}"))
-    left = (
-        "What is BF16 or FP32 here is excluded from quantization: routers, embeddings, "
-        "convolutions and norms always; head, latent projections and the multi-token-prediction "
-        "block unless a glob names them."
-    )
-    return "\n".join(
-        ["## Precision", "", _table(("modules", "layers", "format", "weights"), rows), "", left]
-    )
-
-
 def measured_table(found: Measured) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and rows: what was rounded, and what that costs."""
     losses = [
@@ -280,75 +279,6 @@ def measured_table(found: Measured) -> tuple[str, list[str], list[list[str]]]:
     header = ["rounded", "KL(source, export), nats per token", "perplexity"]
     text = _text(found.text, "held-out part")
     return f"{found.tokens:,} tokens of {text}, in FP32", header, rows
-
-
-def _measured(facts: ExportFacts, measured: Measured | None) -> str:
-    lines = ["## Measured", ""]
-    for kind, scales in sorted(facts.errors.items()):
-        shown = ", ".join(f"{value:.4f} with `{name}`" for name, value in scales.items())
-        lines.append(f"- relative error of the weights, {kind.replace('_', ' ')}: {shown}")
-    if measured is not None:
-        title, header, rows = measured_table(measured)
-        lines += [f"- KL divergence and perplexity on {title}:", "", _table(header, rows)]
-    else:
-        lines.append(
-            "- KL divergence and perplexity: not measured. `nemo-hybrid verify-export DIR --base "
-            "SOURCE --data TEXT` does it."
-        )
-    return "\n".join(lines)
-
-
-def _engines(options: ExportOptions, facts: ExportFacts) -> str:
-    fp8 = options.kv_cache == "fp8"
-    further = {
-        "mixed": " vLLM 0.15 refuses `MIXED_PRECISION`.",
-        "bf16": " transformers loads this directory, too.",
-    }
-    lines = [
-        "## Serving",
-        "",
-        "`DIR` is this directory. Least versions: vLLM 0.32, whose loaders names and configuration "
-        "follow; SGLang 0.5.23 and TensorRT-LLM 1.2.1, which were not tried."
-        + further.get(options.format, ""),
-        "",
-        "```sh",
-        f"vllm serve DIR{' --kv-cache-dtype fp8' * fp8}",
-        f"python -m sglang.launch_server --model-path DIR{' --kv-cache-dtype fp8_e4m3' * fp8}",
-        "trtllm-serve DIR",
-        "```",
-    ]
-    if options.format == "compressed-tensors" and "E" in facts.shape.pattern:
-        lines += [
-            "",
-            "transformers 5.23 loads the layers of experts of this layout without a warning and "
-            "computes with wrong values: do not use it here.",
-        ]
-    if facts.shape.mtp_num_depths:
-        lines += [
-            "",
-            "The multi-token-prediction block is among the weights. vLLM drafts with it on "
-            '`--speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'`; look at '
-            "the acceptance that it logs, as misread weights show there alone.",
-        ]
-    return "\n".join(lines)
-
-
-def _unchecked(options: ExportOptions, facts: ExportFacts, measured: Measured | None) -> str:
-    lines = [
-        "## Not checked",
-        "",
-        "- This directory was not loaded into any serving engine, nor was it run on a GPU's FP4 or "
-        "FP8 units; speed was not measured.",
-        "- No benchmark was run: questions, code, long contexts, tools, languages.",
-        "- Acceptance of drafted tokens was not measured.",
-        "- After they were written, tensors were neither compared with the source one by one nor "
-        "decoded by another library: `nemo-hybrid verify-export DIR --base SOURCE` does it.",
-    ]
-    if with_inputs(facts.assignment) and (measured is None or measured.rounded_kl is None):
-        lines.append("- What the rounding of inputs costs is not part of any number above.")
-    if options.kv_cache == "fp8":
-        lines.append("- What FP8 keys and values cost was not measured.")
-    return "\n".join(lines)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -72,11 +72,10 @@ def options(files: Path, out: Path, **changes: object) -> ExportOptions:
     "changes",
     [
         {"format": "bf16"},
-        {"format": "nvfp4"},
         {"format": "nvfp4", "preset": "nano", "scales": "mse", "data": "store"},
         {"format": "mixed", "preset": "super", "data": "store", "kv_cache": "fp8",
          "percentile": 99.9},
-        {"format": "fp8", "preset": "ultra", "data": "store", "kv_cache": "fp8"},
+        {"format": "fp8", "preset": "ultra", "data": "store"},
         {"format": "compressed-tensors", "scales": "training"},
         {"format": "compressed-tensors", "scales": "four_over_six", "data": "text"},
         {"format": "mixed", "formats": {"mtp.*": "fp8", "lm_head": "nvfp4"}, "data": "store"},
@@ -116,12 +115,11 @@ def test_what_is_exported_is_verified(files, tmp_path, capsys, changes) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": "bf16"},
         {"format": "compressed-tensors"},
         {"format": "mixed", "preset": "super", "calibration": "store", "calibration_tokens": 250,
          "formats": {"lm_head": "nvfp4"}},
     ],
-    ids=["bf16", "weights", "inputs"],
+    ids=["weights", "inputs"],
 )  # fmt: skip
 def test_the_card_has_what_held_out_text_gives(files, tmp_path, capsys, changes) -> None:
     """KL and perplexity against whole passes of both models, and what verify-export finds."""
