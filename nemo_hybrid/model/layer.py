@@ -82,19 +82,13 @@ class Layer(nn.Module):
 Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
 
 
-def run_plainly(
-    layer: Layer, x_BSD: Tensor, documents: Documents | None
-) -> tuple[Tensor, RoutingStats | None]:
-    return layer(x_BSD, documents)
-
-
 class Layers(nn.ModuleList):
     """The layers of a pattern, in order. ``run`` is how training calls each of them, to be
     replaced from outside (see ``recompute``)."""
 
     def __init__(self, pattern: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
-        self.run: Run = run_plainly
+        self.run: Run = Layer.__call__
 
     def __iter__(self) -> Iterator[Layer]:
         return cast(Iterator[Layer], super().__iter__())

@@ -65,33 +65,20 @@ class Mamba2(KeepsFp32):
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         return z, xBC, F.softplus(dt.float() + self.dt_bias)
 
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [.., H, P], B and C [.., G, N] of the convolved channels [.., C]."""
+    def _operands(
+        self, xBC: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan takes, in its order: x [.., H, P], dt, A, B and C [.., G, N], and D."""
         bc = self.groups * self.state
         x, B, C = xBC.split([self.widths[0], bc, bc], dim=-1)
-        lead = xBC.shape[:-1]
-        return (
-            x.view(*lead, self.heads, self.head_dim),
-            B.view(*lead, self.groups, self.state),
-            C.view(*lead, self.groups, self.state),
-        )
-
-    def _scan(
-        self,
-        xBC_BSC: Tensor,
-        dt_BSH: Tensor,
-        documents: Documents | None = None,
-        state_BHPN: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        x_BSHP, B_BSGN, C_BSGN = self._split(xBC_BSC)
-        A_H = -self.A_log.exp()
-        return ssd_scan(
-            x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, self.D, self.chunk, documents, state_BHPN
-        )
+        x = x.unflatten(-1, (self.heads, self.head_dim))
+        B, C = (t.unflatten(-1, (self.groups, self.state)) for t in (B, C))
+        return x, dt, -self.A_log.exp(), B, C, self.D
 
     def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
-        y_BSHP, _ = self._scan(self.conv1d(xBC_BSC, documents), dt_BSH, documents)
+        operands = self._operands(self.conv1d(xBC_BSC, documents), dt_BSH)
+        y_BSHP, _ = ssd_scan(*operands, self.chunk, documents)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
     def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaCache]:
@@ -100,13 +87,13 @@ class Mamba2(KeepsFp32):
         xBC_BSC, conv_BCJ = self.conv1d.read(xBC_BSC, cache.conv_BCJ, reading.counts_B)
         # A token of no time leaves the state as it is: so does what pads a row.
         dt_BSH = dt_BSH.masked_fill(~reading.real_BS[..., None], 0)
-        y_BSHP, ssm_BHPN = self._scan(xBC_BSC, dt_BSH, None, cache.ssm_BHPN)
+        operands = self._operands(xBC_BSC, dt_BSH)
+        y_BSHP, ssm_BHPN = ssd_scan(*operands, self.chunk, None, cache.ssm_BHPN)
         y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
         return y_BSD, MambaCache(conv_BCJ, ssm_BHPN)
 
     def decode(self, x_BD: Tensor, cache: MambaCache) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)
-        x_BHP, B_BGN, C_BGN = self._split(self.conv1d.decode(xBC_BC, cache.conv_BCJ))
-        A_H = -self.A_log.exp()
-        y_BHP = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, self.D, cache.ssm_BHPN)
+        operands = self._operands(self.conv1d.decode(xBC_BC, cache.conv_BCJ), dt_BH)
+        y_BHP = ssd_step(*operands, cache.ssm_BHPN)
         return self.out_proj(self.norm(y_BHP.flatten(-2), z_BI))

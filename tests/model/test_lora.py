@@ -21,6 +21,7 @@ from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.cache import commit
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.linear import Adapter
@@ -84,11 +85,13 @@ def test_new_adapters_compute_nothing_and_merged_ones_what_they_did() -> None:
 
 def test_prompts_and_single_tokens_meet_the_adapters_too() -> None:
     model = adapted(EVERYTHING)
-    logits_BV, caches = model.prefill(IDS[:, :-1])
+    caches = model.new_caches(*IDS.shape)
+    h_BSD, after = model.read(IDS[:, :-1], torch.tensor([18, 18]), caches)
+    commit(caches, after)
     with torch.no_grad():
         wanted = model(IDS).logits
-    assert relative(logits_BV, wanted[:, -2]) < 1e-5
-    assert relative(model.decode(IDS[:, -1], caches), wanted[:, -1]) < 1e-5
+    assert relative(model.logits(h_BSD), wanted[:, :-1]) < 1e-5
+    assert relative(model.logits(model.decode(IDS[:, -1], caches)), wanted[:, -1]) < 1e-5
 
 
 def test_a_is_drawn_as_peft_draws_it_and_b_is_zero() -> None:
