@@ -172,8 +172,9 @@ _NO_LARGER = (
 _DIVIDES = (("num_key_value_heads", "num_attention_heads"), ("n_groups", "mamba_num_heads"))
 
 
-def check_pattern(pattern: str, name: str, allowed: str = "ME*-", empty: bool = False) -> None:
-    """Raise UserError unless every letter of pattern is one of allowed."""
+def check_pattern(pattern: str, name: str, allowed: str = "", empty: bool = False) -> None:
+    """Raise UserError unless every letter of pattern is one of ``allowed``, or of all there are."""
+    allowed = allowed or "".join(LAYER_LETTERS)
     if not pattern and not empty:
         raise UserError(f"{name} is empty: give one letter per layer")
     if not isinstance(pattern, str):

@@ -15,18 +15,26 @@ key/value heads, P head dim, C conv channels, J = conv kernel - 1, H Mamba heads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_hybrid.config.model import ModelConfig
+
+class LayerCache(Protocol):
+    """What one layer remembers."""
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in every row."""
+
+    def commit(self, state: Any) -> None:
+        """Remember ``state``, which reading gave, in place of what was."""
 
 
 @dataclass
 class AttentionCache:
-    """Keys and values by position."""
+    """Keys and values by position; those behind a row's length are scratch."""
 
     k_BTGP: Tensor
     v_BTGP: Tensor
@@ -44,6 +52,9 @@ class AttentionCache:
             more = (0, 0, 0, 0, 0, max(tokens, 2 * room) - room)
             self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
 
+    def commit(self, state: None) -> None:
+        """Nothing: what counts of it, a row's length says."""
+
 
 @dataclass
 class MambaCache:
@@ -52,8 +63,12 @@ class MambaCache:
     conv_BCJ: Tensor
     ssm_BHPN: Tensor
 
+    def reserve(self, tokens: int) -> None:
+        """Nothing: a state has one size."""
 
-LayerCache = AttentionCache | MambaCache | None
+    def commit(self, state: MambaCache) -> None:
+        self.conv_BCJ.copy_(state.conv_BCJ)
+        self.ssm_BHPN.copy_(state.ssm_BHPN)
 
 
 @dataclass
@@ -62,35 +77,15 @@ class Caches:
     cache of the MTP block, which has lengths of its own."""
 
     lengths_B: Tensor
-    layers: list[LayerCache]
+    layers: list[LayerCache | None]
     mtp: Caches | None = None
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in every row, padding that is read included. Where there is
         less, at least twice the room there was, so that this is seldom; tensors are then others."""
         for cache in [*self.layers, *(self.mtp.layers if self.mtp else ())]:
-            if isinstance(cache, AttentionCache):
+            if cache is not None:
                 cache.reserve(tokens)
-
-
-def allocate(pattern: str, cfg: ModelConfig, rows: int, tokens: int, like: Tensor) -> Caches:
-    """Caches of rows that have read nothing, in the dtype and on the device of ``like``."""
-
-    def cache(letter: str) -> LayerCache:
-        if letter == "*":
-            # Not empty: what is not looked at must still be finite.
-            heads = (rows, tokens, cfg.num_key_value_heads, cfg.head_dim)
-            return AttentionCache(like.new_zeros(heads), like.new_zeros(heads))
-        if letter == "M":
-            ssm = (rows, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size)
-            return MambaCache(
-                like.new_zeros(rows, cfg.conv_channels, cfg.conv_kernel - 1),
-                like.new_zeros(ssm, dtype=torch.promote_types(like.dtype, torch.float32)),
-            )
-        return None
-
-    lengths_B = torch.zeros(rows, dtype=torch.int64, device=like.device)
-    return Caches(lengths_B, [cache(letter) for letter in pattern])
 
 
 class Reading(NamedTuple):
@@ -112,13 +107,12 @@ class After(NamedTuple):
     """What `commit` makes count: tokens per row, and states after them."""
 
     counts_B: Tensor
-    states: list[MambaCache | None]
+    states: list[Any]
 
 
 def commit(caches: Caches, after: After) -> None:
     """Have tokens count that were read; ``after`` is of the last reading with these caches."""
     caches.lengths_B += after.counts_B
     for cache, state in zip(caches.layers, after.states, strict=True):
-        if isinstance(cache, MambaCache) and state is not None:
-            cache.conv_BCJ.copy_(state.conv_BCJ)
-            cache.ssm_BHPN.copy_(state.ssm_BHPN)
+        if cache is not None:
+            cache.commit(state)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.model.cache import After, Caches, allocate
+from nemo_hybrid.model.cache import After, Caches
 from nemo_hybrid.model.init import initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
 from nemo_hybrid.model.layer import Layers
@@ -123,9 +123,10 @@ class HybridLM(nn.Module):
     def new_caches(self, rows: int, tokens: int, mtp: bool = False) -> Caches:
         """Caches with room for so many tokens in each row; also for the MTP block, if asked for."""
         like = self.backbone.embeddings.weight
-        caches = allocate(self.config.pattern, self.config, rows, tokens, like)
+        caches = self.backbone.layers.new_caches(rows, tokens, like)
         if mtp:
-            caches.mtp = allocate(self.config.mtp_pattern, self.config, rows, tokens, like)
+            assert self.mtp is not None, "the model has no multi-token-prediction block"
+            caches.mtp = self.mtp.layers.new_caches(rows, tokens, like)
         return caches
 
     @torch.no_grad()

@@ -112,12 +112,15 @@ class LatentMoE(nn.Module):
         stats = routing_stats(scores_TE, ids_TK, x_BSD.shape[0], real_BS)
         return y_TD.view_as(x_BSD), stats
 
-    def read(self, x_BSD: Tensor, reading: Reading) -> Tensor:
+    def new_cache(self, rows: int, tokens: int, like: Tensor) -> None:
+        """A token needs none but itself."""
+
+    def read(self, x_BSD: Tensor, cache: None, reading: Reading) -> tuple[Tensor, None]:
         """What pads a row is not sent to experts, so it does not take part in anything."""
         y_BSD = torch.zeros_like(x_BSD)
         x_RD = x_BSD.flatten(0, 1)[reading.real_R]
         y_BSD.flatten(0, 1)[reading.real_R] = self._mix(x_RD)[0]
-        return y_BSD
+        return y_BSD, None
 
-    def decode(self, x_BD: Tensor) -> Tensor:
+    def decode(self, x_BD: Tensor, cache: None, before_B: Tensor) -> Tensor:
         return self._mix(x_BD)[0]

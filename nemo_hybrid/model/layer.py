@@ -6,11 +6,12 @@ Shapes: B batch, S sequence, D hidden.
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.attention import Attention
-from nemo_hybrid.model.cache import After, Caches, LayerCache, MambaCache, Reading, reading
+from nemo_hybrid.model.cache import After, Caches, LayerCache, Reading, reading
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
 from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
@@ -18,65 +19,49 @@ from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
 
+MIXERS: dict[str, Callable[[ModelConfig, Dispatcher], nn.Module]] = {
+    "M": lambda cfg, _: Mamba2(cfg),
+    "E": LatentMoE,
+    "*": lambda cfg, _: Attention(cfg),
+    "-": lambda cfg, _: MLP(cfg.hidden_size, cfg.intermediate_size),
+}
+"""By pattern letter (see ``nemo_hybrid.config.model.LAYER_LETTERS``). A mixer has
 
-def build_mixer(letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> nn.Module:
-    if letter == "M":
-        return Mamba2(cfg)
-    if letter == "*":
-        return Attention(cfg)
-    if letter == "E":
-        return LatentMoE(cfg, dispatcher)
-    return MLP(cfg.hidden_size, cfg.intermediate_size)
+* ``forward(h_BSD, documents)`` for training: y_BSD, or with it the statistics of its router,
+* ``new_cache(rows, tokens, like)``: what it remembers of texts, or None,
+* ``read(h_BSD, cache, reading)``: y_BSD of tokens that follow others, and what `LayerCache.commit`
+  is to be given for them, or None,
+* ``decode(h_BD, cache, before_B)``: y_BD of one more token per row, which counts at once.
+"""
 
 
 class Layer(nn.Module):
-    """``letter`` names the mixer: M, E, * or - (see ``nemo_hybrid.config.model.LAYER_LETTERS``)."""
+    """``letter`` names the mixer."""
 
-    mixer: Any  # the four mixers share no more than being modules
+    mixer: Any  # see MIXERS
 
     def __init__(self, letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.letter = letter
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
-        self.mixer = build_mixer(letter, cfg, dispatcher)
+        self.mixer = MIXERS[letter](cfg, dispatcher)
 
     def forward(
         self, x_BSD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Training: the new residual stream, and routing statistics of a MoE layer."""
-        h_BSD = self.norm(x_BSD)
-        if self.letter == "E":
-            y_BSD, stats = self.mixer(h_BSD, documents)
-            return x_BSD + y_BSD, stats
-        if self.letter == "-":
-            return x_BSD + self.mixer(h_BSD), None
-        return x_BSD + self.mixer(h_BSD, documents), None
+        y_BSD = self.mixer(self.norm(x_BSD), documents)
+        y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
+        return x_BSD + y_BSD, stats
 
-    def read(
-        self, x_BSD: Tensor, cache: LayerCache, reading: Reading
-    ) -> tuple[Tensor, MambaCache | None]:
-        """Tokens that follow others, and what a Mamba cache is to hold after them."""
-        h_BSD, after = self.norm(x_BSD), None
-        if self.letter == "M":
-            y_BSD, after = self.mixer.read(h_BSD, cache, reading)
-        elif self.letter == "*":
-            y_BSD = self.mixer.read(h_BSD, cache, reading.before_B)
-        elif self.letter == "E":
-            y_BSD = self.mixer.read(h_BSD, reading)
-        else:
-            y_BSD = self.mixer(h_BSD)
+    def read(self, x_BSD: Tensor, cache: LayerCache | None, reading: Reading) -> tuple[Tensor, Any]:
+        """Tokens that follow others, and what the cache is to be given to have them count."""
+        y_BSD, after = self.mixer.read(self.norm(x_BSD), cache, reading)
         return x_BSD + y_BSD, after
 
-    def decode(self, x_BD: Tensor, cache: LayerCache, before_B: Tensor) -> Tensor:
-        """One token per row; a Mamba cache moves on."""
-        h_BD = self.norm(x_BD)
-        if self.letter == "M":
-            return x_BD + self.mixer.decode(h_BD, cache)
-        if self.letter == "*":
-            return x_BD + self.mixer.decode(h_BD, cache, before_B)
-        if self.letter == "E":
-            return x_BD + self.mixer.decode(h_BD)
-        return x_BD + self.mixer(h_BD)
+    def decode(self, x_BD: Tensor, cache: LayerCache | None, before_B: Tensor) -> Tensor:
+        """One token per row, which counts at once."""
+        return x_BD + self.mixer.decode(self.norm(x_BD), cache, before_B)
 
 
 Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
@@ -103,6 +88,12 @@ class Layers(nn.ModuleList):
             if routed is not None:
                 stats[i] = routed
         return x_BSD, stats
+
+    def new_caches(self, rows: int, tokens: int, like: Tensor) -> Caches:
+        """Caches of rows that have read nothing, with room for so many tokens in each, in the dtype
+        and on the device of ``like``."""
+        lengths_B = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return Caches(lengths_B, [layer.mixer.new_cache(rows, tokens, like) for layer in self])
 
     def read(self, x_BSD: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
         """The first ``counts_B`` of each row's S tokens, which follow what the caches hold."""

@@ -81,6 +81,12 @@ class Mamba2(KeepsFp32):
         y_BSHP, _ = ssd_scan(*operands, self.chunk, documents)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
+    def new_cache(self, rows: int, tokens: int, like: Tensor) -> MambaCache:
+        conv = (rows, self.widths[1], self.conv1d.weight.shape[-1] - 1)
+        ssm = (rows, self.heads, self.head_dim, self.state)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return MambaCache(like.new_zeros(conv), like.new_zeros(ssm, dtype=wide))
+
     def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaCache]:
         """Tokens that follow what the cache holds, and what it is to hold after them."""
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
@@ -92,7 +98,7 @@ class Mamba2(KeepsFp32):
         y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
         return y_BSD, MambaCache(conv_BCJ, ssm_BHPN)
 
-    def decode(self, x_BD: Tensor, cache: MambaCache) -> Tensor:
+    def decode(self, x_BD: Tensor, cache: MambaCache, before_B: Tensor) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)
         operands = self._operands(self.conv1d.decode(xBC_BC, cache.conv_BCJ), dt_BH)
         y_BHP = ssd_step(*operands, cache.ssm_BHPN)

@@ -22,5 +22,5 @@ def code_of(*titles: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "extending"}
     for text in map(section, titles):
         for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-            exec(compile(block, str(PAGE), "exec"), names)
+            exec(compile(block, str(PAGE), "exec", dont_inherit=True), names)
     return names
