@@ -51,7 +51,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def recorded() -> Iterator[list[Launch]]:
     """Inside, launches are added to the list instead of run."""
     global _notes
-    _notes = notes = []
+    notes: list[Launch] = []
+    _notes = notes
     try:
         yield notes
     finally:

@@ -72,10 +72,7 @@ class CompareOptions(CommandOptions):
                 self.data is not None and self.prompt is not None,
                 "give --data or --prompt, not both",
             ),
-            (
-                self.prompt == "",
-                "--prompt is empty; leave it out to compare on random token ids",
-            ),
+            (self.prompt == "", "--prompt is empty; leave it out to compare on random token ids"),
         )
         check_text(self.prompt or "")
 

@@ -120,35 +120,43 @@ def export_command(options: ExportOptions) -> None:
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.checkpoint.publish import CARD
     from nemo_hybrid.data.store import TOKENIZER
-    from nemo_hybrid.export.calibrate import read_pieces
-    from nemo_hybrid.export.card import card, lineage, measured_table
-    from nemo_hybrid.export.sensitivity import assign_within, candidates
-    from nemo_hybrid.export.verify import states
-    from nemo_hybrid.export.write import check_cache, export_directory, prepared, unquantized
-    from nemo_hybrid.precision.assign import planned, with_inputs
+    from nemo_hybrid.export import calibrate, card, sensitivity, verify, write
+    from nemo_hybrid.precision import assign
 
-    source, out = unquantized(options.from_), new_directory(options.out)
+    source, out = write.unquantized(options.from_), new_directory(options.out)
     shape = HybridConfig.from_hf(str(source))
     calibrated, budget = options.calibration is not None, options.budget_bits
     if budget is None:
-        assignment = planned(shape, options.format, options.preset, options.formats, calibrated)
-        if calibrated and options.kv_cache == "none" and not with_inputs(assignment):
+        assignment = assign.planned(
+            shape, options.format, options.preset, options.formats, calibrated
+        )
+        if calibrated and options.kv_cache == "none" and not assign.with_inputs(assignment):
             raise UserError("calibration has no effect without rounded inputs: leave it out")
     else:  # in the fewest bits that may come of it
-        assignment = assign_within(budget, candidates(shape, _tried(options)), shape)
-    check_cache(options.kv_cache, options.format, shape, calibrated)
-    if options.percentile is not None and not with_inputs(assignment):
+        assignment = sensitivity.assign_within(
+            budget, sensitivity.candidates(shape, _tried(options)), shape
+        )
+    write.check_cache(options.kv_cache, options.format, shape, calibrated)
+    if options.percentile is not None and not assign.with_inputs(assignment):
         raise UserError("percentile has no effect where no inputs are rounded: leave it out")
     if options.scales != "amax" and not any(f.startswith("nvfp4") for f in assignment.values()):
         raise UserError("scales has no effect where nothing becomes NVFP4: leave it out")
-    prepared(source, out, assignment, options.format, options.scales)
-    origin = lineage(source)
+    write.prepared(source, out, assignment, options.format, options.scales)
+    origin = card.lineage(source)
     pieces, heldout = [], []
     if options.calibration is not None:
-        pieces = read_pieces(options.calibration, source, shape, options.calibration_tokens)
+        pieces = calibrate.read_pieces(
+            options.calibration, source, shape, options.calibration_tokens
+        )
     if options.heldout is not None:
-        heldout = read_pieces(options.heldout, source, shape, options.heldout_tokens, "heldout")
-    before = states(load_model(source, torch.float32), heldout, "source", True) if heldout else None
+        heldout = calibrate.read_pieces(
+            options.heldout, source, shape, options.heldout_tokens, "heldout"
+        )
+    before = (
+        verify.states(load_model(source, torch.float32), heldout, "source", True)
+        if heldout
+        else None
+    )
     calibration, reports = None, dict[str, bytes]()
     if pieces:
         calibration, assignment, reports = _calibrated(source, pieces, assignment, options)
@@ -157,11 +165,11 @@ def export_command(options: ExportOptions) -> None:
         measured = None
         if before is not None:
             measured = _measured(directory, before, heldout, facts, options)
-            title, header, rows = measured_table(measured)
+            title, header, rows = card.measured_table(measured)
             print_table(header, rows, title=title)
-        return {**reports, CARD: card(options, facts, origin, measured).encode()}
+        return {**reports, CARD: card.card(options, facts, origin, measured).encode()}
 
-    facts = export_directory(
+    facts = write.export_directory(
         source,
         out,
         assignment,
@@ -202,32 +210,24 @@ def _calibrated(
 ) -> tuple[Calibration, Assignment, dict[str, bytes]]:
     """The calibration; with a budget, an assignment that keeps it, and the files that say why."""
     from nemo_hybrid.checkpoint.load import load_model
-    from nemo_hybrid.export.calibrate import calibrate
-    from nemo_hybrid.export.divergence import ready
-    from nemo_hybrid.export.sensitivity import (
-        SPENT_ON,
-        assign_within,
-        measure,
-        sensitivity_report,
-    )
-    from nemo_hybrid.precision.assign import fitted, with_inputs
-    from nemo_hybrid.precision.groups import family
+    from nemo_hybrid.export import calibrate, divergence, sensitivity
+    from nemo_hybrid.precision import assign, groups
 
     budget, reports = options.budget_bits, dict[str, bytes]()
-    inputs = with_inputs(assignment)
+    inputs = assign.with_inputs(assignment)
     if budget is not None:
-        inputs = [place for place in assignment if family(place) in SPENT_ON]
-    model = ready(load_model(source))
-    calibration = calibrate(model, pieces, options.percentile, inputs, show=True)
+        inputs = [place for place in assignment if groups.family(place) in sensitivity.SPENT_ON]
+    model = divergence.ready(load_model(source))
+    calibration = calibrate.calibrate(model, pieces, options.percentile, inputs, show=True)
     if budget is not None:
         before = accumulate((piece.numel() for piece in pieces), initial=0)
         few = [p for p, so_far in zip(pieces, before, strict=False) if so_far < _MEASURED_TOKENS]
         amax, formats = calibration.amax, _tried(options)
-        measured = measure(model, few, formats, options.scales, amax, show=True)
-        chosen = assign_within(budget, measured, model.config)
-        assignment = fitted(chosen, options.format, calibrated=True)
-        reports = sensitivity_report(measured, assignment, budget)
-    rounded = with_inputs(assignment)
+        measured = sensitivity.measure(model, few, formats, options.scales, amax, show=True)
+        chosen = sensitivity.assign_within(budget, measured, model.config)
+        assignment = assign.fitted(chosen, options.format, calibrated=True)
+        reports = sensitivity.sensitivity_report(measured, assignment, budget)
+    rounded = assign.with_inputs(assignment)
     unseen = {place: e for place, e in calibration.unseen.items() if place in rounded}
     return replace(calibration, unseen=unseen), assignment, reports
 
@@ -241,14 +241,13 @@ def _measured(
 ) -> Measured:
     """The model of a directory against its source. Raises UserError where its logits are not
     finite."""
-    from nemo_hybrid.export.decode import Scales
-    from nemo_hybrid.export.verify import load_exported, measure
-    from nemo_hybrid.precision.assign import with_inputs
+    from nemo_hybrid.export import decode, verify
+    from nemo_hybrid.precision import assign
 
-    inputs, seen = with_inputs(facts.assignment), facts.calibration
+    inputs, seen = assign.with_inputs(facts.assignment), facts.calibration
     amax = {place: seen.amax[place] for place in inputs} if seen else {}
-    scales, model = Scales(facts.assignment, amax), load_exported(directory)
-    found = measure(before, model, scales, pieces, str(options.heldout), True)
+    scales, model = decode.Scales(facts.assignment, amax), verify.load_exported(directory)
+    found = verify.measure(before, model, scales, pieces, str(options.heldout), True)
     if not all(math.isfinite(x) for x in found if isinstance(x, float)):
         raise UserError("logits are not finite: the checkpoint is broken")
     return found

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from nemo_hybrid.config.model import LAYER_LETTERS, ModelConfig
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import RunConfig, TrainOptions
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 from nemo_hybrid.precision.policy import weight_dtype
@@ -28,8 +27,10 @@ STATE_BYTES = 12
 """fp32 master and two fp32 moments of one parameter."""
 _REDUCTION_BYTES = 8
 """Per element of ZeRO-2's buffer: the buffer itself, and flat copies of what is reduced."""
+_TEMPORARIES = {True: 2, False: 4}
+"""Times what a layer keeps, that its backward pass takes in between: on CPU as measured, elsewhere
+as the grouped products of experts are expected to."""
 _LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}  # logits held at once: on CPU, elsewhere
-_SCAN_BLOCK = {True: 1 << 19, False: 1 << 28}  # row-chunk elements of the reference scan
 
 
 class Group(NamedTuple):
@@ -82,11 +83,6 @@ class Layout:
     def tokens(self) -> int:
         return self.rows * self.length
 
-    @cached_property
-    def layers(self) -> dict[str, dict[str, torch.Tensor]]:
-        """A layer's parameters by pattern letter and name, without storage."""
-        return {c: layer_parameters(self.cfg, c, self.ep) for c in LAYER_LETTERS}
-
 
 def layout_of(config: RunConfig, cfg: ModelConfig, processes: int, cpu: bool) -> Layout:
     """The layout of a valid run. Raises UserError where it does not fit the number of processes."""
@@ -125,6 +121,11 @@ class Memory:
     def device(self) -> float:
         """Everything but the copy in CPU memory."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
+
+    def at(self, moment: str, gradients: float, activations: float, buffers: float) -> Memory:
+        """The same weights and optimizer state at a moment."""
+        kinds = {"gradients": gradients, "activations": activations, "buffers": buffers}
+        return replace(self, moment=moment, **kinds)
 
 
 def groups_of(at: Layout) -> list[Group]:
@@ -188,38 +189,6 @@ def _saved(at: Layout, letter: str) -> int:
     return norm + sum(terms[letter])
 
 
-def scratch(at: Layout, letter: str) -> int:
-    """Bytes of temporaries in a layer's backward pass, the largest that live together, with the
-    gradient of its largest weight. An estimate from what each pass allocates."""
-    cfg, b, T = at.cfg, at.width, at.tokens
-    q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
-    inner, conv, heads = cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads
-    state, chunk = cfg.ssm_state_size, min(cfg.chunk_size, at.length)
-    states = 4 * 2 * inner * state // chunk
-    if "ssd" not in at.reference:
-        scan = T * (states + 8 * cfg.n_groups * chunk)
-    else:
-        rows = max(1, min(at.rows, _SCAN_BLOCK[at.cpu] // (at.length * heads * chunk)))
-        block = 4 * heads * (4 * chunk + 5 * state + 3 * cfg.mamba_head_dim) + states
-        scan = rows * at.length * block
-    k, expert, width = cfg.num_experts_per_tok, cfg.expert_size, cfg.moe_intermediate_size
-    # Gathered rows, their gradients in and out; what "e" recomputes; between grouped products.
-    slot = expert * (2 * b + 4) + width * (b * ("e" in at.recompute) + 12 * (not at.cpu))
-    stacks = 2 * cfg.n_routed_experts // at.ep * expert * width
-    largest = max(p.numel() for name, p in at.layers[letter].items() if ".experts." not in name)
-    stream = T * 2 * b * cfg.hidden_size
-    return (
-        stream
-        + {
-            "*": b * largest + T * (4 + b) * (2 * q + 2 * kv),
-            "-": b * largest + T * 3 * b * cfg.intermediate_size,
-            "M": b * largest + T * (b * (2 * inner + 2 * (inner + conv + heads)) + 4 * conv) + scan,
-            # On CPU in fp32, then rounded.
-            "E": T * k * slot + stacks * (4 + b * (b != 4) if at.cpu else b),
-        }[letter]
-    )
-
-
 def moments(at: Layout) -> list[Memory]:
     """The moments of a step after the first that can be the largest: the loss and the beginning of
     the backward pass, when all activations are there, and the reduction and the optimizer's step,
@@ -241,43 +210,36 @@ def moments(at: Layout) -> list[Memory]:
     if at.cpu:  # what is never touched takes no memory
         bucket = min(bucket, numel)
 
-    layers = cfg.pattern + (cfg.mtp_pattern if cfg.mtp_num_depths else "")
-    stream, head, depths = (
-        b * at.tokens * cfg.hidden_size,
-        cfg.vocab_size * cfg.hidden_size,
-        cfg.mtp_num_depths,
-    )
+    depths, head = cfg.mtp_num_depths, cfg.vocab_size * cfg.hidden_size
+    stream = b * at.tokens * cfg.hidden_size
     # Activations: layers, final norms, inputs of every depth.
     kept = sum(saved(at, letter) for letter in cfg.pattern + depths * cfg.mtp_pattern)
     kept += (1 + 5 * depths) * stream
     held = (1 + depths) * stream  # gradients of the hidden states that the loss reads
     logits = 2 * max(_LOSS_CHUNK[at.cpu], 16 * 4 * cfg.vocab_size)
-    again = {c: (_saved(at, c) - stream) * (c in at.recompute) for c in {*layers}}
-    work = {c: scratch(at, c) + again[c] for c in {*layers}}
+    # One layer's backward pass: temporaries, gradients of its weights, what is made once more.
+    work = {
+        c: _TEMPORARIES[at.cpu] * _saved(at, c)
+        + b * sum(p.numel() for p in layer_parameters(cfg, c, at.ep).values())
+        + (_saved(at, c) - saved(at, c))
+        for c in {*cfg.pattern, *(cfg.mtp_pattern * depths)}
+    }
     worst = max(work, key=work.__getitem__)
     return [
-        replace(
-            base,
-            moment="loss",
-            gradients=before,
-            activations=kept,
-            buffers=2 * held + 4 * head + 4 * head * (b != 4) + logits,
+        base.at("loss", before, kept, 2 * held + 4 * head * (1 + (b != 4)) + logits),
+        base.at(
+            f"{worst} backward",
+            before + own * early,
+            kept,
+            held + work[worst] + 4 * bucket * (early or (at.zero == 2 and not at.cpu)),
         ),
-        replace(
-            base,
-            moment=f"{worst} backward",
-            gradients=before + own * early,
-            activations=kept,
-            buffers=held + work[worst] + 4 * bucket * (early or (at.zero == 2 and not at.cpu)),
+        base.at(
+            "reduction",
+            own + (4 * numel if at.zero == 1 else before),
+            kept * early,
+            bucket * (_REDUCTION_BYTES if at.zero == 2 else 4),
         ),
-        replace(
-            base,
-            moment="reduction",
-            gradients=4 * numel + own if at.zero == 1 else before + own,
-            activations=kept * early,
-            buffers=bucket * (_REDUCTION_BYTES if at.zero == 2 else 4),
-        ),
-        replace(base, moment="optimizer", gradients=own, buffers=4 * max(g.part for g in groups)),
+        base.at("optimizer", own, 0, 4 * max(g.part for g in groups)),
     ]
 
 

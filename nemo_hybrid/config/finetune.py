@@ -180,10 +180,7 @@ class FinetuneConfig(TrainingConfig):
             f"distill.preset {preset} cannot be had",
         )
         refuse(
-            (
-                not self.model.from_hf,
-                "model.from_hf is missing: name the checkpoint to fine-tune",
-            ),
+            (not self.model.from_hf, "model.from_hf is missing: name the checkpoint to fine-tune"),
             (not self.data.path, "data.path is missing: name the conversations to learn from"),
             (
                 (train.loss == "two_stage") != (train.second_stage_step is not None),
@@ -200,10 +197,7 @@ class FinetuneConfig(TrainingConfig):
                 rank and train.train_router,
                 "train.train_router cannot be had with lora.rank: weights are frozen",
             ),
-            (
-                not rank and self.lora.changed(),
-                "lora options have no effect without lora.rank",
-            ),
+            (not rank and self.lora.changed(), "lora options have no effect without lora.rank"),
             (
                 distils and self.precision.low,
                 f"{no_distilling}: precision.recipe asks for other formats",

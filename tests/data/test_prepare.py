@@ -352,7 +352,6 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(tmp_path: Path) -> No
         ([tmp_path / "broken.parquet"], out, {}, "broken.parquet is not a readable parquet"),
         ([good], out, {}, "none of the 1 documents falls into the heldout split"),
         ([good], out, {"heldout": 0.9999}, "falls into the train split"),
-        ([good], out, {"heldout": 1.0}, r"must lie in \[0, 1\)"),
         ([good], out, {"vocab_size": 258}, "at least 259"),
         ([good], out, {"tokenizer": tmp_path / "missing"}, "cannot read the tokenizer"),
         ([good], out, {"tokenizer": bad_tokenizer}, "is not a Hugging Face tokenizer"),
@@ -513,12 +512,6 @@ def test_links_are_counted_and_endings_are_taken_in_any_case(tmp_path: Path) -> 
     assert sorted(decoded(tmp_path / "out", "train")) == ["one", "two"]
     assert summary.sources["links"] == 1
     assert "1 symbolic links to files" in str(summary)
-
-
-def test_a_tokenizer_and_a_vocabulary_size_contradict(folder: Path, tmp_path: Path) -> None:
-    make([folder], tmp_path / "a")
-    with pytest.raises(UserError, match="not both"):
-        make([folder], tmp_path / "b", tokenizer=tmp_path / "a", vocab_size=300)
 
 
 def test_what_a_killed_prepare_left_is_removed_when_old(folder: Path, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_each_tensor_is_read_once(source, tmp_path, monkeypatch) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from nemo_hybrid.config import HybridConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.precision.assign import planned
 from nemo_hybrid.export.write import export_directory
 

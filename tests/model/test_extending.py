@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import SABOTAGE, band
 from helpers.pages import code_of
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.config.model import LAYER_LETTERS
@@ -50,9 +51,11 @@ def test_it_reads_in_pieces_what_it_reads_at_once(make: Make) -> None:
     with torch.no_grad():
         expected = model(ids_BS).logits[:, -1]
     found = read_in_pieces(model, ids_BS, [(5, 1), (0, 7), (6, 3)])
-    # In fp64; a token that was lost or read twice changes everything.
-    assert furthest(found, expected) < 1e-12
-    assert furthest(read_in_pieces(model, ids_BS, [(5, 1), (0, 7), (6, 2)]), expected) > 1e-3
+    # Norms, softmax and logits are fp32; a token that was lost changes everything.
+    bound = band(torch.float32, model.config.hidden_size)
+    assert furthest(found, expected) < bound
+    lost = read_in_pieces(model, ids_BS, [(5, 1), (0, 7), (6, 2)])
+    assert furthest(lost, expected) > SABOTAGE * bound
 
 
 def test_packed_documents_do_not_see_each_other(make: Make) -> None:

@@ -119,8 +119,8 @@ class _ExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TL: Tensor) -> tuple[Tensor | None, ...]:
         experts: Experts = ctx.experts
-        *given, w_up_EFL, w_down_ELF, inverse_TK, h_RF = ctx.saved_tensors
-        routed = Routed(*given, ctx.groups, w_up_EFL, w_down_ELF)
+        x_TL, token_R, weight_R, w_up_EFL, w_down_ELF, inverse_TK, h_RF = ctx.saved_tensors
+        routed = Routed(x_TL, token_R, weight_R, ctx.groups, w_up_EFL, w_down_ELF)
         if h_RF is None:
             h_RF = experts.pre_activation(routed)
         wanted = ctx.needs_input_grad[5:7]
