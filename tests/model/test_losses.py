@@ -20,6 +20,8 @@ from nemo_hybrid.objectives.next_token import NextToken, count_targets
 
 ROWS = [[7, 1, 2, 3, 6, 1], [4, 16], [20], [1, 1, 1, 17]]
 TRAIN = TrainOptions(mtp_loss_weight=0.3, aux_loss_weight=0.05)
+GRADIENTS = 1e-4
+"""Relative, of one parameter's: as in test_parity.py, a few have terms that cancel."""
 NO_AUX = replace(TRAIN, aux_loss_weight=0.0)
 
 
@@ -61,7 +63,7 @@ def test_objective_equals_a_computation_from_logits() -> None:
     assert not ce_sums(ours).requires_grad
     assert not ours.sums["aux"].requires_grad
     for name, expected in gradients(model, loss).items():
-        assert (our_gradients[name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert (our_gradients[name] - expected).norm() <= GRADIENTS * expected.norm(), name
     assert set(ours.loads) == {"backbone.layers.1", "mtp.layers.1"}
 
 
@@ -108,7 +110,7 @@ def test_shares_of_unequal_micro_batches_add_up() -> None:
         outcome.loss.backward()
     accumulated = {n: p.grad for n, p in model.named_parameters()}
     for name, gradient in expected.items():
-        assert (accumulated[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (accumulated[name] - gradient).norm() <= GRADIENTS * gradient.norm(), name
 
     # Means of means are something else: that would be noticed.
     means = [objective(part, normalizer(part, 2)).loss for part in parts]
@@ -259,7 +261,7 @@ def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
         total = total + torch.stack(means).mean() * (1.0 if k == 0 else 0.3 / 2)
     assert float(ours.loss) == pytest.approx(float(total.detach()), rel=1e-5)
     for name, gradient in gradients(model, total).items():
-        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (our_gradients[name] - gradient).norm() <= GRADIENTS * gradient.norm(), name
 
     by_tokens = NextToken(model, NO_AUX)(batch, Normalizer(count_targets(batch, 2), 4))
     assert abs(float(by_tokens.loss - ours.loss)) > 1e-2

@@ -219,8 +219,8 @@ def test_hidden_states_targets_and_losses(rows: list[list[int]], pattern: str, d
     model, batch = build(rows, pattern, depths)
     found = compare(model, batch, naive_predictions(model, weights_of(model), rows, batch))
     assert (found.validity, found.labels) == (0, 0)
-    # Rounding eight times as badly moves logits by 2e-5 (absolutely; they are around 1).
-    assert found.logits < 5e-5
+    # Rounding eight times as badly moves logits, which are around 1, by up to 4.3e-5.
+    assert found.logits < 1e-4
     assert found.losses < 1e-3  # sums of about 50 values around 5
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import band, unit
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear, most_rows
 from nemo_hybrid.precision.operands import Ingredients, PassFormats, Streams
 from nemo_kernels.lowp import mxfp8
@@ -67,7 +68,8 @@ def test_the_three_products_are_those_of_the_operand_table() -> None:
     got = passes(layer, x, w.float(), dy)  # in fp32, the gradient of the weight is not rounded
     streams.start(7, 2)
     wanted = by_the_table(x, w, dy, *seeds(streams, "layer", "dy dgrad", "dy wgrad"))
-    for result, want, rounding in zip(got, wanted, (2e-3, 2e-3, 1e-6), strict=True):
+    once, never = unit(torch.bfloat16), band(torch.float32, terms=T)
+    for result, want, rounding in zip(got, wanted, (once, once, never), strict=True):
         assert distance(result, want) < rounding
     # Anything else than the table is far off: other bits, none, no transform, 1-D weights.
     assert distance(got[1], by_the_table(x, w, dy, 1, 2)[1]) > 0.02
@@ -97,8 +99,9 @@ def test_mxfp8_has_blocks_along_what_each_product_sums_over() -> None:
     wanted = [blocks(x) @ blocks(w).T, blocks(dy) @ blocks(w.T).T, blocks(dy.T) @ blocks(x.T).T]
     other = [blocks(x.T).T @ blocks(w.T), blocks(dy.T).T @ blocks(w), blocks(dy).T @ blocks(x)]
     for result, want, across in zip(got, wanted, other, strict=True):
-        assert distance(result, want) < 2e-6
-        assert distance(result, across) > 1e-5
+        # A few large terms make up each sum: that leaves other blocks no fifty bands.
+        assert distance(result, want) < band(torch.float32)
+        assert distance(result, across) > 20 * band(torch.float32)
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.bands import SABOTAGE
 from helpers.chats import TEMPLATE, conversations, tune, write_base, write_chats
 from helpers.commands import Commands, Said, commands_in_one_process
 from helpers.corpus import ALL_EXPERTS
@@ -242,6 +243,9 @@ def test_a_resumed_run_has_the_bytes_of_an_unbroken_one(
     assert not all(same_bytes(early[name], tensor) for name, tensor in a.items())
 
 
+ADAPTED = 5e-4
+"""Relative, of adapters after a few steps at other layouts. They start from nothing, so that their
+gradients do too, and AdamW makes of small differences larger ones (found: 3e-5)."""
 LORA = {
     "rank": 2,
     "target_modules": ["q_proj", "in_proj", "fc1_latent_proj", "*.shared_experts.*"],
@@ -325,8 +329,8 @@ def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     early = load_file(whole / "checkpoints/step_00000003/adapter_model.safetensors")
     for name, tensor in made[0].items():
         apart = [float((tensor - found[name]).norm() / tensor.norm()) for found in made[1:]]
-        assert max(apart) < 1e-4, name
-        assert (tensor - early[name]).norm() > 1e-3 * tensor.norm(), name
+        assert max(apart) < ADAPTED, name
+        assert (tensor - early[name]).norm() > SABOTAGE * ADAPTED * tensor.norm(), name
     louder = LORA | {"alpha": 40.0}
     refused = finetune(
         base, chats, "--run_dir", tmp_path / "louder", "--resume",
@@ -366,7 +370,7 @@ def test_frozen_experts_may_be_divided_too(
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
     a, b = (load_file(run / "model/adapter_model.safetensors") for run in (alone, divided))
     for name, tensor in a.items():
-        assert (tensor - b[name]).norm() < 1e-4 * tensor.norm(), name
+        assert (tensor - b[name]).norm() < ADAPTED * tensor.norm(), name
 
 
 def test_frozen_experts_of_every_rank_keep_their_bytes(
