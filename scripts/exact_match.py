@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.commands.generate import stop_ids
 from nemo_hybrid.data.chat import (
     ChatTemplate,
     check_answers,
@@ -38,7 +39,6 @@ from nemo_hybrid.data.sources import BadRecord, Unusable, find_sources, read_rec
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file
-from nemo_hybrid.generate import stop_ids
 from nemo_hybrid.generation.sampling import generate
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import print_table

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Make the environment with the development tools, check the style, the types and the
-# kernels' code for GPUs, run all tests.
-# Arguments go to pytest: bash scripts/test.sh tests/cli -k help
+# Make the environment with the development tools, check the style, the types and the kernels' code
+# for GPUs, run the tests: without an option all but long sweeps, with --fast those that take
+# seconds, with --all every one. Further arguments go to pytest: bash scripts/test.sh tests/cli -k help
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=scripts/environment.sh
 source "$ROOT/scripts/environment.sh"
 cd "$ROOT"
+
+lane=(-m 'not sweep')
+case "${1:-}" in
+    --fast) lane=(-m 'not slow and not sweep') && shift ;;
+    --all) lane=() && shift ;;
+esac
 
 make_environment dev
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -19,5 +25,5 @@ status=0
 "$bin/ruff" format --check . || status=1
 "$bin/mypy" || status=1
 "$bin/python" scripts/compile_kernels.py || status=1
-"$bin/python" -m pytest -n 2 --dist worksteal "$@" || status=$?
+"$bin/python" -m pytest -n 2 --dist worksteal "${lane[@]}" "$@" || status=$?
 exit "$status"

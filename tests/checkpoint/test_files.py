@@ -16,10 +16,7 @@ import torch
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
-    each,
     new_directory,
-    on_rank_0,
-    together,
     write_directory,
 )
 from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
@@ -408,7 +405,7 @@ def test_one_failing_rank_fails_all(tmp_path, in_ranks) -> None:
         def fail() -> None:
             raise UserError("only rank 0 knows")
 
-        on_rank_0(world, fail)
+        world.from_rank_0(fail)
 
     assert [str(r) for r in in_ranks(3, refuse)] == ["only rank 0 knows"] * 3
 
@@ -427,7 +424,6 @@ def test_pieces_of_any_size_are_written_and_hashed(tmp_path) -> None:
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f", "new")]
 
 
-@pytest.mark.parametrize("run", [each, together])
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
@@ -437,19 +433,45 @@ def test_pieces_of_any_size_are_written_and_hashed(tmp_path) -> None:
     ],
     ids=["user", "disk", "memory"],
 )
-def test_failure_of_one_rank_reaches_all(in_ranks, run, failure, said) -> None:
-    def action(world) -> object:
-        def act() -> int:
+def test_failure_of_one_rank_reaches_all(in_ranks, failure, said) -> None:
+    def action(world) -> None:
+        with world.agreed():
             if world.rank == 1:
                 raise failure
-            return world.rank
-
-        return run(world, act)
 
     results = in_ranks(3, action)
     assert all(isinstance(r, UserError) and str(r) == said for r in results), results
 
 
-def test_each_keeps_its_own_result(in_ranks) -> None:
-    """One that could not be sent, such as an open file."""
-    assert in_ranks(2, lambda world: each(world, lambda: world.rank)) == [0, 1]
+def test_failures_of_several_ranks_are_all_told_once(in_ranks) -> None:
+    def action(world) -> None:
+        with world.agreed():
+            raise UserError("no store" if world.rank else "no model")
+
+    assert [str(r) for r in in_ranks(3, action)] == ["no model; no store"] * 3
+
+
+def test_a_defect_is_not_taken_for_a_mistake(in_ranks) -> None:
+    """It ends its rank, whose agent ends the others: here they would wait for it."""
+
+    def action(world) -> None:
+        with world.agreed():
+            raise KeyError("a defect")
+
+    assert [type(r) for r in in_ranks(2, action)] == [KeyError, KeyError]
+
+
+def test_what_rank_0_gives_is_everyones(in_ranks) -> None:
+    called = []
+
+    def action(world) -> str:
+        return world.from_rank_0(lambda name: called.append(name) or f"of {name}", "rank 0")
+
+    assert in_ranks(3, action) == ["of rank 0"] * 3
+    assert called == ["rank 0"]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    with pytest.raises(UserError, match="full"), OneProcess().agreed():
+        raise OSError(errno.ENOSPC, "the disk is full")
+    assert OneProcess().from_rank_0(len, "four") == 4

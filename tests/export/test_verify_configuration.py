@@ -185,7 +185,7 @@ EDITS: list[tuple[str, Edit | list[Edit]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", {kind for kind, _ in EDITS})
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in EDITS}))
 def test_every_edit_is_noticed(made: Made, kind: str) -> None:
     directory = made(kind)
     before = {name: (directory / name).read_bytes() for name in ("config.json", TWIN)
