@@ -87,9 +87,14 @@ def test_routings_and_limits_are_as_named(tiny: tuple[str, dict[str, Any]]) -> N
     assert router["limit_ms"] == pytest.approx(max(by_flops, by_bytes))
 
 
-def test_what_the_budget_does_not_suffice_for_is_listed(tmp_path: Path) -> None:
-    done = run(tmp_path, "--tiny", "--budget", "1")
-    assert done.returncode == 1
+def test_what_the_budget_does_not_suffice_for_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import run as program
+
+    words = ["run.py", "--device", "cpu", "--out", str(tmp_path), "--tiny", "--budget", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert program.main() == 1
     assert json.loads((tmp_path / "moe.json").read_text())["not_measured"] == [
         "tiny, uniform: no time left",
         "tiny, skewed: no time left",
@@ -97,10 +102,16 @@ def test_what_the_budget_does_not_suffice_for_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_cpu_gets_tiny_inputs_only(tmp_path: Path) -> None:
-    done = run(tmp_path)
-    assert done.returncode == 2
-    assert "on a CPU only --tiny" in done.stderr
+def test_a_cpu_gets_tiny_inputs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run as program
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as raised:
+        program.main()
+    assert raised.value.code == 2
+    assert "on a CPU only --tiny" in capsys.readouterr().err
 
 
 @pytest.fixture

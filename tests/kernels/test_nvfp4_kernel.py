@@ -1,6 +1,8 @@
 """NVFP4 by Triton against the reference, bit for bit.
 
-In the interpreter the shapes are just larger than a tile; on a GPU there are a million values.
+The interpreter's time goes with the elements of tiles, whether they exist or not: there most tests
+take small tiles, of which matrices are just larger than one. Tiles as shipped have a test of their
+own. On a GPU all tiles are as shipped, and there are a million values.
 """
 
 import math
@@ -22,7 +24,12 @@ from nemo_kernels.lowp.reference import Quantized
 # Division by a scale of zero, and casts of NaN that are not used, are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS, COLUMNS = (80, 272) if DEVICE == "cpu" else (1040, 1040)
+SHIPPED = {"TILE": quantize_kernel.TILE, "AMAX": quantize_kernel.AMAX}
+SMALL = {
+    "TILE": {"B": 2, "C": 4, "num_warps": 4},
+    "AMAX": {"B": 2, "C": 2, "STEPS": 2, "num_warps": 4},
+}
+ROWS, COLUMNS = (48, 80) if DEVICE == "cpu" else (1040, 1040)
 SQUARE = Rounding((16, 16))
 BIG_SEED = 0xF123456789ABCDEF
 SIDES: dict[str, tuple[Rounding | None, Rounding | None]] = {
@@ -37,6 +44,12 @@ SIDES: dict[str, tuple[Rounding | None, Rounding | None]] = {
 }
 ENDS = [0, 16, 16, 64]
 """Of four experts' rows, the first and the third without any; 16 more rows are zeros."""
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tile, sizes in SMALL.items() if DEVICE == "cpu" else ():
+        monkeypatch.setattr(quantize_kernel, tile, sizes)
 
 
 def data(dtype: torch.dtype, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
@@ -106,14 +119,16 @@ def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dty
         assert same_operands(operands, reference.operands(x, *sides))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["activations", "gradients", "weights"])
 @pytest.mark.parametrize("dtype", DTYPES[: 1 if DEVICE == "cpu" else 2], ids=str)
-def test_a_million_values(name: str, dtype: torch.dtype) -> None:
-    """Every layout in which training quantizes; reference and TransformerEngine's formula are
-    compared on as many in test_nvfp4_formula. The slow interpreter gets fp32 alone: bf16 becomes it
+def test_a_million_values(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layout in which training quantizes, with tiles as shipped; reference and
+    TransformerEngine's formula are compared on as many in test_nvfp4_formula. The slow interpreter
+    gets a tile and a bit along rows and columns, 40 thousand values, in fp32 alone: bf16 becomes it
     when it is read, as above, and the arithmetic is the same."""
-    x = data(dtype, 1040, 1040)
+    for tile, sizes in SHIPPED.items():
+        monkeypatch.setattr(quantize_kernel, tile, sizes)
+    x = data(dtype, *((144, 288) if DEVICE == "cpu" else (1040, 1040)))
     made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True)
     for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):
         assert how is not None
@@ -213,8 +228,9 @@ def test_ties_and_neighbours(sign: int) -> None:
     assert quantize(-0.0 * x.abs()).data.unique().tolist() == [0x88]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["both", "gradients", "weights"])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("both", math.nan), ("gradients", math.inf), ("weights", -math.inf)]
+)
 def test_nan_and_infinity_become_nan(
     name: str, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
