@@ -78,13 +78,13 @@ def install(faults: dict[str, Any]) -> None:
     def faulty_sync(file: IO[bytes]) -> None:
         path = Path(file.name)
         if path.parent.name.startswith(files.TEMPORARY):
-            event(f"write {path.name}")
-            time.sleep(faults.get("slow_write", 0) if here else 0)
             more, last = faults.get("write_beside", (0, 0))
             begun.setdefault(path.parent, current)
             if path.name == "manifest.json":
                 while current < min(begun[path.parent] + more, last):
                     time.sleep(0.05)
+            event(f"write {path.name}")
+            time.sleep(faults.get("slow_write", 0) if here else 0)
         sync(file)
 
     files.sync = faulty_sync

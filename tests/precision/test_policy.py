@@ -224,7 +224,7 @@ def test_streams_know_batch_micro_batch_and_rank() -> None:
 
 def test_table_says_native_where_the_chosen_path_is(monkeypatch: pytest.MonkeyPatch) -> None:
     native = [False]
-    monkeypatch.setattr(policy.nvfp4, "native", lambda kind: kind == "cuda" and native[0])
+    monkeypatch.setattr(policy.lowp, "native", lambda kind: kind == "cuda" and native[0])
     formats = {"*.q_proj": "nvfp4/bf16/bf16", "*.k_proj": "nvfp4/mxfp8/bf16"}
     given = PrecisionOptions(recipe="nvfp4_super", formats=formats)
 

@@ -200,7 +200,7 @@ def test_mistyped_path_is_not_the_default_corpus(
     from nemo_hybrid.recipes import pretrain
 
     made: list[str] = []
-    monkeypatch.setattr(pretrain, "prepare", lambda options: made.append(options.out))
+    monkeypatch.setattr(pretrain, "prepare", lambda out, **_: made.append(out))
     place, mistyped = tmp_path / "corpus", tmp_path / "corpsu"
     message = refused("--data.default_corpus", place, "--data.path", mistyped)
     assert str(mistyped) in message
