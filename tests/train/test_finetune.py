@@ -36,7 +36,14 @@ DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tokens visit all experts, so that rounding makes no choice."""
     return write_base(tmp_path_factory.mktemp("base") / "hf", **ALL_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but for two experts a token."""
+    return write_base(tmp_path_factory.mktemp("choosing") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +182,7 @@ def test_what_comes_out(
     ],
 )
 def test_what_is_frozen_keeps_its_bytes(
-    base: Path,
+    choosing: Path,
     chats: Path,
     tmp_path: Path,
     finetune: Finetune,
@@ -183,17 +190,17 @@ def test_what_is_frozen_keeps_its_bytes(
     trained: Callable[[str], bool],
 ) -> None:
     run = tmp_path / "run"
-    assert finetune(base, chats, "--run_dir", run, train=train | {"max_steps": 2}).status == 0
-    names = tensors(base).keys()
-    assert changed(base, run / "model") == {name for name in names if trained(name)}
+    assert finetune(choosing, chats, "--run_dir", run, train=train | {"max_steps": 2}).status == 0
+    names = tensors(choosing).keys()
+    assert changed(choosing, run / "model") == {name for name in names if trained(name)}
 
 
 def test_padding_is_no_load_of_experts(
-    base: Path, chats: Path, tmp_path: Path, finetune: Finetune
+    choosing: Path, chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
     run = tmp_path / "run"
     train = {"max_steps": 1, "global_batch_size": 20, "train_router": True, "mtp_loss_weight": 0}
-    assert finetune(base, chats, "--run_dir", run, train=train).status == 0
+    assert finetune(choosing, chats, "--run_dir", run, train=train).status == 0
     row = json.loads((run / "expert_load.jsonl").read_text().splitlines()[-1])
     store = SampleStore.open(run / "data/train")
     state = read_json(run / "checkpoints/step_00000001/run_state.json")
