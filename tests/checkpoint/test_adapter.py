@@ -400,7 +400,7 @@ def test_merge_writes_a_whole_model(merged: tuple[HybridLM, Path, Path], tmp_pat
 def test_a_bf16_base_is_rounded_once(merged: tuple[HybridLM, Path, Path], tmp_path: Path) -> None:
     """The adapter, which the file holds in fp32, is not."""
     ours, base, directory = merged
-    load_model(base).bfloat16().save_hf(str(tmp_path / "bf16"))
+    HybridLM.from_hf(str(base)).bfloat16().save_hf(str(tmp_path / "bf16"))
     merge_command(
         MergeOptions(from_=str(directory), out=str(tmp_path / "out"), base=str(tmp_path / "bf16"))
     )
