@@ -75,10 +75,15 @@ def default_of(field: Any) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
+_TYPES: dict[type, dict[str, Any]] = {}  # found once: evaluating annotations takes its time
+
+
 def field_types(options: type[Options]) -> dict[str, Any]:
     """Type of every field, without bounds."""
-    hints = get_type_hints(options)
-    return {f.name: hints[f.name] for f in fields(options)}  # type: ignore[arg-type]
+    if options not in _TYPES:
+        hints = get_type_hints(options)
+        _TYPES[options] = {f.name: hints[f.name] for f in fields(options)}  # type: ignore[arg-type]
+    return _TYPES[options]
 
 
 def refuse(*rules: tuple[object, str]) -> None:

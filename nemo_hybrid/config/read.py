@@ -13,7 +13,6 @@ from typing import Any, TypeVar, get_type_hints
 from nemo_hybrid.config.base import GLOBS, OptionError, Options, field_types
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.config.words import Pairs, split_words, value_of
-from nemo_hybrid.config.yaml_text import dump_yaml, read_yaml
 from nemo_hybrid.errors import UserError, suggest
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -97,7 +96,7 @@ def read_keys(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, A
     """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
     flat: dict[str, Any] = {}
     inner = sections(kind)
-    for key, value in read_yaml(file).items():
+    for key, value in _read_yaml(file).items():
         if key not in inner:
             flat |= _known({str(key): value}, file, kind)
         elif isinstance(value, str):
@@ -111,7 +110,13 @@ def read_section(
     file: Path, section: str, kind: type[TrainingConfig] = RunConfig
 ) -> dict[str, Any]:
     """The same of a file that holds the keys of one section, such as a model's shape."""
-    return _known(_in_section(read_yaml(file), section, file), file, kind)
+    return _known(_in_section(_read_yaml(file), section, file), file, kind)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    from nemo_hybrid.config.yaml_text import read_yaml  # most mistakes end before any file is read
+
+    return read_yaml(file)
 
 
 def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict
             near = suggest(key, [*sections(kind), *known])
             raise UserError(f"{file}: unknown key {key}{near}")
         if known[key] == GLOBS and isinstance(value, str):
-            flat = {**flat, key: read_yaml(_resolve(value, file.parent))}
+            flat = {**flat, key: _read_yaml(_resolve(value, file.parent))}
     return _resolve_paths(flat, file.parent)
 
 
@@ -185,5 +190,7 @@ def build(flat: dict[str, Any], kind: type[Config]) -> Config:
 
 def dump_config(config: TrainingConfig) -> str:
     """YAML text from which load_config gives an equal configuration (paths made absolute)."""
+    from nemo_hybrid.config.yaml_text import dump_yaml
+
     kind = type(config)
     return dump_yaml(nest(_resolve_paths(flatten(asdict(config), kind), Path.cwd())))

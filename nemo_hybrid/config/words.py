@@ -17,7 +17,6 @@ from nemo_hybrid.config.base import (
     flag,
     type_in_words,
 )
-from nemo_hybrid.config.yaml_text import parse_yaml, read_yaml
 from nemo_hybrid.errors import UserError, suggest
 
 Some = TypeVar("Some", bound=Options)
@@ -60,8 +59,11 @@ def split_words(
 
 
 def _like_an_option(word: str) -> bool:
-    number = isinstance(parse_yaml(word), int | float)
-    return word.startswith("-") and word != "-" and " " not in word and not number
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-") and word != "-" and " " not in word
+    return False
 
 
 def value_of(text: str, hint: Any) -> Any:
@@ -70,6 +72,8 @@ def value_of(text: str, hint: Any) -> Any:
         return text
     if str in get_args(hint) and type(None) in get_args(hint):
         return None if text == "null" else text
+    from nemo_hybrid.config.yaml_text import parse_yaml, read_yaml  # which most mistakes do without
+
     if hint == GLOBS and "{" not in text and ": " not in text:
         return read_yaml(Path(text).expanduser())
     return parse_yaml(text)
