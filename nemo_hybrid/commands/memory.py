@@ -181,8 +181,9 @@ def _saved(at: Layout, letter: str) -> int:
             T * (4 * experts + 16 * k + 8),  # scores, choice, chosen scores, sums, weights
             T * b * k * cfg.moe_intermediate_size * ("e" not in at.recompute),  # pre-activation
             T * latent,  # fc2's input
-            # The rows that came, and five permutations of them; or experts' inputs, and two.
-            T * (b * k * cfg.expert_size + 40 * k if at.ep > 1 else latent + 16 * k),
+            # The rows that came, and five permutations of them; or experts' inputs, one
+            # permutation, and the slots' tokens.
+            T * (b * k * cfg.expert_size + 40 * k if at.ep > 1 else latent + 12 * k),
             T * 2 * b * cfg.moe_shared_expert_intermediate_size,
         ),
     }

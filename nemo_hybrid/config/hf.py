@@ -195,7 +195,7 @@ def read_config(source: str | Path | Mapping[str, Any], where: str = "config.jso
             value = several[0]  # checkpoint.companions carries the list
         most = _MOST.get(name, _LARGEST)
         if isinstance(value, int) and abs(value) > most:
-            raise UserError(f"{where}: {name} is {value}, at most {most} is supported")
+            raise UserError(f"{where}: {name} is {str(value)[:24]}, at most {most} is supported")
         values[name] = value
     try:
         cfg = HybridConfig(**values)

@@ -24,7 +24,7 @@ from helpers.tiny_models import random_ids
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.export.verify import load_exported
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.hub import HybridLM
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -168,7 +168,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"percentile": 99.0}, "percentile needs calibration"),
-        ({"percentile": 0.999, "calibration": "store"}, "percentile must lie between 90 and 100"),
+        ({"percentile": 0.999, "calibration": "store"}, "percentile must lie in [90, 100]"),
         ({"budget_bits": 5.0}, "budget_bits needs calibration"),
         ({"format": "bf16", "calibration": "text"}, "calibration is for quantized formats"),
         ({"format": "mixed", "budget_bits": 5.0, "calibration": "text", "formats": {"*": "fp8"}},
@@ -301,5 +301,5 @@ def test_the_command_line_says_what_is_wrong(files, tmp_path, capsys) -> None:
     assert main(words) == 2
     assert "formats: *.o_proj: 'fp4' is no format; use bf16, fp8" in capsys.readouterr().err
     assert main([*words[:-2], "--budget_bits", "16", "--calibration", str(files / "store")]) == 2
-    assert "budget_bits must lie between 0 and 16, got 16" in capsys.readouterr().err
+    assert "budget_bits must lie in (0, 16), got 16" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
