@@ -130,7 +130,8 @@ def _flat(record: dict[str, Any], before: str = "") -> dict[str, Any]:
 def difference_of_files(base: Path, now: Path, allow: Sequence[str] = ()) -> str:
     """The first difference of the products in two directories, in words; empty: none."""
     theirs, ours = _hashes(base), _hashes(now)
-    for name in sorted(theirs.keys() | ours.keys()):
+    # A manifest differs where any other file does: the cause is to be named.
+    for name in sorted(theirs.keys() | ours.keys(), key=lambda n: (n.endswith("manifest.json"), n)):
         if theirs.get(name) != ours.get(name) and Path(name).name not in allow:
             if name not in theirs or name not in ours:
                 return f"{name}: a file {_alone(name in theirs)}"

@@ -151,6 +151,15 @@ def test_a_missing_file_is_noticed_on_either_side(runs: tuple[Path, Path]) -> No
     assert golden.difference_of_files(*runs[::-1]) == f"{WEIGHTS}: a file of this checkout alone"
 
 
+def test_a_manifest_is_named_only_where_it_alone_differs(runs: tuple[Path, Path]) -> None:
+    manifest = f"{Path(WEIGHTS).parent}/manifest.json"
+    for run in runs:
+        (run / manifest).write_text(str(run))
+    assert golden.difference_of_files(*runs).startswith(f"{manifest}: sha256 ")
+    (runs[0] / WEIGHTS).write_bytes(b"other")
+    assert golden.difference_of_files(*runs).startswith(f"{WEIGHTS}: sha256 ")
+
+
 def test_a_missing_checkpoint_is_noticed(runs: tuple[Path, Path]) -> None:
     shutil.rmtree((runs[1] / WEIGHTS).parent)
     assert "step_00000010" in golden.difference_of_files(*runs)
