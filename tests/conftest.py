@@ -15,4 +15,4 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: at the end one would leave the other workers of pytest-xdist idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: not {"slow", "sweep"} & {mark.name for mark in item.iter_markers()})

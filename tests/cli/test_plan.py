@@ -296,7 +296,7 @@ def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str])
     assert expected in said
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_measured_peaks(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """Real processes of three layouts need what was predicted, within 20 %; what the engine's
     tensors take is known exactly. (`pytest -s` shows the figures.)"""

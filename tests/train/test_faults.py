@@ -128,6 +128,7 @@ def train_until(job: Job, run_dir: Path, step: int) -> None:
     assert there(), job.text()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     go_on = tmp_path / "go on"
@@ -140,6 +141,7 @@ def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_pat
     assert find_latest(run_dir / "checkpoints") == run_dir / "checkpoints/step_00000004"
 
 
+@pytest.mark.slow
 def test_a_killed_agent_takes_its_workers_along_and_the_run_recovers(
     unbroken: Unbroken, tmp_path: Path, pretrain: Callable[..., int], capsys: Any
 ) -> None:
@@ -183,6 +185,7 @@ def test_workers_of_an_agent_that_dies_while_they_start_end_too(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_hang_ends_the_job_with_the_stacks_of_its_threads(
     unbroken: Unbroken, tmp_path: Path
 ) -> None:
@@ -238,7 +241,7 @@ def test_the_sweep_counts_what_is_lost(
     assert bool(kill.lost) == bool(lost)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_kills_at_random_instants_lose_nothing(tmp_path: Path) -> None:
     out = tmp_path / "sweep.json"
     words = [SWEEP, "--kills", "2", "--seed", "1", "--patience", "20", "--out", out]

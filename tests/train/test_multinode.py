@@ -67,6 +67,7 @@ def worker(run_dir: Path, rank: int) -> int:
     raise LookupError(f"no rank {rank} of {run_dir}")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_on_one_node_is_replaced_on_both(
     unbroken: Unbroken, tmp_path: Path
 ) -> None:

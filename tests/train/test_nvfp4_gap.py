@@ -82,7 +82,7 @@ def work(tmp_path: Path, store: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_experiment_and_its_continuation(work, capsys):
     assert run(work, "--variants", "recipe") == 0
     said = capsys.readouterr().out
