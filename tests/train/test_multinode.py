@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from helpers.corpus import flip_byte
 from helpers.launcher import differences, kill, steps_recorded
 from helpers.processes import HANG_S, TESTS, free_port
