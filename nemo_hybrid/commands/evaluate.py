@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +53,8 @@ def _open(options: EvalOptions, shape: ModelConfig) -> tuple[Blend | PackedSampl
 
 def eval_command(options: EvalOptions) -> None:
     """Print the held-out losses of a checkpoint, as a table."""
+    import numpy as np
+
     from nemo_hybrid.checkpoint.adapter import locate
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.data.loader import heldout_batches, require_tokenizer
@@ -83,7 +84,7 @@ def eval_command(options: EvalOptions) -> None:
     table = []
     for k, loss in enumerate(losses.values()):
         name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
-        table.append((name, f"{loss:.4f}", f"{math.exp(loss):.1f}"))
+        table.append((name, f"{loss:.4f}", f"{np.exp(loss):.1f}"))
     print_table(("target", "held-out loss (nats per token)", "perplexity"), table)
 
 

@@ -295,8 +295,8 @@ class Stored:
     def step(self, number: int, share: Share) -> list[Batch]:
         if self._pool is None:
             return self._read(number, share)
-        if self._ahead and self._ahead[0][0] != number:
-            self._ahead.clear()
+        while self._ahead and self._ahead[0][0] != number:
+            self._ahead.popleft()[1].cancel()
         next_one = self._ahead[-1][0] + 1 if self._ahead else number
         for ahead in range(next_one, number + 2 * self.workers + 1):
             self._ahead.append((ahead, self._pool.submit(self._read, ahead, share)))

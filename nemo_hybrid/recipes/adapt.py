@@ -15,7 +15,6 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.adapter import (
     BASE,
     CONFIG,
-    base_digest,
     is_adapter,
     read_adapter,
     write_adapter,
@@ -41,12 +40,9 @@ from nemo_hybrid.train.run import Run, Trained
 class Adapt(Finetune):
     """Adapters beside frozen weights, which are those of model.from_hf in every step."""
 
+    needs_origin = True
     library = "peft"
     trained_words = "A LoRA adapter for"
-
-    def identity(self) -> dict[str, Any]:
-        assert self.origin is not None
-        return {**super().identity(), "base": base_digest(self.origin)}
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
         self._load(model, world)  # also if resumed: checkpoints do not hold these weights
@@ -55,9 +51,7 @@ class Adapt(Finetune):
             self.adapted = lora.add_adapters(model, config.lora, config.train.seed)
             freeze(model, config.train)
         dtype = policy.weight_dtype(config.precision)
-        return Trained(
-            AdaptersAlone(model, config.lora, dtype, self.identity()["base"], self.origin)
-        )
+        return Trained(AdaptersAlone(model, config.lora, dtype, str(self._base), self.origin))
 
     def describe(self, run: Run) -> list[str]:
         table = table_text(lora.HEADER, lora.table(self.adapted), right=lora.HEADER[1::2])

@@ -8,12 +8,14 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.adapter import base_digest, is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.files import model_shape, resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.next_token import NextToken
@@ -34,6 +36,8 @@ class StoreRecipe(Generic[C, R]):
 
     data: type[Stored] = Stored
     """What makes global batches of rows."""
+    needs_origin = False
+    """Whether the weights that the run began with have a part in all of its steps."""
     rows: R
     """Known from `open_data` on."""
 
@@ -42,6 +46,7 @@ class StoreRecipe(Generic[C, R]):
         self.config = config
         self.shape = model_shape(config.model)
         self.origin: Path | None = None  # directory of the weights that the run began with
+        self._base: str | None = None  # their digest at the start, if they are needed
 
     def check(self) -> None:
         self.config.validate(self.shape)
@@ -51,6 +56,8 @@ class StoreRecipe(Generic[C, R]):
         # Asked for once, because a run that it names may write a newer checkpoint meanwhile.
         if self.config.model.from_hf:
             self.origin = world.from_rank_0(self._find_origin, checkpoint)
+            if self.needs_origin:
+                self._base = world.from_rank_0(base_digest, self.origin)
         self.rows = self._open_rows(world)
         config = self.config
         return self.data(
@@ -73,7 +80,7 @@ class StoreRecipe(Generic[C, R]):
             "global_batch_size": config.train.global_batch_size,
             "seed": config.train.seed,
             "weight_dtype": str(policy.weight_dtype(config.precision)).removeprefix("torch."),
-            "base": None,  # digest of model.from_hf, where it has a part in every step
+            "base": self._base,
         }
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
@@ -117,7 +124,13 @@ class StoreRecipe(Generic[C, R]):
 
     def _find_origin(self, checkpoint: Path | None) -> Path:
         """The directory that model.from_hf means. Raises UserError where it holds no model."""
-        return resolve(str(self.config.model.from_hf))
+        directory = resolve(str(self.config.model.from_hf))
+        if is_adapter(directory):
+            raise UserError(
+                f"{directory} holds an adapter: add it to its weights first (nemo-hybrid merge "
+                f"--from {directory} --out DIR) and name the result"
+            )
+        return directory
 
     def _load(self, model: HybridLM, world: World) -> dict[str, Tensor]:
         """Fill the model from `origin`, if there is one; return its parameters in fp32, before any

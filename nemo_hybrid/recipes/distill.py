@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.adapter import base_digest
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.finetune import FinetuneConfig
@@ -34,13 +32,11 @@ CALIBRATION_TOKENS = 32768
 class Distill(Finetune):
     """model.from_hf is the teacher of itself in the formats of an export."""
 
+    needs_origin = True
+
     def check(self) -> None:
         super().check()
         student_formats(self.config, self.shape)
-
-    def identity(self) -> dict[str, Any]:
-        assert self.origin is not None
-        return {**super().identity(), "base": base_digest(self.origin)}
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
         trained = super().prepare(model, world, resumed)

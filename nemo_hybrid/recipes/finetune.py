@@ -13,7 +13,6 @@ from torch import nn
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
-from nemo_hybrid.checkpoint.adapter import is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.publish import publish
@@ -178,15 +177,6 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         steps = math.ceil(packs * train.epochs / train.global_batch_size)
         self.config = replace(self.config, train=replace(train, max_steps=steps))
         self.config.validate_steps()
-
-    def _find_origin(self, checkpoint: Path | None) -> Path:
-        directory = super()._find_origin(checkpoint)
-        if is_adapter(directory):
-            raise UserError(
-                f"{directory} holds an adapter: add it to its weights first (nemo-hybrid merge "
-                f"--from {directory} --out DIR) and name the result"
-            )
-        return directory
 
     # ---- words ---------------------------------------------------------------------------------
 

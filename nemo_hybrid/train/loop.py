@@ -150,7 +150,7 @@ class Display:
         """Record one finished step; its expert loads too where it is ``logged``."""
         counters, further = self._run.guard.counters, self._run.data.metrics()
         metrics = self._meter.metrics(done, lr, outcome, timing, counters, further)
-        loads = {layer: counts_E.tolist() for layer, counts_E in outcome.loads.items()}
+        loads = {layer: counts_E.tolist() for layer, counts_E in outcome.loads.items() if logged}
         self._writer.write(metrics, loads if logged else None)
         self._progress.update(metrics)
 
