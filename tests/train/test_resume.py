@@ -100,8 +100,9 @@ def test_other_layout_goes_on_with_the_same_samples(unbroken: Unbroken, tmp_path
         assert a["sample_hash"] == b["sample_hash"]
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
         assert a["mtp_losses"] == pytest.approx(b["mtp_losses"], rel=5e-3)
-    # One step further on from the same state, so the first row is closer than the training moves.
-    assert ours[4]["loss"] == pytest.approx(theirs[4]["loss"], rel=5e-4)
+    # One step further on from the same state, so the first row is closer than the training moves:
+    # by twice what bf16 is away from fp32, as in tests/parallel/test_layouts.py.
+    assert ours[4]["loss"] == pytest.approx(theirs[4]["loss"], rel=2e-3)
 
 
 @pytest.mark.parametrize(
