@@ -125,8 +125,10 @@ def _in_words(error: ValidationError, options: type[Options]) -> OptionError:
     if inside:
         got = f"{inside[0]}: {got}"
     if "finite" in first["type"]:
-        what = f"the weight of {inside[0]} in {key}" if inside else key
-        return OptionError(key, f"{what} must be a number and finite, got {first['input']}")
+        if inside:
+            got = f"the weight of {inside[0]} must be positive and finite, got {first['input']}"
+            return OptionError(key, f"{key}: {got}")
+        return OptionError(key, f"{key} must be a finite number, got {got}")
     if "ctx" in first and {"gt", "ge", "lt", "le"} & first["ctx"].keys():
         return OptionError(key, f"{key} must {_bounds_in_words(options, name)}, got {got}")
     return OptionError(key, f"{key}: expected {type_in_words(hints[name])}, got {got}")
