@@ -71,7 +71,7 @@ def value_of(text: str, hint: Any) -> Any:
     if hint is str or get_origin(hint) is Literal:
         return text
     if str in get_args(hint) and type(None) in get_args(hint):
-        return None if text == "null" else text
+        return None if text in ("null", "~") else text
     from nemo_hybrid.config.yaml_text import parse_yaml, read_yaml  # which most mistakes do without
 
     if hint == GLOBS and "{" not in text and ": " not in text:

@@ -87,9 +87,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a text; the text itself if it is no YAML."""
+    """The value of a text; the text itself if it is no YAML, or empty."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader) if text else text
     except _BROKEN:
         return text
 

@@ -241,3 +241,12 @@ def test_dumped_values_are_exact(
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(dump_config(config), encoding="utf-8", newline="")
     assert read_keys(file) == flatten(asdict(config))
+
+
+def test_null_is_said_not_left_out() -> None:
+    """Nothing behind an option is a slip, and no way to write null."""
+    for text in ("null", "~"):
+        assert load_config([], ["--data.path", text]).data.path is None
+        assert load_config([], [f"--model.moe_latent_size={text}"]).model.moe_latent_size is None
+    with pytest.raises(UserError, match=r"model\.moe_latent_size.*got nothing"):
+        load_config([], ["--model.moe_latent_size="])
