@@ -163,8 +163,7 @@ def all_trained() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     inputs = draw_inputs(generator, 20, 2, 4, 24, 40, torch.bfloat16)
     dy = torch.randn(20, 24, generator=generator).bfloat16().to(DEVICE)
     whole = tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs)
-    with tiles(SMALL):
-        moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
+    moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
     return ids_TK, dy, whole
 
 
@@ -175,7 +174,7 @@ def test_no_gradient_of_frozen_weights_is_computed(trained: tuple[bool, bool]) -
     part = tuple(t.detach().requires_grad_() for t in whole)
     for weight, train in zip(part[2:], trained, strict=True):
         weight.requires_grad_(train)
-    with tiles(SMALL), mock.patch.object(kernel, "wgrad", wraps=kernel.wgrad) as wgrad:
+    with mock.patch.object(kernel, "wgrad", wraps=kernel.wgrad) as wgrad:
         moe_mlp(part[0], ids_TK, *part[1:]).backward(dy)
     assert wgrad.call_count == sum(trained)
     for tensor, wanted in zip(part, whole, strict=True):
@@ -218,10 +217,9 @@ def test_results_do_not_vary_between_calls() -> None:
     ids_TK = draw_ids(generator, n_tokens, n_experts, k, 0.5)
     inputs = draw_inputs(generator, n_tokens, k, n_experts, width, inner, torch.bfloat16)
     dy = torch.randn(n_tokens, width, generator=generator).bfloat16()
-    with tiles(SMALL):
-        kept = run(ids_TK, inputs, dy)
-        assert all(map(torch.equal, kept, run(ids_TK, inputs, dy)))
-        assert all(map(torch.equal, kept, run(ids_TK, inputs, dy, recompute=True)))
+    kept = run(ids_TK, inputs, dy)
+    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy)))
+    assert all(map(torch.equal, kept, run(ids_TK, inputs, dy, recompute=True)))
 
 
 def shifted(routed: Routed) -> Routed:
@@ -251,20 +249,19 @@ def test_the_comparison_notices(mistake: Callable[[Routed], Routed]) -> None:
     inputs = draw_inputs(generator, 12, 2, 3, 24, 20)
     dy = torch.randn(12, 24, generator=generator)
     right = oracle(ids_TK, inputs, dy)
-    with tiles(SMALL), mock.patch.object(function, "Routed", lambda *a: mistake(Routed(*a))):
+    with mock.patch.object(function, "Routed", lambda *a: mistake(Routed(*a))):
         assert not deviation(run(ids_TK, inputs, dy), right) < 0.05  # also true for NaN
 
 
 def test_self_check() -> None:
-    """In the interpreter of two plans' tiles; test_tiles_as_shipped has all."""
+    """In the interpreter of one plan's tiles; test_tiles_as_shipped has all."""
     assert DEVICE in kernel.DEVICE_TYPES
-    some = {key: plan for key, plan in PLANS.items() if key[0] or DEVICE == "cuda"}
+    some = dict(sorted(PLANS.items())[-1 if DEVICE == "cpu" else 0 :])
     with mock.patch.object(expert_kernel, "PLANS", some):
         assert kernel.self_check(DEVICE) < BF16
-    tokens, (one, *_) = kernel._tokens, some
-    mistake = mock.patch.object(kernel, "_tokens", lambda routed: tokens(shifted(routed)))
-    with mistake, mock.patch.object(expert_kernel, "PLANS", {one: PLANS[one]}):
-        assert kernel.self_check(DEVICE) > 0.1
+        tokens = kernel._tokens
+        with mock.patch.object(kernel, "_tokens", lambda routed: tokens(shifted(routed))):
+            assert kernel.self_check(DEVICE) > 0.1
     with mock.patch.object(kernel.function, "self_check", return_value=0.5) as check:
         assert kernel.self_check(DEVICE) == 0.5
     assert {call.args[0].args[0].plan for call in check.call_args_list} == {*PLANS.values()}

@@ -1,8 +1,7 @@
 """NVFP4 by Triton against the reference, bit for bit.
 
-The interpreter's time goes with the elements of tiles, whether they exist or not: there most tests
-take small tiles, of which matrices are just larger than one. Tiles as shipped have a test of their
-own. On a GPU all tiles are as shipped, and there are a million values.
+The interpreter's time goes with programs: there most matrices are a part of one tile, and one test
+has more than one along rows and columns. On a GPU there are a million values.
 """
 
 import math
@@ -24,11 +23,6 @@ from nemo_kernels.lowp.reference import Quantized
 # Division by a scale of zero, and casts of NaN that are not used, are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHIPPED = {"TILE": quantize_kernel.TILE, "AMAX": quantize_kernel.AMAX}
-SMALL = {
-    "TILE": {"B": 2, "C": 4, "num_warps": 4},
-    "AMAX": {"B": 2, "C": 2, "STEPS": 2, "num_warps": 4},
-}
 ROWS, COLUMNS = (48, 80) if DEVICE == "cpu" else (1040, 1040)
 SQUARE = Rounding((16, 16))
 BIG_SEED = 0xF123456789ABCDEF
@@ -44,12 +38,6 @@ SIDES: dict[str, tuple[Rounding | None, Rounding | None]] = {
 }
 ENDS = [0, 16, 16, 64]
 """Of four experts' rows, the first and the third without any; 16 more rows are zeros."""
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tile, sizes in SMALL.items() if DEVICE == "cpu" else ():
-        monkeypatch.setattr(quantize_kernel, tile, sizes)
 
 
 def data(dtype: torch.dtype, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
@@ -122,17 +110,19 @@ def test_codes_scales_and_values_are_the_reference_s(name: str, dtype: torch.dty
 @pytest.mark.parametrize("name", ["activations", "gradients", "weights"])
 @pytest.mark.parametrize("dtype", DTYPES[: 1 if DEVICE == "cpu" else 2], ids=str)
 def test_a_million_values(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layout in which training quantizes, with tiles as shipped; reference and
-    TransformerEngine's formula are compared on as many in test_nvfp4_formula. The slow interpreter
-    gets a tile and a bit along rows and columns, 40 thousand values, in fp32 alone: bf16 becomes it
-    when it is read, as above, and the arithmetic is the same."""
-    for tile, sizes in SHIPPED.items():
-        monkeypatch.setattr(quantize_kernel, tile, sizes)
-    x = data(dtype, *((144, 288) if DEVICE == "cpu" else (1040, 1040)))
-    made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True)
+    """Every layout in which training quantizes; reference and TransformerEngine's formula are
+    compared on as many in test_nvfp4_formula. The interpreter gets a tile and a bit along rows and
+    columns, and fp32 alone: bf16 becomes it when it is read, and the arithmetic is the same."""
+    x = data(dtype, *((80, 272) if DEVICE == "cpu" else (1040, 1040)))
+    with guarded_memory():
+        made = quantize_kernel.quantize(x[None], *SIDES[name], packed=True)
     for how, columnwise, side in zip(SIDES[name], (False, True), made, strict=True):
         assert how is not None
         assert same_quantized(plain(side), reference.quantize(x, **arguments(how, columnwise)))
+    monkeypatch.setattr(kernel, "NATIVE", False)
+    with guarded_memory():
+        decoded = kernel.operands(x, *SIDES[name])
+    assert same_operands(decoded, reference.operands(x, *SIDES[name]))
 
 
 @pytest.mark.parametrize("name", ["rows", "activations", "gradients", "weights"])
