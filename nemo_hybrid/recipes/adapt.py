@@ -41,7 +41,7 @@ class Adapt(Finetune):
     """Adapters beside frozen weights, which are those of model.from_hf in every step."""
 
     needs_origin = True
-    library = "peft"
+    library_name = "peft"
     trained_words = "A LoRA adapter for"
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
@@ -116,9 +116,7 @@ class AdaptersAlone:
                 )
             target.detach().copy_(part)
 
-    def written(
-        self, world: World, own: Iterable[tuple[str, Tensor, int]], companions: Companions
-    ) -> dict[str, Any]:
+    def written(self, world: World, own: Iterable[tuple[str, Tensor, int]]) -> dict[str, Any]:
         """PEFT wants adapters in one file: rank 0 gets the experts' of all."""
         mine = [(name, first, tensor.detach().cpu()) for name, tensor, first in own]
         parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)

@@ -40,7 +40,7 @@ _ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
 class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
     """Weights of model.from_hf learn from conversations and the like."""
 
-    library = "transformers"
+    library_name = "transformers"
     """What loads the model that a run leaves."""
     trained_words = "Weights that began as"
 
@@ -204,7 +204,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         base = Path(str(config.model.from_hf)).name
         lines = [
             "---",
-            f"library_name: {self.library}",
+            f"library_name: {self.library_name}",
             "tags: [nemotron_h, fine-tuned]",
             "---",
             f"# {base}, fine-tuned",

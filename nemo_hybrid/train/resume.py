@@ -42,9 +42,7 @@ class WholeModel:
         experts = model.config.n_routed_experts
         load_weights(directory, self.tensors(), model.owned_experts, n_experts=experts)
 
-    def written(
-        self, world: World, own: Iterable[tuple[str, Tensor, int]], companions: Companions
-    ) -> dict[str, Any]:
+    def written(self, world: World, own: Iterable[tuple[str, Tensor, int]]) -> dict[str, Any]:
         frozen = [name for name, p in self._model.named_parameters() if not p.requires_grad]
         return {"weights": own, "frozen": frozen}
 
@@ -139,7 +137,7 @@ class Saver:
             companions=self._companions,
             resolved_config=dump_config(run.config),
             keep=keep,
-            **run.weights.written(world, snapshot.weights, self._companions),
+            **run.weights.written(world, snapshot.weights),
         )
 
     def _copied(self, snapshot: Snapshot) -> Snapshot:

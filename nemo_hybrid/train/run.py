@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.companions import Companions
@@ -62,9 +61,7 @@ class HeldWeights(Protocol):
     def read(self, directory: Path) -> None:
         """Fill them from a checkpoint. Raises UserError."""
 
-    def written(
-        self, world: World, own: Iterable[tuple[str, Tensor, int]], companions: Companions
-    ) -> dict[str, Any]:
+    def written(self, world: World, own: Iterable[tuple[str, Tensor, int]]) -> dict[str, Any]:
         """What `checkpoint.state.save_checkpoint` takes for them: ``own`` is what this process
         writes, with the number of the first expert. All processes ask together."""
 
@@ -176,7 +173,3 @@ class Run:
     @property
     def config(self) -> TrainingConfig:
         return self.recipe.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
