@@ -1,14 +1,16 @@
 """Files that are whole or not there: the only place that writes, syncs and hashes them; and JSON.
 
 A new file is written under a name that nobody reads yet, synced, and then renamed: by
-``replace_file`` for one file, by the rooms that make directories for a whole one.
+``replace_file`` for one file, by ``whole_directory`` for a directory.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,6 +160,48 @@ def make_directories(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for made in missing:
         sync_directory(made.parent)
+
+
+@contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """A hidden directory beside ``final`` that becomes it on success and disappears otherwise.
+
+    It is locked as long: what a killed process left is removed, what another one writes is not.
+    Raises UserError naming final where it cannot be written, or is being written already.
+    """
+    temporary = final.with_name(TEMPORARY + final.name)
+    with naming("write", final):
+        make_directories(final.parent)
+        if temporary.exists():
+            os.close(lock_directory(temporary, final))
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        lock = lock_directory(temporary, final)
+        try:
+            yield temporary
+            sync_directory(temporary)
+            os.rename(temporary, final)
+            sync_directory(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def lock_directory(directory: Path, final: Path) -> int:
+    """A descriptor that holds the unfinished directory of ``final`` until it is closed, or the
+    process ends; where the file system has no locks, it holds nothing. Raises UserError if another
+    process holds the directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is writing {final}: wait for it, or name another directory"
+        ) from None
+    except OSError:
+        pass
+    return descriptor
 
 
 def side_by_side(action: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.files import step_name, verify
 from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
-from nemo_hybrid.data.prepare import prepare
+from nemo_hybrid.data.documents import prepare
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.pretrain import Pretrain

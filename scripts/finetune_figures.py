@@ -110,7 +110,6 @@ def train(work: Work) -> dict[str, Any]:
     from nemo_hybrid.checkpoint.files import model_shape
     from nemo_hybrid.config.finetune import FinetuneConfig
     from nemo_hybrid.config.read import load_config
-    from nemo_hybrid.data.store import SAMPLES as FORMAT
     from nemo_hybrid.data.store import StoreWriter
     from nemo_hybrid.model.hybrid import HybridLM
     from nemo_hybrid.parallel.world import World
@@ -150,7 +149,6 @@ def train(work: Work) -> dict[str, Any]:
             vocab_size=shape.vocab_size,
             eos_id=shape.eos_token_id,
             tokenizer_sha256=hashlib.sha256(b"").hexdigest(),
-            format=FORMAT,
         )
         for size in lengths(50 * work.rows, work.sequence_length).tolist():
             # The second half of a sample is its answer.

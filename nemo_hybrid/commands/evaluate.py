@@ -40,8 +40,7 @@ def _open(options: EvalOptions, shape: ModelConfig) -> tuple[Blend | PackedSampl
     length of its rows."""
     from nemo_hybrid.data.loader import open_blend
     from nemo_hybrid.data.packing import PackedSamples, open_stores
-    from nemo_hybrid.data.prepare import TRAIN
-    from nemo_hybrid.data.store import holds_samples
+    from nemo_hybrid.data.store import TRAIN, holds_samples
 
     length = options.sequence_length
     if not holds_samples(Path(options.data) / TRAIN):

@@ -92,7 +92,7 @@ def prepare_command(options: PrepareOptions) -> None:
         print(prepare_samples(options, options.paths, tokenizer, out, seed=options.seed))
         return
     out = Path(options.out or default_corpus_place())
-    from nemo_hybrid.data.prepare import prepare
+    from nemo_hybrid.data.documents import prepare
 
     summary = prepare(
         out,

@@ -27,8 +27,7 @@ import torch
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.prepare import HELDOUT, TRAIN
-from nemo_hybrid.data.store import TOKENIZER, TokenStore
+from nemo_hybrid.data.store import HELDOUT, TOKENIZER, TRAIN, Store
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file
 
@@ -179,9 +178,9 @@ class Rows(Protocol):
 class Blend:
     """Open stores of a run; train[i] is drawn with weights[i]."""
 
-    train: tuple[TokenStore, ...]
+    train: tuple[Store, ...]
     weights: tuple[float, ...]
-    heldout: tuple[TokenStore, ...]
+    heldout: tuple[Store, ...]
     tokenizer_dir: Path
 
     @property
@@ -216,7 +215,7 @@ class Blend:
         return _batch(places, sequence_length, tuple(samples))
 
 
-def digest(store: TokenStore) -> str:
+def digest(store: Store) -> str:
     """One checksum for all files of a store."""
     return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
 
@@ -228,9 +227,9 @@ def open_blend(data: DataOptions, model: ModelConfig) -> Blend:
     hold at least one training sequence.
     """
     weights = dict(data.blend) or {str(data.path): 1.0}
-    train = [TokenStore.open(Path(p) / TRAIN, data.verify) for p in weights]
+    train = [Store.open(Path(p) / TRAIN, verify=data.verify) for p in weights]
     heldout = [
-        TokenStore.open(Path(p) / HELDOUT, data.verify)
+        Store.open(Path(p) / HELDOUT, verify=data.verify)
         for p in weights
         if (Path(p) / HELDOUT).exists()
     ]
@@ -358,7 +357,7 @@ def heldout_batches(
 
 
 def _batch(
-    places: Sequence[tuple[TokenStore, int]], sequence_length: int, samples: tuple[int, ...]
+    places: Sequence[tuple[Store, int]], sequence_length: int, samples: tuple[int, ...]
 ) -> Batch:
     windows = [store.window(number, sequence_length) for store, number in places]
     tokens_BW, starts_BW = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))

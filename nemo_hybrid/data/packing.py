@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Sampler, digest
-from nemo_hybrid.data.prepare import HELDOUT, TRAIN
-from nemo_hybrid.data.store import SampleStore, Verify
+from nemo_hybrid.data.store import HELDOUT, TRAIN, Store, Verify
 
 
 @dataclass(frozen=True)
@@ -67,19 +66,19 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> Packs:
     return Packs(order, np.searchsorted(pack_of[order], np.arange(packs + 1)))
 
 
-def open_stores(root: Path, verify: Verify = "full") -> tuple[SampleStore, SampleStore | None]:
+def open_stores(root: Path, verify: Verify = "full") -> tuple[Store, Store | None]:
     """Training and held-out samples below a directory. Raises UserError."""
     heldout = root / HELDOUT
-    held = SampleStore.open(heldout, verify) if heldout.exists() else None
-    return SampleStore.open(root / TRAIN, verify), held
+    held = Store.open(heldout, samples=True, verify=verify) if heldout.exists() else None
+    return Store.open(root / TRAIN, samples=True, verify=verify), held
 
 
 @dataclass(frozen=True)
 class PackedSamples:
     """Samples of a run, packed: what fine-tuning reads (see `loader.Rows`)."""
 
-    train: SampleStore
-    heldout: SampleStore | None
+    train: Store
+    heldout: Store | None
     sequence_length: int
     pad_id: int
 
@@ -135,7 +134,7 @@ class PackedSamples:
         return self._batch(self.heldout, self.heldout_packs, windows, samples)
 
     def _batch(
-        self, store: SampleStore, packs: Packs, numbers: Sequence[int], samples: Sequence[int]
+        self, store: Store, packs: Packs, numbers: Sequence[int], samples: Sequence[int]
     ) -> Batch:
         rows = [[store.sample(int(i)) for i in packs.samples(pack)] for pack in numbers]
         return Batch.from_packs(rows, self.sequence_length, self.pad_id, tuple(samples))

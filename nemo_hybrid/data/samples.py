@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,14 @@ from nemo_hybrid.data.chat import (
     read_messages,
     read_tools,
 )
-from nemo_hybrid.data.prepare import (
-    HELDOUT,
-    TRAIN,
+from nemo_hybrid.data.making import (
+    Summary,
     draw,
-    empty_split,
-    is_free,
+    making,
+    reading,
     recorded,
-    replacing,
     split_of,
-    split_writers,
-    write_record,
+    stands,
 )
 from nemo_hybrid.data.sources import (
     BadRecord,
@@ -51,18 +47,14 @@ from nemo_hybrid.data.sources import (
     Source,
     Unusable,
     content_files,
-    count_links,
+    find_links,
     find_samples,
     read_records,
 )
-from nemo_hybrid.data.store import SAMPLES, SampleStore, StoreWriter
+from nemo_hybrid.data.store import HELDOUT, TRAIN
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import hash_file, write_file
-from nemo_hybrid.terminal import progress_bar
-
-NAMED = 5
-"""Examples of every kind of unusable record."""
+from nemo_hybrid.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -89,84 +81,6 @@ class Made:
     """Samples of it, whether usable or not."""
     unusable: list[Unusable] = field(default_factory=list)
     truncated: int = 0
-
-
-@dataclass
-class SampleSummary:
-    """What `prepare_samples` made, as prepare.json keeps it."""
-
-    out: str
-    vocab_size: int
-    samples: dict[str, int]
-    """Of each split; and so on."""
-    tokens: dict[str, int]
-    learnt: dict[str, int]
-    longest: int = 0
-    """Tokens of the longest sample."""
-    records: dict[str, int] = field(default_factory=dict)
-    """By kind."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Samples and records that cannot be learnt from, by reason."""
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first of them."""
-    truncated: int = 0
-    split_conversations: int = 0
-    """Conversations that gave several samples, because their template rewrites history."""
-    unread: int = 0
-    """Files of other kinds in directories."""
-    unread_examples: list[str] = field(default_factory=list)
-    """The first of them."""
-    links: int = 0
-    """Symbolic links to files in directories, skipped."""
-    seconds: float = 0.0
-    reused: bool = False
-    """True where an existing store of the same data and options was returned as it is."""
-
-    def count(self, made: Made) -> None:
-        """Count what became of a record, but for the samples themselves."""
-        if made.kind:
-            self.records[made.kind] = self.records.get(made.kind, 0) + 1
-        self.truncated += made.truncated
-        self.split_conversations += made.parts > 1 and made.kind != "pack"
-        for item in made.unusable:
-            self.dropped[item.kind] = self.dropped.get(item.kind, 0) + 1
-            examples = self.examples.setdefault(item.kind, [])
-            if len(examples) < NAMED:
-                examples.append(f"{item.where}: {item.why}")
-
-    @property
-    def faults(self) -> str:
-        """Everything dropped, counted by reason and named."""
-        return "\n".join(
-            f"  {count:,} {reason}: "
-            + "; ".join(self.examples[reason])
-            + (f"; and {count - NAMED:,} more" if count > NAMED else "")
-            for reason, count in self.dropped.items()
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{self.out}: {'reused, ' if self.reused else ''}vocabulary {self.vocab_size:,}"]
-        for split, name in ((TRAIN, "train   "), (HELDOUT, "held out")):
-            if split in self.samples:
-                what = f"tokens in {self.samples[split]:,} samples, {self.learnt[split]:,} learnt"
-                lines.append(f"  {name} {self.tokens[split]:>14,} {what}")
-        lines.append(f"  longest  {self.longest:>14,} tokens")
-        lines += [
-            f"  read     {count:>14,} records: {kind}" for kind, count in self.records.items()
-        ]
-        if self.split_conversations:
-            what = "conversations, into several samples each"
-            lines.append(f"  split    {self.split_conversations:>14,} {what}")
-        if self.truncated:
-            lines.append(f"  cut      {self.truncated:>14,} over-long samples")
-        lines += [f"  dropped  {count:>14,} {reason}" for reason, count in self.dropped.items()]
-        lines += [f"    {e}" for examples in self.examples.values() for e in examples]
-        if self.unread:
-            named = "; ".join(self.unread_examples)
-            lines.append(f"  skipped  {self.unread:>14,} files of other kinds, such as {named}")
-        if self.links:
-            lines.append(f"  skipped  {self.links:>14,} symbolic links to files")
-        return "\n".join(lines)
 
 
 class SampleMaker:
@@ -358,7 +272,7 @@ def prepare_samples(
     vocab_size: int | None = None,
     progress: bool = True,
     reuse: bool = False,
-) -> SampleSummary:
+) -> Summary:
     """Read records once and write the sample stores out/train and out/heldout, the tokenizer and
     the chat template.
 
@@ -376,29 +290,48 @@ def prepare_samples(
             f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, but the "
             f"model's embedding has only {vocab_size}: they do not belong together"
         )
-    sources, unread = {}, list[str]()
-    for split, named in ((TRAIN, paths), (HELDOUT, heldout_paths)):
-        sources[split], others = find_samples(named)
-        unread += map(str, others)
-    free = is_free(out)
-    if not free and not reuse:
-        raise UserError(f"{out} exists already; name another --out or remove it first")
-    request = _request(maker, sources)
-    if not free:
-        mend = "name another run_dir"
-        summary = recorded(out, SampleSummary, request, mend)
-        for split in summary.samples:
-            SampleStore.open(out / split)
-        return summary
-    with replacing(out) as partial:
-        summary = _write(maker, sources, partial, progress)
-        summary.out, summary.seconds = str(out), time.monotonic() - started
-        summary.unread, summary.unread_examples = len(unread), unread[:NAMED]
-        summary.links = count_links([*paths, *heldout_paths])
-        for name, content in maker.stored_tokenizer.files.items():
-            write_file(partial / name, [content])
-        write_record(partial, request, asdict(summary))
+    (train, unread), (heldout, also) = map(find_samples, (paths, heldout_paths))
+    existing = stands(out, reuse)
+    request = _request(maker, {TRAIN: train, HELDOUT: heldout})
+    if existing:
+        return recorded(out, request, "samples", "name another run_dir")
+    summary = Summary(str(out), maker.tokenizer.vocab_size, "samples")
+    for path in unread + also:
+        summary.leave_out("files of other kinds", path)
+    for path in find_links([*paths, *heldout_paths]):
+        summary.leave_out("symbolic links to files", path)
+    with making(out, request, maker.stored_tokenizer, summary) as writers:
+
+        def write(title: str, sources: list[Source], share: float) -> None:
+            for made in reading(title, sources, lambda source: maker.read([source]), progress):
+                _count(made, summary)
+                split = split_of(made.key, seed, share)
+                for sample in made.samples:
+                    writers[split].add(sample.ids, sample.targets)
+                    summary.learnt[split] = summary.learnt.get(split, 0) + sample.learnt
+                    summary.longest = max(summary.longest, len(sample.ids))
+
+        write("prepare: samples", train, 0.0 if heldout else options.heldout)
+        if heldout:
+            write("prepare: held-out samples", heldout, 1.0)
+        summary.check(options.skip_bad)
+        summary.sources = {
+            "files": len(train) + len(heldout),
+            "records": summary.records,
+            "dropped": summary.dropped,
+        }
+        summary.seconds = time.monotonic() - started
     return summary
+
+
+def _count(made: Made, summary: Summary) -> None:
+    """Count what became of a record, but for the samples themselves."""
+    if made.kind:
+        summary.records[made.kind] = summary.records.get(made.kind, 0) + 1
+    summary.truncated += made.truncated
+    summary.split_conversations += made.parts > 1 and made.kind != "pack"
+    for fault in made.unusable:
+        summary.drop(fault)
 
 
 def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, Any]:
@@ -409,10 +342,9 @@ def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, 
         ]
         for split, found in sources.items()
     }
-    options = {f.name: getattr(maker.options, f.name) for f in fields(SampleOptions)}
     template = maker.template
     return {
-        **options,
+        **{f.name: getattr(maker.options, f.name) for f in fields(SampleOptions)},
         **hashes,
         "chat_template": template and template.sha256,
         "tokenizer": {
@@ -422,59 +354,6 @@ def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, 
         },
         "seed": maker.seed,
     }
-
-
-def _write(
-    maker: SampleMaker, sources: dict[str, list[Source]], partial: Path, progress: bool
-) -> SampleSummary:
-    """Write the stores. Raises UserError after the last record for unusable ones, unless they may
-    be skipped, and for an empty split."""
-    options, own_heldout = maker.options, bool(sources[HELDOUT])
-    splits = (TRAIN, HELDOUT) if own_heldout or options.heldout else (TRAIN,)
-    learnt: Counter[str] = Counter()
-    summary = SampleSummary("", maker.tokenizer.vocab_size, {}, {}, {})
-    total = max(1, sum(s.size for found in sources.values() for s in found))
-    with split_writers(partial, splits, maker.tokenizer, SAMPLES) as writers:
-        with progress_bar("prepare: samples", total, progress) as update:
-            before = 0
-            for named, source in ((split, s) for split, found in sources.items() for s in found):
-                for made in maker.read([source]):
-                    if made.key:
-                        update(before + made.done * source.size)
-                    summary.count(made)
-                    drawn = split_of(made.key, maker.seed, options.heldout)
-                    split = named if own_heldout else drawn
-                    for sample in made.samples:
-                        writers[split].add(sample.ids, sample.targets)
-                        learnt[split] += sample.learnt
-                        summary.longest = max(summary.longest, len(sample.ids))
-                before += source.size
-        _check(summary, writers, options)
-        for split, writer in writers.items():
-            summary.samples[split] = writer.documents
-            summary.tokens[split] = writer.tokens
-            summary.learnt[split] = learnt[split]
-            files = sum(map(len, sources.values()))
-            writer.finish({"files": files, "records": summary.records, "dropped": summary.dropped})
-    return summary
-
-
-def _check(summary: SampleSummary, writers: dict[str, StoreWriter], options: SampleOptions) -> None:
-    if summary.dropped and not options.skip_bad:
-        total = sum(summary.dropped.values())
-        raise UserError(
-            f"{total:,} records or samples cannot be learnt from:\n{summary.faults}\nMend the "
-            "input, or skip and count them with skip_bad true"
-            + (" (over-long ones: raise sequence_length, or cut them with truncate true)"
-               if "over-long" in summary.dropped else "")
-        )  # fmt: skip
-    count = sum(writer.documents for writer in writers.values())
-    if not count:
-        faults = f":\n{summary.faults}" if summary.dropped else ""
-        raise UserError(f"there is no sample to learn from in the named paths{faults}")
-    for split, writer in writers.items():
-        if not writer.documents:
-            raise empty_split(split, count, "samples", options.heldout)
 
 
 def _answers(message: Message) -> bool:

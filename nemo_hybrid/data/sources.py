@@ -66,6 +66,8 @@ class Unusable:
     where: str
     why: str
     kind: str = "malformed"
+    done: float = 0.0
+    """Fraction of the source read so far, where that is known."""
 
 
 class BadRecord(Exception):
@@ -104,10 +106,10 @@ def find_samples(paths: Sequence[str | Path]) -> tuple[list[Source], list[Path]]
     return taken, others
 
 
-def count_links(paths: Sequence[str | Path]) -> int:
+def find_links(paths: Sequence[str | Path]) -> list[Path]:
     """Symbolic links to files below the directories that the paths name, which are not read."""
     folders = (root for root in map(Path, paths) if root.is_dir())
-    return sum(path.is_symlink() for root in folders for path in _walk(root))
+    return [path for root in folders for path in _walk(root) if path.is_symlink()]
 
 
 def default_sources() -> list[Source]:

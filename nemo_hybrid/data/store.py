@@ -23,7 +23,7 @@ from bisect import bisect_right
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +39,15 @@ _MADE_BY = {
     SAMPLES: "`nemo-hybrid prepare --for finetune`, which `finetune` takes",
 }
 VERSION = 1
+TRAIN, HELDOUT = "train", "heldout"
+RECORD = "prepare.json"
+"""How the stores beside it were made."""
 INDEX = "documents.npy"
 TOKENIZER = "tokenizer.json"
 SHARD_TOKENS = 1 << 28
 _ITEM_SIZES = {"<u2": 2, "<u4": 4}
 
 Verify = Literal["full", "size"]
-S = TypeVar("S", bound="TokenStore")
 N = TypeVar("N", bound=np.generic)
 
 
@@ -84,14 +86,14 @@ def holds_samples(path: Path) -> bool:
 
 @dataclass
 class StoreWriter:
-    """Writes one store into a directory that it makes; store.json comes last."""
+    """Writes one store into a directory that it makes; store.json comes last. It is one of samples
+    if targets are added."""
 
     path: Path
     _: KW_ONLY
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
-    format: str = TOKENS
     shard_tokens: int = SHARD_TOKENS
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class StoreWriter:
         self._starts = array.array("q", [0])
         self._files: dict[str, dict[str, Any]] = {}
         self._shard: dict[str, NewFile] = {}
+        self._format = ""
 
     @property
     def documents(self) -> int:
@@ -111,13 +114,15 @@ class StoreWriter:
         sample store a sample as it is, with targets of the same length."""
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids must lie in range({self.vocab_size})")
-        if (targets is not None) != (self.format == SAMPLES):
+        kind = TOKENS if targets is None else SAMPLES
+        self._format = self._format or kind
+        if self._format != kind:
             raise ValueError("samples have targets, documents have none")
         if targets is None:
             ids = ids if ids[-1] == self.eos_id else np.append(ids, self.eos_id)
-            data = {"tokens": ids.astype(self.dtype)}
-        else:
-            data = {"tokens": ids.astype(self.dtype), "targets": targets.astype(np.uint8)}
+        data = {"tokens": ids.astype(self.dtype)}
+        if targets is not None:
+            data["targets"] = targets.astype(np.uint8)
         at, length = 0, len(ids)
         while at < length:
             if not self._shard:
@@ -139,7 +144,7 @@ class StoreWriter:
             np.save(index, np.array(self._starts, dtype="<i8"), allow_pickle=False)
         self._files[INDEX] = asdict(index.record)
         info = StoreInfo(
-            format=self.format,
+            format=self._format,
             version=VERSION,
             dtype=self.dtype.str,
             tokens=self.tokens,
@@ -165,19 +170,21 @@ class StoreWriter:
         self._shard = {}
 
 
-class TokenStore:
-    """Read-only view of a store; tokens stay on disk until asked for."""
+class Store:
+    """Read-only view of a store; what it holds stays on disk until asked for."""
 
-    FORMAT: ClassVar[str] = TOKENS
-
-    def __init__(
-        self, path: Path, info: StoreInfo, shards: list[np.memmap], starts: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, path: Path, info: StoreInfo) -> None:
+        """Map the files of a store that is known to be sound. Raises OSError, ValueError."""
         self.path = path
         self.info = info
-        self._shards = shards
-        self._ends = list(accumulate(len(s) for s in shards))
-        self._starts = starts
+        numbers = range(_shards_of(info))
+        self._tokens = [np.memmap(path / shard_name(i), info.dtype, "r") for i in numbers]
+        self._targets = [
+            np.memmap(path / shard_name(i, "targets"), np.uint8, "r")
+            for i in (numbers if info.format == SAMPLES else ())
+        ]
+        self._ends = list(accumulate(len(s) for s in self._tokens))
+        self._starts: NDArray[np.int64] = np.lib.format.open_memmap(path / INDEX, mode="r")
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -188,12 +195,18 @@ class TokenStore:
         """Number of tokens."""
         return self.info.tokens
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document or sample."""
+        return np.diff(self._starts)
+
     @classmethod
-    def open(cls: type[S], path: str | Path, verify: Verify = "full") -> S:
-        """Open a store, checking the tokenizer's hash, every file's size and the document index,
-        and with verify="full" the SHA-256 of every file. Raises UserError."""
+    def open(cls, path: str | Path, *, samples: bool = False, verify: Verify = "full") -> Store:
+        """Open a store of documents, or of samples, checking the tokenizer's hash, every file's
+        size and the document index, and with verify="full" the SHA-256 of every file. Raises
+        UserError."""
         path = Path(path)
-        info = _read_info(path, cls.FORMAT)
+        info = _read_info(path, SAMPLES if samples else TOKENS)
         try:
             for name, entry in info.files.items():
                 _check_file(path / name, entry, verify)
@@ -204,31 +217,28 @@ class TokenStore:
                     f"{tokenizer} is not the tokenizer that {path} was made with; "
                     "put the original back or prepare the store again"
                 )
-            shards = [
-                np.memmap(path / shard_name(i), dtype=info.dtype, mode="r")
-                for i in range(_shards_of(info))
-            ]
-            starts = np.lib.format.open_memmap(path / INDEX, mode="r")
+            store = cls(path, info)
         except FileNotFoundError as e:
             raise UserError(f"{path}: {e.filename} is missing; prepare the store again") from e
         except (OSError, ValueError) as e:
             raise UserError(f"{path} cannot be read: {e}; prepare the store again") from e
+        starts = store._starts
         sound = (
             starts.dtype == np.dtype("<i8")
             and starts.shape == (info.documents + 1,)
             and starts[0] == 0
             and starts[-1] == info.tokens
-            and (verify == "size" or bool((np.diff(starts) > 0).all()))
+            and (verify == "size" or bool((store.lengths > 0).all()))
         )
         if not sound:
             raise UserError(f"{path / INDEX} does not fit store.json; prepare the store again")
-        return cls(path, info, shards, starts)
+        return store
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start to stop, across shards."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens {start} to {stop} lie outside a store of {len(self)}")
-        return self._read(self._shards, start, stop, np.int64)
+        return self._read(self._tokens, start, stop, np.int64)
 
     def _read(self, shards: list[np.memmap], start: int, stop: int, dtype: type[N]) -> NDArray[N]:
         """Elements start to stop, across shards."""
@@ -260,26 +270,6 @@ class TokenStore:
         start = number * sequence_length
         stop = start + sequence_length + 1
         return self.read(start, stop), self.document_starts(start, stop)
-
-
-class SampleStore(TokenStore):
-    """Read-only view of samples for fine-tuning."""
-
-    FORMAT = SAMPLES
-
-    def __init__(
-        self, path: Path, info: StoreInfo, shards: list[np.memmap], starts: NDArray[np.int64]
-    ) -> None:
-        super().__init__(path, info, shards, starts)
-        self._targets = [
-            np.memmap(path / shard_name(i, "targets"), dtype=np.uint8, mode="r")
-            for i in range(len(shards))
-        ]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample [samples]."""
-        return np.diff(self._starts)
 
     def sample(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """ids and targets of a sample, both [length]; targets: a loss is taken where this token is
@@ -324,23 +314,24 @@ def _read_info(path: Path, wanted: str) -> StoreInfo:
         if type(raw.get(f.name)) is not kinds[str(f.type)]:
             raise UserError(f"{name}: {f.name} is missing or malformed; prepare the store again")
     info = StoreInfo(**{f.name: raw[f.name] for f in fields(StoreInfo)})
-    shards = [shard_name(i) for i in range(_shards_of(info))]
-    targets = [shard_name(i, "targets") for i in range(len(shards) if wanted == SAMPLES else 0)]
-    sizes = [_entry_size(info.files.get(s)) for s in shards]
+    sizes = {file: _entry_size(entry) for file, entry in info.files.items()}
     item = _ITEM_SIZES.get(info.dtype, 0)
+    numbers = range(_shards_of(info))
+    shards = [sizes.get(shard_name(i), -1) for i in numbers]
+    expected = {INDEX: max(1, sizes.get(INDEX, -1))} | {
+        shard_name(i): size for i, size in zip(numbers, shards, strict=True)
+    }
+    if wanted == SAMPLES and item:
+        for i, size in zip(numbers, shards, strict=True):
+            expected[shard_name(i, "targets")] = size // item
     consistent = (
-        set(info.files) == {INDEX, *shards, *targets}
-        and all(
-            _entry_size(info.files[t]) * item == size
-            for t, size in zip(targets, sizes, strict=False)
-        )
+        sizes == expected
         and item > 0
         and info.dtype == token_dtype(info.vocab_size)
         and 0 <= info.eos_id < info.vocab_size
         and info.tokens >= info.documents > 0
-        and all(size > 0 and size % item == 0 for size in sizes)
-        and sum(sizes) == info.tokens * item
-        and _entry_size(info.files.get(INDEX)) > 0
+        and all(size > 0 and size % item == 0 for size in shards)
+        and sum(shards) == info.tokens * item
     )
     if not consistent:
         raise UserError(f"{name} contradicts itself; prepare the store again")

@@ -18,8 +18,7 @@ from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples, open_stores
-from nemo_hybrid.data.prepare import TRAIN
-from nemo_hybrid.data.store import holds_samples
+from nemo_hybrid.data.store import TRAIN, holds_samples
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming

@@ -19,8 +19,8 @@ from nemo_hybrid.checkpoint.publish import publish
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.data.loader import Stored
 from nemo_hybrid.data.packing import PackedSamples, open_stores
-from nemo_hybrid.data.prepare import RECORD, TRAIN
 from nemo_hybrid.data.samples import prepare_samples
+from nemo_hybrid.data.store import RECORD, TRAIN
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import parameter_count

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_hybrid.config.run import RunConfig
+from nemo_hybrid.data.documents import prepare
 from nemo_hybrid.data.loader import Blend, open_blend
-from nemo_hybrid.data.prepare import prepare
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.base import StoreRecipe

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.commands import Commands, commands_in_one_process
-from nemo_hybrid.data.store import SampleStore, TokenStore
+from nemo_hybrid.data.store import Store
 
 LAST = Path(__file__).parents[1] / "fixtures/last_version"
 EXPECTED = json.loads((LAST / "expected.json").read_text())
@@ -95,7 +95,7 @@ def as_recorded(ids: np.ndarray, recorded: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_token_store_gives_the_recorded_ids(split: str) -> None:
     recorded = EXPECTED["store"][split]
-    store = TokenStore.open(LAST / "store" / split)
+    store = Store.open(LAST / "store" / split)
     end = recorded["documents"][-1]
     ids = store.read(0, end)
     assert as_recorded(ids, recorded["tokens"])
@@ -107,7 +107,7 @@ def test_token_store_gives_the_recorded_ids(split: str) -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_sample_store_gives_the_recorded_ids_and_targets(split: str) -> None:
     recorded = EXPECTED["samples"][split]
-    store = SampleStore.open(LAST / "samples" / split)
+    store = Store.open(LAST / "samples" / split, samples=True)
     samples = [store.sample(number) for number in range(len(recorded["documents"]) - 1)]
     assert [len(ids) for ids, _ in samples] == np.diff(recorded["documents"]).tolist()
     assert as_recorded(np.concatenate([ids for ids, _ in samples]), recorded["tokens"])

@@ -41,7 +41,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module, function, stand_in in [
         ("nemo_hybrid.recipes", "recipe_of", lambda config: config),
         ("nemo_hybrid.train.loop", "train", record),
-        ("nemo_hybrid.data.prepare", "prepare", record),
+        ("nemo_hybrid.data.documents", "prepare", record),
     ]:
         stub = ModuleType(module)
         setattr(stub, function, stand_in)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from nemo_hybrid.data.store import StoreWriter, TokenStore
+from nemo_hybrid.data.store import Store, StoreWriter
 from nemo_hybrid.data.tokenizer import TextTokenizer, train_tokenizer
 
 MakeStore = Callable[..., Path]
@@ -42,7 +42,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         for document in documents:
             writer.add(np.array(document))
         writer.finish({"paths": ["test"]})
-        TokenStore.open(path)
+        Store.open(path)
         return path
 
     return make

@@ -12,7 +12,7 @@ from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, Sampler, Share, Stored, heldout_batches, open_blend
-from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.errors import UserError
 
 S = 16
@@ -174,7 +174,7 @@ def test_heldout_passes_cover_the_same_windows_at_every_layout(
 
 
 def test_heldout_data_shorter_than_a_window(make_store: MakeStore) -> None:
-    store = TokenStore.open(make_store("x/heldout", [[5, 2]]))
+    store = Store.open(make_store("x/heldout", [[5, 2]]))
     options = {"micro_batch_size": 1, "rank": 0, "world_size": 1, "limit": 4}
     one, none = (Blend((store,), (1.0,), held, store.path) for held in ((store,), ()))
     for data in (one, none):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 
 from helpers.processes import HANG_S
-from nemo_hybrid.data import prepare as module
-from nemo_hybrid.data.prepare import PrepareSummary, prepare
+from nemo_hybrid.data import documents as module
+from nemo_hybrid.data.documents import prepare
+from nemo_hybrid.data.making import Summary
 from nemo_hybrid.data.sources import default_sources
-from nemo_hybrid.data.store import TokenStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 
@@ -36,7 +38,7 @@ def texts(count: int, salt: str = "") -> list[str]:
     ]
 
 
-def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
+def make(paths: list[Any], out: Path, **options: Any) -> Summary:
     if "tokenizer" not in options:
         options = {"vocab_size": 300, **options}
     how = {name: options.pop(name) for name in ("progress", "reuse") if name in options}
@@ -46,7 +48,7 @@ def make(paths: list[Any], out: Path, **options: Any) -> PrepareSummary:
 
 def decoded(out: Path, split: str) -> list[str]:
     """Text of every document, by the tokenizer that was stored with it."""
-    store = TokenStore.open(out / split)
+    store = Store.open(out / split)
     tokenizer = load_tokenizer(out).tokenizer
     ids = store.read(0, len(store))
     starts = np.flatnonzero(store.document_starts(0, len(store))).tolist()
@@ -95,20 +97,20 @@ def test_every_reader_and_the_text_comes_back(folder: Path, tmp_path: Path) -> N
     out = tmp_path / "new" / "out"
     assert everything(out) == sorted(texts(40))
     assert nothing_left(tmp_path / "new", "out")
-    assert summary.train_documents + summary.heldout_documents == 40
-    assert summary.sources["empty"] == 1
-    assert summary.sources["unusable"] == 0
+    assert sum(summary.entries.values()) == 40
+    assert summary.left_out == {"empty documents": 1, "symbolic links to files": 1}
+    assert summary.dropped == {}
     for split in ("train", "heldout"):
-        store = TokenStore.open(out / split)
-        assert store.info.documents == getattr(summary, f"{split}_documents")
-        assert len(store) == getattr(summary, f"{split}_tokens")
+        store = Store.open(out / split)
+        assert store.info.documents == summary.entries[split]
+        assert len(store) == summary.tokens[split]
         assert store.info.sources == summary.sources
     assert "train" in str(summary)
 
 
 def test_special_tokens_spelled_in_the_text_stay_text(folder: Path, tmp_path: Path) -> None:
     make([folder], tmp_path / "out")
-    store = TokenStore.open(tmp_path / "out" / "train")
+    store = Store.open(tmp_path / "out" / "train")
     ids = store.read(0, len(store))
     assert (ids == store.info.eos_id).sum() == store.info.documents
     assert not np.isin(ids, [0, 1]).any()
@@ -134,7 +136,7 @@ def test_transformers_loads_the_tokenizer(folder: Path, tmp_path: Path) -> None:
 def test_same_input_same_bytes_in_other_processes(folder: Path, tmp_path: Path) -> None:
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from nemo_hybrid.data.prepare import prepare;"
+        "from nemo_hybrid.data.documents import prepare;"
         "prepare(sys.argv[2], [sys.argv[1]], vocab_size=330, heldout=0.3)"
     )
     for name, threads in (("a", "1"), ("b", "3")):
@@ -155,7 +157,7 @@ def test_the_split_follows_keys_and_seed_not_places(folder: Path, tmp_path: Path
     make([moved], tmp_path / "out3", seed=1)
     assert decoded(tmp_path / "out3", "heldout") != decoded(tmp_path / "out", "heldout")
     summary = make([moved], tmp_path / "out4", heldout=0.0)
-    assert (summary.train_documents, summary.heldout_documents) == (40, 0)
+    assert summary.entries == {"train": 40}
     assert not (tmp_path / "out4" / "heldout").exists()
 
 
@@ -172,7 +174,7 @@ def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path: Path) -> N
         if file.read_text() in held:
             file.write_text("zyxwvut " * 200)
     summary = make([root], tmp_path / "second")
-    assert summary.heldout_documents == len(held)
+    assert summary.entries["heldout"] == len(held)
     entries = load_tokenizer(tmp_path / "second").tokenizer.get_vocab()
     assert not any("zyx" in e for e in entries)
     (root / "extra.txt").write_text("zyxwvut " * 200)
@@ -252,10 +254,10 @@ def test_megatron_pairs(folder: Path, tmp_path: Path, code: int, dtype: str) -> 
     for i, path in enumerate((prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))):
         out = tmp_path / f"out{i}"
         summary = make([path], out, tokenizer=tmp_path / "tok", heldout=0.0)
-        store = TokenStore.open(out / "train")
+        store = Store.open(out / "train")
         assert store.read(0, len(store)).tolist() == [10, 11, 12, 2, 13, 2, 14, 2]
         assert np.flatnonzero(store.document_starts(0, 8)).tolist() == [0, 4, 6]
-        assert summary.sources["empty"] == 1
+        assert summary.left_out == {"empty documents": 1}
 
 
 def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
@@ -311,20 +313,20 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     with pytest.raises(UserError) as e:
         make([folder], tmp_path / "out")
     message = str(e.value)
-    assert message.startswith("9 unusable: ")
+    assert message.startswith("9 records or documents cannot be learnt from:\n  9 malformed: ")
     assert "bad.txt line 2: not UTF-8" in message
     assert "z.jsonl line 2: no text in field 'text' (--text_field names another)" in message
     assert "z.jsonl line 3: not JSON" in message
     assert "and 4 more" in message
-    assert "--skip_bad" in message
+    assert "skip_bad true" in message
     assert not (tmp_path / "out").exists()
 
     summary = make([folder], tmp_path / "out", skip_bad=True)
     assert everything(tmp_path / "out") == sorted([*texts(40), "ok then", "row"])
-    assert summary.sources["unusable"] == 9
-    assert TokenStore.open(tmp_path / "out" / "train").info.sources["unusable"] == 9
-    assert "9 unusable" in str(summary)
-    assert [s.split("/")[-1] for s in summary.sources["unusable_examples"]][:2] == [
+    assert summary.dropped == {"malformed": 9}
+    assert Store.open(tmp_path / "out" / "train").info.sources["unusable"] == 9
+    assert "9 malformed" in str(summary)
+    assert [s.split("/")[-1] for s in summary.examples["malformed"]][:2] == [
         "bad.txt line 2: not UTF-8",
         "z.jsonl line 2: no text in field 'text' (--text_field names another)",
     ]
@@ -348,7 +350,7 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(tmp_path: Path) -> No
     out = tmp_path / "out"
     cases: list[tuple[list[Path], Path, dict[str, Any], str]] = [
         ([tmp_path / "missing"], out, {}, "missing does not exist"),
-        ([empty], out, {}, "corpus is empty.*nothing.txt"),
+        ([empty], out, {}, r"nothing to learn from .*\n  1 empty documents: nothing.txt"),
         ([tmp_path / "broken.parquet"], out, {}, "broken.parquet is not a readable parquet"),
         ([good], out, {}, "none of the 1 documents falls into the heldout split"),
         ([good], out, {"heldout": 0.9999}, "falls into the train split"),
@@ -404,7 +406,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
         m.setattr(TextTokenizer, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make([folder], target / "out")
-    assert seen[0][0].endswith(".partial")
+    assert seen == [[".tmp-out"]]
     assert nothing_left(target)
 
 
@@ -416,7 +418,7 @@ def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     code = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from nemo_hybrid.data.prepare import prepare;"
+        "from nemo_hybrid.data.documents import prepare;"
         "prepare(sys.argv[2], [sys.argv[1]], tokenizer=sys.argv[3])"
     )
     arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
@@ -452,6 +454,24 @@ def test_reuse_needs_the_same_arguments_and_a_sound_store(folder: Path, tmp_path
         make([folder], folder, reuse=True)
 
 
+def test_stores_of_the_version_before_are_reused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = make([folder], out)
+    record = json.loads((out / "prepare.json").read_text())
+    record["summary"] = {
+        "out": str(out), "train_tokens": 1, "train_documents": 1, "heldout_tokens": 1,
+        "heldout_documents": 1, "vocab_size": made.vocab_size, "eos_id": 2, "sources": {},
+        "seconds": 1.0, "reused": False,
+    }  # fmt: skip
+    (out / "prepare.json").write_text(json.dumps(record))
+    found = make([folder], out, reuse=True)
+    assert (found.entries, found.tokens) == (made.entries, made.tokens)
+    for broken in ({"request": [], "summary": {}}, {"request": record["request"]}, []):
+        (out / "prepare.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="not a store made by prepare"):
+            make([folder], out, reuse=True)
+
+
 def test_an_empty_directory_may_be_filled(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     make([folder], tmp_path / "out")
@@ -476,7 +496,7 @@ def test_no_paths_means_the_default_corpus(
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
     summary = make([], tmp_path / "out")
     assert everything(tmp_path / "out") == sorted(texts(20)[10:])
-    assert summary.sources["unusable"] == 1
+    assert summary.dropped == {"malformed": 1}
     assert summary.sources["paths"] == ["standard library of the running Python"]
 
 
@@ -510,25 +530,21 @@ def test_links_are_counted_and_endings_are_taken_in_any_case(tmp_path: Path) -> 
     (root / "folder").symlink_to(tmp_path)
     summary = make([root], tmp_path / "out", heldout=0.0)
     assert sorted(decoded(tmp_path / "out", "train")) == ["one", "two"]
-    assert summary.sources["links"] == 1
+    assert summary.left_out == {"symbolic links to files": 1}
     assert "1 symbolic links to files" in str(summary)
 
 
-def test_what_a_killed_prepare_left_is_removed_when_old(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "made"
-    old, young, other, link = (
-        target / name
-        for name in (".out.0123abcd.partial", ".out.89efabcd.partial", ".other.0123abcd.partial",
-                     ".out.aaaaaaaa.partial")
-    )  # fmt: skip
-    past = time.time() - 2 * 3600
-    for left in (old, young, other, tmp_path / "elsewhere"):
-        left.mkdir(parents=True)
-        (left / "tokens").write_text("")
-        if left != young:  # whose directory is old, too, but which still grows
-            os.utime(left / "tokens", (past, past))
-        os.utime(left, (past, past))
-    link.symlink_to(tmp_path / "elsewhere")
-    make([folder], target / "out")
-    assert not old.exists()
-    assert all(p.exists() for p in (young, other, link, tmp_path / "elsewhere" / "tokens"))
+def test_what_a_killed_prepare_left_is_removed_and_what_another_writes_is_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / "made" / ".tmp-out"
+    left.mkdir(parents=True)
+    (left / "tokens").write_text("")
+    holder = os.open(left, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"another process is writing .*out: wait for it"):
+        make([folder], tmp_path / "made" / "out")
+    assert (left / "tokens").exists()
+    os.close(holder)
+    make([folder], tmp_path / "made" / "out")
+    assert nothing_left(tmp_path / "made", "out")

@@ -102,15 +102,14 @@ def test_what_a_directory_holds_besides_samples(make_model: MakeModel, tmp_path:
     (folder / "deep" / "link.jsonl").symlink_to(outside)
     summary = make(make_model(), tmp_path / "out", folder, heldout_paths=(outside,))
     assert summary.records == {"messages": 2, "text": 1}
-    assert summary.unread == 7
-    assert summary.unread_examples == [str(folder / name) for name in others[:5]]
-    assert summary.links == 1
-    for shown in (f"7 files of other kinds, such as {folder / '0.csv'}; ", "1 symbolic links to"):
+    assert summary.left_out == {"files of other kinds": 7, "symbolic links to files": 1}
+    named = [str(folder / name) for name in others[:5]]
+    assert summary.examples["files of other kinds"] == named
+    for shown in ("7 files of other kinds\n", named[0], "1 symbolic links to"):
         assert shown in str(summary)
     recorded = json.loads((tmp_path / "out" / "prepare.json").read_text())
-    assert recorded["summary"]["unread"] == 7
-    assert recorded["summary"]["links"] == 1
-    assert "skipped" not in str(make(tmp_path / "model", tmp_path / "plain", outside))
+    assert recorded["summary"]["left_out"] == summary.left_out
+    assert "left out" not in str(make(tmp_path / "model", tmp_path / "plain", outside))
 
 
 def test_reuse_notices_another_tokenizer(make_model: MakeModel, tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_reuse_notices_other_data_options_and_templates(
     data = lines(tmp_path / "a.jsonl", chat("a", "b"), chat("c", "d"))
     made = make(model, tmp_path / "out", data)
     with monkeypatch.context() as m:
-        m.setattr(module, "_write", None)  # nothing is read again
+        m.setattr(module, "making", None)  # nothing is read again
         again = make(model, tmp_path / "out", data, reuse=True)
     assert again == replace(made, reused=True)
     assert "reused" in str(again)

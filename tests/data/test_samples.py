@@ -22,7 +22,7 @@ from nemo_hybrid.commands.prepare import PrepareOptions
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import Record
-from nemo_hybrid.data.store import SampleStore, StoreWriter, TokenStore
+from nemo_hybrid.data.store import Store, StoreWriter
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 
@@ -57,7 +57,7 @@ def test_every_kind_of_record(make_model: MakeModel, tmp_path: Path) -> None:
     ]
     assert eos not in [*completion, *text]
     assert summary.records == {"messages": 1, "prompt and completion": 2, "text": 1, "pack": 1}
-    assert summary.samples == {"train": 6}
+    assert summary.entries == {"train": 6}
     assert summary.tokens == {"train": sum(len(ids) for ids, _ in stored(tmp_path / "out"))}
     assert summary.learnt == {"train": sum(sum(t) for _, t in stored(tmp_path / "out"))}
     assert summary.longest == max(len(ids) for ids, _ in stored(tmp_path / "out"))
@@ -193,9 +193,9 @@ def test_many_bad_records(make_model: MakeModel, tmp_path: Path) -> None:
 def test_nothing_to_learn(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no sample to learn from"):
+    with pytest.raises(UserError, match="nothing to learn from"):
         make(model, tmp_path / "out", tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"no sample to learn from .*\n.*1 malformed"):
+    with pytest.raises(UserError, match=r"nothing to learn from .*\n.*1 malformed"):
         make(model, tmp_path / "out", lines(tmp_path / "a.jsonl", "{"), skip_bad=True)
     one = lines(tmp_path / "b.jsonl", chat("a", "b"))
     with pytest.raises(UserError, match=r"none of the 1 samples falls into the \w+ split"):
@@ -224,7 +224,7 @@ def test_over_long_samples_are_cut_on_request(make_model: MakeModel, tmp_path: P
     for truncate in (False, True):
         out = tmp_path / f"exact {truncate}"
         summary = make(model, out, data, sequence_length=length, truncate=truncate)
-        assert summary.samples == {"train": 3}
+        assert summary.entries == {"train": 3}
         assert summary.truncated == 0
 
 
@@ -232,7 +232,7 @@ def test_the_split_follows_seed_and_place(make_model: MakeModel, tmp_path: Path)
     model = make_model()
     data = lines(tmp_path / "a.jsonl", *({"text": f"fox {i}"} for i in range(200)))
     summary = make(model, tmp_path / "out", data, heldout=0.3)
-    assert abs(summary.samples["heldout"] - 60) < 25
+    assert abs(summary.entries["heldout"] - 60) < 25
     both = stored(tmp_path / "out") + stored(tmp_path / "out", "heldout")
     make(model, tmp_path / "all", data)
     assert sorted(both) == sorted(stored(tmp_path / "all"))
@@ -242,7 +242,7 @@ def test_the_split_follows_seed_and_place(make_model: MakeModel, tmp_path: Path)
     assert stored(tmp_path / "moved", "heldout") == stored(tmp_path / "out", "heldout")
     other = lines(tmp_path / "h.jsonl", {"text": "held out"})
     summary = make(model, tmp_path / "own", moved, heldout_paths=(other,), heldout=0.3)
-    assert summary.samples == {"train": 200, "heldout": 1}
+    assert summary.entries == {"train": 200, "heldout": 1}
 
 
 def test_samples_of_a_pack_stay_in_one_split(make_model: MakeModel, tmp_path: Path) -> None:
@@ -291,11 +291,11 @@ def test_stores_of_the_other_kind_are_refused(
 ) -> None:
     make(make_model(), tmp_path / "out", lines(tmp_path / "a.jsonl", chat("a", "b")))
     with pytest.raises(UserError, match=r"is a store of samples .* which `pretrain` takes"):
-        TokenStore.open(tmp_path / "out" / "train")
+        Store.open(tmp_path / "out" / "train")
     with pytest.raises(UserError, match=r"is a token store, .* which `finetune` takes"):
-        SampleStore.open(make_store("s", [[5, 2]]))
+        Store.open(make_store("s", [[5, 2]]), samples=True)
     with pytest.raises(UserError, match=r"no store\.json.*finetune"):
-        SampleStore.open(tmp_path)
+        Store.open(tmp_path, samples=True)
 
 
 def test_samples_come_back_across_shards(tmp_path: Path) -> None:
@@ -314,13 +314,12 @@ def test_samples_come_back_across_shards(tmp_path: Path) -> None:
             vocab_size=100,
             eos_id=2,
             tokenizer_sha256=sha256(b"t").hexdigest(),
-            format="nemo_hybrid sample store",
             shard_tokens=shard_tokens,
         )
         for sample in samples:
             writer.add(np.array([i for i, _ in sample]), np.array([t for _, t in sample]))
         writer.finish({})
-        store = SampleStore.open(folder / "s")
+        store = Store.open(folder / "s", samples=True)
         assert store.lengths.tolist() == [len(s) for s in samples]
         for number, sample in enumerate(samples):
             ids, targets = store.sample(number)
@@ -342,13 +341,13 @@ def test_damage_is_noticed(name: str, make_model: MakeModel, tmp_path: Path) -> 
     content = file.read_bytes()
     file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(UserError, match="damaged"):
-        SampleStore.open(tmp_path / "out" / "train")
+        Store.open(tmp_path / "out" / "train", samples=True)
     file.write_bytes(content[:-1])
     with pytest.raises(UserError, match="bytes"):
-        SampleStore.open(tmp_path / "out" / "train", verify="size")
+        Store.open(tmp_path / "out" / "train", samples=True, verify="size")
     file.unlink()
     with pytest.raises(UserError, match="missing"):
-        SampleStore.open(tmp_path / "out" / "train")
+        Store.open(tmp_path / "out" / "train", samples=True)
 
 
 def test_fewer_targets_than_tokens(make_model: MakeModel, tmp_path: Path) -> None:
@@ -360,7 +359,7 @@ def test_fewer_targets_than_tokens(make_model: MakeModel, tmp_path: Path) -> Non
     content["files"][targets.name]["size"] -= 1
     info.write_text(json.dumps(content))
     with pytest.raises(UserError, match="contradicts itself"):
-        SampleStore.open(tmp_path / "out" / "train", verify="size")
+        Store.open(tmp_path / "out" / "train", samples=True, verify="size")
 
 
 def test_no_record_escapes_as_another_error(make_model: MakeModel) -> None:
@@ -395,8 +394,8 @@ def test_the_command(
     assert main([*words, "--for", "finetune", "--heldout", "0.2"]) == 0
     assert "30 records: messages" in capsys.readouterr().out
     summary = json.loads((out / "prepare.json").read_text())["summary"]
-    assert sum(summary["samples"].values()) == 30
-    assert SampleStore.open(out / "heldout")
+    assert sum(summary["entries"].values()) == 30
+    assert Store.open(out / "heldout", samples=True)
 
 
 def test_preview(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

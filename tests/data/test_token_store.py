@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_hybrid.data.store import StoreWriter, TokenStore
+from nemo_hybrid.data.store import Store, StoreWriter
 from nemo_hybrid.errors import UserError
 
 DOCUMENTS = [[5, 6, 2], [2], [7] * 20 + [2], [8, 9, 10, 2]]
@@ -42,7 +42,7 @@ def test_reads_what_was_written_across_shards(
         for d in documents:
             writer.add(np.array(d))
         writer.finish({})
-        store = TokenStore.open(Path(folder) / "s")
+        store = Store.open(Path(folder) / "s")
 
         ended = [d if d[-1] == 2 else [*d, 2] for d in documents]
         flat = [t for d in ended for t in d]
@@ -64,7 +64,7 @@ def test_reads_what_was_written_across_shards(
 
 
 def test_reading_outside_is_an_error(make_store: Callable[..., Path]) -> None:
-    store = TokenStore.open(make_store("s", DOCUMENTS))
+    store = Store.open(make_store("s", DOCUMENTS))
     with pytest.raises(ValueError, match="outside"):
         store.read(0, len(store) + 1)
     with pytest.raises(ValueError, match="outside"):
@@ -122,7 +122,7 @@ def test_damage_is_one_clear_message(name: str, make_store: Callable[..., Path])
     damage, message = DAMAGE[name]
     damage(path)
     with pytest.raises(UserError, match=message):
-        TokenStore.open(path)
+        Store.open(path)
 
 
 def test_size_verification_is_cheap_and_still_sees_truncation(
@@ -130,12 +130,12 @@ def test_size_verification_is_cheap_and_still_sees_truncation(
 ) -> None:
     path = make_store("s", DOCUMENTS)
     flip(path / "tokens-00001.bin")
-    TokenStore.open(path, verify="size")
+    Store.open(path, verify="size")
     (path / "tokens-00001.bin").write_bytes(b"12")
     with pytest.raises(UserError, match="has 2 bytes"):
-        TokenStore.open(path, verify="size")
+        Store.open(path, verify="size")
     with pytest.raises(UserError, match="not a token store"):
-        TokenStore.open(path / "nowhere")
+        Store.open(path / "nowhere")
 
 
 def test_no_edit_of_store_json_escapes_as_another_error(make_store: Callable[..., Path]) -> None:
@@ -160,7 +160,7 @@ def test_no_edit_of_store_json_escapes_as_another_error(make_store: Callable[...
             info[place] = value
         (path / "store.json").write_text(json.dumps(info))
         try:
-            TokenStore.open(path, verify="size")
+            Store.open(path, verify="size")
         except UserError:
             return
         assert key in ("sources", "vocab_size", "eos_id") or info == json.loads(good)

@@ -16,7 +16,7 @@ from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.samples import prepare_samples
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, train_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export import calibrate as calibrate_module
@@ -162,7 +162,7 @@ def test_pieces_of_samples_are_whole_ones(tmp_path: Path) -> None:
         read_pieces(str(chats), base, shape, 500)
     prepare_samples(SampleOptions(heldout=0.2), [chats], base, tmp_path / "samples", seed=0)
     for split in ("train", "heldout"):
-        store = SampleStore.open(tmp_path / "samples" / split)
+        store = Store.open(tmp_path / "samples" / split, samples=True)
         pieces = read_pieces(str(tmp_path / "samples"), base, shape, 100, split, 48)  # type: ignore[arg-type]
         assert 100 <= sum(p.numel() for p in pieces) < 148
         for number, piece in enumerate(pieces):

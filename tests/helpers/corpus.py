@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_hybrid.data.prepare import HELDOUT, TRAIN
-from nemo_hybrid.data.store import StoreWriter, TokenStore
+from nemo_hybrid.data.store import HELDOUT, TRAIN, Store, StoreWriter
 from nemo_hybrid.files import hash_file
 
 VOCABULARY = 96
@@ -74,7 +73,7 @@ def write_corpus(out: Path, seed: int = 0, documents: int = 600, heldout: int = 
                 word = successor[word] if draw() < 0.75 else int(draw() * words)
             writer.add(np.array([*document, EOS]))
         writer.finish({"paths": ["synthetic"]})
-        TokenStore.open(out / split)
+        Store.open(out / split)
     return out
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_hybrid.config.finetune import SampleOptions
-from nemo_hybrid.data.samples import SampleSummary, prepare_samples
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.making import Summary
+from nemo_hybrid.data.samples import prepare_samples
+from nemo_hybrid.data.store import Store
 
 Sample = tuple[list[int], list[bool]]
 """Ids, and which of them are learnt."""
@@ -32,7 +33,7 @@ def lines(path: Path, *records: object) -> Path:
 
 def make(
     model: Path, out: Path, *paths: Path, heldout_paths: tuple[Path, ...] = (), **options: Any
-) -> SampleSummary:
+) -> Summary:
     how = {k: options.pop(k) for k in ("reuse", "vocab_size") if k in options}
     chosen = SampleOptions(**{"heldout": 0.0, **options})
     return prepare_samples(
@@ -41,7 +42,7 @@ def make(
 
 
 def stored(out: Path, split: str = "train") -> list[Sample]:
-    store = SampleStore.open(out / split)
+    store = Store.open(out / split, samples=True)
     found = [store.sample(i) for i in range(len(store.lengths))]
     assert [len(ids) for ids, _ in found] == store.lengths.tolist()
     return [(ids.tolist(), targets.tolist()) for ids, targets in found]

@@ -38,6 +38,15 @@ FORBIDDEN_TRUE = ("trust_remote_code", "allow_pickle", "shell")
 WRITING_MODES = {"w", "wb", "x", "xb", "w+b", "r+b"}  # a log may be appended to
 WRITING_CALL = re.compile(r"os\.fsync|(?!writer\.).*\.write_(text|bytes)")
 LONGEST_FILE = 600
+READING_DATA = {"batch", "loader", "packing", "store", "tokenizer"}
+"""Modules of nemo_hybrid/data that training reads with; the others make what it reads."""
+MAKERS = {
+    "commands/prepare": {"documents", "preview", "samples"},
+    "recipes/pretrain": {"documents"},
+    "recipes/finetune": {"samples"},
+    "commands/generate": {"chat", "sources"},
+}
+"""Who may make data, by which modules."""
 
 SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
@@ -219,6 +228,28 @@ def test_each_optional_library_is_imported_in_one_file() -> None:
     for library in OPTIONAL_LIBRARIES:
         users = [path for path in SOURCES if any(starts(name, library) for name in names[path])]
         assert len(users) <= 1, f"{library} is imported in {users}"
+
+
+def making_faults(path: str, tree: ast.Module) -> list[str]:
+    """Modules that make data imported by those that read it, or by others than MAKERS."""
+    own = path.removeprefix("nemo_hybrid/").removesuffix(".py")
+    reads = own.startswith("data/") and own.split("/")[1] in READING_DATA
+    if not path.startswith("nemo_hybrid/") or (own.startswith("data/") and not reads):
+        return []
+    makers = {
+        name.split(".")[2]
+        for name in imported(tree)
+        if name.startswith("nemo_hybrid.data.") and name.split(".")[2] not in READING_DATA
+    }
+    return [f"{path} imports data.{name}" for name in makers - MAKERS.get(own, set())]
+
+
+def test_data_is_made_in_one_place() -> None:
+    assert [fault for path in SOURCES for fault in making_faults(path, parsed(path))] == []
+    for path in ("nemo_hybrid/data/store.py", "nemo_hybrid/train/a.py"):
+        tree = ast.parse("def f():\n    from nemo_hybrid.data.making import draw")
+        assert making_faults(path, tree) == [f"{path} imports data.making"]
+    assert not making_faults("nemo_hybrid/data/samples.py", tree)
 
 
 @pytest.mark.parametrize("folder", ["kernels", "scripts", "configs", "tests"])

@@ -19,7 +19,7 @@ from helpers.processes import run_command
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import dump_config
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.objectives import kl
 from nemo_hybrid.precision.assign import assign
@@ -76,7 +76,7 @@ def test_the_divergence_and_its_gradients_are_those_of_the_formula(
 def divergence(teacher: Path, student: Path, store: Path) -> float:
     """Mean KL over learnt tokens of the student with quantized weights and inputs."""
     a, b = load_model(teacher), load_model(student)
-    total, count, samples = 0.0, 0, SampleStore.open(store)
+    total, count, samples = 0.0, 0, Store.open(store, samples=True)
     rows = [samples.sample(i) for i in range(len(samples.lengths))]
     seen = calibrate(b, [torch.from_numpy(ids)[None] for ids, _ in rows])
     quantization_aware(b, assign(b.config, PRESET, {}), seen.amax)

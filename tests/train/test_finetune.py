@@ -24,7 +24,7 @@ from helpers.tiny_models import loud
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.packing import best_fit
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.files import read_json
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import read_metrics
@@ -87,7 +87,7 @@ def changed(base: Path, made: Path) -> set[str]:
 
 
 @torch.no_grad()
-def mean_loss(model: HybridLM, store: SampleStore) -> float:
+def mean_loss(model: HybridLM, store: Store) -> float:
     """Over all learnt tokens of a store, one sample at a time."""
     total, count = 0.0, 0
     for i in range(len(store.lengths)):
@@ -119,13 +119,13 @@ def test_what_comes_out(
     assert any(name.startswith("mtp.") and is_router(name) for name in names)
 
     rows = list(read_metrics(run / "metrics.jsonl"))
-    store = SampleStore.open(run / "data/train")
+    store = Store.open(run / "data/train", samples=True)
     packs = int(ended.out.split(" packs of 128")[0].rsplit(" ", 1)[-1])
     assert len(rows) == -(-packs * 2 // 4)  # two epochs of packs, four to a step
     assert rows[-1].heldout_loss is not None
     assert rows[0].heldout_loss_before is not None
     assert rows[-1].heldout_loss < rows[0].heldout_loss_before
-    heldout = SampleStore.open(run / "data/heldout")
+    heldout = Store.open(run / "data/heldout", samples=True)
     assert len(store.lengths) + len(heldout.lengths) == 30
     assert f"data {len(store.lengths)} samples" in ended.out
     assert len(best_fit(heldout.lengths, 128)) <= train["eval_sequences"]
@@ -202,7 +202,7 @@ def test_padding_is_no_load_of_experts(
     train = {"max_steps": 1, "global_batch_size": 20, "train_router": True, "mtp_loss_weight": 0}
     assert finetune(choosing, chats, "--run_dir", run, train=train).status == 0
     row = json.loads((run / "expert_load.jsonl").read_text().splitlines()[-1])
-    store = SampleStore.open(run / "data/train")
+    store = Store.open(run / "data/train", samples=True)
     state = read_json(run / "checkpoints/step_00000001/run_state.json")
     assert state["batches"] == 1
     slots = 20 * 128

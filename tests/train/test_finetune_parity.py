@@ -21,7 +21,7 @@ from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.packing import best_fit
-from nemo_hybrid.data.store import SampleStore
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.train.metrics import read_metrics
 
 CHATS, STEPS = 17, 3
@@ -146,7 +146,7 @@ def test_three_steps_are_those_of_plain_pytorch_on_transformers(
     wrong_losses, wrong = in_plain_pytorch(base, tuple(other))
     assert abs(wrong_losses[0] / losses[0] - 1) > SABOTAGE * BAND
     assert distance(wrong, expected) > SABOTAGE * BAND
-    store = SampleStore.open(run_dir / "data/train")
+    store = Store.open(run_dir / "data/train", samples=True)
     theirs = list(samples(base))
     for i in range(CHATS):
         ids, targets = store.sample(i)

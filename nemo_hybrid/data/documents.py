@@ -1,0 +1,162 @@
+"""`prepare`: text in many formats to a tokenizer and two token stores.
+
+Documents are streamed twice, once to train the tokenizer and once to encode, so memory is bounded
+by the largest document, a batch of text, and eight bytes per document for the index.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_hybrid.data.making import Summary, making, reading, recorded, split_of, stands
+from nemo_hybrid.data.sources import (
+    Document,
+    Source,
+    Unusable,
+    default_sources,
+    find_links,
+    find_sources,
+    read_documents,
+)
+from nemo_hybrid.data.store import TRAIN
+from nemo_hybrid.data.tokenizer import (
+    TextTokenizer,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TRAINED_VOCAB_SIZE = 4096
+"""Entries of a tokenizer that is trained, unless it is told otherwise."""
+_BATCH_CHARACTERS = 1 << 20
+_EMPTY, _LINKS = "empty documents", "symbolic links to files"
+
+
+def prepare(
+    out: str | Path,
+    paths: Sequence[str] = (),
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    text_field: str = "text",
+    heldout: float = 0.03,
+    skip_bad: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    reuse: bool = False,
+) -> Summary:
+    """Read documents (of the default corpus, where no paths are given), train or take a tokenizer,
+    and write the token stores below out.
+
+    Documents are held out by a hash of seed and path (and line or row number). Unusable files of
+    the default corpus are skipped and counted. ``reuse``: return the summary of an existing store
+    that was made with the same arguments.
+
+    Raises UserError. Nothing appears under out until everything is written.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    vocab_size = TRAINED_VOCAB_SIZE if vocab_size is None else vocab_size
+    if given is None:
+        check_vocab_size(vocab_size)
+    request = {
+        "paths": [str(Path(p).resolve()) for p in paths],
+        "tokenizer_sha256": given.sha256 if given else None,
+        "vocab_size": None if given else vocab_size,
+        "text_field": text_field,
+        "heldout": heldout,
+        "skip_bad": skip_bad,
+        "seed": seed,
+    }
+    if stands(out, reuse):
+        return recorded(out, request, "documents", "remove it or name another --out")
+
+    sources = find_sources(paths) if paths else default_sources()
+    # Nobody can mend the default corpus.
+    corpus = _Corpus(sources, text_field, heldout, skip_bad or not paths, seed, progress)
+    if given is None:
+        given = train_tokenizer(corpus.training_texts(), vocab_size)
+    summary = Summary(str(out), given.vocab_size, "documents")
+    with making(out, request, given, summary) as writers:
+        for split, document in corpus.encoded(given, summary):
+            writers[split].add(document)
+        for path in find_links(paths):
+            summary.leave_out(_LINKS, path)
+        summary.sources = {
+            "paths": [*paths] or ["standard library of the running Python"],
+            "files": len(sources),
+            "bytes": sum(s.size for s in sources),
+            "empty": summary.left_out.get(_EMPTY, 0),
+            "unusable": sum(summary.dropped.values()),
+            "links": summary.left_out.get(_LINKS, 0),
+            "unusable_examples": summary.examples.get("malformed", []),
+        }
+        summary.seconds = time.monotonic() - started
+    return summary
+
+
+@dataclass
+class _Corpus:
+    """The documents of all sources, assigned to a split."""
+
+    sources: list[Source]
+    text_field: str
+    heldout: float
+    skip_bad: bool
+    seed: int
+    progress: bool
+
+    def documents(
+        self, title: str, summary: Summary, vocab_size: int | None = None
+    ) -> Iterator[tuple[str, Document]]:
+        """(split, document) of every document that is not empty; the others are counted. Raises
+        UserError at the end for unusable records, unless they may be skipped."""
+
+        def read(source: Source) -> Iterator[Document | Unusable]:
+            return read_documents(source, self.text_field, vocab_size)
+
+        for item in reading(title, self.sources, read, self.progress):
+            if isinstance(item, Unusable):
+                summary.drop(item)
+            elif len(item.content):
+                yield split_of(item.key, self.seed, self.heldout), item
+            else:
+                summary.leave_out(_EMPTY, item.key)
+        summary.check(self.skip_bad)
+
+    def training_texts(self) -> Iterator[str]:
+        uncounted = Summary("", 0, "documents")
+        for split, document in self.documents("prepare: training the tokenizer", uncounted):
+            if split == TRAIN and isinstance(document.content, str):
+                yield document.content
+
+    def encoded(
+        self, tokenizer: TextTokenizer, summary: Summary
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(split, ids) of every document, encoded many at once."""
+        pending: list[tuple[str, Document]] = []
+        characters = 0
+        for found in self.documents("prepare: encoding", summary, tokenizer.vocab_size):
+            pending.append(found)
+            characters += len(found[1].content)
+            if characters >= _BATCH_CHARACTERS:
+                yield from _encoded(pending, tokenizer)
+                pending, characters = [], 0
+        yield from _encoded(pending, tokenizer)
+
+
+def _encoded(
+    pending: list[tuple[str, Document]], tokenizer: TextTokenizer
+) -> Iterator[tuple[str, np.ndarray]]:
+    texts = [d.content for _, d in pending if isinstance(d.content, str)]
+    encoded = iter(tokenizer.encode(texts))
+    for split, document in pending:
+        ids = next(encoded) if isinstance(document.content, str) else document.content
+        # A tokenizer may drop all of a text; the document then is its end alone.
+        yield split, ids if len(ids) else np.array([tokenizer.eos_id])
