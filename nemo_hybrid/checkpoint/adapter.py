@@ -137,7 +137,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
         hint = old if (directory / "adapter_model.bin").exists() else ""
         raise UserError(f"{directory} holds no {WEIGHTS}{hint}")
     with TensorFile(directory / WEIGHTS) as file:
-        entries = file.header.entries
+        entries = file.entries
         names = {key: _our_name(directory, key, entries, settings) for key in entries}
         for key, entry in entries.items():
             if entry.dtype not in READABLE or len(entry.shape) != 2:

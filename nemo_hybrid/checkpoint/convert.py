@@ -40,11 +40,8 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
     read.report.raise_errors()
 
     def write(writer: Writer) -> Shards:
-        total = sum(
-            entry.stop - entry.start
-            for header in read.stored.headers.values()
-            for entry in header.entries.values()
-        )
+        headers = read.stored.headers.values()
+        total = sum(entry.nbytes for entries in headers for entry in entries.values())
         with progress_bar(f"importing {read.stored.directory}", total, show_progress) as done:
             return _write(writer, read, tensors_by_name(model), done)
 

@@ -412,7 +412,7 @@ def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment, kind: s
 def _check_entry(opened: TensorFile, name: str, piece: _Saved, kind: str) -> str:
     """The key of a stored fragment. Raises CheckpointError unless it is there as it should be."""
     key, path = _key(name, piece.start), opened.path
-    entry = opened.header.entries.get(key)
+    entry = opened.entries.get(key)
     if entry is None:
         raise CheckpointError(f"damaged checkpoint: {path} has no {kind} of {name}")
     if entry.shape != (piece.numel,) or entry.dtype != "F32":
@@ -426,8 +426,8 @@ def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with TensorFile(path) as opened:
-        state: dict[str, Any] = {name: opened.read(name) for name in opened.header.entries}
-        return {**state, **json.loads(opened.header.metadata.get(_JSON, "{}"))}
+        state: dict[str, Any] = {name: opened.read(name) for name in opened.entries}
+        return {**state, **json.loads(opened.metadata.get(_JSON, "{}"))}
 
 
 def check_masters(weights: Weights, masters: Iterable[Fragment]) -> None:

@@ -1,24 +1,23 @@
-"""safetensors files, written and read as streams: no second pass to hash, no copy of a whole file.
+"""safetensors files, written as streams (no second pass to hash, no copy of a whole file) and read
+by the reference library.
 
 Format: https://github.com/huggingface/safetensors#format. Order of tensors and spacing of the
-header are those of the reference library, so that equal contents give equal bytes. What is read is
-checked more strictly than there: a key given twice is an error.
+header are those of the reference library, so that equal contents give equal bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming, parse_json
+from nemo_hybrid.files import naming
 
 # In the order in which the reference library places tensors (then by name).
 DTYPES: dict[torch.dtype, str] = {
@@ -36,9 +35,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _ORDER = list(DTYPES)
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the reference library's limit
-_MAX_DIMS = 8
+_SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 def safetensors_parts(
@@ -77,137 +74,57 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a header says of one tensor; offsets are bytes from the end of the header."""
+class Entry(NamedTuple):
+    """What a header says of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
 
-
-@dataclass(frozen=True)
-class Header:
-    """``raw``: the header as it stands in the file, its length included. ``entries`` are in the
-    order of the data, which they cover without gaps."""
-
-    raw: bytes
-    entries: dict[str, Entry]
-    metadata: dict[str, str] = field(default_factory=dict)
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes; of a dtype that is none of `DTYPES` 0."""
+        return prod(self.shape) * _SIZES.get(self.dtype, 0)
 
 
 class TensorFile:
-    """A safetensors file open for reading; a context manager.
+    """A safetensors file open for reading; a context manager. It is mapped into memory: what is not
+    asked for is not read, and what was read the system may drop again.
 
-    Raises UserError naming the path when it is absent, truncated, or its header is broken; then
-    nothing larger than the header has been read.
+    ``entries`` are in the order of the data. Raises UserError naming the path when it is absent,
+    truncated, or its header is broken.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with naming("read", path):
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        try:
-            self.header = self._read_header()
-        except BaseException:
-            self.close()
-            raise
+            open(path, "rb").close()  # its error names the reason, the library's the path again
+            try:
+                self._file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise UserError(f"{path} is not a valid safetensors file: {error}") from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        slices = ((name, self._file.get_slice(name)) for name in self._file.offset_keys())
+        self.entries = {
+            name: Entry(found.get_dtype(), tuple(found.get_shape())) for name, found in slices
+        }
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
+        self._file.__exit__(*exception)
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        """A tensor, or consecutive rows of its first dimension; other bytes are not read."""
-        entry = self.header.entries[name]
-        shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        tensor = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
-        self._fill(tensor_bytes(tensor), self._offset(entry, rows))
-        return tensor
+        """A tensor, or consecutive rows of its first dimension, in memory of its own."""
+        return self._view(name, rows).clone()
 
     @torch.no_grad()
     def read_into(self, target: torch.Tensor, name: str, rows: range | None = None) -> None:
-        """The same into a tensor of that shape, without a copy on the way where it can take the
-        bytes as they are."""
-        entry = self.header.entries[name]
-        as_stored = target.dtype == TORCH_DTYPES[entry.dtype] and target.is_contiguous()
-        wanted = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        if target.is_cpu and as_stored and target.shape == wanted:
-            self._fill(tensor_bytes(target), self._offset(entry, rows))
-        else:
-            target.copy_(self.read(name, rows))
+        """The same into a tensor of that shape, rounded or widened to its dtype."""
+        target.copy_(self._view(name, rows))
 
-    def _offset(self, entry: Entry, rows: range | None) -> int:
-        """Where the bytes begin in the file."""
-        start = len(self.header.raw) + entry.start
-        if rows is None or not entry.shape[0]:
-            return start
-        return start + rows.start * ((entry.stop - entry.start) // entry.shape[0])
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        with naming("read", self.path):
-            self._file.seek(offset)
-            while view:
-                count = self._file.readinto(view)
-                if not count:
-                    raise self._invalid("it ends early")
-                view = view[count:]
-
-    def _invalid(self, why: str) -> UserError:
-        return UserError(f"{self.path} is not a valid safetensors file: {why}")
-
-    def _read_header(self) -> Header:
-        with naming("read", self.path):
-            size = os.fstat(self._file.fileno()).st_size
-        if size < 8:
-            raise self._invalid("it is too short to have a header")
-        length = bytearray(8)
-        self._fill(memoryview(length), 0)
-        count = int.from_bytes(length, "little")
-        if count > min(size - 8, _MAX_HEADER):
-            raise self._invalid(f"its header claims {count} bytes, the file has {size}")
-        text = bytearray(count)
-        self._fill(memoryview(text), 8)
-        if text[:1] != b"{":
-            raise self._invalid("its header does not begin with {")
-        listing = parse_json(bytes(text), self.path)
-        try:
-            metadata = listing.pop("__metadata__", {})
-            valid = all(isinstance(text, str) for text in metadata.values())
-            entries = {name: _entry(**value) for name, value in listing.items()}
-            "".join([*entries, *metadata.keys(), *metadata.values()]).encode()
-        except (TypeError, ValueError, AttributeError) as error:
-            raise self._invalid(f"its header does not describe tensors ({error})") from None
-        if not valid:
-            raise self._invalid("its metadata are not texts")
-        ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
-        reached = 0
-        for name, entry in ordered:
-            if entry.start != reached:
-                raise self._invalid(f"the data before {name} have a gap or overlap")
-            reached = entry.stop
-        if reached != size - 8 - count:
-            raise self._invalid(f"it has {size - 8 - count} bytes of data, its header {reached}")
-        return Header(bytes(length + text), dict(ordered), metadata)
-
-
-def _entry(dtype: Any, shape: Any, data_offsets: Any) -> Entry:
-    """One entry of a header. Raises ValueError or TypeError unless it makes sense by itself."""
-    start, stop = data_offsets
-    for numbers in (shape, data_offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int for n in numbers):
-            raise ValueError(f"not whole numbers: {str(numbers)[:80]}")
-        if any(not 0 <= n < 1 << 63 for n in numbers):
-            raise ValueError(f"out of range: {str(numbers)[:80]}")
-    if not isinstance(dtype, str) or start > stop or len(shape) > _MAX_DIMS:
-        raise ValueError(f"impossible: {dtype!r:.80}, {str(shape)[:80]}, {start} to {stop}")
-    known = TORCH_DTYPES.get(dtype)
-    if known is not None and prod(shape) * known.itemsize != stop - start:
-        raise ValueError(f"{dtype} {shape} does not take {stop - start} bytes")
-    return Entry(dtype, tuple(shape), start, stop)
+    def _view(self, name: str, rows: range | None) -> torch.Tensor:
+        """A view of the mapped file."""
+        if rows is None:
+            return self._file.get_tensor(name)
+        return self._file.get_slice(name)[rows.start : rows.stop]

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
-from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, Header, TensorFile
+from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile
 from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json, side_by_side
@@ -113,7 +113,7 @@ class Stored:
     """
 
     directory: Path
-    headers: dict[str, Header]
+    headers: dict[str, dict[str, Entry]]
     weight_map: dict[str, str] | None
     strays: list[str]
 
@@ -174,7 +174,7 @@ def read_headers(directory: Path) -> Stored:
     headers = {}
     for name in names:
         with TensorFile(directory / name) as file:
-            headers[name] = file.header
+            headers[name] = file.entries
     beside = {path.name for path in directory.glob("*.safetensors")} - headers.keys()
     strays = sorted(name for name in beside if not _STATE.fullmatch(name))
     return Stored(directory, headers, weight_map, strays)
@@ -235,8 +235,8 @@ def account(
     report = Report(stored.directory)
     add = report.findings.append
     reads: list[Read] = []
-    for file, header in stored.headers.items():
-        for name, entry in header.entries.items():
+    for file, entries in stored.headers.items():
+        for name, entry in entries.items():
             try:
                 stored.check_listed(name, file)
                 found = places.take(file, name, entry)
@@ -341,8 +341,7 @@ def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.
 def reopen(stored: Stored, name: str) -> TensorFile:
     """Open one of the files again. Raises UserError when it changed."""
     file = TensorFile(stored.directory / name)
-    if file.header.raw != stored.headers[name].raw:
-        file.close()
+    if list(file.entries.items()) != list(stored.headers[name].items()):
         raise UserError(f"{file.path} changed while it was being read; try again")
     return file
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nemo_hybrid.checkpoint.names import from_hub
-from nemo_hybrid.checkpoint.tensors import DTYPES, Entry
+from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile
 from nemo_hybrid.checkpoint.weights import Stored, read_headers
 from nemo_hybrid.config.hf import HybridConfig, config_json, read_config
 from nemo_hybrid.errors import UserError
@@ -37,7 +36,7 @@ from nemo_hybrid.export.layout import (
     quantization_configs,
     stored_tensors,
 )
-from nemo_hybrid.files import naming, read_json
+from nemo_hybrid.files import read_json
 from nemo_hybrid.precision.assign import (
     Assignment,
     Format,
@@ -134,15 +133,15 @@ class Export:
                 yield f"{name}: unexpected, {found}"
             elif found != slots[name]:
                 yield f"{name}: is {found}, should be {slots[name]}"
-        for file, header in self.stored.headers.items():
-            for name in header.entries:
+        for file, entries in self.stored.headers.items():
+            for name in entries:
                 try:
                     self.stored.check_listed(name, file)
                 except ValueError as error:
                     yield f"{name}: {error}"
         for name in (self.stored.weight_map or {}).keys() - self.entries.keys():
             yield f"{name}: the index lists it, but no file holds it"
-        if sum(len(header.entries) for header in self.stored.headers.values()) > len(self.entries):
+        if sum(map(len, self.stored.headers.values())) > len(self.entries):
             yield "a tensor stands in two files"
         yield from (f"{f}: not in the index, but engines may load it" for f in self.stored.strays)
 
@@ -165,7 +164,7 @@ def read_export(directory: Path) -> Export:
     plain = {name: value for name, value in said.items() if name != "quantization_config"}
     config = read_config(plain, str(path))
     stored = read_headers(directory)
-    entries = {n: e for header in stored.headers.values() for n, e in header.entries.items()}
+    entries = {n: e for found in stored.headers.values() for n, e in found.items()}
     experts = 2 * config.n_routed_experts * config.pattern.count("E")
     if experts > len(entries):  # before they are all listed
         raise UserError(f"{path} describes {experts} expert weights; files hold {len(entries)}")
@@ -242,16 +241,16 @@ def _shown(value: object) -> str:
 
 
 class Opened:
-    """The weight files of an export, read by the reference library; a context manager. ``show`` is
+    """The weight files of an export; a context manager. ``show`` is
     called with how many tensors have been read."""
 
     def __init__(self, export: Export, show: Callable[[float], None] = lambda read: None) -> None:
         self.export = export
         self._show, self._read = show, 0
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._file_of = {
-            n: file for file, header in export.stored.headers.items() for n in header.entries
+            n: file for file, entries in export.stored.headers.items() for n in entries
         }
 
     def __enter__(self) -> Opened:
@@ -264,10 +263,9 @@ class Opened:
         """A tensor as it is stored."""
         file = self._file_of[name]
         if file not in self._files:
-            path = self.export.stored.directory / file
-            with naming("read", path):
-                self._files[file] = self._stack.enter_context(safe_open(path, "pt"))
-        tensor: Tensor = self._files[file].get_tensor(name)
+            opened = TensorFile(self.export.stored.directory / file)
+            self._files[file] = self._stack.enter_context(opened)
+        tensor = self._files[file].read(name)
         self._read += 1
         self._show(self._read)
         return tensor

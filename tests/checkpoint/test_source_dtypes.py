@@ -239,9 +239,7 @@ def test_an_absurd_configuration_takes_no_time_or_memory(tmp_path) -> None:
             HybridLM.from_hf(str(tmp_path / "ours"))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [("F4", [10**12, 1, 1]), ("U8", [1]), ("F32", [10**12, 1, 0])]
-)
+@pytest.mark.parametrize(("dtype", "shape"), [("U8", [1]), ("F32", [10**12, 1, 0])])
 def test_a_shape_without_bytes_is_no_tensor(tmp_path, dtype, shape) -> None:
     """Else it would vouch for any number of experts."""
     HybridLM(CONFIG).save_hf(str(tmp_path / "ours"))

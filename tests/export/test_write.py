@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.memory import with_helpers
 from helpers.nemotron_h_oracle import load_theirs, transformers_twin
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid import HybridLM, UserError
@@ -357,20 +358,16 @@ from pathlib import Path
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.precision.assign import planned
 from nemo_hybrid.export.write import export_directory
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+from helpers.memory import peak_of
 
 source, out, tiny = map(Path, sys.argv[1:])
 for directory, target in ((tiny, out / "tiny"), (source, out / "whole")):
     shape = HybridConfig.from_hf(str(directory))
     assignment = planned(shape, "nvfp4", "conservative", {"lm_head": "nvfp4"}, False)
-    before = status("VmRSS")
-    export_directory(directory, target, assignment, target="nvfp4", max_shard_bytes=8 << 20,
-                     search="training", show_progress=False)
-print(status("VmHWM") - before)
+    peak = peak_of(lambda: export_directory(
+        directory, target, assignment, target="nvfp4", max_shard_bytes=8 << 20,
+        search="training", show_progress=False))
+print(peak)
 """
 
 
@@ -391,7 +388,7 @@ def test_memory_is_that_of_one_shard_and_one_tensor(tmp_path) -> None:
     loud_model(tiny).bfloat16().save_hf(str(tmp_path / "tiny"))
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "source", tmp_path / "out", tmp_path / "tiny"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=with_helpers(),
     )  # fmt: skip
     source = sum(p.stat().st_size for p in (tmp_path / "source").glob("*.safetensors"))
     written = sum(p.stat().st_size for p in (tmp_path / "out" / "whole").glob("*.safetensors"))
