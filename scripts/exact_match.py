@@ -27,15 +27,9 @@ from numpy.typing import NDArray
 from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.commands.generate import stop_ids
-from nemo_hybrid.data.chat import (
-    ChatTemplate,
-    check_answers,
-    load_template,
-    need_template,
-    read_messages,
-    read_tools,
-)
+from nemo_hybrid.data.chat import check_answers, read_messages, read_tools
 from nemo_hybrid.data.sources import BadRecord, Unusable, find_sources, read_records
+from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file

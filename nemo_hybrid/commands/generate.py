@@ -52,8 +52,8 @@ class GenerateOptions(CommandOptions):
 
 def _chat_prompt(tokenizer: TextTokenizer, directory: Path, prompt: str) -> NDArray[np.int64]:
     """Token ids that ask for an answer to a user's message."""
-    from nemo_hybrid.data.chat import load_template, need_template
     from nemo_hybrid.data.sources import BadRecord
+    from nemo_hybrid.data.template import load_template, need_template
 
     template = need_template(load_template(tokenizer, directory), directory)
     messages = [{"role": "user", "content": prompt}]

@@ -53,6 +53,8 @@ class Summary:
     """Other things that are no data, by what they are."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first of either."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Records with a field that no rule knows, by its name."""
     truncated: int = 0
     split_conversations: int = 0
     """Conversations that gave several samples, because their template rewrites history."""
@@ -125,6 +127,8 @@ class Summary:
         line("longest", self.longest, "tokens")
         for kind, count in self.records.items():
             line("read", count, f"records: {kind}")
+        for name, count in self.unread.items():
+            line("unread", count, f"records: the field {name}")
         line("split", self.split_conversations, "conversations, into several samples each")
         line("cut", self.truncated, "over-long samples")
         for word, counts in (("dropped", self.dropped), ("left out", self.left_out)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +20,12 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.chat import (
-    Message,
-    Rendering,
-    change_reasoning,
+    OF_CONVERSATIONS,
+    Conversation,
     check_answers,
-    files_with,
     is_empty,
-    learnt_parts,
-    load_template,
-    need_template,
-    read_messages,
-    read_tools,
+    read_conversation,
+    refuse_fields,
 )
 from nemo_hybrid.data.making import (
     Summary,
@@ -41,6 +36,7 @@ from nemo_hybrid.data.making import (
     split_of,
     stands,
 )
+from nemo_hybrid.data.reasoning import Message, change_reasoning, learnt_parts
 from nemo_hybrid.data.sources import (
     BadRecord,
     Record,
@@ -52,9 +48,12 @@ from nemo_hybrid.data.sources import (
     read_records,
 )
 from nemo_hybrid.data.store import HELDOUT, TRAIN
+from nemo_hybrid.data.template import Rendering, files_with, load_template, need_template
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file
+
+PAIR = "prompt and completion"
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,8 @@ class Made:
     """Samples of it, whether usable or not."""
     unusable: list[Unusable] = field(default_factory=list)
     truncated: int = 0
+    unread: Set[str] = frozenset()
+    """Fields that no rule knows."""
 
 
 class SampleMaker:
@@ -97,7 +98,7 @@ class SampleMaker:
         self.template = load_template(self.tokenizer, directory, options.chat_template)
         self._kinds = {
             "messages": ("messages",),
-            "prompt and completion": ("prompt", "completion"),
+            PAIR: ("prompt", "completion"),
             "text": (options.text_field,),
             "pack": ("input_ids", "loss_mask", "seq_start_id"),
         }
@@ -123,7 +124,7 @@ class SampleMaker:
         there is no template, or none that can be compiled."""
         made = Made(record.key, record.where, record.done)
         try:
-            made.kind, samples = self._samples(record)
+            made.kind, samples = self._samples(record, made)
         except BadRecord as e:
             made.unusable.append(Unusable(record.where, str(e), e.kind))
             return made
@@ -144,7 +145,7 @@ class SampleMaker:
                 made.samples.append(sample)
         return made
 
-    def _samples(self, record: Record) -> tuple[str, list[Sample]]:
+    def _samples(self, record: Record, made: Made) -> tuple[str, list[Sample]]:
         content = {k: v for k, v in record.content.items() if v is not None}
         kinds = [kind for kind, keys in self._kinds.items() if content.keys() >= set(keys)]
         if len(kinds) != 1:
@@ -153,23 +154,22 @@ class SampleMaker:
             why = f"of two kinds at once ({' and '.join(kinds)})" if kinds else "of no known kind"
             raise BadRecord(f"{why}: it has {has}; the kinds are: {kinds_known}", "unknown kind")
         kind = kinds[0]
-        if kind == "messages":
-            samples = self._conversation(record.key, content["messages"], content.get("tools"), 0)
+        value = [content[key] for key in self._kinds[kind]]
+        talk = kind == "messages" or all(kind == PAIR and isinstance(v, list) for v in value)
+        refuse_fields(content, conversation=talk)
+        made.unread = content.keys() - {*self._kinds[kind], *(OF_CONVERSATIONS if talk else ())}
+        if talk:
+            said, first = (value[0] + value[1], len(value[0])) if kind == PAIR else (value[0], 0)
+            conversation = read_conversation(content, said, first)
+            samples = self._conversation(record.key, conversation, made)
         elif kind == "text":
-            text = _text(content[self.options.text_field], self.options.text_field)
+            text = _text(value[0], self.options.text_field)
             samples = [self._joined(np.empty(0, np.int64), text)]
         elif kind == "pack":
-            ids, mask, starts = (content[key] for key in self._kinds["pack"])
-            samples = self._unpacked(_integers(ids, "input_ids"), mask, starts)
+            samples = self._unpacked(_integers(value[0], "input_ids"), *value[1:])
         else:
-            prompt, completion = content["prompt"], content["completion"]
-            if isinstance(prompt, list) and isinstance(completion, list):
-                samples = self._conversation(
-                    record.key, prompt + completion, content.get("tools"), len(prompt)
-                )
-            else:
-                before = self.tokenizer.encode([_text(prompt, "prompt")])[0]
-                samples = [self._joined(before, _text(completion, "completion"))]
+            before = self.tokenizer.encode([_text(value[0], "prompt")])[0]
+            samples = [self._joined(before, _text(value[1], "completion"))]
         return kind, samples
 
     def _joined(self, before: NDArray[np.int64], text: str) -> Sample:
@@ -180,28 +180,26 @@ class SampleMaker:
         ids = np.concatenate([before, learnt])
         return Sample(ids, np.arange(len(ids)) >= max(1, len(before)))
 
-    def _conversation(self, key: str, messages: Any, tools: Any, first: int) -> list[Sample]:
-        """Of which the assistant's turns from message ``first`` on are learnt."""
+    def _conversation(self, key: str, given: Conversation, made: Made) -> list[Sample]:
+        """Of which the assistant's turns say whether they are learnt."""
         template = need_template(self.template, self.directory)
-        conversation, tools = read_messages(messages), read_tools(tools)
-        check_answers(conversation)
-        template.check([conversation, tools])
+        check_answers(given.messages)
+        template.check([given.messages, given.tools, given.options])
+        unread = {name for name in given.unread if not template.reads(name, given.tools)}
+        made.unread = made.unread | {f"messages.{name}" for name in unread}
         chosen = draw(self.seed, f"reasoning/{key}")
         stripped = self.options.reasoning == "strip" or chosen < self.options.strip_reasoning
         beyond = self.options.strip_reasoning + self.options.truncate_reasoning
         cut = not stripped and chosen < beyond
         if stripped:
-            conversation = [self._without_reasoning(m) for m in conversation]
-            check_answers(conversation, " without its reasoning")
+            given = given.changed(lambda _, m: self._without_reasoning(m))
+            check_answers(given.messages, " without its reasoning")
         elif cut:
-            conversation = [
-                self._cut_reasoning(m, f"{key}/{i}") for i, m in enumerate(conversation)
-            ]
-        renderings = template.split(conversation, tools, first)
-        return [self._encoded(r, cut) for r in renderings]
+            given = given.changed(lambda i, m: self._cut_reasoning(m, f"{key}/{i}"))
+        return [self._encoded(r, cut) for r in template.split(given)]
 
     def _without_reasoning(self, message: Message) -> Message:
-        stripped = change_reasoning(message, lambda _: "") if _answers(message) else message
+        stripped = change_reasoning(message, lambda _: "")
         # Chance must not make an answer of reasoning alone an empty one.
         kept = is_empty(stripped) and self.options.reasoning != "strip"
         return message if kept else stripped
@@ -214,7 +212,7 @@ class SampleMaker:
             at = 1 + int(draw(self.seed, f"cut/{key}") * (len(starts) - 1))
             return reasoning[: starts[at]] or reasoning if at < len(starts) else reasoning
 
-        return change_reasoning(message, cut) if _answers(message) else message
+        return change_reasoning(message, cut)
 
     def _encoded(self, rendering: Rendering, cut: bool) -> Sample:
         """A token is learnt if it holds a character that is."""
@@ -330,6 +328,8 @@ def _count(made: Made, summary: Summary) -> None:
         summary.records[made.kind] = summary.records.get(made.kind, 0) + 1
     summary.truncated += made.truncated
     summary.split_conversations += made.parts > 1 and made.kind != "pack"
+    for name in sorted(made.unread):
+        summary.unread[name] = summary.unread.get(name, 0) + 1
     for fault in made.unusable:
         summary.drop(fault)
 
@@ -354,10 +354,6 @@ def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, 
         },
         "seed": maker.seed,
     }
-
-
-def _answers(message: Message) -> bool:
-    return bool(message["role"] == "assistant")
 
 
 def _text(value: object, name: str) -> str:

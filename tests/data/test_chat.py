@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_hybrid.config.finetune import SampleOptions
-from nemo_hybrid.data.chat import ChatTemplate, load_template, read_messages, read_tools
+from nemo_hybrid.data import rendering
+from nemo_hybrid.data.chat import read_messages, read_tools
 from nemo_hybrid.data.samples import Made, SampleMaker
 from nemo_hybrid.data.sources import BadRecord, Record
+from nemo_hybrid.data.template import Renderer, load_template
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 
@@ -136,6 +138,17 @@ def learnt_texts(model: Path, record: dict[str, Any], **options: Any) -> list[li
         runs = zip(edges[::2], edges[1::2], strict=True)
         found.append([tokenizer.decode(sample.ids[a:b].tolist()) for a, b in runs])
     return found
+
+
+def render_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without another process, so that rendering can be broken."""
+
+    def ask(self: Renderer, line: str) -> dict[str, Any]:
+        request = json.loads(line)
+        del request["seconds"]
+        return dict(json.loads(json.dumps(rendering.answer_request(request))))
+
+    monkeypatch.setattr(Renderer, "ask", ask)
 
 
 def fault(model: Path, record: dict[str, Any], **options: Any) -> str:
@@ -392,7 +405,8 @@ BAD = {
         [user("a"), answer("b", tool_calls=[{"name": "f", "arguments": {"x": "<|im_end|>"}}])],
         "holds <|im_end|>",
     ),
-    "control in tools": ({"messages": TWO, "tools": [{"<s>": 1}]}, "holds <s>"),
+    "control in tools": ({"messages": TWO, "tools": [{"name": "f", "<s>": 1}]}, "holds <s>"),
+    "nameless tool": ({"messages": TWO, "tools": [TOOL, {}]}, "tools: entry 2 has no name"),
     "unknown special token": ([user("a <|pad|>"), answer("b")], "unknown special token <|pad|>"),
     "surrogate": ([user("a \ud800"), answer("b")], "half a surrogate pair"),
 }  # fmt: skip
@@ -424,6 +438,11 @@ def test_tags_may_be_written_out_and_unknown_tokens_of_the_template_not(
     )
 
 
+OPTIONS: list[dict[str, Any]] = [
+    *({"reasoning": how} for how in ("keep", "mask", "strip")),
+    {"strip_reasoning": 0.999},
+    {"truncate_reasoning": 0.999},
+]
 INLINE = [user("q"), answer("<think>\nsome long reasoning\n</think>\nyes")]
 
 
@@ -475,13 +494,16 @@ def test_reasoning_is_cut_anywhere_and_in_the_wanted_share(make_model: MakeModel
     assert max(lengths) > len(thought) / 2
 
 
-def test_nothing_but_reasoning_cannot_be_stripped(make_model: MakeModel) -> None:
-    messages = [user("q"), answer("", reasoning_content="r")]
-    record = {"messages": messages}
-    assert make(make_model(REASONING), record).samples
-    assert "turn 2: the assistant's message is empty" in fault(
-        make_model(REASONING, "b"), record, reasoning="strip"
-    )
+def test_nothing_but_reasoning_is_no_answer(make_model: MakeModel) -> None:
+    """It was cut off: learnt, it would teach to end there."""
+    model = make_model(REASONING)
+    for said in (answer("", reasoning_content="r"), answer("<think>\nr\n</think>\n")):
+        for options in OPTIONS:
+            assert "turn 2: the reasoning was cut off: no answer follows it" in fault(
+                model, {"messages": [user("q"), said]}, **options
+            )
+    called = answer("", reasoning_content="r", tool_calls=[CALL])
+    assert not make(model, {"messages": [user("q"), called]}).unusable
 
 
 def test_where_a_template_comes_from(make_model: MakeModel, tmp_path: Path) -> None:
@@ -490,7 +512,7 @@ def test_where_a_template_comes_from(make_model: MakeModel, tmp_path: Path) -> N
 
     def source(file: str | None = None) -> str | None:
         template = load_template(load_tokenizer(model), model, file)
-        return template and template.source
+        return template and template.source()
 
     other = tmp_path / "mine.jinja"
     other.write_text("mine")
@@ -502,10 +524,12 @@ def test_where_a_template_comes_from(make_model: MakeModel, tmp_path: Path) -> N
     for value, found in (
         ("x", "x"),
         ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
-        ([{"name": "rag", "template": "r"}], None),
     ):
         (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": value}))
         assert source() == found
+    rag = {**config, "chat_template": [{"name": "rag", "template": "r"}]}
+    (model / "tokenizer_config.json").write_text(json.dumps(rag))
+    assert fault(model, {"messages": TWO}).endswith("has no default chat template, only rag")
     with pytest.raises(UserError, match="cannot read"):
         source(str(tmp_path / "nowhere"))
     other.write_bytes(b"\xff")
@@ -518,13 +542,15 @@ def test_the_splitting_notices_a_wrong_start(
 ) -> None:
     """The comparisons above see a mask that is shifted by one character."""
     model = make_model(CHATML)
-    turn = ChatTemplate._turn
+    render_here(monkeypatch)
+    assert learnt_texts(model, {"messages": TWO}) == EXPECTED["chatml"][1]
+    answer_of = rendering.Template._answer
 
-    def shifted(self: ChatTemplate, *args: Any) -> tuple[str, int]:
-        text, start = turn(self, *args)
+    def shifted(self: rendering.Template, *args: Any) -> tuple[str, int]:
+        text, start = answer_of(self, *args)
         return text, start + 1
 
-    monkeypatch.setattr(ChatTemplate, "_turn", shifted)
+    monkeypatch.setattr(rendering.Template, "_answer", shifted)
     assert learnt_texts(model, {"messages": TWO}) != EXPECTED["chatml"][1]
 
 

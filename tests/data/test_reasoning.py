@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_hybrid.config.finetune import SampleOptions
-from nemo_hybrid.data import chat
-from nemo_hybrid.data.chat import change_reasoning, learnt_parts
+from nemo_hybrid.data import template as templates
+from nemo_hybrid.data.reasoning import change_reasoning, learnt_parts, settle_reasoning
 from nemo_hybrid.data.samples import Made, SampleMaker
 from nemo_hybrid.data.sources import Record
+from nemo_hybrid.data.template import Renderer
 from nemo_hybrid.errors import UserError
 
 MakeModel = Callable[..., Path]
@@ -28,8 +27,6 @@ ANSWERS = {
     TWICE: ("Sure. xy", "Sure. <think>\nA\n</think>x<think>\nB\n</think>y", "Sure. xy"),
     "<think>\na\n</think>\n\ny": ("y", "<think>\nA\n</think>\n\ny", "\n\ny"),
     "x<think>a</think> y": ("x y", "x<think>\nA\n</think> y", "x y"),
-    "a\nb\n</think>\ny": ("y", "A\nB\n</think>\ny", "\ny"),
-    "</think>y": ("y", "y", "y"),
     "Write </think> to end it.": ("Write </think> to end it.",) * 3,
     "<think>a</think>Write\n</think>": ("Write\n</think>", "<think>\nA\n</think>Write\n</think>",
                                         "Write\n</think>"),
@@ -52,14 +49,27 @@ def test_all_reasoning_of_an_answer_is_found(content: str) -> None:
     assert ends.replace("</think>", "").split() == content.replace("</think>", "").split()
 
 
-def test_a_field_of_reasoning_leaves_no_other_unopened() -> None:
-    message = {"role": "assistant", "content": "a\n</think>\n<think>b</think>c"}
-    assert change_reasoning(message, lambda _: "")["content"] == "c"
-    for shown in ("", "R"):
-        changed = change_reasoning({**message, "reasoning_content": "r"}, lambda _, s=shown: s)
-        assert changed.get("reasoning_content", "") == shown
-        assert changed["content"].startswith("a\n</think>\n")
-        assert changed["content"].endswith("c")
+@pytest.mark.parametrize(
+    ("content", "reasoning", "rest"),
+    [
+        ("a\nb\n</think>\n\ny", "a\nb", "y"),
+        ("a\n</think>y\n</think>", "a", "y\n</think>"),
+        ("</think>\n\n  y", None, "  y"),
+        ("\n</think>y", None, "y"),
+        ("<think>a</think>y", None, "<think>a</think>y"),
+        ("a</think>y", None, "a</think>y"),
+        ("y", None, "y"),
+    ],
+)
+def test_an_answer_that_begins_inside_of_its_reasoning(
+    content: str, reasoning: str | None, rest: str
+) -> None:
+    message = {"role": "assistant", "content": content}
+    settled = settle_reasoning(message)
+    assert settled.get("reasoning_content") == reasoning
+    assert settled["content"] == rest
+    known = {**message, "reasoning_content": "r"}
+    assert settle_reasoning(known) == known
 
 
 @pytest.mark.parametrize(
@@ -128,18 +138,6 @@ def test_samples_of_an_answer_that_thinks_twice(
     assert maker.tokenizer.decode(sample.ids[sample.targets].tolist()) == learnt + end
 
 
-def test_chance_leaves_a_turn_of_reasoning_alone_as_it_is(make_model: MakeModel) -> None:
-    model, record = make_model(), conversation("q", "<think>a</think>", "p", "<think>b</think>y")
-    maker, result = made(model, record, strip_reasoning=0.999)
-    (sample,) = result.samples
-    learnt = maker.tokenizer.decode(sample.ids[sample.targets].tolist())
-    assert learnt == "<think>a</think><|im_end|>\ny<|im_end|>\n"
-    _, result = made(model, record, reasoning="strip")
-    assert [u.why for u in result.unusable] == [
-        "turn 2: the assistant's message is empty without its reasoning"
-    ]
-
-
 @pytest.mark.parametrize(
     ("template", "why"),
     [("\n{{ cycler() }}", " line 2: "), ("{{ 'a' * 10**14 }}", " line 1: MemoryError")],
@@ -154,32 +152,26 @@ def test_templates_fail_as_records(template: str, why: str, make_model: MakeMode
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.fixture
-def own_alarm() -> Iterator[Callable[..., None]]:
-    """A timer of the caller's, as test runners have them."""
-    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
-
-    def handler(*_: object) -> None: ...
-
-    signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 500.0, 7.0)
-    yield handler
-    signal.signal(signal.SIGALRM, before[0])
-    signal.setitimer(signal.ITIMER_REAL, *before[1])
-
-
 def test_a_template_that_takes_too_long(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, own_alarm: Callable[..., None]
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "_LONGEST_S", 0.3)
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"model/chat_template\.jinja takes longer than 0\.3 s"):
-        made(make_model(ENDLESS), conversation("q", "a"))
-    assert time.monotonic() - started < 100
-    assert signal.getsignal(signal.SIGALRM) is own_alarm
-    left, interval = signal.getitimer(signal.ITIMER_REAL)
-    assert 400 < left < 500
-    assert interval == 7.0
+    """It is killed, and another template is rendered after it."""
+    model = make_model(ENDLESS, "endless")
+    with monkeypatch.context() as patched:
+        patched.setattr(templates, "_LONGEST_S", 0.3)
+        with pytest.raises(UserError, match=r"/chat_template\.jinja takes longer than 0\.3 s"):
+            made(model, conversation("q", "a"))
+    assert made(make_model(), conversation("q", "a"))[1].samples
+
+
+def test_a_process_that_ends_is_named(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_START", "import os; os._exit(7)")
+    renderer = Renderer()
+    monkeypatch.setattr(templates, "_renderer", lambda _: renderer)
+    with pytest.raises(UserError, match=r"renders chat templates ended with status 7"):
+        made(make_model(), conversation("q", "a"))
 
 
 def test_other_threads_render_too(make_model: MakeModel) -> None:

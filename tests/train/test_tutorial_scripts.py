@@ -17,9 +17,9 @@ from helpers.processes import run_python
 from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid.config.finetune import FinetuneConfig, SampleOptions
 from nemo_hybrid.config.read import load_config
-from nemo_hybrid.data.chat import load_template, need_template
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import BadRecord, find_sources
+from nemo_hybrid.data.template import load_template, need_template
 from nemo_hybrid.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]

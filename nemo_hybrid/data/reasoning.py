@@ -1,0 +1,102 @@
+"""Reasoning in answers: where it is, and whether it is whole.
+
+Reasoning is the field reasoning_content, and in text every block from <think> to the next </think>.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from nemo_hybrid.data.sources import BadRecord
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+"""From and to which character."""
+
+THINK, END_OF_THINKING = "<think>", "</think>"
+_BLOCK = re.compile(f"{THINK}.*?(?={END_OF_THINKING})", re.DOTALL)
+_TAG = re.compile(f"{THINK}|{END_OF_THINKING}")
+_FAULT = "reasoning"
+
+
+def settle_reasoning(message: Message) -> Message:
+    """An answer whose text begins inside of the thinking, with that in reasoning_content.
+
+    Prompts may open the thinking. What a model then writes ends it with a </think> that nothing
+    opened; a template has to be told which part of it is reasoning.
+    """
+    content = message.get("content", "")
+    before, tag, after = content.partition(END_OF_THINKING)
+    raw = tag and THINK not in before and (not before or before.endswith("\n"))
+    if not raw or message.get("reasoning_content"):
+        return message
+    message = {**message, "content": after.lstrip("\n")}
+    return {**message, "reasoning_content": before.strip()} if before.strip() else message
+
+
+def check_reasoning(message: Message) -> None:
+    """Raise BadRecord for an answer whose reasoning is not whole, or that ends with it."""
+    content = message.get("content", "")
+    check_tags(content)
+    thinks = message.get("reasoning_content", "").strip() or THINK in content
+    answer = change_reasoning({"content": content}, lambda _: "")["content"]
+    if thinks and not answer.strip() and not message.get("tool_calls"):
+        raise BadRecord("the reasoning was cut off: no answer follows it", _FAULT)
+
+
+def check_tags(text: str) -> None:
+    """Raise BadRecord if thinking is opened twice, left open, or closed where it is not open."""
+    inside = False
+    for tag in _TAG.findall(text):
+        if inside == (tag == THINK):
+            what = f"opens {THINK} twice" if inside else f"holds a {tag} that nothing opened"
+            raise BadRecord(f"the answer {what}", _FAULT)
+        inside = not inside
+    if inside:
+        raise BadRecord(f"the answer leaves {THINK} open at its end", _FAULT)
+
+
+def change_reasoning(message: Message, change: Callable[[str], str]) -> Message:
+    """The message with other reasoning, in its own field and in the content; without if empty."""
+    content = message.get("content", "")
+    if reasoning := message.get("reasoning_content"):
+        message = {**message, "reasoning_content": change(reasoning)}
+        if not message["reasoning_content"]:
+            del message["reasoning_content"]
+    new, at = "", 0
+    for begin, end in _blocks(content, (0, len(content)), inside=False):
+        new += content[at:begin]
+        at = end + len(END_OF_THINKING)
+        if changed := change(content[begin:end].removeprefix(THINK).strip()):
+            new += f"{THINK}\n{changed}\n{END_OF_THINKING}"
+        elif not new or new[-1].isspace():
+            at = len(content) - len(content[at:].lstrip())
+    return {**message, "content": new + content[at:]} if at else message
+
+
+def answer_pieces(message: Message) -> list[str]:
+    """Texts of the reasoning and of the answer around it, in order."""
+    pieces = _TAG.split(message.get("content", ""))
+    return [p.strip() for p in (message.get("reasoning_content", ""), *pieces) if p.strip()]
+
+
+def learnt_parts(text: str, span: Span, masked: bool) -> list[Span]:
+    """Parts of an answer in a rendered text: without its reasoning, or if that is not masked,
+    without every </think> that ends some."""
+    start, stop = span
+    parts = []
+    for begin, end in _blocks(text, span, inside=text[:start].rstrip().endswith(THINK)):
+        parts.append((start, begin if masked else len(text[:end].rstrip())))
+        start = end + len(END_OF_THINKING)
+    return [*parts, (start, stop)]
+
+
+def _blocks(text: str, span: Span, inside: bool) -> list[Span]:
+    """From where to which </think> each block of reasoning reaches; ``inside``: the span begins
+    in one."""
+    start, stop = span
+    end = text.find(END_OF_THINKING, start, stop) if inside else -1
+    first = [(start, end)] if end >= 0 else []
+    return first + [m.span() for m in _BLOCK.finditer(text, max(start, end), stop)]

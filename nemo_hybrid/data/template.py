@@ -1,0 +1,276 @@
+"""Chat templates: finding them, and rendering conversations in a process that can be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_hybrid.data.chat import Conversation
+from nemo_hybrid.data.reasoning import Message, Span
+from nemo_hybrid.data.sources import BadRecord
+from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, CONFIG, TextTokenizer
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming, parse_json
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+FURTHER = "additional_chat_templates"
+"""Directory of templates by name, beside the default one."""
+_CONTROL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>")
+_PLAIN_TAG = re.compile(r"think|tool", re.IGNORECASE)
+_LONGEST_S = 20.0  # of a processor, that a conversation may take
+_START = (
+    "import sys; sys.path[:] = sys.argv[1:]; from nemo_hybrid.data.rendering import main; main()"
+)
+_OWN = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+        "return_assistant_tokens_mask", "conversations"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered conversation and the characters of it that are learnt."""
+
+    text: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja templates by name, the tokenizer whose tokens they write, and where they came from."""
+
+    sources: Mapping[str, str]
+    tokenizer: TextTokenizer
+    origin: str
+
+    @property
+    def sha256(self) -> str:
+        one = len(self.sources) == 1 and self.sources.get(DEFAULT)
+        return hashlib.sha256((one or json.dumps(dict(self.sources))).encode()).hexdigest()
+
+    def source(self, tools: Any = None) -> str:
+        """The template that transformers takes. Raises BadRecord where there is none."""
+        name = TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT
+        if name not in self.sources:
+            known = ", ".join(sorted(self.sources))
+            raise BadRecord(f"{self.origin} has no default chat template, only {known}")
+        return self.sources[name]
+
+    def render(self, messages: Sequence[Message], tools: Any = None, **options: Any) -> str:
+        """Text of the messages. Raises BadRecord with what the template complains of, or for a
+        special token that the tokenizer has not."""
+        request = {"messages": messages, "options": options}
+        return self._known(self._ask(request, tools, {})["text"])
+
+    def split(self, conversation: Conversation) -> list[Rendering]:
+        """Renderings in which every turn that is learnt is learnt once. Raises BadRecord where the
+        template cannot be split, or leaves something out."""
+        messages, source = conversation.messages, self.source(conversation.tools)
+        for name in conversation.options:
+            if name in _OWN or not re.search(rf"\b{re.escape(name)}\b", source):
+                why = f"chat_template_kwargs: the chat template takes no {name}"
+                raise BadRecord(why, "refused fields")
+        request = {"messages": messages, "turns": conversation.learnt}
+        answer = self._ask(request, conversation.tools, conversation.options)
+        return [
+            Rendering(self._known(text), [(start, stop) for start, stop in spans])
+            for text, spans in answer["renderings"]
+        ]
+
+    def reads(self, field: str, tools: Any) -> bool:
+        """Whether the template asks for a field of some object."""
+        pattern = rf"(\.|\[\s*['\"]|\(\s*['\"]){re.escape(field)}\b"
+        return re.search(pattern, self.source(tools)) is not None
+
+    def check(self, content: object) -> None:
+        """Raise BadRecord if a string in it would be encoded as one of the tokens that control a
+        conversation, or is no text. Tags of thinking and tool use may be written out."""
+        for text in _strings(content):
+            for token in self._control:
+                if token in text:
+                    raise BadRecord(
+                        f"the text holds {token}, which would become a control token",
+                        "special tokens",
+                    )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise BadRecord("the text holds half a surrogate pair") from None
+
+    @cached_property
+    def _control(self) -> list[str]:
+        named = set(self.tokenizer.named_tokens.values())
+        sources = "\0".join(self.sources.values())
+        return [
+            token
+            for token, special in self.tokenizer.added_tokens.items()
+            if token in named
+            or _CONTROL.fullmatch(token)
+            or (special and token in sources and not _PLAIN_TAG.search(token))
+        ]
+
+    def _ask(self, request: dict[str, Any], tools: Any, options: dict[str, Any]) -> dict[str, Any]:
+        template = {
+            "source": self.source(tools),
+            "origin": self.origin,
+            "tools": tools,
+            "options": {**self.tokenizer.named_tokens, **options},
+        }
+        try:
+            line = json.dumps({"template": template, "seconds": _LONGEST_S, **request})
+        except (TypeError, ValueError, RecursionError):
+            raise BadRecord("the conversation holds values that JSON has not") from None
+        answer = _renderer(os.getpid()).ask(line)
+        if answer is None:
+            raise UserError(
+                f"the chat template {self.origin} takes longer than {_LONGEST_S:g} s for a "
+                f"conversation of {len(request['messages'])} messages"
+            )
+        if "bad" in answer:
+            raise BadRecord(*answer["bad"])
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def _known(self, text: str) -> str:
+        for token in _CONTROL.findall(text):
+            if token not in self.tokenizer.added_tokens:
+                raise BadRecord(
+                    f"unknown special token {token}: the tokenizer has none", "special tokens"
+                )
+        return text
+
+
+class Renderer:
+    """The process that renders (see `rendering`). Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, line: str) -> dict[str, Any] | None:
+        """The answer to a request; None where it took too long. Raises UserError for a process
+        that ended otherwise."""
+        with self._lock:
+            process = self._process = self._process or _start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(line + "\n")
+                    process.stdin.flush()
+                answer = process.stdout.readline()
+            except BaseException:
+                # An answer may be under way that the next request must not get.
+                process.kill()
+                self._process = None
+                raise
+            if answer:
+                return dict(json.loads(answer))
+            self._process, status = None, process.wait()
+        if status == -signal.SIGPROF:
+            return None
+        raise UserError(f"the process that renders chat templates ended with status {status}")
+
+
+@cache
+def _renderer(pid: int) -> Renderer:
+    """One for each process: a fork has the same pipes as its parent."""
+    return Renderer()
+
+
+def _start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        # What this process would import, whatever lies in the working directory.
+        [sys.executable, "-c", _START, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        # Threads of numerical libraries would take of the memory that a template may use.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,  # an interrupt is for whoever waits
+    )
+
+
+def load_template(
+    tokenizer: TextTokenizer, directory: str | Path, file: str | None = None
+) -> ChatTemplate | None:
+    """The template of a file, else those of the tokenizer's directory; None without any.
+
+    Raises UserError for files that hold none.
+    """
+    if file is not None:
+        return ChatTemplate({DEFAULT: _read(Path(file))}, tokenizer, file)
+    directory = Path(directory)
+    further = sorted((directory / FURTHER).glob("*.jinja"))
+    files = {DEFAULT: directory / CHAT_TEMPLATE, **{path.stem: path for path in further}}
+    if sources := {name: _read(path) for name, path in files.items() if path.is_file()}:
+        where = directory / (CHAT_TEMPLATE if DEFAULT in sources else FURTHER)
+        return ChatTemplate(sources, tokenizer, str(where))
+    name = directory / CONFIG
+    found = parse_json(tokenizer.files.get(CONFIG, b"{}"), name).get("chat_template")
+    if isinstance(found, str):
+        found = [{"name": DEFAULT, "template": found}]
+    if isinstance(found, list):
+        entries = [t for t in found if isinstance(t, dict)]
+        sources = {str(t.get("name")): t["template"] for t in entries if "template" in t}
+        if sources and all(isinstance(source, str) for source in sources.values()):
+            return ChatTemplate(sources, tokenizer, str(name))
+    return None
+
+
+def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatTemplate:
+    """Raise UserError if there is none."""
+    if template is None:
+        raise UserError(
+            f"{directory} has no chat template, which conversations need: put one beside the "
+            f"tokenizer as {CHAT_TEMPLATE}, or name one (chat_template) where samples are made"
+        )
+    return template
+
+
+def files_with(template: ChatTemplate, tokenizer: TextTokenizer) -> dict[str, bytes]:
+    """The tokenizer's files with these templates as the only ones: in a file of its own if there is
+    one, else all by name in the tokenizer's settings."""
+    settings = json.loads(tokenizer.files.get(CONFIG, b"{}"))
+    settings.pop("chat_template", None)
+    files = {name: c for name, c in tokenizer.files.items() if name != CHAT_TEMPLATE}
+    if template.sources.keys() == {DEFAULT}:
+        files[CHAT_TEMPLATE] = template.sources[DEFAULT].encode()
+    else:
+        settings["chat_template"] = [
+            {"name": name, "template": source} for name, source in template.sources.items()
+        ]
+    return {**files, CONFIG: json.dumps(settings, indent=2, ensure_ascii=False).encode()}
+
+
+def _read(path: Path) -> str:
+    with naming("read", path):
+        content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"the chat template {path} is not UTF-8") from e
+
+
+def _strings(content: object) -> Iterator[str]:
+    """All strings in nested lists and objects."""
+    pending = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list):
+            pending += value
