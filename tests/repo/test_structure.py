@@ -44,7 +44,7 @@ MAKERS = {
     "commands/prepare": {"documents", "preview", "samples"},
     "recipes/pretrain": {"documents"},
     "recipes/finetune": {"samples"},
-    "commands/generate": {"chat", "sources"},
+    "commands/generate": {"template", "sources"},
 }
 """Who may make data, by which modules."""
 
