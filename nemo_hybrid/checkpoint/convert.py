@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.files import resolve
-from nemo_hybrid.checkpoint.load import Source, read_source, tensors_by_name
-from nemo_hybrid.checkpoint.names import expert_name
+from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.tensors import TensorFile
-from nemo_hybrid.checkpoint.weights import INDEX, Read, Report, log_report, reopen
+from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
 from nemo_hybrid.checkpoint.writing import Shards, write_model_files
 from nemo_hybrid.files import naming
 from nemo_hybrid.terminal import progress_bar
@@ -24,7 +25,7 @@ from nemo_hybrid.terminal import progress_bar
 REPORT = "import_report.json"
 
 
-def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> Report:
+def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> Plan:
     """Copy a Hugging Face directory into our layout: the names of `checkpoint.names`, the fp32
     list in fp32, every other weight in the dtype that it has.
 
@@ -36,74 +37,47 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
     when out exists and is not empty, or cannot be written.
     """
     out = new_directory(out)
-    read, model = read_source(resolve(source), as_stored=True)
-    read.report.raise_errors()
+    directory = resolve(source)
+    model, plan = plan_model(directory, as_stored=True)
+    companions = read_companions(directory)
+    plan.raise_errors()
 
     def write(writer: Writer) -> Shards:
-        headers = read.stored.headers.values()
-        total = sum(entry.nbytes for entries in headers for entry in entries.values())
-        with progress_bar(f"importing {read.stored.directory}", total, show_progress) as done:
-            return _write(writer, read, tensors_by_name(model), done)
+        shards, copied = Shards(), 0
+        total = sum(entry.nbytes for _, entry in plan.stored.entries())
+
+        def fetch(file: TensorFile, reads: dict[str, Read], name: str) -> Tensor:
+            nonlocal copied
+            read = reads[name]
+            tensor = file.read(read.name, read.row)
+            copied += tensor.nbytes
+            done(copied)
+            return tensor.to(read.dtype)
+
+        with progress_bar(f"importing {directory}", total, show_progress) as done:
+            for file_name, group in groupby(plan.reads, key=lambda read: read.file):
+                reads = {read.hub_name: read for read in group}
+                with plan.stored.open(file_name) as file:
+                    like = {
+                        name: torch.empty(plan.entry(read).shape, dtype=read.dtype, device="meta")
+                        for name, read in reads.items()
+                    }
+                    shards.write(writer, like, partial(fetch, file, reads))
+        return shards
 
     def finish(writer: Writer, parts: list[Shards]) -> None:
-        write_model_files(writer, read.config, parts, read.companions)
+        write_model_files(writer, model.config, parts, companions)
+        used = {*plan.stored.files, *companions.files, "config.json", INDEX}
+        with naming("read", directory):
+            not_carried = sorted(set(os.listdir(directory)) - used)
         report = {
-            "source": str(read.stored.directory),
-            "summary": read.report.summary(),
-            "tensors": [asdict(finding) for finding in read.report.findings],
-            "not_carried": _not_carried(read),
+            "source": str(directory),
+            "summary": plan.summary(),
+            "tensors": [asdict(finding) for finding in plan.findings],
+            "not_carried": not_carried,
         }
         writer.write_text(REPORT, files.to_json(report))
 
     write_directory(out, OneProcess(), write, finish)
-    log_report(read.report)
-    return read.report
-
-
-def _not_carried(source: Source) -> list[str]:
-    """What the source directory holds beside what was read of it."""
-    used = {*source.stored.headers, *source.companions.files, "config.json", INDEX}
-    with naming("read", source.stored.directory):
-        return sorted(set(os.listdir(source.stored.directory)) - used)
-
-
-def _write(
-    writer: Writer, source: Source, targets: dict[str, torch.Tensor], done: Callable[[float], None]
-) -> Shards:
-    shards = Shards()
-    bytes_read = 0
-    for file_name, group in groupby(source.reads, key=lambda read: read.file):
-        like: dict[str, torch.Tensor] = {}
-        reads: dict[str, Read] = {}
-        for read in group:
-            for name, part in split_experts(read):
-                own = targets[read.own]
-                own = own if part.expert is None else own[part.expert]
-                like[name] = own.to(part.dtype)
-                reads[name] = part
-        with reopen(source.stored, file_name) as file:
-
-            def fetch(
-                name: str,
-                file: TensorFile = file,
-                reads: dict[str, Read] = reads,
-                like: dict[str, torch.Tensor] = like,
-            ) -> torch.Tensor:
-                nonlocal bytes_read
-                tensor = file.read(reads[name].name, reads[name].rows)
-                bytes_read += tensor.nbytes
-                done(bytes_read)
-                return tensor.to(like[name].dtype)
-
-            shards.write(writer, like, fetch)
-    return shards
-
-
-def split_experts(read: Read) -> list[tuple[str, Read]]:
-    """Names on disk that a read is written under: one for each expert."""
-    if read.rows is None:
-        name = read.own if read.expert is None else expert_name(read.own, read.expert)
-        return [(name, read)]
-    return [
-        (expert_name(read.own, e), replace(read, expert=e, rows=range(e, e + 1))) for e in read.rows
-    ]
+    plan.log()
+    return plan

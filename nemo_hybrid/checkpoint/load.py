@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -19,36 +18,15 @@ from nemo_hybrid.checkpoint.adapter import (
 )
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
-from nemo_hybrid.checkpoint.weights import (
-    READABLE,
-    Read,
-    Report,
-    Stored,
-    account,
-    copy_weights,
-    log_report,
-    read_headers,
-)
+from nemo_hybrid.checkpoint.weights import READABLE, Plan, Stored, account, read_headers
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config.hf import HybridConfig, read_config
-from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import read_json
+from nemo_hybrid.model.fp32 import keeps_fp32
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import merge_adapters
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A directory accounted for, before any weight is read."""
-
-    config: HybridConfig
-    companions: Companions
-    stored: Stored
-    report: Report
-    reads: list[Read]
 
 
 def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
@@ -56,21 +34,21 @@ def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def read_source(
+def plan_model(
     directory: Path,
     dtype: torch.dtype | None = None,
     *,
     as_stored: bool = False,
     build: type[HybridLM] = HybridLM,
-) -> tuple[Source, HybridLM]:
-    """Read config.json and all headers, and compare them; also gives the model, without storage,
-    in the dtype it is to have. ``dtype`` None and ``build``: see `load`; ``as_stored``: see
-    `account`.
+) -> tuple[HybridLM, Plan]:
+    """The model of a directory, without storage, in the dtype that it is to have; and the plan for
+    its weights. ``dtype`` None and ``build``: see `load`; ``as_stored``: see `account`.
 
-    Raises UserError for files that cannot be read; what does not fit stands in the report.
+    Raises UserError for config.json or headers that cannot be read; what does not fit stands in the
+    plan.
     """
     path = directory / "config.json"
-    config = read_config(read_json(path), str(path))
+    config = read_config(path)
     stored = read_headers(directory)
     _check_size(config, stored)
     try:
@@ -78,10 +56,8 @@ def read_source(
             model = build(config).to(dtype or _lossless_dtype(stored))
     except RuntimeError:  # more elements than 64 bits can count
         raise UserError(f"{path} describes a model of impossible size") from None
-    experts, tensors = config.n_routed_experts, tensors_by_name(model)
-    report, reads = account(stored, tensors, None, experts, as_stored=as_stored)
-    companions = read_companions(directory)
-    return Source(config, companions, stored, report, reads), model
+    tensors, experts = tensors_by_name(model), config.n_routed_experts
+    return model, account(stored, tensors, None, experts, as_stored=as_stored)
 
 
 def _check_size(config: HybridConfig, stored: Stored) -> None:
@@ -90,12 +66,11 @@ def _check_size(config: HybridConfig, stored: Stored) -> None:
     experts = config.n_routed_experts
     described = len(pattern) + pattern.count("E") * 2 * experts
     there = 0
-    for entries in stored.headers.values():
-        for name, entry in entries.items():
-            own, expert = from_hub(name)
-            stacked = expert is None and is_stacked(own) and len(entry.shape) == 3
-            real = entry.nbytes > 0  # else a shape may say anything
-            there += min(entry.shape[0], experts) if stacked and real else 1
+    for name, entry in stored.entries():
+        own, expert = from_hub(name)
+        stacked = expert is None and is_stacked(own) and len(entry.shape) == 3
+        real = entry.nbytes > 0  # else a shape may say anything
+        there += min(entry.shape[0], experts) if stacked and real else 1
     if described > 2 * there + 1000:
         raise UserError(
             f"{stored.directory}: config.json describes at least {described} tensors, but the "
@@ -109,12 +84,7 @@ def _lossless_dtype(stored: Stored) -> torch.dtype:
 
 def _examples(stored: Stored) -> dict[str, str]:
     """Dtype -> a weight that has it, of those outside of the fp32 list."""
-    return {
-        entry.dtype: name
-        for entries in stored.headers.values()
-        for name, entry in entries.items()
-        if name.rpartition(".")[2] not in FP32_NAMES
-    }
+    return {entry.dtype: name for name, entry in stored.entries() if not keeps_fp32(name)}
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> HybridLM:
@@ -144,20 +114,21 @@ def load(
     directory = locate(path)
     if is_adapter(directory):
         return _load_adapted(directory, dtype, base or base_directory(directory), build)
-    source, model = read_source(directory, dtype, build=build)
-    source.report.raise_errors()
-    examples = _examples(source.stored)
+    model, plan = plan_model(directory, dtype, build=build)
+    companions = read_companions(directory)
+    plan.raise_errors()
+    examples = _examples(plan.stored)
     if dtype is None and examples.keys() not in ({"BF16"}, {"F32"}):
         held = ", ".join(f"{name} is {kind}" for kind, name in sorted(examples.items()))
         log.warning(
             "%s: all weights are loaded as fp32, which holds each of them exactly, because not all "
             "are BF16 (%s); HybridLM.from_hf(path, dtype=torch.bfloat16) takes half the memory",
-            source.stored.directory, held,
+            directory, held,
         )  # fmt: skip
     model = model.to_empty(device="cpu")
-    copy_weights(source.stored, source.reads, tensors_by_name(model))
-    log_report(source.report)
-    return model, source.companions
+    plan.copy_into(tensors_by_name(model))
+    plan.log()
+    return model, companions
 
 
 def _load_adapted(
@@ -186,7 +157,7 @@ def save_model(model: HybridLM, path: str | Path, companions: Companions | None 
     """
     first = model.owned_experts.start
     weights = (
-        (name, tensor.float() if name.rpartition(".")[2] in FP32_NAMES else tensor, first)
+        (name, tensor.float() if keeps_fp32(name) else tensor, first)
         for name, tensor in tensors_by_name(model).items()
     )
     save_weights(path, model.config, weights, companions=companions)

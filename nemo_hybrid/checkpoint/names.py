@@ -18,14 +18,10 @@ from collections.abc import Iterator
 
 import torch
 
+from nemo_hybrid.precision.groups import is_stacked
+
 ROUTER_BIAS = "mixer.gate.e_score_correction_bias"
-_STACKED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)")
 _EXPERT = re.compile(r"(.+\.mixer\.experts)\.(0|[1-9][0-9]{0,8})\.(up_proj|down_proj)\.weight")
-
-
-def is_stacked(name: str) -> bool:
-    """Whether a tensor of ours holds one matrix per routed expert."""
-    return _STACKED.fullmatch(name) is not None
 
 
 def to_hub(

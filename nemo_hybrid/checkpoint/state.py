@@ -406,7 +406,7 @@ def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment, kind: s
     start, stop = max(piece.start, fragment.start), min(piece.stop, fragment.stop)
     key = _check_entry(opened, fragment.name, piece, kind)
     target = fragment.tensors[kind].view(-1)[start - fragment.start : stop - fragment.start]
-    opened.read_into(target, key, range(start - piece.start, stop - piece.start))
+    opened.read_into(target, key, slice(start - piece.start, stop - piece.start))
 
 
 def _check_entry(opened: TensorFile, name: str, piece: _Saved, kind: str) -> str:

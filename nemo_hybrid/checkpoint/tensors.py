@@ -114,17 +114,15 @@ class TensorFile:
     def __exit__(self, *exception: object) -> None:
         self._file.__exit__(*exception)
 
-    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        """A tensor, or consecutive rows of its first dimension, in memory of its own."""
-        return self._view(name, rows).clone()
+    def read(self, name: str, at: int | slice | None = None) -> torch.Tensor:
+        """A tensor, or a part of its first dimension, in memory of its own."""
+        return self._view(name, at).clone()
 
     @torch.no_grad()
-    def read_into(self, target: torch.Tensor, name: str, rows: range | None = None) -> None:
+    def read_into(self, target: torch.Tensor, name: str, at: int | slice | None = None) -> None:
         """The same into a tensor of that shape, rounded or widened to its dtype."""
-        target.copy_(self._view(name, rows))
+        target.copy_(self._view(name, at))
 
-    def _view(self, name: str, rows: range | None) -> torch.Tensor:
+    def _view(self, name: str, at: int | slice | None) -> torch.Tensor:
         """A view of the mapped file."""
-        if rows is None:
-            return self._file.get_tensor(name)
-        return self._file.get_slice(name)[rows.start : rows.stop]
+        return self._file.get_tensor(name) if at is None else self._file.get_slice(name)[at]

@@ -1,7 +1,8 @@
 """Weights from Hugging Face directories.
 
-Reading happens in two passes. The first opens headers only and accounts for every tensor: mapped,
-skipped with a reason, or an error. The second copies, and runs only when there was no error.
+Reading happens in two passes. The first opens headers only and makes a `Plan`, which accounts for
+every tensor: mapped, skipped with a reason, or an error. The second copies, and runs only when
+there was no error.
 
 A file may be a symbolic link, also to elsewhere: the Hugging Face cache consists of such links.
 What the index says may not leave the directory.
@@ -14,20 +15,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile
-from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json, side_by_side
+from nemo_hybrid.model.fp32 import keeps_fp32
 
 log = logging.getLogger(__name__)
 
@@ -37,61 +38,6 @@ READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 20  # errors that a message lists
 # Training state beside the weights of our own checkpoints (see state.py).
 _STATE = re.compile(r"(optimizer-r\d+-\w+|rank-\d+)\.safetensors")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of one tensor: its name on disk (for a missing one, the name it should have),
-    its dtype there, and why."""
-
-    name: str
-    status: Literal["mapped", "skipped", "error"]
-    dtype: str
-    note: str
-
-
-@dataclass
-class Report:
-    """Every tensor of a directory, and every one it should have had."""
-
-    directory: Path
-    findings: list[Finding] = field(default_factory=list)
-
-    def having(self, status: str) -> list[Finding]:
-        return [f for f in self.findings if f.status == status]
-
-    @property
-    def rounded(self) -> list[Finding]:
-        """The tensors that lost precision on their way into the model."""
-        return [f for f in self.having("mapped") if f.note.startswith(_ROUNDED)]
-
-    def summary(self) -> str:
-        """One line per kind of outcome, with counts."""
-        kinds = Counter((f.status, f.note) for f in self.findings)
-        lines = [
-            f"{count} {status}{f' ({note})' if note else ''}"
-            for (status, note), count in sorted(kinds.items())
-        ]
-        return f"{self.directory}: " + "; ".join(lines)
-
-    def problems(self) -> list[str]:
-        """The errors, one line each, or the first of them; and what may help."""
-        errors = self.having("error")
-        lines = [f"{f.name}: {f.note}" for f in errors[:_SHOWN]]
-        if len(errors) > _SHOWN:
-            lines.append(f"and {len(errors) - _SHOWN} more errors")
-        kinds = {f.note if f.name.startswith("mtp.") else "" for f in errors}
-        if len(kinds) == 1:
-            lines += filter(None, [_MTP_HINTS.get(kinds.pop())])
-        return lines
-
-    def raise_errors(self) -> None:
-        """Raise one UserError that names the tensors which could be neither mapped nor skipped."""
-        if self.having("error"):
-            lines = [f"{self.directory} does not fit the model:", *self.problems()]
-            raise UserError("\n  ".join(lines))
-
-
 _MISSING = "missing"
 _UNEXPECTED = "unexpected: the model has no such tensor"
 _ROUNDED = "rounded"
@@ -108,34 +54,132 @@ _MTP_HINTS = {
 class Stored:
     """What the weight files of a directory hold, from their headers alone.
 
-    ``headers`` by file name; ``weight_map``: what the index says (None: there is one file and no
-    index); ``strays`` are safetensors files beside those.
+    ``files``: entries by file name; ``weight_map``: the file of every tensor, as the index says;
+    ``strays`` are safetensors files beside those.
     """
 
     directory: Path
-    headers: dict[str, dict[str, Entry]]
-    weight_map: dict[str, str] | None
+    files: dict[str, dict[str, Entry]]
+    weight_map: dict[str, str]
     strays: list[str]
 
-    def check_listed(self, name: str, file: str) -> None:
-        """Raise ValueError unless the index, if there is one, places the tensor in the file."""
-        listed = file if self.weight_map is None else self.weight_map.get(name)
-        if listed != file:
-            where = f"places it in {listed}" if listed else "does not list it"
-            raise ValueError(f"{file} holds it, but the index {where}")
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Of all files, by the tensors' names."""
+        return chain.from_iterable(entries.items() for entries in self.files.values())
+
+    def misplaced(self, file: str, name: str) -> str:
+        """What is wrong with a tensor's standing in a file, by the index; empty: nothing."""
+        listed = self.weight_map.get(name)
+        if listed == file:
+            return ""
+        where = f"places it in {listed}" if listed else "does not list it"
+        return f"{file} holds it, but the index {where}"
+
+    def open(self, file: str) -> TensorFile:
+        """Open one of the files again. Raises UserError when it changed."""
+        opened = TensorFile(self.directory / file)
+        if list(opened.entries.items()) != list(self.files[file].items()):
+            raise UserError(f"{opened.path} changed while it was being read; try again")
+        return opened
 
 
 @dataclass(frozen=True)
-class Read:
-    """One read: ``rows`` (None: all) of the tensor ``name`` on disk into the tensor ``own`` of
-    ours, or where ``expert`` is given into that matrix of it, which is to have ``dtype``."""
+class Finding:
+    """What became of one tensor: its name on disk (for a missing one, the name it should have),
+    its dtype there, and why."""
+
+    name: str
+    status: Literal["mapped", "skipped", "error"]
+    dtype: str
+    note: str
+
+
+class Read(NamedTuple):
+    """One tensor to read from a file, and where it goes: into our tensor ``own``, of a stack into
+    the matrix of ``expert``; it is to have ``dtype``.
+
+    ``row``: which matrix it is of one that holds those of all experts.
+    """
 
     file: str
     name: str
     own: str
     dtype: torch.dtype
     expert: int | None = None
-    rows: range | None = None
+    row: int | None = None
+
+    @property
+    def hub_name(self) -> str:
+        """The name on disk that it is written under."""
+        return _place(self.own, self.expert)
+
+
+@dataclass
+class Plan:
+    """What becomes of every tensor of a directory, and of every one it should have had; and the
+    reads to make, file by file. ``first_expert``: of those that the targets' stacks hold."""
+
+    stored: Stored
+    findings: list[Finding]
+    reads: list[Read]
+    first_expert: int = 0
+
+    def having(self, status: str) -> list[Finding]:
+        return [f for f in self.findings if f.status == status]
+
+    @property
+    def rounded(self) -> list[Finding]:
+        """The tensors that lost precision on their way into the model."""
+        return [f for f in self.having("mapped") if f.note.startswith(_ROUNDED)]
+
+    def summary(self) -> str:
+        """One line per kind of outcome, with counts."""
+        kinds = Counter((f.status, f.note) for f in self.findings)
+        lines = [
+            f"{count} {status}{f' ({note})' if note else ''}"
+            for (status, note), count in sorted(kinds.items())
+        ]
+        return f"{self.stored.directory}: " + "; ".join(lines)
+
+    def log(self) -> None:
+        """Log the summary: a warning where values were rounded, or files left out."""
+        warn = self.rounded or self.stored.strays
+        log.log(logging.WARNING if warn else logging.INFO, "%s", self.summary())
+
+    def problems(self) -> list[str]:
+        """The errors, one line each, or the first of them; and what may help."""
+        errors = self.having("error")
+        lines = [f"{f.name}: {f.note}" for f in errors[:_SHOWN]]
+        if len(errors) > _SHOWN:
+            lines.append(f"and {len(errors) - _SHOWN} more errors")
+        kinds = {f.note if f.name.startswith("mtp.") else "" for f in errors}
+        if len(kinds) == 1:
+            lines += filter(None, [_MTP_HINTS.get(kinds.pop())])
+        return lines
+
+    def raise_errors(self) -> None:
+        """Raise one UserError that names the tensors which could be neither mapped nor skipped."""
+        if self.having("error"):
+            lines = [f"{self.stored.directory} does not fit the model:", *self.problems()]
+            raise UserError("\n  ".join(lines))
+
+    def entry(self, read: Read) -> Entry:
+        """Dtype and shape of what is read, as it is stored."""
+        dtype, shape = self.stored.files[read.file][read.name]
+        return Entry(dtype, shape if read.row is None else shape[1:])
+
+    def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Make the reads. Raises UserError when a file is not the one whose header was read."""
+
+        def copy(group: list[Read]) -> None:
+            with self.stored.open(group[0].file) as file:
+                for read in group:
+                    target = targets[read.own]
+                    if read.expert is not None:
+                        target = target[read.expert - self.first_expert]
+                    file.read_into(target, read.name, read.row)
+
+        side_by_side(copy, [list(group) for _, group in groupby(self.reads, lambda r: r.file)])
 
 
 def load_weights(
@@ -144,7 +188,7 @@ def load_weights(
     owned_experts: range | None = None,
     *,
     n_experts: int | None = None,
-) -> Report:
+) -> Plan:
     """Copy a directory's weights into ``targets`` (our name -> tensor), shard by shard.
 
     Stacked targets [len(owned_experts), ...] receive the owned experts only (None: all of them),
@@ -154,30 +198,23 @@ def load_weights(
 
     Raises UserError, before anything is copied, unless every tensor is mapped or skipped.
     """
-    stored = read_headers(directory)
-    report, reads = account(stored, targets, owned_experts, n_experts)
-    report.raise_errors()
-    copy_weights(stored, reads, targets)
-    log_report(report)
-    return report
-
-
-def log_report(report: Report) -> None:
-    """Log how many tensors became what; a warning where values were rounded, or files left out."""
-    warn = report.rounded or any(f.note == _STRAY for f in report.findings)
-    log.log(logging.WARNING if warn else logging.INFO, "%s", report.summary())
+    plan = account(read_headers(directory), targets, owned_experts, n_experts)
+    plan.raise_errors()
+    plan.copy_into(targets)
+    plan.log()
+    return plan
 
 
 def read_headers(directory: Path) -> Stored:
     """Read index and headers. Raises UserError for the first file that is not what it should be."""
     names, weight_map = _read_index(directory)
-    headers = {}
+    files = {}
     for name in names:
         with TensorFile(directory / name) as file:
-            headers[name] = file.entries
-    beside = {path.name for path in directory.glob("*.safetensors")} - headers.keys()
+            files[name] = file.entries
+    beside = {path.name for path in directory.glob("*.safetensors")} - files.keys()
     strays = sorted(name for name in beside if not _STATE.fullmatch(name))
-    return Stored(directory, headers, weight_map, strays)
+    return Stored(directory, files, weight_map or dict.fromkeys(files[SINGLE], SINGLE), strays)
 
 
 def pickles(directory: Path) -> list[str]:
@@ -223,134 +260,77 @@ def account(
     n_experts: int | None,
     *,
     as_stored: bool = False,
-) -> tuple[Report, list[Read]]:
-    """Account for every tensor from headers alone; and the reads to make, file by file.
+) -> Plan:
+    """Account for every tensor from headers alone.
 
     Parameters as in `load_weights`; targets may be on the meta device. With ``as_stored`` only the
     fp32 list is to have the dtype of its target, the others that of the file.
     """
     if owned is None:
         owned = range(max((len(t) for name, t in targets.items() if is_stacked(name)), default=0))
-    places = _Places(targets, owned, n_experts or owned.stop, as_stored)
-    report = Report(stored.directory)
-    add = report.findings.append
-    reads: list[Read] = []
-    for file, entries in stored.headers.items():
-        for name, entry in entries.items():
-            try:
-                stored.check_listed(name, file)
-                found = places.take(file, name, entry)
-            except ValueError as error:
-                add(Finding(name, "error", entry.dtype, str(error)))
-                continue
-            if isinstance(found, str):
-                add(Finding(name, "skipped", entry.dtype, found))
-            else:
-                add(Finding(name, "mapped", entry.dtype, _conversion(entry.dtype, found.dtype)))
-                reads.append(found)
-    names = {finding.name for finding in report.findings}
-    for name, file in (stored.weight_map or {}).items():
-        if name not in names:
-            add(
-                Finding(name, "error", "", f"the index places it in {file}, which does not hold it")
-            )
-    for name in places.missing():
-        add(Finding(name, "error", "", _MISSING))
-    for file in stored.strays:
-        add(Finding(file, "skipped", "", _STRAY))
-    return report, reads
+    total = n_experts or owned.stop
+    plan = Plan(stored, [], [], owned.start)
+    found: dict[str, str] = {}  # name on disk, one per expert -> name of the tensor that holds it
 
+    def take(file: str, name: str, entry: Entry) -> Finding:
+        def error(note: str) -> Finding:
+            return Finding(name, "error", entry.dtype, note)
 
-@dataclass
-class _Places:
-    """Where a model has places for tensors, and which of them have been found."""
-
-    targets: Mapping[str, torch.Tensor]
-    owned: range
-    n_experts: int
-    as_stored: bool
-    found: dict[str, dict[int | None, str]] = field(default_factory=lambda: defaultdict(dict))
-    """Our name -> expert -> name on disk; expert None stands for the whole tensor."""
-
-    def __post_init__(self) -> None:
-        for name, target in self.targets.items():
-            if is_stacked(name) and len(self.owned) != len(target):
-                held = f"{len(target)} experts, but {len(self.owned)} are owned"
-                raise ValueError(f"{name} holds {held}")
-
-    def take(self, file: str, name: str, entry: Entry) -> Read | str:
-        """How to read a tensor, or why to skip it. Raises ValueError saying what is wrong."""
+        if wrong := stored.misplaced(file, name):
+            return error(wrong)
         own, expert = from_hub(name)
-        self._refuse_twin(name, own, expert)
-        target = self.targets.get(own)
-        if target is None or (expert is not None and expert >= self.n_experts):
-            raise ValueError(_UNEXPECTED)
-        shape, stacked = tuple(target.shape), expert is None and is_stacked(own)
-        if expert is not None:
-            shape = shape[1:]
-        elif stacked:
-            shape = (self.n_experts, *shape[1:])
-        _check(entry, shape)
-        if expert is not None and expert not in self.owned:
-            return "expert of another rank"
-        keep = self.as_stored and own.rpartition(".")[2] not in FP32_NAMES
-        return Read(
-            file,
-            name,
-            own,
-            READABLE[entry.dtype] if keep else target.dtype,
-            expert=None if expert is None else expert - self.owned.start,
-            rows=self.owned if stacked else None,
-        )
-
-    def missing(self) -> Iterator[str]:
-        """Names on disk of what has not been found."""
-        for own in self.targets:
-            found = self.found[own]
-            if None in found:
-                continue
-            if is_stacked(own):
-                yield from (expert_name(own, e) for e in range(self.n_experts) if e not in found)
-            else:
-                yield own
-
-    def _refuse_twin(self, name: str, own: str, expert: int | None) -> None:
-        found = self.found[own]
-        # Some writers keep the experts stacked: one tensor in the place of all.
-        twin = found.get(expert) or found.get(None)
-        if twin is None and expert is None:
-            twin = next(iter(found.values()), None)
+        stack = expert is None and is_stacked(own)  # as some writers keep the experts
+        places = _places(own, total) if stack else [_place(own, expert)]
+        twin = next((found[place] for place in places if place in found), None)
+        found.update(dict.fromkeys(places, name))
         if twin is not None:
-            raise ValueError(f"is the same tensor as {twin}")
-        found[expert] = name
+            return error(f"is the same tensor as {twin}")
+        target = targets.get(own)
+        if target is None or (expert is not None and expert >= total):
+            return error(_UNEXPECTED)
+        shape = tuple(target.shape)[is_stacked(own) :]
+        if wrong := _misfit(entry, (total, *shape) if stack else shape):
+            return error(wrong)
+        if expert is not None and expert not in owned:
+            return Finding(name, "skipped", entry.dtype, "expert of another rank")
+        dtype = READABLE[entry.dtype] if as_stored and not keeps_fp32(own) else target.dtype
+        if stack:
+            plan.reads += [Read(file, name, own, dtype, e, row=e) for e in owned]
+        else:
+            plan.reads.append(Read(file, name, own, dtype, expert))
+        return Finding(name, "mapped", entry.dtype, _conversion(entry.dtype, dtype))
+
+    for file, entries in stored.files.items():
+        plan.findings += [take(file, name, entry) for name, entry in entries.items()]
+    held = {finding.name for finding in plan.findings}
+    for name, file in stored.weight_map.items():
+        if name not in held:
+            note = f"the index places it in {file}, which does not hold it"
+            plan.findings.append(Finding(name, "error", "", note))
+    for own in targets:
+        missing = (place for place in _places(own, total) if place not in found)
+        plan.findings += [Finding(place, "error", "", _MISSING) for place in missing]
+    plan.findings += [Finding(file, "skipped", "", _STRAY) for file in stored.strays]
+    return plan
 
 
-def copy_weights(stored: Stored, reads: list[Read], targets: Mapping[str, torch.Tensor]) -> None:
-    """Make the reads. Raises UserError when a file is not the one whose header was read."""
-
-    def copy(group: list[Read]) -> None:
-        with reopen(stored, group[0].file) as file:
-            for read in group:
-                target = targets[read.own]
-                target = target if read.expert is None else target[read.expert]
-                file.read_into(target, read.name, read.rows)
-
-    side_by_side(copy, [list(group) for _, group in groupby(reads, key=lambda read: read.file)])
+def _place(own: str, expert: int | None) -> str:
+    """Name on disk of one of our tensors, or of one expert of it."""
+    return own if expert is None else expert_name(own, expert)
 
 
-def reopen(stored: Stored, name: str) -> TensorFile:
-    """Open one of the files again. Raises UserError when it changed."""
-    file = TensorFile(stored.directory / name)
-    if list(file.entries.items()) != list(stored.headers[name].items()):
-        raise UserError(f"{file.path} changed while it was being read; try again")
-    return file
+def _places(own: str, n_experts: int) -> list[str]:
+    """All names on disk of one of our tensors."""
+    return [_place(own, e) for e in range(n_experts)] if is_stacked(own) else [own]
 
 
-def _check(entry: Entry, expected: tuple[int, ...]) -> None:
+def _misfit(entry: Entry, expected: tuple[int, ...]) -> str:
+    """What is wrong with shape or dtype of a tensor; empty: nothing."""
     if entry.shape != expected:
-        raise ValueError(f"has shape {list(entry.shape)}, the model expects {list(expected)}")
+        return f"has shape {list(entry.shape)}, the model expects {list(expected)}"
     if entry.dtype not in READABLE:
-        raise ValueError(f"has dtype {entry.dtype}; only {', '.join(READABLE)} weights can be read")
+        return f"has dtype {entry.dtype}; only {', '.join(READABLE)} weights can be read"
+    return ""
 
 
 def _conversion(dtype: str, target: torch.dtype) -> str:

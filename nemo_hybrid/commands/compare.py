@@ -150,10 +150,10 @@ def their_states(
 
     from nemo_hybrid.export.divergence import ready, states_of
 
-    report = inspect(directory).report
-    if report is None:
+    plan = inspect(directory).plan
+    if plan is None:
         raise UserError(f"{directory} holds no weights (no .safetensors file)")
-    report.raise_errors()
+    plan.raise_errors()
     _announce(directory, "transformers")
     try:
         model, info = NemotronHForCausalLM.from_pretrained(

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as options
 from nemo_hybrid.commands.command import Command, check_paths
 from nemo_hybrid.config.base import CHECKED, CommandOptions
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.model import FP32_NAMES, LAYER_LETTERS
+from nemo_hybrid.config.model import LAYER_LETTERS
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
@@ -28,7 +28,7 @@ from nemo_hybrid.terminal import print_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_hybrid.checkpoint.weights import Report
+    from nemo_hybrid.checkpoint.weights import Plan
     from nemo_hybrid.files import FileRecord
     from nemo_hybrid.model.hybrid import HybridLM
 
@@ -81,7 +81,7 @@ class Inspection:
     """Memory of all weights in bf16, those of the fp32 list in fp32."""
     files: dict[str, int] | None = None
     """Size in bytes of each weight file; None: there are none."""
-    report: Report | None = None
+    plan: Plan | None = None
     """What became of every tensor of those files."""
     verified: Verified | None = None
     """None: there was nothing to compare with."""
@@ -108,7 +108,7 @@ def inspect_command(options: InspectOptions) -> int:
         print(json.dumps(as_json(found), indent=1))
     else:
         _print(found)
-    return 2 if found.report is not None and found.report.having("error") else 0
+    return 2 if found.plan is not None and found.plan.having("error") else 0
 
 
 def _inspect_adapter(directory: Path, options: InspectOptions) -> None:
@@ -147,18 +147,21 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     UserError for what is none of these, for files whose headers are broken, and for a checkpoint
     that is not whole.
     """
+    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve
-    from nemo_hybrid.checkpoint.load import read_source, tensors_by_name
+    from nemo_hybrid.checkpoint.load import plan_model, tensors_by_name
     from nemo_hybrid.checkpoint.weights import pickles
+    from nemo_hybrid.model.fp32 import keeps_fp32
     from nemo_hybrid.train.flops import parameter_counts
 
     path = path.expanduser()
-    source = records = None
+    plan = records = None
     if not path.exists() or path.is_dir() or path.name == LATEST:
         path = resolve(path)
         records = _verify(path, deep)
         if any(path.glob("*.safetensors*")) or pickles(path):
-            source, model = read_source(path)
+            model, plan = plan_model(path)
+            read_companions(path)
         else:
             model = _without_storage(HybridConfig.from_hf(str(path)), path)
     elif path.suffix == ".json":
@@ -177,11 +180,11 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         active=parameter_counts(config).active,
         router_biases=sum(buffer.numel() for buffer in model.buffers()),
         bf16_bytes=sum(
-            tensor.numel() * (4 if name.rpartition(".")[2] in FP32_NAMES else 2)
+            tensor.numel() * (4 if keeps_fp32(name) else 2)
             for name, tensor in tensors_by_name(model).items()
         ),
-        files={f: (path / f).stat().st_size for f in source.stored.headers} if source else None,
-        report=source.report if source else None,
+        files={f: (path / f).stat().st_size for f in plan.stored.files} if plan else None,
+        plan=plan,
         verified=None if records is None else _verified(path, parameters, records, deep),
     )
 
@@ -217,7 +220,6 @@ def _verified(
 
 def as_json(found: Inspection) -> dict[str, Any]:
     """The same as JSON values."""
-    report = found.report
     return {
         "path": str(found.path),
         "config": asdict(found.config),
@@ -231,7 +233,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "router_biases": found.router_biases,
         "bf16_bytes": found.bf16_bytes,
         "files": found.files,
-        "tensors": report and [asdict(finding) for finding in report.findings],
+        "tensors": found.plan and [asdict(finding) for finding in found.plan.findings],
         "verified": found.verified and asdict(found.verified),
     }
 
@@ -300,25 +302,25 @@ def _print(found: Inspection) -> None:
         f"{found.router_biases:,} router bias entries.\nWeights in bf16 (the fp32 list in fp32): "
         f"{_size(found.bf16_bytes)}."
     )
-    if found.report is not None and found.files is not None:
-        _print_audit(found.report, found.files)
+    if found.plan is not None and found.files is not None:
+        _print_audit(found.plan, found.files)
     elif found.path.is_dir():
         print("no weights here (no .safetensors file)")
     if found.verified is not None:
         _print_verified(found.verified)
 
 
-def _print_audit(report: Report, files: Mapping[str, int]) -> None:
-    outcomes = Counter((f.status, f.dtype or "-", f.note) for f in report.findings)
+def _print_audit(plan: Plan, files: Mapping[str, int]) -> None:
+    outcomes = Counter((f.status, f.dtype or "-", f.note) for f in plan.findings)
     rows = [
         (str(count), *outcome)
         for outcome, count in sorted(outcomes.items())
         if outcome[0] != "error"
     ]
-    rows.append((str(len(report.having("error"))), "error", "", ""))
+    rows.append((str(len(plan.having("error"))), "error", "", ""))
     title = f"Tensors of {len(files)} files, {_size(sum(files.values()))}"
     print_table(("tensors", "outcome", "dtype", "note"), rows, title)
-    for line in report.problems():
+    for line in plan.problems():
         print(line)
 
 

@@ -133,16 +133,11 @@ class Export:
                 yield f"{name}: unexpected, {found}"
             elif found != slots[name]:
                 yield f"{name}: is {found}, should be {slots[name]}"
-        for file, entries in self.stored.headers.items():
-            for name in entries:
-                try:
-                    self.stored.check_listed(name, file)
-                except ValueError as error:
-                    yield f"{name}: {error}"
-        for name in (self.stored.weight_map or {}).keys() - self.entries.keys():
+        for file, entries in self.stored.files.items():
+            problems = ((name, self.stored.misplaced(file, name)) for name in entries)
+            yield from (f"{name}: {problem}" for name, problem in problems if problem)
+        for name in self.stored.weight_map.keys() - self.entries.keys():
             yield f"{name}: the index lists it, but no file holds it"
-        if sum(map(len, self.stored.headers.values())) > len(self.entries):
-            yield "a tensor stands in two files"
         yield from (f"{f}: not in the index, but engines may load it" for f in self.stored.strays)
 
     def shared(self) -> Iterator[list[str]]:
@@ -164,7 +159,7 @@ def read_export(directory: Path) -> Export:
     plain = {name: value for name, value in said.items() if name != "quantization_config"}
     config = read_config(plain, str(path))
     stored = read_headers(directory)
-    entries = {n: e for found in stored.headers.values() for n, e in found.items()}
+    entries = dict(stored.entries())
     experts = 2 * config.n_routed_experts * config.pattern.count("E")
     if experts > len(entries):  # before they are all listed
         raise UserError(f"{path} describes {experts} expert weights; files hold {len(entries)}")
@@ -249,9 +244,7 @@ class Opened:
         self._show, self._read = show, 0
         self._stack = ExitStack()
         self._files: dict[str, TensorFile] = {}
-        self._file_of = {
-            n: file for file, entries in export.stored.headers.items() for n in entries
-        }
+        self._file_of = {n: file for file, entries in export.stored.files.items() for n in entries}
 
     def __enter__(self) -> Opened:
         return self

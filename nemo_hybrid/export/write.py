@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint import files
 from nemo_hybrid.checkpoint.adapter import is_adapter, locate
-from nemo_hybrid.checkpoint.convert import split_experts
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
-from nemo_hybrid.checkpoint.load import Source, read_source
-from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
-from nemo_hybrid.checkpoint.weights import INDEX, Read, log_report, reopen
+from nemo_hybrid.checkpoint.load import plan_model
+from nemo_hybrid.checkpoint.tensors import safetensors_parts
+from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
@@ -101,21 +101,22 @@ def export_directory(
     """
     out, layout = new_directory(out), layout_of(target)
     scales = stored_scales(assignment, layout, calibration, kv_cache)
-    read, plan = prepared(source, out, assignment, target, search, scales)
-    check_cache(kv_cache, target, read.config, calibration is not None)
-    shards = list(_shards(plan, max_shard_bytes))
+    shape, plan, items = prepared(source, out, assignment, target, search, scales)
+    companions = read_companions(plan.stored.directory)
+    check_cache(kv_cache, target, shape, calibration is not None)
+    shards = list(_shards(items, max_shard_bytes))
     facts = ExportFacts(
-        source=read.stored.directory,
-        shape=read.config,
+        source=plan.stored.directory,
+        shape=shape,
         assignment=dict(assignment),
         calibration=calibration,
-        parameters=sum(_elements(read, item.read) for item in plan),
-        bytes_before=sum(_bytes(read, item.read) for item in plan),
+        parameters=sum(math.prod(plan.entry(item.read).shape) for item in items),
+        bytes_before=sum(plan.entry(item.read).nbytes for item in items),
         bytes_after=sum(shard.size for shard in shards),
     )
-    in_config, hf_quant = quantization_configs(read.config, assignment, target, kv_cache == "fp8")
-    shared = _shared_amax(read, plan, assignment)
-    exporter = _Exporter(read, layout, search, shared)
+    in_config, hf_quant = quantization_configs(shape, assignment, target, kv_cache == "fp8")
+    shared = _shared_amax(plan, items, assignment)
+    exporter = _Exporter(plan, layout, search, shared)
 
     def write(writer: Writer) -> None:
         weight_map: dict[str, str] = {}
@@ -128,7 +129,7 @@ def export_directory(
         index = {"metadata": {"total_size": facts.bytes_after}, "weight_map": weight_map}
         writer.write_text(INDEX, files.to_json(index))
         more = {} if in_config is None else {"quantization_config": in_config}
-        describe_model(writer, read.config, torch.bfloat16, read.companions, more)
+        describe_model(writer, shape, torch.bfloat16, companions, more)
         if hf_quant is not None:
             writer.write_text(HF_QUANT, files.to_json(hf_quant))
         if describe is not None:
@@ -136,7 +137,7 @@ def export_directory(
                 writer.write(name, [content])
 
     write_directory(out, OneProcess(), write, lambda writer, parts: None)
-    log_report(read.report)
+    plan.log()
     return facts
 
 
@@ -147,12 +148,12 @@ def prepared(
     target: Target,
     search: Search,
     scales: Mapping[str, dict[str, Tensor]] = MappingProxyType({}),
-) -> tuple[Source, list[_Item]]:
-    """The source, and everything to write, in the order in which it is read. Raises UserError for
-    all that headers and free space tell to be impossible."""
-    read, _ = read_source(unquantized(source), as_stored=True)
-    read.report.raise_errors()
-    sizes = places(read.config)
+) -> tuple[HybridConfig, Plan, list[_Item]]:
+    """The source's shape and plan, and everything to write, in the order in which it is read.
+    Raises UserError for all that headers and free space tell to be impossible."""
+    model, plan = plan_model(unquantized(source), as_stored=True)
+    plan.raise_errors()
+    sizes = places(model.config)
     check(assignment, sizes)
     for place, format in assignment.items():
         if search == "training" and format.startswith("nvfp4") and sizes[place][-2] % BLOCK:
@@ -160,10 +161,11 @@ def prepared(
                 f"{place} has {sizes[place][-2]} rows, which the 16x16 blocks of training do not "
                 "divide: take other scales"
             )
-    plan = _plan(read, assignment, layout_of(target), scales)
-    size = sum(tensor.nbytes for item in plan for tensor in item.like.values())
+    stored = stored_tensors(model.config, assignment, layout_of(target))
+    items = list(_items(plan.reads, assignment, stored, scales))
+    size = sum(tensor.nbytes for item in items for tensor in item.like.values())
     _check_disk(out, size + _BESIDE_WEIGHTS)
-    return read, plan
+    return model.config, plan, items
 
 
 def check_cache(kv_cache: str, target: str, shape: HybridConfig, calibrated: bool) -> None:
@@ -188,28 +190,23 @@ def unquantized(path: str | Path) -> Path:
     return directory
 
 
-def _plan(
-    source: Source,
+def _items(
+    reads: Iterable[Read],
     assignment: Mapping[str, Format],
-    layout: Layout,
+    stored: Mapping[str, dict[str, Tensor]],
     scales: Mapping[str, dict[str, Tensor]],
-) -> list[_Item]:
-    """Everything to write, in the order in which it is read."""
-    plan, stored = [], stored_tensors(source.config, assignment, layout)
-    for read in source.reads:
-        place = read.own.removesuffix(".weight")
-        for name, part in split_experts(read):
-            module = name.removesuffix(".weight")
-            given = {f"{module}.{last}": t for last, t in scales.get(place, {}).items()}
-            format = assignment.get(place, "bf16")
-            plan.append(_Item(part, stored[name] | given, place, format))
-    return plan
+) -> Iterator[_Item]:
+    for read in reads:
+        place, module = (name.removesuffix(".weight") for name in (read.own, read.hub_name))
+        given = {f"{module}.{last}": t for last, t in scales.get(place, {}).items()}
+        like = stored[read.hub_name] | given
+        yield _Item(read, like, place, assignment.get(place, "bf16"))
 
 
-def _shards(plan: list[_Item], max_bytes: int) -> Iterator[_Shard]:
-    for file, items in groupby(plan, key=lambda item: item.read.file):
+def _shards(items: list[_Item], max_bytes: int) -> Iterator[_Shard]:
+    for file, group in groupby(items, key=lambda item: item.read.file):
         shard = _Shard(file)
-        for item in items:
+        for item in group:
             size = sum(tensor.nbytes for tensor in item.like.values())
             if shard.items and shard.size + size > max_bytes:
                 yield shard
@@ -217,16 +214,6 @@ def _shards(plan: list[_Item], max_bytes: int) -> Iterator[_Shard]:
             shard.items.append(item)
             shard.size += size
         yield shard
-
-
-def _elements(source: Source, read: Read) -> int:
-    shape = source.stored.headers[read.file][read.name].shape
-    return math.prod(shape) if read.rows is None else math.prod(shape[1:]) * len(read.rows)
-
-
-def _bytes(source: Source, read: Read) -> int:
-    entry = source.stored.headers[read.file][read.name]
-    return entry.nbytes // (1 if read.rows is None else entry.shape[0])
 
 
 def _check_disk(out: Path, needed: int) -> None:
@@ -243,24 +230,19 @@ def _check_disk(out: Path, needed: int) -> None:
 
 
 def _shared_amax(
-    source: Source, plan: list[_Item], assignment: Mapping[str, Format]
+    plan: Plan, items: Iterable[_Item], assignment: Mapping[str, Format]
 ) -> dict[str, Tensor]:
     """Place -> the largest magnitude among the weights that an engine fuses with it."""
-    items = {item.place: item for item in plan if not is_stacked(item.place)}
+    reads = {item.place: item.read for item in items if not is_stacked(item.place)}
     out: dict[str, Tensor] = {}
     for group in groups(assignment):
         if len(group) > 1:
             largest = []
             for place in group:
-                with reopen(source.stored, items[place].read.file) as file:
-                    largest.append(_amax(_read(file, items[place].read)))
+                with plan.stored.open(reads[place].file) as file:
+                    largest.append(_amax(file.read(reads[place].name)))
             out |= dict.fromkeys(group, torch.stack(largest).amax())
     return out
-
-
-def _read(file: TensorFile, read: Read) -> Tensor:
-    tensor = file.read(read.name, read.rows)
-    return tensor if read.rows is None else tensor[0]
 
 
 def _amax(weight: Tensor) -> Tensor:
@@ -272,9 +254,9 @@ class _Exporter:
     """Reads, quantizes and writes; and measures errors of NVFP4 scales other than amax."""
 
     def __init__(
-        self, source: Source, layout: Layout, search: Search, shared: Mapping[str, Tensor]
+        self, plan: Plan, layout: Layout, search: Search, shared: Mapping[str, Tensor]
     ) -> None:
-        self.source, self.layout, self.search, self.shared = source, layout, search, shared
+        self.plan, self.layout, self.search, self.shared = plan, layout, search, shared
         self._read = 0
         # family -> kind of scales -> sum of squared errors; "" of squared weights
         self._squares: dict[str, dict[str, float]] = {}
@@ -284,10 +266,10 @@ class _Exporter:
     ) -> None:
         made: dict[str, Tensor] = {}
         reads: dict[str, Read] = {}
-        with reopen(self.source.stored, shard.file) as file:
+        with self.plan.stored.open(shard.file) as file:
 
             def load(read: Read, dtype: torch.dtype | None = None) -> Tensor:
-                tensor = _read(file, read)
+                tensor = file.read(read.name, read.row)
                 self._read += tensor.nbytes
                 done(self._read)
                 tensor = tensor.to(dtype or tensor.dtype)

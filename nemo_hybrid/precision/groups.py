@@ -89,5 +89,5 @@ def component(name: str) -> str:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a weight holds one matrix per routed expert."""
-    return group_of(name).family == "experts"
+    """Whether a tensor of ours holds one matrix per routed expert."""
+    return name.endswith((".mixer.experts.up_proj", ".mixer.experts.down_proj"))

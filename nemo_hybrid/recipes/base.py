@@ -140,9 +140,9 @@ class StoreRecipe(Generic[C, R]):
         with world.agreed():
             require_tokenizer(self.rows, self.origin)
             experts = model.config.n_routed_experts
-            report = load_weights(
+            plan = load_weights(
                 self.origin, tensors_by_name(model), model.owned_experts, n_experts=experts
             )
         if world.rank == 0:
-            print(report.summary(), flush=True)
+            print(plan.summary(), flush=True)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}

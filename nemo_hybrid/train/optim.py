@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_hybrid.config.model import FP32_NAMES
 from nemo_hybrid.config.run import TrainOptions
+from nemo_hybrid.model.fp32 import keeps_fp32
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 
@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, train: TrainOptions) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.dim() > 1 and name.rsplit(".", 1)[-1] not in FP32_NAMES
+        decays = parameter.dim() > 1 and not keeps_fp32(name)
         key = (decays, str(parameter.dtype), ".experts." in name)
         grouped.setdefault(key, []).append(parameter)
     return [

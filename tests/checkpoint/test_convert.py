@@ -217,8 +217,8 @@ def test_a_rank_reads_its_own_experts_only(tmp_path, stacked, monkeypatch) -> No
             assert len(report.having("skipped")) == 4 * (8 - len(owned))
 
     Counted.total = 0
-    report, _ = account(read_headers(tmp_path / "in"), whole, None, None)
-    assert not report.having("error")
+    plan = account(read_headers(tmp_path / "in"), whole, None, None)
+    assert not plan.having("error")
     assert Counted.total == 0
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nemo_hybrid.checkpoint.directory import OneProcess
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked, to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
-from nemo_hybrid.checkpoint.weights import INDEX, Report, load_weights
+from nemo_hybrid.checkpoint.weights import INDEX, Plan, load_weights
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
@@ -304,7 +304,7 @@ def test_a_file_replaced_after_its_header_was_read(theirs, tmp_path, monkeypatch
     split_directory(directory, tmp_path, lambda shards, index: None)
     targets, path = empty_like(our_state(model)), tmp_path / "b.safetensors"
 
-    def replace_it(report) -> None:
+    def replace_it(plan) -> None:
         content = path.read_bytes()
         end = 8 + int.from_bytes(content[:8], "little")
         swapped = content[:end].replace(b".k_proj.", b".X_proj.").replace(b".v_proj.", b".k_proj.")
@@ -312,7 +312,7 @@ def test_a_file_replaced_after_its_header_was_read(theirs, tmp_path, monkeypatch
         with TensorFile(path) as file:
             assert any(".k_proj." in name for name in file.entries)
 
-    monkeypatch.setattr(Report, "raise_errors", replace_it)
+    monkeypatch.setattr(Plan, "raise_errors", replace_it)
     with pytest.raises(UserError, match=r"b\.safetensors changed while it was being read"):
         load_weights(tmp_path, targets)
 
