@@ -34,7 +34,7 @@ class GenerateOptions(CommandOptions):
     from_: str
     """Run directory (its latest checkpoint) or checkpoint directory."""
     prompt: str
-    """Text to continue."""
+    """Text to continue; special tokens that it spells are special tokens."""
     max_new_tokens: PositiveInt = 100
     """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
     temperature: NotNegativeFloat = 0.0
@@ -97,9 +97,14 @@ def generate_command(options: GenerateOptions) -> None:
     if options.chat:
         ids = _chat_prompt(tokenizer, directory, options.prompt)
     else:
-        ids = tokenizer.encode([options.prompt])[0]
+        ids = tokenizer.encode_prompt(options.prompt)
     if not len(ids):
         raise UserError("--prompt is empty: give at least one token to continue")
+    if ids.max() >= model.config.vocab_size:
+        raise UserError(
+            f"the prompt holds {tokenizer.decode([int(ids.max())])!r}, token {ids.max()} of the "
+            f"tokenizer, beyond the model's vocab_size {model.config.vocab_size}"
+        )
     prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
     ends = stop_ids(directory, model.config.eos_token_id)

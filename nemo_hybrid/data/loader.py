@@ -28,8 +28,8 @@ from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.store import HELDOUT, TOKENIZER, TRAIN, Store
+from nemo_hybrid.data.tokenizer import tokenizer_sha256
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import hash_file
 
 BLOCK = 1000
 """Samples over which a blend keeps its weights exactly (to one part in BLOCK)."""
@@ -264,8 +264,8 @@ def open_blend(data: DataOptions, model: ModelConfig) -> Blend:
 def require_tokenizer(data: Rows, directory: Path) -> None:
     """Raise UserError if a checkpoint's tokenizer is another one than that of the data: the same
     ids would mean other text. A checkpoint without tokenizer.json says nothing."""
-    tokenizer = directory / TOKENIZER
-    if tokenizer.is_file() and hash_file(tokenizer) != data.tokenizer_sha256:
+    there = (directory / TOKENIZER).is_file()
+    if there and tokenizer_sha256(directory) != data.tokenizer_sha256:
         raise UserError(
             f"{data.tokenizer_dir} was made with another tokenizer than that of {directory}: "
             f"prepare the data with --tokenizer {directory}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -204,6 +205,8 @@ def making(
     """Writers for the stores of all splits, which appear at ``out`` together with the tokenizer and
     the record of their making, unless something fails. Raises UserError, also for an empty split.
     """
+    if opening := tokenizer.decode(tokenizer.opening.tolist()):
+        print(f"every text begins with {opening}, as the tokenizer has it", file=sys.stderr)
     with whole_directory(out) as partial, ExitStack() as opened:
         writers = {
             split: StoreWriter(

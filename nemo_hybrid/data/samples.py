@@ -176,7 +176,8 @@ class SampleMaker:
         """``before`` and then a text that is learnt, and the end of it."""
         if not text:
             raise BadRecord("the text is empty")
-        learnt = np.append(self.tokenizer.encode([text])[0], self.tokenizer.eos_id)
+        own = self.tokenizer.encode([text], opened=not len(before))[0]
+        learnt = np.append(own, self.tokenizer.eos_id)
         ids = np.concatenate([before, learnt])
         return Sample(ids, np.arange(len(ids)) >= max(1, len(before)))
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_hybrid.data.added_tokens import ADDED, CONFIG, MAP, add_declared, read_declared
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import parse_json
+from nemo_hybrid.files import json_bytes, parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,10 +26,8 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: whatever the text, it can be encoded."""
 _LONGEST_UNFINISHED = 16
-CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_MAP = "special_tokens_map.json"
-_COPIED = (CONFIG, _MAP, CHAT_TEMPLATE)
+_READ = (CONFIG, MAP, ADDED, CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,27 @@ class TextTokenizer:
         """Identity of the mapping from text to ids: the hash of tokenizer.json."""
         return hashlib.sha256(self.files[TOKENIZER]).hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Token ids of each text, without special tokens."""
+    def encode(self, texts: Sequence[str], *, opened: bool = True) -> list[NDArray[np.int64]]:
+        """Token ids of each text, in which nothing becomes a special token; after the `opening`,
+        unless ``opened`` is false: then it goes on with a text."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int64) for e in encodings]
+        start = self.opening if opened else self.opening[:0]
+        return [np.append(start, np.array(e.ids, dtype=np.int64)) for e in encodings]
+
+    @cached_property
+    def opening(self) -> NDArray[np.int64]:
+        """Ids that the tokenizer's post-processor puts before every text; mostly none, or one.
+
+        What it puts behind a text is not ours: a prompt goes on, a document ends with eos_id.
+        """
+        encoding = self.tokenizer.encode("a")
+        count = next((i for i, put in enumerate(encoding.special_tokens_mask) if not put), 0)
+        return np.array(encoding.ids[:count], dtype=np.int64)
+
+    def encode_prompt(self, text: str) -> NDArray[np.int64]:
+        """Token ids [n] of a text that is to be continued, as transformers encodes it: special
+        tokens that it spells are special tokens."""
+        return np.append(self.opening, self.encode_chat(text)[0])
 
     def encode_chat(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Token ids [n] of a rendered conversation, in which special tokens are special tokens, and
@@ -67,6 +83,8 @@ class TextTokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        settings = json.loads(self.files.get(CONFIG, b"{}"))
+        tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         return tokenizer
 
     @cached_property
@@ -78,13 +96,8 @@ class TextTokenizer:
     @cached_property
     def named_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and others that the tokenizer's settings name."""
-        named = {}
-        for name in (_MAP, CONFIG):
-            for key, token in json.loads(self.files.get(name, b"{}")).items():
-                text = token.get("content") if isinstance(token, dict) else token
-                if key.endswith("_token") and isinstance(text, str):
-                    named[key] = text
-        return named
+        declared = read_declared(self.files, Path())
+        return {name: token.content for name, token in declared.named.items()}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
@@ -164,17 +177,38 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
-    """Take the tokenizer of a Hugging Face directory, or of its tokenizer.json. Its
-    tokenizer_config.json must name the eos token. Raises UserError."""
-    from tokenizers import Tokenizer
+    """Take the tokenizer of a Hugging Face directory, or of its tokenizer.json. Its settings must
+    name the eos token. Raises UserError.
 
+    Tokens that stand in its other files alone are put into tokenizer.json.
+    """
     directory = Path(path)
     if directory.name == TOKENIZER:
         directory = directory.parent
+    tokenizer, files = _read(directory)
+    eos = read_declared(files, directory).named.get("eos_token")
+    eos_id = tokenizer.token_to_id(eos.content) if eos else None
+    if eos_id is None:
+        raise UserError(f"{directory / CONFIG} must name an eos_token: documents are ended with it")
+    return _wrap(tokenizer, eos_id, files)
+
+
+def tokenizer_sha256(directory: Path) -> str:
+    """`TextTokenizer.sha256` of a directory's tokenizer, whether or not it names an eos token; of
+    one that transformers cannot load the hash of its file. Raises UserError."""
+    content = json_bytes(directory / TOKENIZER)
+    if _has_added_tokens(content, directory):
+        content = _read(directory)[1][TOKENIZER]
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(directory: Path) -> tuple[Tokenizer, dict[str, bytes]]:
+    from tokenizers import Tokenizer
+
     name = directory / TOKENIZER
     try:
         files = {TOKENIZER: name.read_bytes()}
-        for extra in _COPIED:
+        for extra in _READ:
             if (directory / extra).is_file():
                 files[extra] = (directory / extra).read_bytes()
     except OSError as e:
@@ -186,13 +220,18 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
     except Exception as e:  # tokenizers raises a bare Exception for whatever is wrong with it
         raise UserError(f"{name} is not a Hugging Face tokenizer: {e}") from e
-    if not isinstance(json.loads(files[TOKENIZER]).get("added_tokens"), list):
+    if not _has_added_tokens(files[TOKENIZER], directory):
         raise UserError(
             f"{name} has no list added_tokens, without which transformers cannot load it; save the "
             "tokenizer again with transformers' save_pretrained"
         )
-    eos_id = _eos_id(directory, files, tokenizer)
-    return _wrap(tokenizer, eos_id, files)
+    files[TOKENIZER] = add_declared(tokenizer, files, directory)
+    files.pop(ADDED, None)
+    return tokenizer, files
+
+
+def _has_added_tokens(content: bytes, directory: Path) -> bool:
+    return isinstance(parse_json(content, directory / TOKENIZER).get("added_tokens"), list)
 
 
 def _wrap(tokenizer: Tokenizer, eos_id: int, files: dict[str, bytes]) -> TextTokenizer:
@@ -202,18 +241,3 @@ def _wrap(tokenizer: Tokenizer, eos_id: int, files: dict[str, bytes]) -> TextTok
     tokenizer.no_padding()
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return TextTokenizer(tokenizer, vocab_size, eos_id, files)
-
-
-def _eos_id(directory: Path, files: dict[str, bytes], tokenizer: Tokenizer) -> int:
-    settings = [parse_json(files.get(name, b"{}"), directory / name) for name in (CONFIG, _MAP)]
-    for options in settings:
-        token = options.get("eos_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        eos_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if eos_id is not None:
-            return int(eos_id)
-    raise UserError(
-        f"{directory / CONFIG} must name an eos_token of the vocabulary: documents are ended with"
-        " it"
-    )

@@ -1,4 +1,4 @@
-"""generate: the prompt is read as training read its text, and the text comes out whole."""
+"""generate: the prompt is read as transformers reads it, and the text comes out whole."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,8 @@ from nemo_hybrid.generation import sampling
 def test_text_in_and_text_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = train_tokenizer(["a b"], 259)
     HybridLM(
         HybridConfig(pattern="-", vocab_size=300, hidden_size=8, intermediate_size=8,
@@ -33,9 +35,10 @@ def test_text_in_and_text_out(
 
     monkeypatch.setattr(sampling, "generate", fixed)
     generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
-    (ids,) = tokenizer.encode(["a </s> b"])
-    assert prompts[0].tolist() == [ids.tolist()]
-    assert tokenizer.eos_id not in ids
+    assert prompts[0].tolist() == [
+        AutoTokenizer.from_pretrained(tmp_path / "model")("a </s> b")["input_ids"]
+    ]
+    assert tokenizer.eos_id in prompts[0]
     shown = capsys.readouterr().out
     assert shown.rstrip("\ufffd\n") == "a </s> b é </s>"
     assert shown.endswith("\ufffd\n")
@@ -93,3 +96,16 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     assert capsys.readouterr().out == "yes\n"
     with pytest.raises(UserError, match=r"the prompt cannot be rendered: .*</s>"):
         generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a b"], 259)
+    HybridLM(
+        HybridConfig(pattern="-", vocab_size=259, hidden_size=8, intermediate_size=8,
+                     mtp_num_depths=0)
+    ).save_hf(str(tmp_path))  # fmt: skip
+    for name, data in tokenizer.files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 259}')
+    with pytest.raises(UserError, match=r"'<tool>', token 259 .* beyond the model"):
+        generate_command(GenerateOptions(str(tmp_path), "a <tool>"))
