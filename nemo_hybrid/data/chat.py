@@ -21,7 +21,7 @@ _FOLLOWS = {
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _LEARNT = ("weight", "train", "trainable", "training", "loss")
 """Fields that say whether a turn is learnt."""
-_KNOWN = {"role", "content", "tool_calls", "tool_call_id"}
+_KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id"}
 _TEXT_ALONE = "only text can be learnt"
 _REFUSED = {
     "functions": "give tools instead",
@@ -86,7 +86,7 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
     options = _parsed_if_text(content.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     if not isinstance(options, dict):
         raise BadRecord("chat_template_kwargs is no JSON object")
-    unread = {name for message in messages for name in message.keys() - _KNOWN - {*_REASONING[:1]}}
+    unread = {name for m in messages for name, v in m.items() if says_something(v)} - _KNOWN
     tools = read_tools(content.get("tools"))
     return Conversation(messages, learnt, tools, options, frozenset(unread))
 
@@ -129,6 +129,11 @@ def refuse_fields(content: Mapping[str, Any], conversation: bool) -> None:
     for name in _LEARNT:
         if content.get(name) in (0, False):
             raise BadRecord(f"the field {name}: turns alone can be left out", "refused fields")
+
+
+def says_something(value: object) -> bool:
+    """Whether a field holds anything: tables have all fields in every row."""
+    return value is not None and value not in ("", [], {})
 
 
 def is_empty(message: Message) -> bool:

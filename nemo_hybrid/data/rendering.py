@@ -201,7 +201,7 @@ class Template:
             ordered = role not in ("system", "developer")
             found = _find(shown, content, at if ordered else 0)
             if found < 0:
-                raise _left_out(f"what the {role} says in turn {turn}", text)
+                raise _left_out(f"what the {role} says", text, turn)
             for call in _calls(message):
                 _check_arguments(call, turn, text, shown, at)
             at = found if ordered else at
@@ -246,10 +246,10 @@ def _check_written(message: Message, turn: int, written: str) -> None:
     for part in answer_pieces(message):
         if _find(shown, part, 0) < 0:
             what = "the reasoning" if part == reasoning else "a part of the answer"
-            raise _left_out(what, written, turn)
+            raise _left_out(what, written, turn + 1)
     for call in _calls(message):
         if call["name"] not in written:
-            raise _left_out(f"the call of {call['name']}", written, turn)
+            raise _left_out(f"the call of {call['name']}", written, turn + 1)
     try:
         check_tags(written)
     except BadRecord as e:
@@ -266,10 +266,10 @@ def _check_arguments(call: dict[str, Any], turn: int, text: str, shown: str, at:
             raise BadRecord(f"{why}: {_shorten(python)}", "chat template")
     else:
         arguments = json.loads(arguments)
-    for value in _leaves(arguments):
-        if _find(shown, value, at) < 0:
-            what = f"turn {turn}: the argument {_shorten(str(value))} of {call['name']}"
-            raise _left_out(what, text)
+    parts = {f"the argument {v!r:.{_SHOWN}} of {call['name']}": v for v in _leaves(arguments)}
+    for what, part in {f"the call of {call['name']}": call["name"], **parts}.items():
+        if _find(shown, part, at) < 0:
+            raise _left_out(what, text, turn)
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:
@@ -316,7 +316,7 @@ def _squeezed(text: str) -> str:
 
 
 def _left_out(what: str, text: str, turn: int | None = None) -> BadRecord:
-    where = "" if turn is None else f"turn {turn + 1}: "
+    where = "" if turn is None else f"turn {turn}: "
     why = f"{where}the chat template leaves out {what}: it writes {_shorten(text)}"
     return BadRecord(why, _LEFT_OUT)
 

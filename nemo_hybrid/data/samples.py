@@ -26,6 +26,7 @@ from nemo_hybrid.data.chat import (
     is_empty,
     read_conversation,
     refuse_fields,
+    says_something,
 )
 from nemo_hybrid.data.making import (
     Summary,
@@ -157,7 +158,8 @@ class SampleMaker:
         value = [content[key] for key in self._kinds[kind]]
         talk = kind == "messages" or all(kind == PAIR and isinstance(v, list) for v in value)
         refuse_fields(content, conversation=talk)
-        made.unread = content.keys() - {*self._kinds[kind], *(OF_CONVERSATIONS if talk else ())}
+        known = {*self._kinds[kind], *(OF_CONVERSATIONS if talk else ())}
+        made.unread = {name for name, v in content.items() if says_something(v)} - known
         if talk:
             said, first = (value[0] + value[1], len(value[0])) if kind == PAIR else (value[0], 0)
             conversation = read_conversation(content, said, first)
