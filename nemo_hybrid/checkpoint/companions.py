@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_hybrid.config.hf import eos_token_ids
+from nemo_hybrid.data.template_files import FURTHER, files_with, read_sources
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming, parse_json, read_json
 
@@ -47,6 +48,8 @@ def read_companions(directory: Path) -> Companions:
         if path.is_file():
             with naming("read", path):
                 files[path.name] = path.read_bytes()
+    if (directory / FURTHER).is_dir():  # whose files have no place beside weights
+        files = files_with(read_sources(directory, files), files)
     stop_ids = None
     if GENERATION in files:
         ids = parse_json(files[GENERATION], directory / GENERATION).get("eos_token_id")

@@ -49,7 +49,8 @@ from nemo_hybrid.data.sources import (
     read_records,
 )
 from nemo_hybrid.data.store import HELDOUT, TRAIN
-from nemo_hybrid.data.template import Rendering, files_with, load_template, need_template
+from nemo_hybrid.data.template import Rendering, load_template, need_template
+from nemo_hybrid.data.template_files import files_with
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file
@@ -109,7 +110,8 @@ class SampleMaker:
         """The tokenizer with the template that was used among its files."""
         if self.template is None:
             return self.tokenizer
-        return replace(self.tokenizer, files=files_with(self.template, self.tokenizer))
+        files = files_with(self.template.sources, self.tokenizer.files)
+        return replace(self.tokenizer, files=files)
 
     def read(self, sources: Iterable[Source]) -> Iterator[Made]:
         """What becomes of every record. Raises UserError for a source that cannot be read."""

@@ -20,13 +20,11 @@ from typing import Any
 from nemo_hybrid.data.chat import Conversation
 from nemo_hybrid.data.reasoning import Message, Span
 from nemo_hybrid.data.sources import BadRecord
+from nemo_hybrid.data.template_files import DEFAULT, FURTHER, read_sources, read_template
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, CONFIG, TextTokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming, parse_json
 
-DEFAULT, TOOL_USE = "default", "tool_use"
-FURTHER = "additional_chat_templates"
-"""Directory of templates by name, beside the default one."""
+TOOL_USE = "tool_use"
 _CONTROL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>")
 _PLAIN_TAG = re.compile(r"think|tool", re.IGNORECASE)
 _LONGEST_S = 20.0  # of a processor, that a conversation may take
@@ -210,23 +208,13 @@ def load_template(
     Raises UserError for files that hold none.
     """
     if file is not None:
-        return ChatTemplate({DEFAULT: _read(Path(file))}, tokenizer, file)
+        return ChatTemplate({DEFAULT: read_template(Path(file))}, tokenizer, file)
     directory = Path(directory)
-    further = sorted((directory / FURTHER).glob("*.jinja"))
-    files = {DEFAULT: directory / CHAT_TEMPLATE, **{path.stem: path for path in further}}
-    if sources := {name: _read(path) for name, path in files.items() if path.is_file()}:
-        where = directory / (CHAT_TEMPLATE if DEFAULT in sources else FURTHER)
-        return ChatTemplate(sources, tokenizer, str(where))
-    name = directory / CONFIG
-    found = parse_json(tokenizer.files.get(CONFIG, b"{}"), name).get("chat_template")
-    if isinstance(found, str):
-        found = [{"name": DEFAULT, "template": found}]
-    if isinstance(found, list):
-        entries = [t for t in found if isinstance(t, dict)]
-        sources = {str(t.get("name")): t["template"] for t in entries if "template" in t}
-        if sources and all(isinstance(source, str) for source in sources.values()):
-            return ChatTemplate(sources, tokenizer, str(name))
-    return None
+    sources = read_sources(directory, tokenizer.files)
+    further = DEFAULT not in sources or not (directory / CHAT_TEMPLATE).is_file()
+    name = FURTHER if (directory / FURTHER).is_dir() else CONFIG
+    origin = directory / (name if further else CHAT_TEMPLATE)
+    return ChatTemplate(sources, tokenizer, str(origin)) if sources else None
 
 
 def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatTemplate:
@@ -237,30 +225,6 @@ def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatT
             f"tokenizer as {CHAT_TEMPLATE}, or name one (chat_template) where samples are made"
         )
     return template
-
-
-def files_with(template: ChatTemplate, tokenizer: TextTokenizer) -> dict[str, bytes]:
-    """The tokenizer's files with these templates as the only ones: in a file of its own if there is
-    one, else all by name in the tokenizer's settings."""
-    settings = json.loads(tokenizer.files.get(CONFIG, b"{}"))
-    settings.pop("chat_template", None)
-    files = {name: c for name, c in tokenizer.files.items() if name != CHAT_TEMPLATE}
-    if template.sources.keys() == {DEFAULT}:
-        files[CHAT_TEMPLATE] = template.sources[DEFAULT].encode()
-    else:
-        settings["chat_template"] = [
-            {"name": name, "template": source} for name, source in template.sources.items()
-        ]
-    return {**files, CONFIG: json.dumps(settings, indent=2, ensure_ascii=False).encode()}
-
-
-def _read(path: Path) -> str:
-    with naming("read", path):
-        content = path.read_bytes()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as e:
-        raise UserError(f"the chat template {path} is not UTF-8") from e
 
 
 def _strings(content: object) -> Iterator[str]:

@@ -21,6 +21,8 @@ from nemo_hybrid.data.loader import Stored
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import RECORD, TRAIN
+from nemo_hybrid.data.template_files import read_sources
+from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import parameter_count
@@ -62,7 +64,10 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         """Another chat template may have come with the data."""
         assert self.origin is not None
         own, theirs = read_tokenizer(self.rows.tokenizer_dir), read_companions(self.origin)
-        return replace(theirs, files={**theirs.files, **own.files})
+        files = {**theirs.files, **own.files}
+        if CHAT_TEMPLATE not in own.files and read_sources(self.rows.tokenizer_dir, own.files):
+            files.pop(CHAT_TEMPLATE, None)  # it would hide those in the settings
+        return replace(theirs, files=files)
 
     def describe(self, run: Run) -> list[str]:
         """Samples and their packs, the loss, and what is trained, experts of all ranks."""

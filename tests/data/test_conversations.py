@@ -30,6 +30,7 @@ from helpers.conversations import (
 )
 from helpers.sample_files import chat, lines
 from helpers.sample_files import make as make_store
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.data import rendering
 from nemo_hybrid.data.tokenizer import load_tokenizer
 
@@ -398,7 +399,11 @@ def test_templates_for_tools(make_model: MakeModel, tmp_path: Path) -> None:
         assert (directory / "chat_template.jinja").is_file() == (layout == "files")
         out = tmp_path / f"out of {layout}"
         make_store(directory, out, lines(tmp_path / "a.jsonl", plain, tooled))
-        for place in (directory, out):
+        copied = tmp_path / f"copy of {layout}"
+        copied.mkdir()
+        for name, content in read_companions(directory).files.items():
+            (copied / name).write_bytes(content)
+        for place in (directory, out, copied):
             read = AutoTokenizer.from_pretrained(place)
             assert read.chat_template == both
             for record in (plain, tooled):
