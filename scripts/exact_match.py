@@ -28,7 +28,8 @@ from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.commands.generate import stop_ids
 from nemo_hybrid.data.chat import check_answers, read_messages, read_tools
-from nemo_hybrid.data.sources import BadRecord, Unusable, find_sources, read_records
+from nemo_hybrid.data.readers import read_records
+from nemo_hybrid.data.sources import BadRecord, Unusable, find_sources
 from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
@@ -62,7 +63,7 @@ def read_questions(path: Path, template: ChatTemplate) -> Iterator[tuple[Questio
 
     Raises UserError for a record that is no conversation.
     """
-    for source in find_sources([path]):
+    for source in find_sources([path]).sources:
         for record in read_records(source, ""):
             try:
                 if isinstance(record, Unusable):

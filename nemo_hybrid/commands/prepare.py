@@ -22,9 +22,9 @@ class PrepareOptions(SampleOptions, CommandOptions):
     """Turn text into a token store, or conversations into samples for fine-tuning."""
 
     paths: list[str] = field(default_factory=list)
-    """Text files (.txt, .py and other text, .jsonl, .parquet), directories of those, Hugging Face
-    datasets on disk, Megatron .bin/.idx pairs. None: the default corpus, which is the running
-    Python's standard library."""
+    """Text files (.txt, .py and other text), .jsonl, .json, .csv, .tsv and .parquet, compressed or
+    not; directories of those; Hugging Face datasets on disk; Megatron .bin/.idx pairs. None: the
+    default corpus, which is the running Python's standard library."""
     out: str | None = None
     """Directory of the store. It may be left out for the default corpus, which then goes to
     the place that configs/run/pretrain_tiny_cpu.yaml names."""

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from nemo_hybrid.data.making import Summary, making, reading, recorded, split_of, stands
+from nemo_hybrid.data.readers import read_documents
 from nemo_hybrid.data.sources import (
+    DANGLING,
+    TWICE,
     Document,
+    Found,
     Source,
     Unusable,
     default_sources,
-    find_links,
     find_sources,
-    read_documents,
 )
 from nemo_hybrid.data.store import TRAIN
 from nemo_hybrid.data.tokenizer import (
@@ -34,7 +36,7 @@ from nemo_hybrid.data.tokenizer import (
 TRAINED_VOCAB_SIZE = 4096
 """Entries of a tokenizer that is trained, unless it is told otherwise."""
 _BATCH_CHARACTERS = 1 << 20
-_EMPTY, _LINKS = "empty documents", "symbolic links to files"
+_EMPTY = "empty documents"
 
 
 def prepare(
@@ -77,25 +79,25 @@ def prepare(
     if stands(out, reuse):
         return recorded(out, request, "documents", "remove it or name another --out")
 
-    sources = find_sources(paths) if paths else default_sources()
+    found = find_sources(paths) if paths else Found(default_sources())
     # Nobody can mend the default corpus.
-    corpus = _Corpus(sources, text_field, heldout, skip_bad or not paths, seed, progress)
+    corpus = _Corpus(found.sources, text_field, heldout, skip_bad or not paths, seed, progress)
     if given is None:
         given = train_tokenizer(corpus.training_texts(), vocab_size)
     summary = Summary(str(out), given.vocab_size, "documents")
     with making(out, request, given, summary) as writers:
         for split, document in corpus.encoded(given, summary):
             writers[split].add(document)
-        for path in find_links(paths):
-            summary.leave_out(_LINKS, path)
+        for kind, path in found.left_out:
+            summary.leave_out(kind, path)
         summary.sources = {
             "paths": [*paths] or ["standard library of the running Python"],
-            "files": len(sources),
-            "bytes": sum(s.size for s in sources),
+            "files": len(found.sources),
+            "bytes": sum(s.size for s in found.sources),
             "empty": summary.left_out.get(_EMPTY, 0),
             "unusable": sum(summary.dropped.values()),
-            "links": summary.left_out.get(_LINKS, 0),
-            "unusable_examples": summary.examples.get("malformed", []),
+            "links": sum(summary.left_out.get(kind, 0) for kind in (TWICE, DANGLING)),
+            "unusable_examples": [e for kind in summary.dropped for e in summary.examples[kind]],
         }
         summary.seconds = time.monotonic() - started
     return summary

@@ -37,7 +37,7 @@ def preview(
 
 
 def _items(maker: SampleMaker, paths: Sequence[str]) -> Iterator[tuple[str, Sample | Unusable]]:
-    for made in maker.read(find_samples(paths)[0]):
+    for made in maker.read(find_samples(paths).sources):
         yield from ((made.where, sample) for sample in made.samples)
         yield from ((item.where, item) for item in made.unusable)
 

@@ -37,6 +37,7 @@ from nemo_hybrid.data.making import (
     split_of,
     stands,
 )
+from nemo_hybrid.data.readers import read_records
 from nemo_hybrid.data.reasoning import Message, change_reasoning, learnt_parts
 from nemo_hybrid.data.sources import (
     BadRecord,
@@ -44,9 +45,7 @@ from nemo_hybrid.data.sources import (
     Source,
     Unusable,
     content_files,
-    find_links,
     find_samples,
-    read_records,
 )
 from nemo_hybrid.data.store import HELDOUT, TRAIN
 from nemo_hybrid.data.template import Rendering, load_template, need_template
@@ -293,16 +292,15 @@ def prepare_samples(
             f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, but the "
             f"model's embedding has only {vocab_size}: they do not belong together"
         )
-    (train, unread), (heldout, also) = map(find_samples, (paths, heldout_paths))
+    found, found_heldout = find_samples(paths), find_samples(heldout_paths)
+    train, heldout = found.sources, found_heldout.sources
     existing = stands(out, reuse)
     request = _request(maker, {TRAIN: train, HELDOUT: heldout})
     if existing:
         return recorded(out, request, "samples", "name another run_dir")
     summary = Summary(str(out), maker.tokenizer.vocab_size, "samples")
-    for path in unread + also:
-        summary.leave_out("files of other kinds", path)
-    for path in find_links([*paths, *heldout_paths]):
-        summary.leave_out("symbolic links to files", path)
+    for kind, path in found.left_out + found_heldout.left_out:
+        summary.leave_out(kind, path)
     with making(out, request, maker.stored_tokenizer, summary) as writers:
 
         def write(title: str, sources: list[Source], share: float) -> None:

@@ -86,8 +86,7 @@ def folder(tmp_path: Path) -> Path:
     (root / ".hidden.txt").write_bytes(b"\xff")
     (root / "__pycache__").mkdir()
     (root / "__pycache__" / "a.pyc").write_bytes(b"\xff")
-    (tmp_path / "elsewhere.txt").write_text("not wanted")
-    (root / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (root / "link.txt").symlink_to(root / "empty.txt")
     (root / "loop").symlink_to(root)
     return root
 
@@ -98,7 +97,11 @@ def test_every_reader_and_the_text_comes_back(folder: Path, tmp_path: Path) -> N
     assert everything(out) == sorted(texts(40))
     assert nothing_left(tmp_path / "new", "out")
     assert sum(summary.entries.values()) == 40
-    assert summary.left_out == {"empty documents": 1, "symbolic links to files": 1}
+    assert summary.left_out == {
+        "empty documents": 1,
+        "hidden and cache entries": 2,
+        "links to what is read already": 2,
+    }
     assert summary.dropped == {}
     for split in ("train", "heldout"):
         store = Store.open(out / split)
@@ -260,6 +263,23 @@ def test_megatron_pairs(folder: Path, tmp_path: Path, code: int, dtype: str) -> 
         assert summary.left_out == {"empty documents": 1}
 
 
+def test_megatron_pairs_in_a_directory(folder: Path, tmp_path: Path) -> None:
+    make([folder], tmp_path / "tok")
+    corpus = tmp_path / "corpus"
+    (corpus / "deep").mkdir(parents=True)
+    write_megatron(corpus / "deep" / "m", [[[10, 11]], [[12]]])
+    write_megatron(tmp_path / "n", [[[13]]])
+    for ending in ("bin", "idx"):
+        (corpus / f"linked.{ending}").symlink_to(tmp_path / f"n.{ending}")
+    summary = make([corpus], tmp_path / "out", tokenizer=tmp_path / "tok", heldout=0.0)
+    store = Store.open(tmp_path / "out" / "train")
+    assert store.read(0, len(store)).tolist() == [10, 11, 2, 12, 2, 13, 2]
+    assert (summary.left_out, summary.dropped) == ({}, {})
+    (corpus / "deep" / "m.bin").unlink()
+    with pytest.raises(UserError, match=r"m\.idx: not text but binary"):
+        make([corpus], tmp_path / "out2", tokenizer=tmp_path / "tok", heldout=0.0)
+
+
 def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
     make([folder], tmp_path / "tok")
     prefix = tmp_path / "m"
@@ -282,6 +302,19 @@ def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
     assert "points outside" in message(good[:at] + struct.pack("<q", 400) + good[at + 8 :])
     assert "points outside" in message(good[:at] + struct.pack("<q", -2) + good[at + 8 :])
     assert "points outside" in message(good[:-8] + struct.pack("<q", 1))
+    moved = struct.pack("<q", 2)  # overlaps with the first
+    said = message(good[:at] + moved + good[at + 8 :])
+    assert re.search(r"m\.idx does not fit m\.bin: sequence 1 does not begin where", said)
+    longer = Path(f"{prefix}.bin")
+    write_megatron(prefix, [[[10, 11]], [[12]]])
+    longer.write_bytes(longer.read_bytes() + bytes(2))
+    assert "it accounts for 3 of 4 tokens" in message()
+    # Lengths without the token that ends a document, which the tokens have.
+    write_megatron(prefix, [[[10, 2]], [[12, 2]]])
+    tokens = longer.read_bytes()
+    write_megatron(prefix, [[[10]], [[12]]])
+    longer.write_bytes(tokens)
+    assert "leave out the token that ends a document" in message()
     write_megatron(prefix, [[[10, 11]], [[300]]])
     assert re.search(r"m\.bin document 1: token id 300 lies outside.* 300;", message())
     Path(f"{prefix}.idx").unlink()
@@ -522,16 +555,20 @@ def test_encoding_in_batches_changes_nothing(
         assert one.read_bytes() == many.read_bytes()
 
 
-def test_links_are_counted_and_endings_are_taken_in_any_case(tmp_path: Path) -> None:
+def test_links_are_followed_once_and_counted(tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()
     (root / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
     (root / "link.txt").symlink_to(root / "a.JSONL")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "b.txt").write_text("three")
     (root / "folder").symlink_to(tmp_path)
     summary = make([root], tmp_path / "out", heldout=0.0)
-    assert sorted(decoded(tmp_path / "out", "train")) == ["one", "two"]
-    assert summary.left_out == {"symbolic links to files": 1}
-    assert "1 symbolic links to files" in str(summary)
+    assert sorted(decoded(tmp_path / "out", "train")) == ["one", "three", "two"]
+    assert summary.left_out == {"links to what is read already": 2}
+    assert f"2 links to what is read already\n    {root / 'link.txt'}\n" in str(summary)
+    sources = Store.open(tmp_path / "out" / "train").info.sources
+    assert (sources["files"], sources["links"]) == (2, 2)
 
 
 def test_what_a_killed_prepare_left_is_removed_and_what_another_writes_is_not(

@@ -75,15 +75,15 @@ def test_tables_invent_no_nulls(kind: str, make_model: MakeModel, tmp_path: Path
     assert stored(tmp_path / "out") == stored(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("name", ["chats.json", "chats.csv", "README", "folder"])
+@pytest.mark.parametrize("name", ["chats.md", "README", "folder"])
 def test_files_of_other_kinds_are_no_samples(
     name: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
     model, path = make_model(), tmp_path / name
-    file = path / "b.json" if name == "folder" else path
+    file = path / "b.yaml" if name == "folder" else path
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps([chat("a", "b")]))
-    what = rf"{file} is no file of samples: name \.jsonl files \(JSON, one object per line\), "
+    file.write_text("messages: []")
+    what = rf"{file} is no file of samples; name \.jsonl, \.json, \.csv, "
     with pytest.raises(UserError, match=what):
         make(model, tmp_path / "out", path)
     with pytest.raises(UserError, match=what):
@@ -95,17 +95,22 @@ def test_what_a_directory_holds_besides_samples(make_model: MakeModel, tmp_path:
     (folder / "deep").mkdir(parents=True)
     lines(folder / "a.JSONL", chat("a", "b"))
     (folder / "b.TXT").write_text("text")
-    others = [f"{i}.csv" for i in range(6)] + ["deep/README.md"]
+    others = [f"{i}.py" for i in range(6)] + ["deep/README.md"]
     for name in others:
         (folder / name).write_text("x")
     outside = lines(tmp_path / "c.jsonl", chat("c", "d"))
     (folder / "deep" / "link.jsonl").symlink_to(outside)
+    (folder / "deep" / "ghost.jsonl").symlink_to(tmp_path / "nowhere")
     summary = make(make_model(), tmp_path / "out", folder, heldout_paths=(outside,))
-    assert summary.records == {"messages": 2, "text": 1}
-    assert summary.left_out == {"files of other kinds": 7, "symbolic links to files": 1}
+    assert summary.records == {"messages": 3, "text": 1}
+    assert summary.left_out == {
+        "links to nothing": 1,
+        "metadata of data sets": 1,
+        "files of other kinds": 6,
+    }
     named = [str(folder / name) for name in others[:5]]
     assert summary.examples["files of other kinds"] == named
-    for shown in ("7 files of other kinds\n", named[0], "1 symbolic links to"):
+    for shown in ("6 files of other kinds\n", named[0], "1 links to nothing\n"):
         assert shown in str(summary)
     recorded = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert recorded["summary"]["left_out"] == summary.left_out

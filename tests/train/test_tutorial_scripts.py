@@ -96,7 +96,7 @@ def test_held_out_names_are_new_and_answers_follow_from_the_questions(chats: Pat
 def test_every_answer_is_learnt_and_nothing_else(chats: Path, model: Path) -> None:
     maker = SampleMaker(SampleOptions(chat_template=str(TEMPLATE)), model, seed=0)
     conversations = read(chats / "heldout.jsonl")
-    made = list(maker.read(find_sources([chats / "heldout.jsonl"])))
+    made = list(maker.read(find_sources([chats / "heldout.jsonl"]).sources))
     assert len(made) == len(conversations)
     for one, messages in zip(made, conversations, strict=True):
         assert not one.unusable

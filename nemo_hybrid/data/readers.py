@@ -1,0 +1,310 @@
+"""Streaming records and documents out of sources."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from nemo_hybrid.data.megatron import read_megatron
+from nemo_hybrid.data.sources import (
+    DAMAGED,
+    Document,
+    Record,
+    Source,
+    Unusable,
+    unpacked,
+)
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
+
+_ROWS = 256  # of a table, read at once
+_PIECE = 1 << 20  # characters of a JSON array, read at once
+_SPACE = re.compile(r"\s*")
+Done = Callable[[], float]
+
+
+def read_documents(
+    source: Source, text_field: str, vocab_size: int | None
+) -> Iterator[Document | Unusable]:
+    """Stream the documents of a source. vocab_size: bound for sources that hold token ids.
+
+    Raises UserError for a source that is unusable as a whole.
+    """
+    if source.kind == "megatron":
+        with naming("read", source.path):
+            yield from read_megatron(source, vocab_size)
+        return
+    for record in read_records(source, text_field, columns=[text_field]):
+        if isinstance(record, Unusable):
+            yield record
+            continue
+        text, why = record.content.get(text_field), None
+        if not isinstance(text, str):
+            why = f"no text in field {text_field!r} (--text_field names another)"
+        elif not _is_unicode(text):
+            why = f"field {text_field!r} holds half a surrogate pair"
+        yield Unusable(record.where, why) if why else Document(record.key, str(text), record.done)
+
+
+def read_records(
+    source: Source, text_field: str, columns: Sequence[str] | None = None
+) -> Iterator[Record | Unusable]:
+    """Stream the records of a source. A text file is one record, {text_field: its text}.
+
+    ``columns``: the columns to read of a table; all by default. Raises UserError for a source that
+    is unusable as a whole.
+    """
+    with naming("read", source.path):
+        if source.kind == "other":
+            yield Unusable(str(source.path), source.why, "not readable", 1.0)
+        elif source.kind == "parquet":
+            yield from _read_parquet(source, columns)
+        elif source.kind == "dataset":
+            yield from _read_dataset(source, columns)
+        else:
+            with _opened(source) as (file, done):
+                if source.kind == "text":
+                    yield from _read_text(source, file, text_field)
+                elif source.kind == "lines":
+                    yield from _read_lines(source, file, done, text_field)
+                elif source.kind == "json":
+                    yield from _read_json(source, file, done, text_field)
+                else:
+                    yield from _read_csv(source, file, done, columns)
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[IO[bytes], Done]]:
+    """The content of a file, decompressed, and a function that says what share of it was read."""
+    with open(source.path, "rb") as raw:
+        try:
+            yield unpacked(raw, source.packing), lambda: raw.tell() / max(1, source.size)
+        except DAMAGED as e:
+            raise UserError(f"{source.path} is a damaged {source.packing} file: {e}") from e
+
+
+def _read_text(source: Source, file: IO[bytes], text_field: str) -> Iterator[Record | Unusable]:
+    data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        yield Unusable(f"{source.path} line {line}", "not UTF-8")
+    else:
+        yield Record(source.key, str(source.path), {text_field: text}, 1.0)
+
+
+def _read_lines(
+    source: Source, lines: Iterable[bytes], done: Done, text_field: str
+) -> Iterator[Record | Unusable]:
+    """JSON, one object per line."""
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not line.strip():
+            continue
+        where = f"{source.path} line {number}"
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError:
+            yield Unusable(where, "not UTF-8")
+        except (ValueError, RecursionError):
+            yield Unusable(where, "not JSON")
+        else:
+            yield _record(value, f"{source.key}#{number}", where, done(), text_field)
+
+
+def _read_json(
+    source: Source, file: IO[bytes], done: Done, text_field: str
+) -> Iterator[Record | Unusable]:
+    """Lines of JSON, or a JSON array, or objects over several lines."""
+    with _opened(source) as (beginning, _):
+        first = beginning.read(_PIECE).decode("utf-8-sig", "replace").lstrip()
+    first, unfinished = first.partition("\n")[0].rstrip(), False
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as e:
+        unfinished = 0 < len(first) <= e.pos
+    except RecursionError:
+        pass
+    if not first.startswith("[") and not unfinished:
+        yield from _read_lines(source, file, done, text_field)
+        return
+    row = 0
+    try:
+        for value in _values(io.TextIOWrapper(file, "utf-8-sig").read):
+            where = f"{source.path} row {row}"
+            yield _record(value, f"{source.key}#{row}", where, done(), text_field)
+            row += 1
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{source.path} is not JSON from row {row} on: {e}") from e
+
+
+def _values(read: Callable[[int], str]) -> Iterator[Any]:
+    """The elements of a JSON array, or values that follow each other, of a text that is read piece
+    by piece. Raises ValueError for what is neither."""
+    decode = json.JSONDecoder().raw_decode
+    text, at, ended = "", 0, False
+
+    def more() -> None:
+        nonlocal text, at, ended
+        piece = read(max(_PIECE, len(text) - at))
+        text, at, ended = text[at:] + piece, 0, not piece
+
+    def next_character() -> str:
+        nonlocal at
+        while True:
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if at < len(text) or ended:
+                return text[at : at + 1]
+            more()
+
+    array = next_character() == "["
+    at += array
+    first = True
+    while (character := next_character()) != ("]" if array else ""):
+        if array and not first:
+            if character != ",":
+                raise ValueError("there is no comma behind an element" if character else "it ends")
+            at += 1
+            next_character()
+        first = False
+        while True:
+            try:
+                value, stop = decode(text, at)
+                if ended or stop + 3 < len(text):  # a number at the end may go on: 1, 1e-5
+                    break
+            except json.JSONDecodeError as e:
+                # What is wrong long before the end stays so; but a string may be long.
+                if ended or (e.pos < len(text) - 16 and "Unterminated" not in e.msg):
+                    raise ValueError(e.msg) from None
+            more()
+        at = stop
+        yield value
+    at += array
+    if next_character():
+        raise ValueError("there is more behind the array")
+
+
+def _record(value: Any, key: str, where: str, done: float, text_field: str) -> Record | Unusable:
+    if isinstance(value, str):
+        value = {text_field: value}
+    if not isinstance(value, dict):
+        return Unusable(where, "not a JSON object")
+    return Record(key, where, value, done)
+
+
+def _read_csv(
+    source: Source, file: IO[bytes], done: Done, columns: Sequence[str] | None
+) -> Iterator[Record | Unusable]:
+    """Rows below a line with the columns' names, in the dialect of spreadsheets."""
+    csv.field_size_limit(sys.maxsize)
+    # What is no UTF-8 is noticed row by row.
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(text, delimiter="\t" if source.ending == ".tsv" else ",", strict=True)
+    try:
+        names = next(rows, [])
+        _check_columns(source, names, columns)
+        if len(set(names)) < len(names):
+            raise UserError(f"{source.path} has two columns of the same name")
+        for number, row in enumerate(rows):
+            where = f"{source.path} line {rows.line_num}"
+            if not _is_unicode("".join(row)):
+                yield Unusable(where, "not UTF-8")
+            elif row and len(row) != len(names):
+                yield Unusable(where, f"{len(row)} fields under {len(names)} names of columns")
+            elif row:
+                content = dict(zip(names, row, strict=True))
+                yield Record(f"{source.key}#{number}", where, content, done())
+    except csv.Error as e:
+        raise UserError(f"{source.path} line {rows.line_num} cannot be read: {e}") from e
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is free of lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Record | Unusable]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            _check_columns(source, file.schema_arrow.names, columns)
+            batches = file.iter_batches(_ROWS, columns=columns)
+            rows = (
+                dict(zip(b.schema.names, values, strict=True))
+                for b in batches
+                for values in zip(*b.columns, strict=True)
+            )
+            yield from _read_table(source, rows, file.metadata.num_rows)
+    except pa.ArrowException as e:
+        raise UserError(f"{source.path} is not a readable parquet file: {e}") from e
+
+
+def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Record | Unusable]:
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(str(source.path))
+        _check_columns(source, dataset.column_names, columns)
+        if columns is not None:
+            dataset = dataset.select_columns(list(columns))
+        rows = (
+            dict(zip(batch, values, strict=True))
+            for batch in dataset.iter(_ROWS)
+            for values in zip(*batch.values(), strict=True)
+        )
+        yield from _read_table(source, rows, len(dataset))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{source.path} is not a readable Hugging Face dataset: {e}") from e
+
+
+def _check_columns(source: Source, present: Sequence[str], wanted: Sequence[str] | None) -> None:
+    for name in wanted or ():
+        if name not in present:
+            shown = [f"{other[:40]}..." if len(other) > 43 else other for other in present[:20]]
+            raise UserError(
+                f"{source.path} has no column {name!r}; its columns are {', '.join(shown)} "
+                "(choose one with --text_field)"
+            )
+
+
+def _read_table(
+    source: Source, rows: Iterable[dict[str, Any]], count: int
+) -> Iterator[Record | Unusable]:
+    """One record per row; values may be pyarrow's scalars."""
+    for number, row in enumerate(rows):
+        where = f"{source.path} row {number}"
+        try:
+            content = _without_nulls(
+                {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
+            )
+        except UnicodeDecodeError:
+            yield Unusable(where, "not UTF-8")
+        else:
+            yield Record(f"{source.key}#{number}", where, content, (number + 1) / count)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """A table has every field of any row in all rows, so an object's null may be of its making."""
+
+    def mended(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _without_nulls(value)
+        if isinstance(value, list) and value and not isinstance(value[0], int):
+            return [mended(v) for v in value]
+        return value
+
+    return {k: mended(v) for k, v in fields.items() if v is not None}
