@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import groupby, islice
 from typing import Any
 
@@ -24,11 +24,12 @@ def preview(
     options.validate()
     maker = SampleMaker(options, tokenizer, seed)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for where, item in islice(_items(maker, paths), count):
+    for where, item, unread in islice(_items(maker, paths), count):
         if isinstance(item, Unusable):
             print(f"{where}: unusable: {_visible(item.why)}\n")
             continue
-        print(f"{where}: {len(item.ids):,} tokens, {item.learnt:,} learnt")
+        fields = f"; unread: {', '.join(map(_visible, sorted(unread)))}" if unread else ""
+        print(f"{where}: {len(item.ids):,} tokens, {item.learnt:,} learnt{fields}")
         pieces = _pieces(item, maker.tokenizer)
         if coloured:
             _print_coloured(pieces)
@@ -36,10 +37,13 @@ def preview(
             print("".join(f"{OPEN}{t}{CLOSE}" if learnt else t for t, learnt in pieces) + "\n")
 
 
-def _items(maker: SampleMaker, paths: Sequence[str]) -> Iterator[tuple[str, Sample | Unusable]]:
+def _items(
+    maker: SampleMaker, paths: Sequence[str]
+) -> Iterator[tuple[str, Sample | Unusable, Set[str]]]:
+    """Where something stands, what it became, and the fields of its record that no rule knows."""
     for made in maker.read(find_samples(paths).sources):
-        yield from ((made.where, sample) for sample in made.samples)
-        yield from ((item.where, item) for item in made.unusable)
+        yield from ((made.where, sample, made.unread) for sample in made.samples)
+        yield from ((item.where, item, made.unread) for item in made.unusable)
 
 
 def _pieces(sample: Sample, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:

@@ -399,7 +399,7 @@ def test_the_command(
 
 
 def test_preview(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [chat("hello \x1b[31m", "fox"), "{", chat("a", "b"), chat("c", "d")]
+    records = [chat("hello \x1b[31m", "fox"), "{", {**chat("a", "b"), "url": "x"}, chat("c", "d")]
     data = lines(tmp_path / "a.jsonl", *records)
     before = sorted(tmp_path.iterdir())
     model = make_model()
@@ -411,6 +411,7 @@ def test_preview(make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFi
         "<|im_start|>user\nhello \\x1b[31m<|im_end|>\n<|im_start|>assistant\n[[fox<|im_end|>\n]]\n"
     )
     assert f"{data} line 2: unusable: not JSON" in shown
+    assert re.search(r" line 3: \d+ tokens, \d+ learnt; unread: url\n", shown)
     assert "[[b<|im_end|>\n]]" in shown
     assert "[[d" not in shown
     assert sorted(tmp_path.iterdir()) == sorted([*before, model])
