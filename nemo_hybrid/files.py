@@ -163,8 +163,11 @@ def make_directories(path: Path) -> None:
 
 
 @contextmanager
-def whole_directory(final: Path) -> Iterator[Path]:
+def whole_directory(
+    final: Path, install: Callable[[Path, Path], None] | None = None
+) -> Iterator[Path]:
     """A hidden directory beside ``final`` that becomes it on success and disappears otherwise.
+    ``install`` renames it where more than an empty directory may stand there.
 
     It is locked as long: what a killed process left is removed, what another one writes is not.
     Raises UserError naming final where it cannot be written, or is being written already.
@@ -180,7 +183,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
         try:
             yield temporary
             sync_directory(temporary)
-            os.rename(temporary, final)
+            (install or os.rename)(temporary, final)
             sync_directory(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

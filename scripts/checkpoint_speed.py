@@ -25,7 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.files import step_name, verify
+from nemo_hybrid.checkpoint.directory import verify
+from nemo_hybrid.checkpoint.steps import step_name
 from nemo_hybrid.commands.doctor import environment
 from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
 from nemo_hybrid.data.documents import prepare

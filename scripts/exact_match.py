@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import load_model
+from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.commands.generate import stop_ids
 from nemo_hybrid.data.chat import check_answers, read_messages, read_tools
 from nemo_hybrid.data.readers import read_records

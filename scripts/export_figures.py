@@ -329,7 +329,7 @@ def main() -> int:
     a = parser.parse_args()
     result: dict[str, Any] = {"environment": environment()}
     try:
-        from nemo_hybrid.checkpoint.files import resolve
+        from nemo_hybrid.checkpoint.steps import resolve
 
         model = resolve(a.model)
         with tempfile.TemporaryDirectory(dir=a.dir) as directory:

@@ -43,7 +43,7 @@ from helpers.corpus import write_corpus
 from helpers.corruption import cases, undetected
 from helpers.launcher import Job, differences, kill, steps_recorded
 from helpers.runs import tiny_run
-from nemo_hybrid.checkpoint.files import find_latest, list_steps, step_of
+from nemo_hybrid.checkpoint.steps import find_latest, list_steps, step_of
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.files import replace_file
 

@@ -107,7 +107,7 @@ def train(work: Work) -> dict[str, Any]:
     """Steps of one process; call it in a fresh one."""
     import torch
 
-    from nemo_hybrid.checkpoint.files import model_shape
+    from nemo_hybrid.checkpoint.steps import model_shape
     from nemo_hybrid.config.finetune import FinetuneConfig
     from nemo_hybrid.config.read import load_config
     from nemo_hybrid.data.store import StoreWriter

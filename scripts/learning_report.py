@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from bigram import Ids, PairModel, fit_pairs, pairs_within_documents
 
-from nemo_hybrid.checkpoint.files import model_shape
+from nemo_hybrid.checkpoint.steps import model_shape
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.batch import Batch

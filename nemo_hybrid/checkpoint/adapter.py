@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.directory import Writer
-from nemo_hybrid.checkpoint.files import MANIFEST, resolve, to_json
+from nemo_hybrid.checkpoint.manifest import MANIFEST, to_json
 from nemo_hybrid.checkpoint.names import from_hub
+from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import READABLE
 from nemo_hybrid.config.finetune import LoraOptions

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
-from nemo_hybrid.checkpoint.files import resolve
 from nemo_hybrid.checkpoint.load import plan_model
+from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.checkpoint.tensors import TensorFile
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
 from nemo_hybrid.checkpoint.writing import Shards, write_model_files
@@ -76,7 +76,7 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
             "tensors": [asdict(finding) for finding in plan.findings],
             "not_carried": not_carried,
         }
-        writer.write_text(REPORT, files.to_json(report))
+        writer.write_text(REPORT, manifest.to_json(report))
 
     write_directory(out, OneProcess(), write, finish)
     plan.log()

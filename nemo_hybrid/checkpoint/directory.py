@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    manifest_text,
+    read_manifest,
+)
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import (
     TEMPORARY,
     FileRecord,
-    make_directories,
+    hash_file,
     naming,
+    side_by_side,
     sync_directory,
+    whole_directory,
     write_file,
 )
 
+log = logging.getLogger(__name__)
+
+# A checkpoint saved again at the same step moves the old one aside until the new one stands.
+REPLACED = ".replaced"
+STEP = re.compile(r"step_(\d{8,})(\.replaced)?")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -76,48 +91,6 @@ class Writer:
         self.write(name, [text.encode()])
 
 
-def verify_together(world: World, directory: Path) -> None:
-    """`files.verify`, in which every rank hashes its share: one alone would take minutes for a
-    large model. Raises UserError on every rank."""
-    records = world.from_rank_0(files.verify, directory, deep=False)
-    damaged = _hash_together(world, directory, records)
-    if damaged is not None:
-        raise files.CheckpointError(files.mismatch(damaged))
-
-
-def find_latest_together(world: World, checkpoints_dir: Path) -> Path | None:
-    """`files.find_latest`, in which every rank hashes its share.
-
-    What is there says rank 0 alone, and only a wrong checksum counts as damage afterwards: another
-    rank that cannot read a file shall not send the run back to an older checkpoint. Raises
-    UserError on every rank.
-    """
-    damaged: set[Path] = set()
-
-    def newest() -> tuple[Path, dict[str, FileRecord]] | None:
-        directory = files.find_latest(checkpoints_dir, deep=False, damaged=damaged)
-        return None if directory is None else (directory, files.read_manifest(directory))
-
-    while (found := world.from_rank_0(newest)) is not None:
-        file = _hash_together(world, *found)
-        if file is None:
-            return found[0]
-        damaged.add(found[0])
-        if world.rank == 0:
-            files.skip(found[0], files.mismatch(file))
-    return None
-
-
-def _hash_together(world: World, directory: Path, records: dict[str, FileRecord]) -> Path | None:
-    """The first file that one of the ranks found damaged. Raises UserError on every rank if one
-    cannot read its share."""
-    names = list(records)[world.rank :: world.size]
-    share = {name: records[name] for name in names}
-    with world.agreed():
-        damaged = files.damaged_file(directory, share)
-    return next((path for path in world.gather(damaged) if path is not None), None)
-
-
 def write_directory(
     final: Path,
     world: World,
@@ -133,21 +106,9 @@ def write_directory(
     Raises UserError on every rank when one cannot write, or another process writes final; what
     stood under final stays.
     """
-    temporary = final.with_name(TEMPORARY + final.name)
-    writer = Writer(temporary)
-
-    def create() -> int | None:
-        with naming("create", final.parent):
-            make_directories(final.parent)
-        with naming("write into", final.parent):
-            if temporary.exists():
-                _close(_lock(temporary, final))
-                files.remove_directory(temporary)  # left by a writer that was killed
-            temporary.mkdir()
-            return _lock(temporary, final)
-
-    lock = world.from_rank_0(create)
-    try:
+    with ExitStack() as stack:  # of rank 0, which makes the directory, and renames it in the end
+        whole = whole_directory(final, _install)
+        writer = Writer(world.from_rank_0(stack.enter_context, whole))
         with world.agreed():
             result = write(writer)
         parts = world.gather((result, writer.records))
@@ -157,41 +118,94 @@ def write_directory(
             records = dict(writer.records)
             for _, others in parts[1:]:
                 records |= others
-            writer.write_text(files.MANIFEST, files.manifest_text(records))
-            with naming("write", final):
-                sync_directory(temporary)
-                files.install_directory(temporary, final)
+            writer.write_text(MANIFEST, manifest_text(records))
+            stack.close()
 
         world.from_rank_0(complete)
-    except BaseException:  # Ctrl-C as well: nobody would look for a hidden directory
-        if world.rank == 0 and temporary.exists():
-            files.remove_directory(temporary)
-        raise
-    finally:
-        if world.rank == 0:
-            _close(lock)
 
 
-def _lock(temporary: Path, final: Path) -> int | None:
-    """A descriptor that holds an unfinished directory; None where the file system has no locks.
-    Raises UserError if another process holds it."""
-    descriptor = os.open(temporary, os.O_RDONLY)
+def _install(temporary: Path, final: Path) -> None:
+    """Rename a finished directory to its final name, replacing what an earlier one left there, such
+    as a checkpoint of the same step."""
+    aside = final.with_name(final.name + REPLACED)
+    if final.exists() and os.listdir(final):
+        # An old one still set aside means that final is damaged (see steps.remove_stale), unless
+        # it is somebody else's.
+        if aside.exists():
+            remove_directory(final)
+        else:
+            os.replace(final, aside)
+    os.replace(temporary, final)
+    sync_directory(final.parent)
+    # What somebody else has under that name stays.
+    if aside.exists() and (STEP.fullmatch(aside.name) or (aside / MANIFEST).is_file()):
+        remove_directory(aside)
+
+
+def remove_directory(directory: Path) -> bool:
+    """Delete a directory; a kill half-way leaves no torn one under its name."""
+    doomed = directory
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"another process is writing {final}: wait for it, or name another directory"
-        ) from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        if not directory.name.startswith(TEMPORARY):
+            # Not the name under which a successor is being written.
+            doomed = directory.with_name(
+                TEMPORARY + directory.name.removesuffix(REPLACED) + REPLACED
+            )
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            os.replace(directory, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("cannot delete %s: %s", doomed, error.strerror or error)
+        return False
+    return True
 
 
-def _close(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
+def verify(directory: Path, deep: bool = True, world: World | None = None) -> dict[str, FileRecord]:
+    """Compare a directory with its manifest, which is returned: presence and size of every file,
+    and hashes if deep. Of several ranks every one hashes its share: one alone would take minutes
+    for a large model.
+
+    Raises CheckpointError naming the damaged file.
+    """
+    world = world or OneProcess()
+    records = world.from_rank_0(_check_sizes, directory)
+    damaged = damaged_file(world, directory, records) if deep else None
+    if damaged is not None:
+        raise CheckpointError(mismatch(damaged))
+    return records
+
+
+def _check_sizes(directory: Path) -> dict[str, FileRecord]:
+    records = read_manifest(directory)
+    for name, record in records.items():
+        path = directory / name
+        try:
+            found = path.lstat()
+        except OSError:
+            raise CheckpointError(f"damaged checkpoint: {path} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"damaged checkpoint: {path} is not a regular file")
+        if found.st_size != record.size:
+            raise CheckpointError(
+                f"damaged checkpoint: {path} has {found.st_size} bytes, should have {record.size}"
+            )
+    return records
+
+
+def damaged_file(world: World, directory: Path, records: Mapping[str, FileRecord]) -> Path | None:
+    """The first file whose hash is not that of its record. Raises UserError on every rank if one
+    cannot read its share."""
+    names = list(records)[world.rank :: world.size]
+    with world.agreed():
+        hashes = side_by_side(lambda name: hash_file(directory / name), names)
+    damaged = (n for n, sha256 in zip(names, hashes, strict=True) if sha256 != records[n].sha256)
+    found = world.gather(next(damaged, None))
+    return next((directory / name for name in found if name is not None), None)
+
+
+def mismatch(path: Path) -> str:
+    return f"damaged checkpoint: {path} does not match its checksum"
 
 
 def new_directory(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, write_directory
-from nemo_hybrid.checkpoint.files import read_manifest
+from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.state import is_training_state
 from nemo_hybrid.files import sync
 

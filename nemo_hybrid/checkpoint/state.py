@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest, steps
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.directory import World, Writer, write_directory
-from nemo_hybrid.checkpoint.files import CheckpointError
+from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.writing import (
@@ -128,7 +128,7 @@ def save_checkpoint(
     Raises UserError on every rank when one of them cannot write, or when the state is
     incomplete; the checkpoints that were there stay valid.
     """
-    final = checkpoints_dir / files.step_name(step)
+    final = checkpoints_dir / steps.step_name(step)
 
     def write(writer: Writer) -> tuple[Shards, dict[str, Any]]:
         # Side by side: hashing and syncing keep more than one core and one file busy.
@@ -146,21 +146,21 @@ def save_checkpoint(
             write_model_files(writer, config, shards, companions)
         else:
             _check_complete(index, adapter(writer, config, companions))
-        writer.write_text(OPTIMIZER_INDEX, files.to_json(index))
+        writer.write_text(OPTIMIZER_INDEX, manifest.to_json(index))
         state = {**run_state, "step": step, "format_version": FORMAT_VERSION}
         if frozen:
             state[FROZEN] = sorted(frozen)
-        writer.write_text(RUN_STATE, files.to_json(state))
+        writer.write_text(RUN_STATE, manifest.to_json(state))
         writer.write_text("run.yaml", resolved_config)
 
     def clean() -> None:
         if checkpoints_dir.is_dir():
             with naming("clean", checkpoints_dir):
-                files.remove_stale(checkpoints_dir)
+                steps.remove_stale(checkpoints_dir)
 
     def settle() -> None:
-        files.point_latest(checkpoints_dir, final)
-        files.prune(checkpoints_dir, keep, trusted=final)
+        steps.point_latest(checkpoints_dir, final)
+        steps.prune(checkpoints_dir, keep, trusted=final)
 
     world.from_rank_0(clean)
     write_directory(final, world, write, finish)
@@ -255,7 +255,7 @@ def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> No
 
 def is_training_state(file: str) -> bool:
     """Whether a file of a checkpoint serves resuming alone, and is no part of the model."""
-    return file in (RUN_STATE, OPTIMIZER_INDEX, "run.yaml", files.MANIFEST) or file.startswith(
+    return file in (RUN_STATE, OPTIMIZER_INDEX, "run.yaml", manifest.MANIFEST) or file.startswith(
         ("optimizer-r", "rank-")
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
@@ -101,7 +101,7 @@ def write_model_files(
     _check_experts(file_of, config.n_routed_experts)
     bytes_in = sum((part.bytes_in for part in parts), Counter[torch.dtype]())
     index = {"metadata": {"total_size": bytes_in.total()}, "weight_map": file_of}
-    writer.write_text(INDEX, files.to_json(index))
+    writer.write_text(INDEX, manifest.to_json(index))
     most = max(bytes_in, key=bytes_in.__getitem__, default=torch.float32)
     describe_model(writer, config, most, companions)
 
@@ -119,11 +119,11 @@ def describe_model(
     ids = companions.eos_token_ids
     if ids and ids[0] == config.eos_token_id:
         described["eos_token_id"] = ids
-    writer.write_text("config.json", files.to_json(described))
+    writer.write_text("config.json", manifest.to_json(described))
     if GENERATION not in companions.files:
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {"_from_model_config": True, **{name: described[name] for name in tokens}}
-        writer.write_text(GENERATION, files.to_json(generation))
+        writer.write_text(GENERATION, manifest.to_json(generation))
     for name, content in companions.files.items():
         writer.write(name, [content])
 

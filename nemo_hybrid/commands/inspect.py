@@ -114,7 +114,7 @@ def inspect_command(options: InspectOptions) -> int:
 def _inspect_adapter(directory: Path, options: InspectOptions) -> None:
     """Print what an adapter adapts; its files are compared with the manifest as a model's are."""
     from nemo_hybrid.checkpoint.adapter import adapted_in, read_adapter
-    from nemo_hybrid.checkpoint.files import verify
+    from nemo_hybrid.checkpoint.directory import verify
     from nemo_hybrid.model import lora
 
     records = verify(directory) if options.deep else _verify(directory, deep=False)
@@ -148,8 +148,9 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     that is not whole.
     """
     from nemo_hybrid.checkpoint.companions import read_companions
-    from nemo_hybrid.checkpoint.files import LATEST, MANIFEST, resolve
     from nemo_hybrid.checkpoint.load import plan_model, tensors_by_name
+    from nemo_hybrid.checkpoint.manifest import MANIFEST
+    from nemo_hybrid.checkpoint.steps import LATEST, resolve
     from nemo_hybrid.checkpoint.weights import pickles
     from nemo_hybrid.model.fp32 import keeps_fp32
     from nemo_hybrid.train.flops import parameter_counts
@@ -192,7 +193,8 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
 def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
     """Compare a directory with its manifest. One without training state may have been edited since
     it was written, so that it is compared only where ``deep`` asks for it."""
-    from nemo_hybrid.checkpoint.files import MANIFEST, verify
+    from nemo_hybrid.checkpoint.directory import verify
+    from nemo_hybrid.checkpoint.manifest import MANIFEST
 
     if _of_a_run(directory) or (deep and (directory / MANIFEST).exists()):
         return verify(directory, deep)
@@ -240,7 +242,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 def _shape_in_yaml(path: Path) -> HybridConfig:
     """The shape in a run's configuration, or in a file of the section ``model`` alone."""
-    from nemo_hybrid.checkpoint.files import model_shape
+    from nemo_hybrid.checkpoint.steps import model_shape
 
     try:
         content = yaml.safe_load(path.read_bytes())

@@ -129,7 +129,7 @@ class Plan:
 
 def plan_command(config: RunConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
-    from nemo_hybrid.checkpoint.files import model_shape
+    from nemo_hybrid.checkpoint.steps import model_shape
     from nemo_hybrid.train.build import check_precision
 
     config = deepcopy(config)

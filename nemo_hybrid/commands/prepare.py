@@ -113,7 +113,7 @@ def _checkpoint_of_a_run(tokenizer: str) -> str:
     """The newest checkpoint, where a tokenizer's directory is that of a run."""
     if (Path(tokenizer) / "tokenizer.json").is_file():
         return tokenizer
-    from nemo_hybrid.checkpoint.files import list_steps, resolve
+    from nemo_hybrid.checkpoint.steps import list_steps, resolve
 
     return str(resolve(tokenizer)) if list_steps(Path(tokenizer) / "checkpoints") else tokenizer
 

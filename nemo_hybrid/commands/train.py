@@ -13,7 +13,7 @@ def train_command(config: TrainingConfig) -> None:
     """Train, or go on with a run."""
     launcher = os.getppid()  # before the imports below, which take seconds: it may die meanwhile
     # Checked here already, because importing the training loop takes seconds.
-    from nemo_hybrid.checkpoint.files import model_shape
+    from nemo_hybrid.checkpoint.steps import model_shape
 
     config.validate(model_shape(config.model))
     config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint.files import MANIFEST
+from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.state import RUN_STATE
 from nemo_hybrid.config.yaml_text import read_yaml

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.adapter import locate
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
-from nemo_hybrid.checkpoint.files import MANIFEST
-from nemo_hybrid.checkpoint.files import verify as verify_files
+from nemo_hybrid.checkpoint.directory import verify as verify_files
 from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
+from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.weights import INDEX

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
@@ -127,11 +127,11 @@ def export_directory(
                 weight_map |= {tensor: name for item in shard.items for tensor in item.like}
         facts.errors.update(exporter.errors())
         index = {"metadata": {"total_size": facts.bytes_after}, "weight_map": weight_map}
-        writer.write_text(INDEX, files.to_json(index))
+        writer.write_text(INDEX, manifest.to_json(index))
         more = {} if in_config is None else {"quantization_config": in_config}
         describe_model(writer, shape, torch.bfloat16, companions, more)
         if hf_quant is not None:
-            writer.write_text(HF_QUANT, files.to_json(hf_quant))
+            writer.write_text(HF_QUANT, manifest.to_json(hf_quant))
         if describe is not None:
             for name, content in describe(writer.directory, facts).items():
                 writer.write(name, [content])

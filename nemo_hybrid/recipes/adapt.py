@@ -21,8 +21,8 @@ from nemo_hybrid.checkpoint.adapter import (
 )
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.directory import Writer
-from nemo_hybrid.checkpoint.files import to_json
 from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.manifest import to_json
 from nemo_hybrid.checkpoint.writing import describe_model
 from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.config.hf import HybridConfig

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.adapter import base_digest, is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.files import model_shape, resolve
 from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.steps import model_shape, resolve
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer

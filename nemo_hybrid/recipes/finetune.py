@@ -14,8 +14,8 @@ from torch import nn
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.files import step_of
 from nemo_hybrid.checkpoint.publish import publish
+from nemo_hybrid.checkpoint.steps import step_of
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.data.loader import Stored
 from nemo_hybrid.data.packing import PackedSamples, open_stores

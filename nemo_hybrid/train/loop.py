@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from nemo_hybrid.checkpoint.directory import find_latest_together, verify_together
-from nemo_hybrid.checkpoint.files import step_name, step_of
+from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.state import check_resumable
+from nemo_hybrid.checkpoint.steps import find_latest, step_name, step_of
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
@@ -104,8 +104,8 @@ def _find_checkpoint(world: World, config: TrainingConfig, lock: RunLock) -> Pat
     """The whole checkpoint to go on from: the one that is asked for, or the newest."""
     checkpoint = world.from_rank_0(open_run, config, lock)
     if checkpoint is None:
-        return find_latest_together(world, Path(config.run_dir) / CHECKPOINTS)
-    verify_together(world, checkpoint)
+        return find_latest(Path(config.run_dir) / CHECKPOINTS, world=world)
+    verify(checkpoint, world=world)
     return checkpoint
 
 
@@ -263,7 +263,7 @@ class Loop:
         if counters.in_a_row < options.rollback_after:
             return
         self.saver.wait()
-        checkpoint = find_latest_together(self.run.world, self.checkpoints) or self.start
+        checkpoint = find_latest(self.checkpoints, world=self.run.world) or self.start
         if checkpoint is None or counters.rollbacks_in_a_row >= options.stop_after:
             self._give_up(outcome, checkpoint)
         else:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.read import dump_config, flatten, read_keys
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
@@ -126,20 +126,20 @@ def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
             f"run_dir {run_dir} holds {present[0]} but no {CONFIG_FILE}, so it is not a run; "
             "choose another directory"
         )
-    own = files.list_steps(run_dir / CHECKPOINTS)
+    own = steps.list_steps(run_dir / CHECKPOINTS)
     if not own and CONFIG_FILE in present:
         _nothing_lost(config)
     if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
         return None
-    checkpoint = files.resolve(Path(config.resume))
-    step = files.step_of(checkpoint)
+    checkpoint = steps.resolve(Path(config.resume))
+    step = steps.step_of(checkpoint)
     if own and checkpoint.resolve().parent != (run_dir / CHECKPOINTS).resolve():
         raise UserError(
             f"run_dir {run_dir} holds checkpoints of its own, the newest {own[0].name}, and "
             f"{checkpoint} is another run's: go on from the newest with --resume auto, or use "
             "another run_dir"
         )
-    later = [d.name for d in reversed(own) if files.step_of(d) > step]
+    later = [d.name for d in reversed(own) if steps.step_of(d) > step]
     if later:
         raise UserError(
             f"{run_dir / CHECKPOINTS} holds checkpoints beyond step {step} ({', '.join(later)}), "

@@ -18,7 +18,7 @@ from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid import HybridLM, UserError
 from nemo_hybrid.checkpoint import tensors
 from nemo_hybrid.checkpoint.convert import REPORT, import_directory
-from nemo_hybrid.checkpoint.files import verify
+from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import is_stacked, to_hub
 from nemo_hybrid.checkpoint.weights import account, load_weights, read_headers

@@ -13,12 +13,10 @@ import pytest
 from checkpoint.conftest import Toy
 from helpers.corruption import cases, undetected
 from helpers.once import once
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import directory, manifest, steps
 from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
     World,
-    find_latest_together,
-    verify_together,
+    verify,
 )
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
@@ -72,8 +70,7 @@ def test_the_matrix_notices_damage_that_is_not_detected(
     three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the checksums, a flipped bit of a weight goes through."""
-    verify = files.verify
-    monkeypatch.setattr(files, "verify", lambda directory, deep: verify(directory, deep=False))
+    monkeypatch.setattr(steps, "damaged_file", lambda world, directory, records: None)
     flips = [c for c in cases(three) if c.kind == "bit flipped" and c.detail.startswith("model-")]
     assert flips
     for case in flips:
@@ -85,20 +82,20 @@ def test_every_rank_hashes_a_share(
 ) -> None:
     """Damage that one rank alone sees is passed by on all; all files are hashed, each once."""
     checkpoints = Path(shutil.copytree(three, tmp_path / "checkpoints"))
-    newest, before, _ = files.list_steps(checkpoints)
+    newest, before, _ = steps.list_steps(checkpoints)
     hashed: list[Path] = []
 
     def hash_file(path: Path) -> str:
         hashed.append(path)
         return whole(path)
 
-    whole = files.hash_file
-    monkeypatch.setattr(files, "hash_file", hash_file)
+    whole = directory.hash_file
+    monkeypatch.setattr(directory, "hash_file", hash_file)
 
     def find(world: World) -> Path | None:
-        return find_latest_together(world, checkpoints)
+        return steps.find_latest(checkpoints, world=world)
 
-    names = sorted(p.name for p in newest.iterdir() if p.name != files.MANIFEST)
+    names = sorted(p.name for p in newest.iterdir() if p.name != manifest.MANIFEST)
     for size in (1, 3, len(names) + 2):
         hashed.clear()
         assert in_ranks(size, find) == [newest] * size
@@ -107,7 +104,7 @@ def test_every_rank_hashes_a_share(
         content = (newest / name).read_bytes()
         (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert in_ranks(3, find) == [before] * 3
-        for error in in_ranks(3, lambda world: verify_together(world, newest)):
+        for error in in_ranks(3, lambda world: verify(newest, world=world)):
             assert str(newest / name) in str(error)
         (newest / name).write_bytes(content)
 
@@ -116,7 +113,7 @@ def test_only_a_wrong_checksum_leads_to_an_older_checkpoint(
     three: Path, in_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One rank that cannot read a file, or sees no manifest, is no reason to lose steps."""
-    newest = files.list_steps(three)[0]
+    newest = steps.list_steps(three)[0]
 
     def read_manifest(directory: Path) -> Any:
         assert threading.current_thread().name == "rank 0"
@@ -127,12 +124,12 @@ def test_only_a_wrong_checksum_leads_to_an_older_checkpoint(
 
     def find(world: World) -> Path | None:
         threading.current_thread().name = f"rank {world.rank}"
-        return find_latest_together(world, three)
+        return steps.find_latest(three, world=world)
 
-    whole = files.read_manifest
-    monkeypatch.setattr(files, "read_manifest", read_manifest)
+    whole = directory.read_manifest
+    monkeypatch.setattr(directory, "read_manifest", read_manifest)
     assert in_ranks(2, find) == [newest] * 2
-    monkeypatch.setattr(files, "hash_file", unreadable)
+    monkeypatch.setattr(directory, "hash_file", unreadable)
     assert all("Input/output error" in str(error) for error in in_ranks(2, find))
 
 
@@ -144,7 +141,7 @@ def test_a_start_passes_by_what_is_damaged_or_refuses_it(
     checkpoints = tmp_path / "run/checkpoints"
 
     def newest() -> Path | None:
-        return find_latest_together(OneProcess(), checkpoints)
+        return steps.find_latest(checkpoints)
 
     with RunLock(config) as lock:
         claim_run(config, lock)
@@ -158,9 +155,9 @@ def test_a_start_passes_by_what_is_damaged_or_refuses_it(
         config.resume = str(damaged.parent)
         assert open_run(config, lock) == damaged.parent
         with pytest.raises(UserError, match=str(damaged)):
-            verify_together(OneProcess(), damaged.parent)
+            verify(damaged.parent)
         for step in (1, 2):
             (checkpoints / f"step_0000000{step}/config.json").unlink()
         with pytest.raises(UserError, match="none of the 3 checkpoints"):
             newest()
-    assert find_latest_together(OneProcess(), tmp_path) is None
+    assert steps.find_latest(tmp_path) is None

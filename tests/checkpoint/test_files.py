@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest, steps
 from nemo_hybrid.checkpoint.directory import (
     OneProcess,
     new_directory,
+    verify,
     write_directory,
 )
-from nemo_hybrid.checkpoint.files import CheckpointError, find_latest, prune, resolve, verify
+from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.state import load_state
+from nemo_hybrid.checkpoint.steps import find_latest, prune, resolve
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import FileRecord, hash_file, replace_file, write_file
 
@@ -104,7 +106,7 @@ def test_a_save_that_dies_anywhere(tmp_path, monkeypatch, toy, other_toy, act, w
             assert any(isinstance(r, Killed) for r in results)
             left_behind += len(list(tmp_path.glob(".tmp-step*")))
         newest = find_latest(tmp_path)
-        step = files.step_of(newest)
+        step = steps.step_of(newest)
         assert torch.equal(read_step(newest, toy), old if step == 1 else new)
         survived[step] += 1
         saboteur.arm(-1, act)
@@ -223,14 +225,14 @@ def test_shallow_verification_sees_sizes_only(tmp_path, toy) -> None:
 
 def test_wrong_manifests(tmp_path, toy) -> None:
     path = toy.save(tmp_path, 1)[0]
-    manifest = path / "manifest.json"
-    good = json.loads(manifest.read_text())
-    outside = files.manifest_text({"../latest": FileRecord(1, "")})
-    broken = files.to_json({"files": {"a": 1}, "sha256": ""})
-    empty = files.to_json({"files": [], "sha256": ""})
-    for wrong in ("[]", "{}", empty, broken, outside, files.to_json(good | {"sha256": "0"})):
-        manifest.write_text(wrong)
-        with pytest.raises(CheckpointError, match=str(manifest)):
+    written = path / "manifest.json"
+    good = json.loads(written.read_text())
+    outside = manifest.manifest_text({"../latest": FileRecord(1, "")})
+    broken = manifest.to_json({"files": {"a": 1}, "sha256": ""})
+    empty = manifest.to_json({"files": [], "sha256": ""})
+    for wrong in ("[]", "{}", empty, broken, outside, manifest.to_json(good | {"sha256": "0"})):
+        written.write_text(wrong)
+        with pytest.raises(CheckpointError, match=str(written)):
             verify(path)
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import read_tokenizer
-from nemo_hybrid.checkpoint.files import CheckpointError, verify
+from nemo_hybrid.checkpoint.directory import verify
+from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.state import (
     KINDS,
     Fragment,
@@ -164,7 +165,7 @@ def test_wanted_fragments_that_do_not_fit(tmp_path, toy) -> None:
         load_state(path, [Fragment("absent", 0, 3, (3,))])
     index = json.loads((path / "optimizer.index.json").read_text())
     index["lm_head.weight"]["fragments"].pop()
-    (path / "optimizer.index.json").write_text(files.to_json(index))
+    (path / "optimizer.index.json").write_text(manifest.to_json(index))
     with pytest.raises(CheckpointError, match=r"no optimizer state of lm_head.weight\[\d+\]"):
         load_state(path, [Fragment("lm_head.weight", 0, 384, (32, 12))])
 
@@ -174,11 +175,11 @@ def test_an_index_of_anything_else_is_refused(tmp_path, toy, piece) -> None:
     path = toy.save(tmp_path, 1, 1)[0]
     index = json.loads((path / "optimizer.index.json").read_text())
     index["lm_head.weight"]["fragments"] = [piece]
-    (path / "optimizer.index.json").write_text(files.to_json(index))
+    (path / "optimizer.index.json").write_text(manifest.to_json(index))
     with pytest.raises(CheckpointError, match="is not an optimizer index"):
         load_state(path, [Fragment("lm_head.weight", 0, 3, (32, 12))])
     index["lm_head.weight"] = {"shape": ["a"], "fragments": []}
-    (path / "optimizer.index.json").write_text(files.to_json(index))
+    (path / "optimizer.index.json").write_text(manifest.to_json(index))
     with pytest.raises(CheckpointError, match="is not an optimizer index"):
         load_state(path, [Fragment("lm_head.weight", 0, 3, (32, 12))])
 

@@ -17,7 +17,7 @@ from helpers.memory import with_helpers
 from helpers.nemotron_h_oracle import load_theirs, transformers_twin
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid import HybridLM, UserError
-from nemo_hybrid.checkpoint.files import verify
+from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, tensor_bytes

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_hybrid.checkpoint import files
+from nemo_hybrid.checkpoint import manifest, steps
 from nemo_hybrid.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Case:
 def cases(checkpoints: Path, seed: int = 0) -> Iterator[Case]:
     """Every kind of damage, to every file; ``checkpoints`` holds at least three, all whole."""
     draw = random.Random(seed)
-    newest, before, oldest = (d.name for d in files.list_steps(checkpoints)[:3])
+    newest, before, oldest = (d.name for d in steps.list_steps(checkpoints)[:3])
     for path in sorted((checkpoints / newest).iterdir()):
         name, size = path.name, path.stat().st_size
         there, place, bit = f"{newest}/{name}", draw.randrange(size), draw.randrange(8)
@@ -57,31 +57,32 @@ def cases(checkpoints: Path, seed: int = 0) -> Iterator[Case]:
         other = checkpoints / before / name
         if other.read_bytes() != path.read_bytes():
             # A manifest that fits another step is whole in itself: some file does not fit it.
-            named = newest if name == files.MANIFEST else there
+            named = newest if name == manifest.MANIFEST else there
             yield Case("swapped between two steps", name, swap, named, oldest)
-    manifest = f"{newest}/{files.MANIFEST}"
+    wrong = f"{newest}/{manifest.MANIFEST}"
     for what, text in {"empty": "", "no object": "[]", "no files": '{"files": {}}'}.items():
 
         def write(root: Path, text: str = text) -> None:
-            (root / manifest).write_text(text)
+            (root / wrong).write_text(text)
 
-        yield Case("wrong manifest", what, write, manifest, before)
+        yield Case("wrong manifest", what, write, wrong, before)
     for what, text in {"empty": "", "dangling": "step_99999999\n", "outside": "../x\n"}.items():
 
         def point(root: Path, text: str = text) -> None:
-            (root / files.LATEST).write_text(text)
+            (root / steps.LATEST).write_text(text)
 
-        yield Case("wrong `latest`", what, point, files.LATEST, newest)
-    yield Case("wrong `latest`", "absent", lambda r: (r / files.LATEST).unlink(), "latest", newest)
+        yield Case("wrong `latest`", what, point, steps.LATEST, newest)
+    yield Case("wrong `latest`", "absent", lambda r: (r / steps.LATEST).unlink(), "latest", newest)
 
     def promise(root: Path) -> None:
         (root / "step_99999998").mkdir()
-        (root / files.LATEST).write_text("step_99999998\n")
+        (root / steps.LATEST).write_text("step_99999998\n")
 
-    yield Case("empty directory of a step", "", promise, f"step_99999998/{files.MANIFEST}", newest)
+    named = f"step_99999998/{manifest.MANIFEST}"
+    yield Case("empty directory of a step", "", promise, named, newest)
 
     def all_of_them(root: Path) -> None:
-        for directory in files.list_steps(root):
+        for directory in steps.list_steps(root):
             os.truncate(directory / "config.json", 3)
 
     yield Case("all damaged", "", all_of_them, "checkpoints", None)
@@ -102,16 +103,16 @@ def undetected(case: Case, checkpoints: Path, scratch: Path) -> str | None:
     root = scratch / "checkpoints"
     shutil.copytree(checkpoints, root)
     said = _Said()
-    files.log.addHandler(said)
+    steps.log.addHandler(said)
     try:
         case.apply(root)
-        chosen = files.find_latest(root)
+        chosen = steps.find_latest(root)
         taken = chosen.name if chosen else "a fresh start"
     except UserError as error:
         taken = None
         said.text += str(error)
     finally:
-        files.log.removeHandler(said)
+        steps.log.removeHandler(said)
         shutil.rmtree(root)
     if taken != case.taken:
         return f"{taken} was taken, not {case.taken}"

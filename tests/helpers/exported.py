@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.nvfp4_formula import E2M1
 from helpers.tiny_models import loud_model, random_ids, tiny_config
-from nemo_hybrid.checkpoint.files import manifest_text
+from nemo_hybrid.checkpoint.manifest import manifest_text
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.export.layout import Target

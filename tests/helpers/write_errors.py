@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_hybrid import cli, files
-from nemo_hybrid.checkpoint.files import find_latest
+from nemo_hybrid.checkpoint.steps import find_latest
 from nemo_hybrid.parallel.world import World
 
 

@@ -271,7 +271,7 @@ def test_test_files_have_different_names() -> None:
     ("path", "source"),
     [
         ("nemo_hybrid/config/a.py", "import nemo_hybrid.data.store"),
-        ("nemo_hybrid/files.py", "from nemo_hybrid.checkpoint.files import FileRecord"),
+        ("nemo_hybrid/files.py", "from nemo_hybrid.checkpoint.directory import Writer"),
         ("nemo_hybrid/data/a.py", "from nemo_hybrid.model.hybrid import HybridLM"),
         ("nemo_hybrid/model/a.py", "def f():\n    from nemo_hybrid.checkpoint import load"),
         ("nemo_hybrid/data/a.py", "from nemo_hybrid import HybridLM"),

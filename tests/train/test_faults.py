@@ -20,7 +20,7 @@ from helpers.corpus import flip_byte
 from helpers.launcher import Job, differences, kill, steps_recorded
 from helpers.once import once
 from helpers.processes import TESTS, Finished, run_python
-from nemo_hybrid.checkpoint.files import find_latest
+from nemo_hybrid.checkpoint.steps import find_latest
 from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
