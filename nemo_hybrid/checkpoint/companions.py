@@ -37,6 +37,11 @@ class Companions:
     eos_token_ids: list[int] | None = None
     stop_ids: list[int] | None = None
 
+    @property
+    def ends(self) -> list[int]:
+        """All ids that end a text as the lists have it."""
+        return [*(self.eos_token_ids or ()), *(self.stop_ids or ())]
+
 
 def read_companions(directory: Path) -> Companions:
     """Read what a Hugging Face directory, or a token store, holds of them.

@@ -35,16 +35,21 @@ class EvalOptions(CommandOptions):
     """Tokens per sequence."""
 
 
-def _open(options: EvalOptions, shape: ModelConfig) -> tuple[Blend | PackedSamples, int]:
+def _open(
+    options: EvalOptions, shape: ModelConfig, directory: Path
+) -> tuple[Blend | PackedSamples, int]:
     """A token store, or samples for fine-tuning in packs that hold the longest of them; and the
     length of its rows."""
+    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.data.loader import open_blend
     from nemo_hybrid.data.packing import PackedSamples, open_stores
     from nemo_hybrid.data.store import TRAIN, holds_samples
 
     length = options.sequence_length
     if not holds_samples(Path(options.data) / TRAIN):
-        return open_blend(DataOptions(path=options.data, sequence_length=length), shape), length
+        data = DataOptions(path=options.data, sequence_length=length)
+        ends = read_companions(directory).ends
+        return open_blend(data, shape, ends, directory / "config.json"), length
     train, heldout = open_stores(Path(options.data))
     length = max(length, *(int(store.lengths.max()) for store in (train, heldout) if store))
     return PackedSamples(train, heldout, length, shape.pad_token_id), length
@@ -63,7 +68,7 @@ def eval_command(options: EvalOptions) -> None:
 
     directory = locate(options.from_)
     model = load_model(directory)
-    rows, length = _open(options, model.config)
+    rows, length = _open(options, model.config, directory)
     require_tokenizer(rows, directory)
     if not rows.heldout:
         raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")

@@ -13,7 +13,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -220,11 +220,17 @@ def digest(store: Store) -> str:
     return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
 
 
-def open_blend(data: DataOptions, model: ModelConfig) -> Blend:
+def open_blend(
+    data: DataOptions,
+    model: ModelConfig,
+    ends: Collection[int] = (),
+    config: Path | None = None,
+) -> Blend:
     """Open and check what data.path or data.blend names. Raises UserError.
 
     All stores must share one tokenizer, whose ids and end-of-sequence token fit the model, and
-    hold at least one training sequence.
+    hold at least one training sequence. ``ends``: ids that end a text beside model.eos_token_id;
+    ``config``: the file that the model's ids are written in, None for options.
     """
     weights = dict(data.blend) or {str(data.path): 1.0}
     train = [Store.open(Path(p) / TRAIN, verify=data.verify) for p in weights]
@@ -246,10 +252,14 @@ def open_blend(data: DataOptions, model: ModelConfig) -> Blend:
                 f"{store.path} has token ids up to {info.vocab_size - 1}: set model.vocab_size "
                 f"({model.vocab_size}) to at least {info.vocab_size}"
             )
-        if info.eos_id != model.eos_token_id:
+        if info.eos_id not in (model.eos_token_id, *ends):
+            listed = f"eos_token_id in {config}" if config else "model.eos_token_id"
+            known = ", ".join(map(str, dict.fromkeys((model.eos_token_id, *ends))))
             raise UserError(
-                f"{store.path} ends documents with token {info.eos_id}, model.eos_token_id is "
-                f"{model.eos_token_id}"
+                f"{store.path} ends documents with token {info.eos_id}, the model ends them with "
+                f"{known}: {'add' if config else 'set'} {info.eos_id} {'to' if config else 'as'} "
+                f"{listed}, or prepare the data with a tokenizer whose tokenizer_config.json names "
+                "another eos_token"
             )
     for store in train:
         if not store.windows(data.sequence_length):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
@@ -139,7 +140,8 @@ def _pieces(
         )
     if not path.is_dir():
         return list(_text_ids(data, directory, config, tokens)[None].split(length, 1))
-    blend = open_blend(DataOptions(path=data, sequence_length=length), config)
+    options, ends = DataOptions(path=data, sequence_length=length), read_companions(directory).ends
+    blend = open_blend(options, config, ends, directory / "config.json")
     require_tokenizer(blend, directory)
     if split == "train":
         rows = min(rows, sum(store.windows(length) for store in blend.train))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.documents import prepare
 from nemo_hybrid.data.loader import Blend, open_blend
@@ -19,7 +20,11 @@ class Pretrain(StoreRecipe[RunConfig, Blend]):
         data = self.config.data
         world.from_rank_0(self._make_default_corpus)
         with world.agreed():
-            blend = open_blend(data, self.shape)
+            if self.origin is None:
+                blend = open_blend(data, self.shape)
+            else:
+                ends = read_companions(self.origin).ends
+                blend = open_blend(data, self.shape, ends, self.origin / "config.json")
             if self.config.train.eval_sequences and not blend.heldout:
                 raise UserError(
                     "the data has no held-out part: prepare it with --heldout above 0, or set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.processes import TESTS
 from helpers.tiny_models import tiny_config
 from nemo_hybrid.checkpoint.directory import OneProcess
+from nemo_hybrid.commands import evaluate
 from nemo_hybrid.config.finetune import FinetuneConfig, LoraOptions
-from nemo_hybrid.config.run import ModelOptions, RunConfig
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.calibrate import read_pieces
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.recipes import recipe_of
 from nemo_hybrid.recipes.adapt import Adapt
@@ -53,3 +58,31 @@ def test_an_adapter_is_no_beginning_of_any_run(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(UserError, match="holds an adapter: add it to its weights first"):
             opened(recipe_of(config), monkeypatch)
     assert isinstance(recipe_of(RunConfig()), Pretrain)
+
+
+@pytest.mark.parametrize("listed", ["config.json", "generation_config.json", None])
+def test_texts_end_with_any_token_that_the_model_lists(listed: str | None, tmp_path: Path) -> None:
+    """In pre-training, evaluation and calibration: the first of them is the model's own."""
+    store, base = write_corpus(tmp_path / "store", documents=40), tmp_path / "base"
+    HybridLM(HybridConfig(**{**TINY_MODEL, "pattern": "-", "eos_token_id": 5})).save_hf(str(base))
+    shutil.copy(store / "tokenizer.json", base)
+    if listed:
+        said = json.loads((base / listed).read_text())
+        (base / listed).write_text(json.dumps({**said, "eos_token_id": [5, EOS]}))
+    shape = HybridConfig.from_hf(str(base))
+    assert shape.eos_token_id == 5
+    data = DataOptions(path=str(store), sequence_length=16)
+    pretrain = Pretrain(RunConfig(model=ModelOptions(from_hf=str(base)), data=data))
+    options = evaluate.EvalOptions(from_=str(base), data=str(store), sequence_length=16)
+    for read in (
+        lambda: pretrain.open_data(OneProcess(), None),  # type: ignore[arg-type]
+        lambda: evaluate._open(options, shape, base),
+        lambda: read_pieces(str(store), base, shape, 32, length=16),
+    ):
+        if listed:
+            assert read()
+            continue
+        with pytest.raises(UserError) as e:
+            read()
+        assert f"ends documents with token {EOS}, the model ends them with 5: add" in str(e.value)
+        assert f"to eos_token_id in {base / 'config.json'}, or" in str(e.value)
