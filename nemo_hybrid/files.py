@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 TEMPORARY = ".tmp-"
 """Start of the names of unfinished files and directories."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 16 << 20
 _CHUNKS_AHEAD = 64  # written, but not hashed yet
 _HASHED_AT_ONCE = 1 << 18  # bytes; they stay in the core's cache
@@ -43,11 +44,26 @@ class FileRecord:
 
 @contextmanager
 def naming(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, permission, ...) into a UserError that names the path."""
+    """Turn an OSError (disk full, permission, ...) into a UserError that names the path; a file to
+    "read" must be more than a pointer to itself."""
     try:
+        if action == "read":
+            refuse_pointer(path)
         yield
     except OSError as error:
         raise UserError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError for what git leaves in place of a large file that was not fetched. Whatever
+    else is wrong with the path is left to its reader."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(
+                    f"{path} is a Git LFS pointer and not the file itself: run `git lfs pull` in "
+                    "the clone that it came with"
+                )
 
 
 class NewFile:

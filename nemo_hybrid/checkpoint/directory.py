@@ -24,6 +24,7 @@ from nemo_hybrid.files import (
     FileRecord,
     hash_file,
     naming,
+    refuse_pointer,
     side_by_side,
     sync_directory,
     whole_directory,
@@ -187,6 +188,7 @@ def _check_sizes(directory: Path) -> dict[str, FileRecord]:
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"damaged checkpoint: {path} is not a regular file")
         if found.st_size != record.size:
+            refuse_pointer(path)
             raise CheckpointError(
                 f"damaged checkpoint: {path} has {found.st_size} bytes, should have {record.size}"
             )

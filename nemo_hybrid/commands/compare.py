@@ -27,6 +27,7 @@ from nemo_hybrid.config.base import (
 )
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import naming
 from nemo_hybrid.terminal import print_table
 
 if TYPE_CHECKING:
@@ -239,12 +240,11 @@ def _words(options: CompareOptions) -> str | None:
         return options.prompt
     longest_token = 64  # characters; a text of longer ones gives fewer tokens
     try:
-        with open(options.data, encoding="utf-8", newline="") as file:
+        path = Path(options.data)
+        with naming("read", path), open(path, encoding="utf-8", newline="") as file:
             return file.read(options.tokens * longest_token)
     except UnicodeDecodeError:
         raise UserError(f"{options.data} is not a UTF-8 text file") from None
-    except OSError as error:
-        raise UserError(f"cannot read {options.data}: {error.strerror}") from None
 
 
 def _encode(tokenizer: TextTokenizer, words: str | None) -> Tensor:

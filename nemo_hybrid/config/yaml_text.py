@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import refuse_pointer
 
 # YAML 1.1 reads 1e-3 as a string, because it wants a dot. We read it as everybody means it.
 _FLOAT = re.compile(
@@ -63,6 +64,7 @@ for _class in (_Loader, _Dumper):
 def read_yaml(file: Path) -> dict[str, Any]:
     """Content of a YAML file that holds a mapping; an empty file is an empty mapping."""
     try:
+        refuse_pointer(file)
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError:
         raise UserError(f"{file}: not a UTF-8 text file") from None

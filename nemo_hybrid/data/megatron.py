@@ -10,6 +10,7 @@ import numpy as np
 
 from nemo_hybrid.data.sources import Document, Source
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import refuse_pointer
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -51,6 +52,7 @@ def _open(path: Path) -> tuple[np.memmap, np.memmap, np.memmap, np.memmap]:
     """
     index = path.with_suffix(".idx")
     try:
+        refuse_pointer(index)
         with open(index, "rb") as f:
             header = f.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):

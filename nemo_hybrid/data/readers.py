@@ -19,10 +19,11 @@ from nemo_hybrid.data.sources import (
     Record,
     Source,
     Unusable,
+    content_files,
     unpacked,
 )
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
+from nemo_hybrid.files import naming, refuse_pointer
 
 _ROWS = 256  # of a table, read at once
 _PIECE = 1 << 20  # characters of a JSON array, read at once
@@ -256,6 +257,8 @@ def _read_parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Rec
 def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Record | Unusable]:
     from datasets import load_from_disk
 
+    for file in content_files(source):
+        refuse_pointer(file)
     try:
         dataset = load_from_disk(str(source.path))
         _check_columns(source, dataset.column_names, columns)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import NewFile, hash_file, sync_directory, write_file
+from nemo_hybrid.files import NewFile, hash_file, refuse_pointer, sync_directory, write_file
 
 TOKENS = "nemo_hybrid token store"
 SAMPLES = "nemo_hybrid sample store"
@@ -347,6 +347,7 @@ def _entry_size(entry: object) -> int:
 
 def _check_file(path: Path, entry: dict[str, Any], verify: Verify) -> None:
     size = path.stat().st_size
+    refuse_pointer(path)
     if size != entry["size"]:
         raise UserError(
             f"{path} has {size} bytes, store.json says {entry['size']}; prepare the store again"

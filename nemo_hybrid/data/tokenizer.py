@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nemo_hybrid.data.added_tokens import ADDED, CONFIG, MAP, add_declared, read_declared
 from nemo_hybrid.data.store import TOKENIZER
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import json_bytes, parse_json
+from nemo_hybrid.files import json_bytes, parse_json, refuse_pointer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -207,10 +207,10 @@ def _read(directory: Path) -> tuple[Tokenizer, dict[str, bytes]]:
 
     name = directory / TOKENIZER
     try:
-        files = {TOKENIZER: name.read_bytes()}
-        for extra in _READ:
-            if (directory / extra).is_file():
-                files[extra] = (directory / extra).read_bytes()
+        there = [TOKENIZER, *(extra for extra in _READ if (directory / extra).is_file())]
+        for file in there:
+            refuse_pointer(directory / file)
+        files = {file: (directory / file).read_bytes() for file in there}
     except OSError as e:
         raise UserError(
             f"cannot read the tokenizer {name}: {e.strerror}; name a directory with a Hugging Face "
