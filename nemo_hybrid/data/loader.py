@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -217,7 +217,8 @@ class Blend:
 
 def digest(store: Store) -> str:
     """One checksum for all files of a store."""
-    return hashlib.sha256(json.dumps(store.info.files, sort_keys=True).encode()).hexdigest()
+    files = {name: asdict(record) for name, record in store.info.files.items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def open_blend(

@@ -4,8 +4,10 @@ datasets and Megatron pairs; and what is left out of directories, by name."""
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
+import json
 import lzma
 import os
 import re
@@ -33,7 +35,10 @@ _PACKINGS = {
     rb"\(\xb5/\xfd|[\x50-\x5f]\*M\x18": "zstd",
     rb"\x04\x22M\x18": "lz4",
 }
-_PACKED_ENDING = re.compile(r"\.(gz|gzip|bz2|xz|zst|zstd|lz4)$", re.IGNORECASE)
+_SAYS_NOTHING = re.compile(
+    r"(\.(gz|gzip|bz2|xz|zst|zstd|lz4|bak|old|orig|tmp|part)|[.-]\d+(-of-\d+)?|~)+$", re.IGNORECASE
+)
+"""Ends of names behind that which tells what a file is: data.jsonl.gz, data.csv-00000-of-00002."""
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 """What reading a compressed file raises beside OSError."""
 _NOT_TEXT = {
@@ -83,7 +88,7 @@ class Source:
 
     @property
     def ending(self) -> str:
-        """Of the file's name, without that of a compressed file."""
+        """Of the file's name, without what says nothing of its content."""
         return _ending(self.path)
 
 
@@ -152,16 +157,13 @@ def find_sources(paths: Sequence[str | Path]) -> Found:
 def find_samples(paths: Sequence[str | Path]) -> Found:
     """What the paths name of files of records, .txt files and saved datasets; other files of
     directories are left out. Raises UserError for a path with others alone."""
-    every = Found()
+    every, fitting = Found(), {*_ENDINGS, ".txt"}
     for path in paths:
-        found = find_sources([path])
-        others = [
-            s
-            for s in found.sources
-            if s.kind == "megatron"
-            or (s.kind in ("text", "other") and s.ending not in {*_ENDINGS, ".txt"})
-        ]
-        if others and others == found.sources:
+        found, fits, others = find_sources([path]), list[Source](), list[Source]()
+        for source in found.sources:
+            vague = source.kind in ("text", "other") and source.ending not in fitting
+            (others if vague or source.kind == "megatron" else fits).append(source)
+        if others and not fits:
             what = others[0].why or "no file of samples"
             if others[0].kind == "megatron":
                 what = "Megatron data, which does not say what is learnt: it serves pre-training"
@@ -169,7 +171,7 @@ def find_samples(paths: Sequence[str | Path]) -> Found:
                 f"{others[0].path} is {what}; name .jsonl, .json, .csv, .tsv, .parquet or .txt "
                 "files, or a dataset saved by Hugging Face datasets"
             )
-        every.sources += [s for s in found.sources if s not in others]
+        every.sources += fits
         every.left_out += found.left_out
         every.left_out += [("files of other kinds", s.path) for s in others]
     return every
@@ -343,14 +345,26 @@ def _file_source(path: Path, key: str) -> Source:
         other = "not text but binary"
     if other:
         return replace(source, kind="other", why=other)
-    # Files that were written in parts often have names without a usual ending.
-    if not ending[1:].isalpha() and re.match(rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*\{)', head):
-        return replace(source, kind="json")
-    return source
+    records = source.kind == "text" and ending not in (".txt", ".md") and _begins_with_json(head)
+    return replace(source, kind="json") if records else source
+
+
+def _begins_with_json(head: bytes) -> bool:
+    """Whether the first line is an object, as far as it is there, or an array of objects begins."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    line, end, _ = text.partition(b"\n")
+    if re.match(rb'\[\s*\{\s*"', text):
+        return True
+    if not end and len(head) == _HEAD:
+        return text.startswith(b'{"')
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _ending(path: Path) -> str:
-    return Path(_PACKED_ENDING.sub("", path.name)).suffix.lower()
+    return Path(_SAYS_NOTHING.sub("", path.name)).suffix.lower()
 
 
 def _without_cards(sources: list[Source], found: Found) -> list[Source]:

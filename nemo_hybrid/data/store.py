@@ -20,16 +20,25 @@ from __future__ import annotations
 import array
 import json
 from bisect import bisect_right
-from dataclasses import KW_ONLY, asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import NewFile, hash_file, refuse_pointer, sync_directory, write_file
+from nemo_hybrid.files import (
+    FileRecord,
+    NewFile,
+    hash_file,
+    refuse_pointer,
+    sync_directory,
+    write_file,
+)
 
 TOKENS = "nemo_hybrid token store"
 SAMPLES = "nemo_hybrid sample store"
@@ -45,13 +54,12 @@ RECORD = "prepare.json"
 INDEX = "documents.npy"
 TOKENIZER = "tokenizer.json"
 SHARD_TOKENS = 1 << 28
-_ITEM_SIZES = {"<u2": 2, "<u4": 4}
 
 Verify = Literal["full", "size"]
 N = TypeVar("N", bound=np.generic)
 
 
-@dataclass(frozen=True)
+@checked(config={"strict": True}, frozen=True)
 class StoreInfo:
     """What store.json says."""
 
@@ -63,7 +71,7 @@ class StoreInfo:
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
-    files: dict[str, Any]
+    files: dict[str, FileRecord]
     sources: dict[str, Any]
 
 
@@ -101,7 +109,7 @@ class StoreWriter:
         self.dtype = np.dtype(token_dtype(self.vocab_size))
         self.tokens = 0
         self._starts = array.array("q", [0])
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, FileRecord] = {}
         self._shard: dict[str, NewFile] = {}
         self._format = ""
 
@@ -142,7 +150,7 @@ class StoreWriter:
         self._close_shard()
         with NewFile(self.path / INDEX) as index:
             np.save(index, np.array(self._starts, dtype="<i8"), allow_pickle=False)
-        self._files[INDEX] = asdict(index.record)
+        self._files[INDEX] = index.record
         info = StoreInfo(
             format=self._format,
             version=VERSION,
@@ -166,7 +174,7 @@ class StoreWriter:
 
     def _close_shard(self) -> None:
         for file in self._shard.values():
-            self._files[file.path.name] = asdict(file.finish())
+            self._files[file.path.name] = file.finish()
         self._shard = {}
 
 
@@ -287,7 +295,8 @@ def _shards_of(info: StoreInfo) -> int:
 def _read_info(path: Path, wanted: str) -> StoreInfo:
     name = path / "store.json"
     try:
-        raw = json.loads(name.read_bytes())
+        content = name.read_bytes()
+        raw = json.loads(content)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
             f"{path} is not {_CONTENT[wanted]} (it has no store.json); make one with "
@@ -308,49 +317,37 @@ def _read_info(path: Path, wanted: str) -> StoreInfo:
             f"{name} has format version {raw.get('version')!r}, this program reads {VERSION}; "
             "prepare the store again with this version"
         )
-    kinds = {"str": str, "int": int, "dict[str, Any]": dict}
-    for f in fields(StoreInfo):
-        # bool is an int to isinstance, so compare types.
-        if type(raw.get(f.name)) is not kinds[str(f.type)]:
-            raise UserError(f"{name}: {f.name} is missing or malformed; prepare the store again")
-    info = StoreInfo(**{f.name: raw[f.name] for f in fields(StoreInfo)})
-    sizes = {file: _entry_size(entry) for file, entry in info.files.items()}
-    item = _ITEM_SIZES.get(info.dtype, 0)
-    numbers = range(_shards_of(info))
-    shards = [sizes.get(shard_name(i), -1) for i in numbers]
-    expected = {INDEX: max(1, sizes.get(INDEX, -1))} | {
-        shard_name(i): size for i, size in zip(numbers, shards, strict=True)
-    }
-    if wanted == SAMPLES and item:
-        for i, size in zip(numbers, shards, strict=True):
-            expected[shard_name(i, "targets")] = size // item
+    try:
+        info = TypeAdapter(StoreInfo).validate_json(content)
+    except ValidationError as e:
+        field = e.errors()[0]["loc"][0]
+        raise UserError(f"{name}: {field} is missing or malformed; prepare the store again") from e
+    sizes = {file: record.size for file, record in info.files.items()}
+    dtype = np.dtype(token_dtype(info.vocab_size))
+    shards = [sizes.get(shard_name(i), 0) for i in range(_shards_of(info))]
+    expected = {INDEX: sizes.get(INDEX)} | {shard_name(i): size for i, size in enumerate(shards)}
+    if wanted == SAMPLES:
+        targets = (size // dtype.itemsize for size in shards)
+        expected |= {shard_name(i, "targets"): size for i, size in enumerate(targets)}
     consistent = (
         sizes == expected
-        and item > 0
-        and info.dtype == token_dtype(info.vocab_size)
+        and info.dtype == dtype.str
         and 0 <= info.eos_id < info.vocab_size
         and info.tokens >= info.documents > 0
-        and all(size > 0 and size % item == 0 for size in shards)
-        and sum(shards) == info.tokens * item
+        and all(size > 0 and size % dtype.itemsize == 0 for size in shards)
+        and sum(shards) == info.tokens * dtype.itemsize
     )
     if not consistent:
         raise UserError(f"{name} contradicts itself; prepare the store again")
     return info
 
 
-def _entry_size(entry: object) -> int:
-    """Size of a file's entry in store.json, -1 if the entry is malformed."""
-    if isinstance(entry, dict) and type(entry.get("size")) is int:
-        return int(entry["size"]) if isinstance(entry.get("sha256"), str) else -1
-    return -1
-
-
-def _check_file(path: Path, entry: dict[str, Any], verify: Verify) -> None:
+def _check_file(path: Path, entry: FileRecord, verify: Verify) -> None:
     size = path.stat().st_size
     refuse_pointer(path)
-    if size != entry["size"]:
+    if size != entry.size:
         raise UserError(
-            f"{path} has {size} bytes, store.json says {entry['size']}; prepare the store again"
+            f"{path} has {size} bytes, store.json says {entry.size}; prepare the store again"
         )
-    if verify == "full" and hash_file(path) != entry["sha256"]:
+    if verify == "full" and hash_file(path) != entry.sha256:
         raise UserError(f"{path} is damaged (its SHA-256 differs); prepare the store again")

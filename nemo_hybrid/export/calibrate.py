@@ -19,6 +19,7 @@ from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokenizer
 from nemo_hybrid.data.packing import PackedSamples, open_stores
+from nemo_hybrid.data.sources import find_sources
 from nemo_hybrid.data.store import TRAIN, holds_samples
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
@@ -133,12 +134,13 @@ def _pieces(
     data = str(path)
     if holds_samples(path / TRAIN):
         return _of_samples(path, directory, config, tokens, split, length)
-    if path.suffix in (".jsonl", ".parquet"):
-        raise UserError(
-            f"{data} holds records, not text: make samples of them (`nemo-hybrid prepare --for "
-            "finetune`) and name those"
-        )
     if not path.is_dir():
+        (source,) = find_sources([data]).sources
+        if source.kind != "text" or source.packing:
+            advice = (
+                "make a token store of it (`nemo-hybrid prepare`) or samples (`--for finetune`)"
+            )
+            raise UserError(f"{data} is {source.why or f'no plain text: {advice} and name that'}")
         return list(_text_ids(data, directory, config, tokens)[None].split(length, 1))
     options, ends = DataOptions(path=data, sequence_length=length), read_companions(directory).ends
     blend = open_blend(options, config, ends, directory / "config.json")

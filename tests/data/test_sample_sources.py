@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,14 +31,19 @@ def test_every_source_gives_the_same(make_model: MakeModel, tmp_path: Path) -> N
     lines(tmp_path / "a.jsonl", *records)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "c"))
-    found = []
-    for name in ("a.jsonl", "b.parquet", "c"):
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(json.dumps(records, indent=1).encode()))
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "link").symlink_to(tmp_path / "a.jsonl")
+    names = ("a.jsonl", "b.parquet", "c", "e.json.gz", "f")
+    for name in names:
         make(model, tmp_path / f"out {name}", tmp_path / name)
-        found.append(stored(tmp_path / f"out {name}"))
-    assert found[0] == found[1] == found[2]
+    found = [stored(tmp_path / f"out {name}") for name in names]
+    assert found == [found[0]] * len(names)
     (tmp_path / "d.txt").write_text("x")
-    make(model, tmp_path / "out d", tmp_path / "d.txt")
-    assert stored(tmp_path / "out d") == found[0][2:]
+    (tmp_path / "g.csv").write_text("text\nx\n")
+    for name in ("d.txt", "g.csv"):
+        make(model, tmp_path / f"out {name}", tmp_path / name)
+        assert stored(tmp_path / f"out {name}") == found[0][2:]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])

@@ -81,6 +81,10 @@ READ: dict[str, bytes] = {
     "no_name": parquet(),
     "part-00000": lines(),
     "a.json-00000-of-00002": lines(),
+    "a.csv-00000-of-00002": table(","),
+    "a.jsonl.bak": lines(),
+    "a.jl": lines(),
+    "array": ARRAY,
     "not really.jsonl.gz": lines(),
     **{f"a.jsonl.{ending}": pack(lines()) for ending, pack in PACK.items()},
     **{f"a.{ending}.json": pack(ARRAY) for ending, pack in PACK.items()},
@@ -110,6 +114,21 @@ def test_records_are_read_whatever_they_lie_in(name: str, tmp_path: Path) -> Non
     records = [*read_records(source, "text")]
     assert [r.content["text"] for r in records if isinstance(r, Record)] == TEXTS
     assert len({r.key for r in records if isinstance(r, Record)}) == len(TEXTS)
+
+
+def test_json_under_another_name_is_no_text(tmp_path: Path) -> None:
+    """Where it begins as records do; files of text and notebooks are text."""
+    (tmp_path / "a.data").write_bytes(lines(["x" * 9000, "y"]))
+    assert documents(tmp_path / "a.data") == ["x" * 9000, "y"]
+    raw = {
+        "a.txt": lines(),
+        "b.ipynb": b'{\n "cells": []\n}',
+        "c.js": b'{"a": 1} // more',
+        "d": b"{",
+    }
+    for name, content in raw.items():
+        (tmp_path / name).write_bytes(content)
+        assert documents(tmp_path / name) == [content.decode()]
 
 
 def test_one_object_is_one_record(tmp_path: Path) -> None:

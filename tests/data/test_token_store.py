@@ -105,13 +105,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "tokens-00000.bin",
     ),
     "path in files": (
-        lambda s: edit(s, files={"../../x": {"size": 2, "sha256": ""}, "documents.npy": {}}),
+        lambda s: edit(s, files={n: {"size": 2, "sha256": ""} for n in ("../x", "documents.npy")}),
         "contradicts itself",
     ),
     "token count": (lambda s: edit(s, tokens=5), "contradicts itself"),
     "document count": (lambda s: edit(s, documents=3), "does not fit"),
     "dtype": (lambda s: edit(s, vocab_size=70000), "contradicts itself"),
     "eos outside": (lambda s: edit(s, eos_id=100), "contradicts itself"),
+    "no size": (lambda s: edit(s, files={"documents.npy": {}}), "files is missing or malformed"),
     "field of a wrong type": (lambda s: edit(s, vocab_size=True), "vocab_size is missing or"),
 }
 

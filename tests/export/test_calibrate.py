@@ -158,7 +158,7 @@ def test_pieces_of_a_store_are_of_one_document(tmp_path: Path) -> None:
 def test_pieces_of_samples_are_whole_ones(tmp_path: Path) -> None:
     base, chats = write_base(tmp_path / "base"), write_chats(tmp_path / "chats.jsonl", 40)
     shape = HybridConfig.from_hf(str(base))
-    with pytest.raises(UserError, match="holds records, not text: make samples of them"):
+    with pytest.raises(UserError, match=r"chats\.jsonl is no plain text: make a token store"):
         read_pieces(str(chats), base, shape, 500)
     prepare_samples(SampleOptions(heldout=0.2), [chats], base, tmp_path / "samples", seed=0)
     for split in ("train", "heldout"):
@@ -183,13 +183,17 @@ def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:
     assert [tokenizer.decode(p[0].tolist()) for p in pieces] == ["sev", "en\r", "\nby", "\r"]
     with pytest.raises(UserError, match="beyond the model's vocab_size 61"):
         read_pieces(str(text), store, CONFIG, 5)
-    text.write_bytes(b"\xff\xfe")
+    for content, why in ((b"\xff\xfe", "UTF-16"), (b'{"text": "x"}\n', "no plain text: make a")):
+        text.with_suffix(".json").write_bytes(content)
+        with pytest.raises(UserError, match=rf"\.json is {why}"):
+            read_pieces(str(text.with_suffix(".json")), store, config, 5)
+    text.write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="neither a UTF-8 text file nor a token store"):
         read_pieces(str(text), store, config, 5)
     text.write_text("")
     with pytest.raises(UserError, match="empty"):
         read_pieces(str(text), store, config, 5)
-    with pytest.raises(UserError, match=r"cannot read .*absent"):
+    with pytest.raises(UserError, match="absent does not exist"):
         read_pieces(str(tmp_path / "absent"), store, config, 5)
 
 

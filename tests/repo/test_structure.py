@@ -47,8 +47,9 @@ MAKERS = {
     "recipes/pretrain": {"documents"},
     "recipes/finetune": {"samples"},
     "commands/generate": {"template", "sources"},
+    "export/calibrate": {"sources"},
 }
-"""Who may make data, by which modules."""
+"""Who may make data, or asks what a file is, and by which modules."""
 
 SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
