@@ -48,7 +48,6 @@ _NOT_TEXT = {
     rb"7z\xbc\xaf|Rar!|\x1f\x9d": "an archive: unpack it",
     rb"ARROW1|\xff{4}": "an Arrow file: name the directory that `datasets` saved, or make it a "
     ".parquet file",
-    rb"version https://git-lfs": "a Git LFS pointer in place of the file: run `git lfs pull`",
     rb"\xff\xfe|\xfe\xff": "UTF-16 text: convert it to UTF-8",
     rb"\{\\rtf": "an RTF document: extract its text",
 }

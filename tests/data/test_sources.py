@@ -185,8 +185,6 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a.safetensors": (b"\x08\0\0\0\0\0\0\0{}      ", "not text but binary"),
     "a.arrow": (b"ARROW1\0\0", "an Arrow file: name the directory that `datasets` saved"),
     "data-00000-of-00001.arrow": (b"\xff\xff\xff\xff\x10\0", "an Arrow file"),
-    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid", "run `git lfs pull`"),
-    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
     "utf16.csv": ("text\nhello".encode("utf-16"), "UTF-16 text: convert it to UTF-8"),
     "a.parquet.gz": (gzip.compress(parquet()), "a compressed .parquet file: decompress it"),
     "cut.gz": (b"\x1f\x8b\x08", "a damaged gzip file"),
@@ -226,7 +224,11 @@ def faults(path: Path, content: bytes) -> str:
 
 
 LONG = lines([np.random.default_rng(0).bytes(30_000).hex()])
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid"
 FAULTS: dict[str, tuple[str, bytes, str]] = {
+    "pointer": ("a.jsonl", POINTER, "run `git lfs pull`"),
+    "pointer to a table": ("a.parquet", POINTER, "run `git lfs pull`"),
+    "pointer to text": ("a.txt", POINTER, "run `git lfs pull`"),
     "no column": (
         "a.csv",
         b"body,url\nx,y\n",
