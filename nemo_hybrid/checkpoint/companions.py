@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_hybrid.config.hf import eos_token_ids
+from nemo_hybrid.config.hf import blaming, eos_token_ids
 from nemo_hybrid.data.template_files import FURTHER, files_with, read_sources
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming, parse_json, read_json
@@ -59,10 +59,12 @@ def read_companions(directory: Path) -> Companions:
     if GENERATION in files:
         ids = parse_json(files[GENERATION], directory / GENERATION).get("eos_token_id")
         if ids is not None:
-            stop_ids = eos_token_ids(ids, str(directory / GENERATION))
+            with blaming(str(directory / GENERATION)):
+                stop_ids = eos_token_ids(ids)
     config = directory / "config.json"
     ids = read_json(config).get("eos_token_id") if config.is_file() else None
-    listed = eos_token_ids(ids, str(config)) if isinstance(ids, list) else None
+    with blaming(str(config)):
+        listed = eos_token_ids(ids) if isinstance(ids, list) else None
     return Companions(files, listed, stop_ids)
 
 

@@ -12,7 +12,8 @@ Field names and their meaning when absent are those of transformers'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,12 @@ _ABSENT = {
 _NEEDED = {
     "": ("vocab_size", "hidden_size"),
     "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups"),
-    "E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "E": (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
     "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
     "-": ("intermediate_size",),
 }
@@ -94,6 +100,11 @@ _FIXED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "sliding_window": None,
+}
+# Fields that may be 0, absent or 1, and what 1 means.
+_ONE_OR_NONE = {
+    "num_nextn_predict_layers": "one physical block, applied mtp_num_depths times",
+    "n_shared_experts": "moe_shared_expert_intermediate_size is its whole width",
 }
 _LARGEST = 2**30  # of any whole number: widths, which are products of two, fit into 64 bits
 _MOST = {"n_routed_experts": 2**16}
@@ -156,178 +167,163 @@ def read_config(source: str | Path | Mapping[str, Any], where: str = "config.jso
     and for fields that contradict each other.
     """
     if isinstance(source, Mapping):
-        raw = dict(source)
+        raw = source
     else:
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path
         where, raw = str(path), read_json(path)
-    raw = _resolve_aliases(raw, where)
-    _check_fixed(raw, where)
+    with blaming(where):
+        return _read(_without_aliases(raw))
 
-    pattern = _pattern(raw, "hybrid_override_pattern", "layers_block_type", where)
+
+@contextmanager
+def blaming(where: str) -> Iterator[None]:
+    """Say in front of a UserError's message where the mistake stands."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _read(raw: dict[str, Any]) -> HybridConfig:
+    _check_supported(raw)
+    pattern = _pattern(raw, "hybrid_override_pattern", "layers_block_type")
     if pattern is None:
-        raise UserError(f"{where}: hybrid_override_pattern (or layers_block_type) is missing")
-    check_pattern(pattern, f"{where}: hybrid_override_pattern")
+        raise UserError("hybrid_override_pattern (or layers_block_type) is missing")
+    check_pattern(pattern, "hybrid_override_pattern")
     layers = raw.get("num_hidden_layers")
     if layers is not None and (type(layers) is not int or layers != len(pattern)):
         raise UserError(
-            f"{where}: num_hidden_layers is {layers!r}, but the pattern {pattern} has "
-            f"{len(pattern)} layers"
+            f"num_hidden_layers is {layers!r}, but the pattern {pattern} has {len(pattern)} layers"
         )
-    depths, mtp_pattern = _mtp(raw, where)
-    several: list[int] = []
-
-    used = set(pattern) | set(mtp_pattern if depths else "") | {""}
-    for letter, names in _NEEDED.items():
-        missing = [name for name in names if letter in used and raw.get(name) is None]
-        if missing == ["num_key_value_heads"]:
-            raw["num_key_value_heads"] = raw["num_attention_heads"]
-        elif missing:
-            raise UserError(f"{where}: {', '.join(missing)} is missing")
-    _check_shared(raw, where, used="E" in used)
+    depths, mtp_pattern = _mtp(raw)
     values: dict[str, Any] = {"pattern": pattern, "mtp_num_depths": depths}
     if depths:
         values["mtp_pattern"] = mtp_pattern
+    _check_needed(raw, {"", *pattern, *(mtp_pattern if depths else "")})
+    several: list[int] = []
     for name in _plain_fields():
         value = _ABSENT.get(name) if raw.get(name) is None else raw[name]
         if name == "eos_token_id" and isinstance(value, list):
-            several = eos_token_ids(value, where)
+            several = eos_token_ids(value)
             value = several[0]  # checkpoint.companions carries the list
         most = _MOST.get(name, _LARGEST)
         if isinstance(value, int) and abs(value) > most:
-            raise UserError(f"{where}: {name} is {str(value)[:24]}, at most {most} is supported")
+            raise UserError(f"{name} is {str(value)[:24]}, at most {most} is supported")
         values[name] = value
-    try:
-        cfg = HybridConfig(**values)
-        cfg.validate()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    cfg = HybridConfig(**values)
+    cfg.validate()
     if max(several, default=0) >= cfg.vocab_size:
-        raise UserError(f"{where}: eos_token_id is {several}, vocab_size is {cfg.vocab_size}")
+        raise UserError(f"eos_token_id is {several}, vocab_size is {cfg.vocab_size}")
     return cfg
 
 
-def _resolve_aliases(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _without_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(raw)
     for alias, name in _ALIASES.items():
         value = out.pop(alias, None)
         if value is None:
             continue
         if out.get(name) is not None and out[name] != value:
-            raise UserError(f"{where}: {alias} is {value!r}, but {name} is {out[name]!r}")
+            raise UserError(f"{alias} is {value!r}, but {name} is {out[name]!r}")
         out[name] = value
     return out
 
 
-def _check_fixed(raw: Mapping[str, Any], where: str) -> None:
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    """Refuse what the model family's code can compute and ours cannot."""
     if raw.get("model_type") is None:
-        raise UserError(f"{where}: model_type is missing; expected 'nemotron_h'")
+        raise UserError("model_type is missing; expected 'nemotron_h'")
     if raw.get("quantization_config") is not None:
-        raise UserError(
-            f"{where}: quantization_config is set; only unquantized checkpoints can be read"
-        )
+        raise UserError("quantization_config is set; only unquantized checkpoints can be read")
     for name, only in _FIXED.items():
-        value = raw.get(name)
+        value = only if raw.get(name) is None else raw[name]
         # 1 == True in Python; in JSON they are different mistakes.
-        if value is not None and (
-            value != only or isinstance(value, bool) != isinstance(only, bool)
-        ):
-            raise UserError(f"{where}: {name} is {value!r}; only {only!r} is supported")
+        if value != only or isinstance(value, bool) != isinstance(only, bool):
+            raise UserError(f"{name} is {value!r}; only {only!r} is supported")
     limit = raw.get("time_step_limit")
-    if limit is not None:
-        numbers = [math.inf if v == _INFINITY else v for v in _as_list(limit)]
-        if numbers != [0, math.inf]:
-            raise UserError(
-                f"{where}: time_step_limit is {limit!r}; only (0, infinity) is supported: "
-                "time steps are not clamped"
-            )
-
-
-def _check_shared(raw: Mapping[str, Any], where: str, used: bool) -> None:
-    count = raw.get("n_shared_experts")
-    size = raw.get("moe_shared_expert_intermediate_size")
-    if not used:
-        return
-    if size is None:
-        raise UserError(f"{where}: moe_shared_expert_intermediate_size is missing")
-    if count is not None and (type(count) is not int or count not in (0, 1)):
+    limits = [math.inf if v == _INFINITY else v for v in _as_list(limit)]
+    if limit is not None and limits != [0, math.inf]:
         raise UserError(
-            f"{where}: n_shared_experts is {count!r}; only 1 is supported "
-            "(moe_shared_expert_intermediate_size is its whole width)"
-        )
-    if count is not None and bool(count) != bool(size):
-        raise UserError(
-            f"{where}: n_shared_experts is {count}, but moe_shared_expert_intermediate_size "
-            f"is {size}"
+            f"time_step_limit is {limit!r}; only (0, infinity) is supported: time steps are not "
+            "clamped"
         )
 
 
-def _mtp(raw: Mapping[str, Any], where: str) -> tuple[int, str]:
+def _check_needed(raw: dict[str, Any], used: set[str]) -> None:
+    """Refuse a configuration without a field that its layers (letters) need."""
+    for letter, names in _NEEDED.items():
+        missing = [name for name in names if letter in used and raw.get(name) is None]
+        if missing == ["num_key_value_heads"]:
+            raw["num_key_value_heads"] = raw["num_attention_heads"]
+        elif missing:
+            raise UserError(f"{', '.join(missing)} is missing")
+    if "E" in used and raw.get("n_shared_experts") is not None:
+        count, size = _one_or_none(raw, "n_shared_experts"), "moe_shared_expert_intermediate_size"
+        if bool(count) != bool(raw[size]):
+            raise UserError(f"n_shared_experts is {count}, but {size} is {raw[size]}")
+
+
+def _one_or_none(raw: Mapping[str, Any], name: str) -> int:
+    count = 0 if raw.get(name) is None else raw[name]
+    if type(count) is not int or count not in (0, 1):
+        raise UserError(f"{name} is {count!r}; only 1 is supported: {_ONE_OR_NONE[name]}")
+    return count
+
+
+def _mtp(raw: Mapping[str, Any]) -> tuple[int, str]:
     """Number of depths and pattern of the multi-token-prediction block.
 
     Without the block, a list of its layers stays unused: transformers writes one into every
     config.json. A pattern string it writes into none.
     """
-    blocks = raw.get("num_nextn_predict_layers")
-    blocks = 0 if blocks is None else blocks
-    depths = raw.get("mtp_num_depths")
-    if type(blocks) is not int or blocks not in (0, 1):
-        raise UserError(
-            f"{where}: num_nextn_predict_layers is {blocks!r}; only 1 is supported: one physical "
-            "block, applied mtp_num_depths times"
-        )
-    pattern = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type", where)
+    blocks = _one_or_none(raw, "num_nextn_predict_layers")
+    pattern = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
     if not blocks:
         for name in ("mtp_num_depths", "mtp_hybrid_override_pattern"):
             if raw.get(name):
                 raise UserError(
-                    f"{where}: {name} is {raw[name]!r}, but num_nextn_predict_layers is 0 or absent"
+                    f"{name} is {raw[name]!r}, but num_nextn_predict_layers is 0 or absent"
                 )
         return 0, ""
-    if depths is None:
-        depths = DEFAULT_MTP_DEPTHS
+    depths = DEFAULT_MTP_DEPTHS if raw.get("mtp_num_depths") is None else raw["mtp_num_depths"]
     if type(depths) is not int or not 1 <= depths <= _MOST_DEPTHS:
         raise UserError(
-            f"{where}: mtp_num_depths must be a whole number from 1 to {_MOST_DEPTHS}, got "
-            f"{depths!r}"
+            f"mtp_num_depths must be a whole number from 1 to {_MOST_DEPTHS}, got {depths!r}"
         )
     return depths, "*E" if pattern is None else pattern
 
 
-def _pattern(raw: Mapping[str, Any], text: str, names: str, where: str) -> str | None:
+def _pattern(raw: Mapping[str, Any], text: str, names: str) -> str | None:
     """The layer letters from a pattern string, a list of layer names, or both if they agree."""
     found: dict[str, str] = {}
     if raw.get(text) is not None:
         if not isinstance(raw[text], str):
-            raise UserError(f"{where}: {text} must be a string, got {raw[text]!r}")
+            raise UserError(f"{text} must be a string, got {raw[text]!r}")
         found[text] = raw[text]
     if raw.get(names) is not None:
-        letters = []
-        for name in _as_list(raw[names]):
+        layers = _as_list(raw[names])
+        for name in layers:
             if not isinstance(name, str) or name not in LAYER_NAMES:
-                known = ", ".join(LAYER_NAMES)
-                raise UserError(f"{where}: {names} holds {name!r}; known: {known}")
-            letters.append(LAYER_NAMES[name])
-        found[names] = "".join(letters)
+                raise UserError(f"{names} holds {name!r}; known: {', '.join(LAYER_NAMES)}")
+        found[names] = "".join(LAYER_NAMES[name] for name in layers)
     for name, pattern in found.items():
         if len(pattern) > _MOST_LAYERS:
             raise UserError(
-                f"{where}: {name} has {len(pattern)} layers, at most {_MOST_LAYERS} are supported"
+                f"{name} has {len(pattern)} layers, at most {_MOST_LAYERS} are supported"
             )
     if len(set(found.values())) > 1:
         raise UserError(
-            f"{where}: {text} ({found[text]}) and {names} ({found[names]}) contradict each other"
+            f"{text} ({found[text]}) and {names} ({found[names]}) contradict each other"
         )
     return next(iter(found.values()), None)
 
 
-def eos_token_ids(value: Any, where: str) -> list[int]:
+def eos_token_ids(value: Any) -> list[int]:
     """An end-of-sequence id, or a list of them, as a list. Raises UserError for what is neither."""
     ids = _as_list(value)
     if not ids or any(type(token) is not int or token < 0 for token in ids):
-        raise UserError(
-            f"{where}: eos_token_id must be a token id or a list of them, got {value!r}"
-        )
+        raise UserError(f"eos_token_id must be a token id or a list of them, got {value!r}")
     return ids
 
 
