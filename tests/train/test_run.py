@@ -15,6 +15,7 @@ from helpers.parts import ce_sums
 from helpers.processes import run_command
 from helpers.runs import tiny_run
 from nemo_hybrid.checkpoint import steps
+from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.train.metrics import evaluations, read_metrics
@@ -72,7 +73,7 @@ def test_checkpoints_are_whole_and_latest_is_the_newest(unbroken: Unbroken) -> N
     found = [d.name for d in steps.list_steps(checkpoints)]
     assert found == [f"step_{step:08d}" for step in (12, 8, 4)]
     for directory in steps.list_steps(checkpoints):
-        directory.verify(directory)
+        verify(directory)
     assert steps.read_latest(checkpoints) == checkpoints / "step_00000012"
     assert not list(unbroken.run_dir.rglob(".tmp-*"))
     held = {path.name for path in (checkpoints / "step_00000012").iterdir()}
