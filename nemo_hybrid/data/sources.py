@@ -11,10 +11,9 @@ import json
 import lzma
 import os
 import re
-import stat
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -60,8 +59,9 @@ _ENDINGS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+_DESCRIBES = "metadata of data sets"
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_CARD = re.compile(r"(README|LICEN[CS]E|COPYING|CITATION|NOTICE)(\.\w+)?", re.IGNORECASE)
+_CARD = re.compile(r"(README|LICEN[CS]E|COPYING|CITATION|NOTICE)([._-].*)?", re.IGNORECASE)
 _HUB_CARD = re.compile(
     rb"---\s.*^(license|language|configs|dataset_info|\w+_categories|pretty_name):",
     re.DOTALL | re.MULTILINE,
@@ -222,14 +222,8 @@ def _find(path: Path, found: Found) -> None:
         found.sources.append(_file_source(path, path.name))
     elif not path.is_dir():
         raise UserError(f"input {path} does not exist (or is neither a file nor a directory)")
-    elif (path / "blobs").is_dir() and (path / "snapshots").is_dir():
-        snapshots = sorted((path / "snapshots").iterdir())
-        raise UserError(
-            f"{path} is the hub's cache of a repository: name one of its snapshots, such as "
-            f"{snapshots[0] if snapshots else path / 'snapshots'}"
-        )
     else:
-        sources = []
+        sources, described = list[Source](), set[Path]()
         for file in _below(path, found):
             key = path.resolve().name if file == path else file.relative_to(path).as_posix()
             if file.is_dir():
@@ -239,15 +233,16 @@ def _find(path: Path, found: Found) -> None:
                 key = key.removesuffix(".bin")
                 sources.append(Source(file, key, "megatron", file.stat().st_size))
             elif file.name in _METADATA:
-                found.left_out.append(("metadata of data sets", file))
+                found.left_out.append((_DESCRIBES, file))
+                described.add(Path(key).parent)
             elif file.suffix != ".idx" or not file.with_suffix(".bin").exists():
                 sources.append(_file_source(file, key))
-        found.sources += _without_cards(sources, found)
+        found.sources += _without_cards(sources, described, found)
 
 
 def _below(root: Path, found: Found) -> Iterator[Path]:
-    """Files and saved datasets below root, and then what links lead to. Raises UserError for a
-    dataset that has several splits."""
+    """Files and saved datasets below root, and then what links lead to. Raises UserError for what
+    has to be named more closely."""
 
     def fail(e: OSError) -> None:
         raise e
@@ -293,10 +288,9 @@ def _below(root: Path, found: Found) -> Iterator[Path]:
             files = [path for name in sorted(names) if to_read(path := here / name)]
             folders[:] = [name for name in sorted(folders) if to_read(here / name)]
             for path in files:
-                at = _place(path)
-                if not stat.S_ISREG(path.stat().st_mode):
+                if not path.is_file():
                     found.left_out.append(("special files", path))
-                elif start != root and at in seen:
+                elif (at := _place(path)) in seen and start != root:
                     found.left_out.append((TWICE, path))
                 else:
                     seen.add(at)
@@ -310,7 +304,14 @@ def _place(path: Path) -> tuple[int, int]:
 
 
 def _is_dataset(path: Path) -> bool:
-    """Whether Hugging Face datasets saved one here. Raises UserError for one of several splits."""
+    """Whether Hugging Face datasets saved one here. Raises UserError for one of several splits, and
+    for the hub's cache, where files have names only in snapshots."""
+    if (path / "blobs").is_dir() and (path / "snapshots").is_dir():
+        snapshots = sorted((path / "snapshots").iterdir())
+        raise UserError(
+            f"{path} is the hub's cache of a repository: name one of its snapshots, such as "
+            f"{snapshots[0] if snapshots else path / 'snapshots'}"
+        )
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise UserError(
@@ -366,9 +367,10 @@ def _ending(path: Path) -> str:
     return Path(_SAYS_NOTHING.sub("", path.name)).suffix.lower()
 
 
-def _without_cards(sources: list[Source], found: Found) -> list[Source]:
+def _without_cards(sources: list[Source], described: Set[Path], found: Found) -> list[Source]:
     """Leave out what describes a data set: a card with the hub's head, and README, LICENSE and the
-    like where all other files of their directory, and below it, hold records."""
+    like beside its metadata, or where all other files of their directory, and below it, hold
+    records."""
     records, texts = set[Path](), set[Path]()
     for source in sources:
         if source.kind == "text" and not _CARD.fullmatch(source.path.name):
@@ -379,11 +381,11 @@ def _without_cards(sources: list[Source], found: Found) -> list[Source]:
     for source in sources:
         folder = Path(source.key).parent
         card = source.kind == "text" and _CARD.fullmatch(source.path.name) is not None
-        if card and (folder not in records or folder in texts):
+        if card and folder not in described and (folder not in records or folder in texts):
             with open(source.path, "rb") as file:
                 card = source.ending == ".md" and bool(_HUB_CARD.match(file.read(_HEAD)))
         if card:
-            found.left_out.append(("metadata of data sets", source.path))
+            found.left_out.append((_DESCRIBES, source.path))
         else:
             kept.append(source)
     return kept

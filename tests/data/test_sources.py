@@ -288,10 +288,9 @@ def write(root: Path, *names: str) -> None:
 def test_what_belongs_to_a_data_set_is_left_out(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, "README.md", "LICENSE", "data/a.jsonl", "data/b.json", "data/NOTICE.txt")
-    write(data, "dataset_infos.json", "dataset_info.json", "data/state.json")
+    write(data, "data/state.json")
     assert documents(data) == ["data/a.jsonl", "data/b.json"]
-    metadata = ["dataset_info.json", "dataset_infos.json", "data/state.json",
-                "LICENSE", "README.md", "data/NOTICE.txt"]  # fmt: skip
+    metadata = ["data/state.json", "LICENSE", "README.md", "data/NOTICE.txt"]
     assert left_out(data) == {"metadata of data sets": metadata}
     assert len(find_samples([data]).sources) == 2
     # Beside other text they are text, unless they have the head of a card.
@@ -301,6 +300,8 @@ def test_what_belongs_to_a_data_set_is_left_out(tmp_path: Path) -> None:
     (data / "README.md").write_text("---\nlicense: mit\n---\n# Data")
     assert documents(data)[:2] == ["LICENSE", "notes.md"]
     assert documents(data / "LICENSE") == ["LICENSE"]
+    write(tmp_path / "texts", "a.txt", "README_en.md", "deep/README", "dataset_infos.json")
+    assert documents(tmp_path / "texts") == ["a.txt", "deep/README"]
 
 
 def test_a_dataset_is_found_anywhere_below(tmp_path: Path) -> None:
@@ -366,4 +367,4 @@ def test_a_snapshot_of_the_hub_s_cache(tmp_path: Path) -> None:
         "data/test.parquet", "data/train.jsonl.gz",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"hub's cache .*: name one .*snapshots/0123"):
-        find_sources([cache])
+        find_sources([tmp_path])
