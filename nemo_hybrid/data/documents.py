@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,16 +79,38 @@ def prepare(
         return recorded(out, request, "documents", "remove it or name another --out")
 
     found = find_sources(paths) if paths else Found(default_sources())
-    # Nobody can mend the default corpus.
-    corpus = _Corpus(found.sources, text_field, heldout, skip_bad or not paths, seed, progress)
+
+    def documents(
+        title: str, summary: Summary, vocab_size: int | None = None
+    ) -> Iterator[tuple[str, Document]]:
+        """(split, document) of every document that is not empty; the others are counted."""
+
+        def read(source: Source) -> Iterator[Document | Unusable]:
+            return read_documents(source, text_field, vocab_size)
+
+        for item in reading(title, found.sources, read, progress):
+            if isinstance(item, Unusable):
+                summary.drop(item)
+            elif len(item.content):
+                yield split_of(item.key, seed, heldout), item
+            else:
+                summary.leave_out(_EMPTY, item.key)
+        summary.check(skip_bad or not paths)  # nobody can mend the default corpus
+
     if given is None:
-        given = train_tokenizer(corpus.training_texts(), vocab_size)
+        uncounted = Summary("", 0, "documents")
+        texts = documents("prepare: training the tokenizer", uncounted)
+        given = train_tokenizer(
+            (str(d.content) for split, d in texts if split == TRAIN), vocab_size
+        )
     summary = Summary(str(out), given.vocab_size, "documents")
+    for kind, path in found.left_out:
+        summary.leave_out(kind, path)
     with making(out, request, given, summary) as writers:
-        for split, document in corpus.encoded(given, summary):
-            writers[split].add(document)
-        for kind, path in found.left_out:
-            summary.leave_out(kind, path)
+        for split, ids in _encoded(
+            documents("prepare: encoding", summary, given.vocab_size), given
+        ):
+            writers[split].add(ids)
         summary.sources = {
             "paths": [*paths] or ["standard library of the running Python"],
             "files": len(found.sources),
@@ -103,62 +124,25 @@ def prepare(
     return summary
 
 
-@dataclass
-class _Corpus:
-    """The documents of all sources, assigned to a split."""
-
-    sources: list[Source]
-    text_field: str
-    heldout: float
-    skip_bad: bool
-    seed: int
-    progress: bool
-
-    def documents(
-        self, title: str, summary: Summary, vocab_size: int | None = None
-    ) -> Iterator[tuple[str, Document]]:
-        """(split, document) of every document that is not empty; the others are counted. Raises
-        UserError at the end for unusable records, unless they may be skipped."""
-
-        def read(source: Source) -> Iterator[Document | Unusable]:
-            return read_documents(source, self.text_field, vocab_size)
-
-        for item in reading(title, self.sources, read, self.progress):
-            if isinstance(item, Unusable):
-                summary.drop(item)
-            elif len(item.content):
-                yield split_of(item.key, self.seed, self.heldout), item
-            else:
-                summary.leave_out(_EMPTY, item.key)
-        summary.check(self.skip_bad)
-
-    def training_texts(self) -> Iterator[str]:
-        uncounted = Summary("", 0, "documents")
-        for split, document in self.documents("prepare: training the tokenizer", uncounted):
-            if split == TRAIN and isinstance(document.content, str):
-                yield document.content
-
-    def encoded(
-        self, tokenizer: TextTokenizer, summary: Summary
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """(split, ids) of every document, encoded many at once."""
-        pending: list[tuple[str, Document]] = []
-        characters = 0
-        for found in self.documents("prepare: encoding", summary, tokenizer.vocab_size):
-            pending.append(found)
-            characters += len(found[1].content)
-            if characters >= _BATCH_CHARACTERS:
-                yield from _encoded(pending, tokenizer)
-                pending, characters = [], 0
-        yield from _encoded(pending, tokenizer)
-
-
 def _encoded(
-    pending: list[tuple[str, Document]], tokenizer: TextTokenizer
+    documents: Iterator[tuple[str, Document]], tokenizer: TextTokenizer
 ) -> Iterator[tuple[str, np.ndarray]]:
-    texts = [d.content for _, d in pending if isinstance(d.content, str)]
-    encoded = iter(tokenizer.encode(texts))
-    for split, document in pending:
-        ids = next(encoded) if isinstance(document.content, str) else document.content
-        # A tokenizer may drop all of a text; the document then is its end alone.
-        yield split, ids if len(ids) else np.array([tokenizer.eos_id])
+    """(split, ids) of every document, encoded many at once."""
+    while batch := _batch(documents):
+        texts = [d.content for _, d in batch if isinstance(d.content, str)]
+        encoded = iter(tokenizer.encode(texts))
+        for split, document in batch:
+            ids = next(encoded) if isinstance(document.content, str) else document.content
+            # A tokenizer may drop all of a text; the document then is its end alone.
+            yield split, ids if len(ids) else np.array([tokenizer.eos_id])
+
+
+def _batch(documents: Iterator[tuple[str, Document]]) -> list[tuple[str, Document]]:
+    """The next documents, which have _BATCH_CHARACTERS together, or the last ones."""
+    batch, characters = [], 0
+    for found in documents:
+        batch.append(found)
+        characters += len(found[1].content)
+        if characters >= _BATCH_CHARACTERS:
+            break
+    return batch
