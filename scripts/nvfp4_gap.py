@@ -127,7 +127,7 @@ class Job:
         self.config: RunConfig = load_config([config], self.words[2:])
         self.process: subprocess.Popen[bytes] | None = None
         saved = self.run_dir / CONFIG_FILE
-        if saved.is_file() and saved.read_text() != dump_config(self.config):
+        if saved.is_file() and saved.read_text() != dump_config(self.config, in_run_dir=True):
             raise UserError(
                 f"{self.run_dir} holds a run of another configuration; choose another --work, or "
                 "remove it"

@@ -49,6 +49,7 @@ from nemo_hybrid.files import naming, read_json, side_by_side
 FORMAT_VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 RUN_STATE = "run_state.json"
+RESOLVED = "run.yaml"
 OPTIMIZER_INDEX = "optimizer.index.json"
 FROZEN = "frozen"  # key of the run state: parameters that are not trained
 _JSON = "json"  # metadata key of a rank file
@@ -151,7 +152,7 @@ def save_checkpoint(
         if frozen:
             state[FROZEN] = sorted(frozen)
         writer.write_text(RUN_STATE, manifest.to_json(state))
-        writer.write_text("run.yaml", resolved_config)
+        writer.write_text(RESOLVED, resolved_config)
 
     def clean() -> None:
         if checkpoints_dir.is_dir():
@@ -255,7 +256,7 @@ def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> No
 
 def is_training_state(file: str) -> bool:
     """Whether a file of a checkpoint serves resuming alone, and is no part of the model."""
-    return file in (RUN_STATE, OPTIMIZER_INDEX, "run.yaml", manifest.MANIFEST) or file.startswith(
+    return file in (RUN_STATE, OPTIMIZER_INDEX, RESOLVED, manifest.MANIFEST) or file.startswith(
         ("optimizer-r", "rank-")
     )
 

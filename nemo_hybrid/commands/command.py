@@ -52,15 +52,18 @@ class Command(NamedTuple):
             signal.signal(signal.SIGTERM, before)
 
     def _with_config(self, kind: type[TrainingConfig], words: Sequence[str]) -> int:
-        from nemo_hybrid.config.read import dump_config, merge, run_options
+        from nemo_hybrid.config.read import check_home, dump_config, merge, run_options
 
         own = options_of(self.options) if self.options else {}
         pairs = split_words(words, options_of(RunWords) | run_options(kind) | own)
-        config = merge([text for option, text in pairs if option == "--config"], pairs, kind)
+        files = [text for option, text in pairs if option == "--config"]
+        config = merge(files, pairs, kind)
         beside = [from_pairs(self.options, pairs)] if self.options else []
         if from_pairs(RunWords, pairs).print_config:
             print(dump_config(config), end="")
             return 0
+        if all(option != "--run_dir" for option, _ in pairs):
+            check_home(files, config.run_dir)
         return self.run(config, *beside) or 0
 
     def help(self, prog: str, summary: str, statuses: str) -> str:

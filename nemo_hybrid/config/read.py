@@ -17,6 +17,8 @@ from nemo_hybrid.errors import UserError, suggest
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
+CHECKPOINTS = "checkpoints"
+"""Directory below run_dir."""
 PATH_KEYS = (
     "run_dir",
     "resume",
@@ -188,9 +190,27 @@ def build(flat: dict[str, Any], kind: type[Config]) -> Config:
     return kind(**content)
 
 
-def dump_config(config: TrainingConfig) -> str:
-    """YAML text from which load_config gives an equal configuration (paths made absolute)."""
+def dump_config(config: TrainingConfig, in_run_dir: bool = False) -> str:
+    """YAML text from which load_config gives an equal configuration (paths made absolute, but for
+    that of run_dir in a file that lies ``in_run_dir``, so that both can move)."""
     from nemo_hybrid.config.yaml_text import dump_yaml
 
     kind = type(config)
-    return dump_yaml(nest(_resolve_paths(flatten(asdict(config), kind), Path.cwd())))
+    flat = _resolve_paths(flatten(asdict(config), kind), Path.cwd())
+    return dump_yaml(nest(flat | ({"run_dir": "."} if in_run_dir else {})))
+
+
+def check_home(files: Iterable[str | Path], run_dir: str) -> None:
+    """Raise UserError where the last file that names a run_dir is that of a run (or of one of its
+    checkpoints) in another directory: a run that was moved or copied since."""
+    named = [Path(file).absolute() for file in files if "run_dir" in _read_yaml(Path(file))]
+    if not named:
+        return
+    home = named[-1].parent
+    if home.parent.name == CHECKPOINTS:
+        home = home.parent.parent
+    if (home / CHECKPOINTS).is_dir() and home.resolve() != Path(run_dir).resolve():
+        raise UserError(
+            f"{named[-1]} is of a run in {home}, but its run_dir is {run_dir}: was the run moved "
+            f"or copied? Go on in its new place with --run_dir {home}, or name another directory"
+        )

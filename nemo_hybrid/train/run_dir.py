@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 from dataclasses import fields
@@ -18,18 +19,22 @@ from typing import Any
 import yaml
 
 from nemo_hybrid.checkpoint import steps
+from nemo_hybrid.checkpoint.manifest import read_manifest
+from nemo_hybrid.checkpoint.state import RESOLVED
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.read import dump_config, flatten, read_keys
+from nemo_hybrid.config.read import CHECKPOINTS, dump_config, flatten, read_keys
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import TEMPORARY, naming, replace_file
+from nemo_hybrid.files import TEMPORARY, hash_file, naming, replace_file
 from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
 DIAGNOSIS = "diagnosis"
 SAMPLES = "data"
 MODEL = "model"
+FROM_HF = "model.from_hf"
 _LOCK = ".lock"
 
 MAY_CHANGE = (
@@ -118,15 +123,15 @@ def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
     restarted = any(int(os.environ.get(name) or 0) for name in _RESTARTS)
     if present and config.resume == "never" and not restarted:
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
+    own = steps.list_steps(run_dir / CHECKPOINTS)
     if CONFIG_FILE in present:
-        _same_run(config, run_dir / CONFIG_FILE)
+        _same_run(config, own)
         lock.take()
     elif present:
         raise UserError(
             f"run_dir {run_dir} holds {present[0]} but no {CONFIG_FILE}, so it is not a run; "
             "choose another directory"
         )
-    own = steps.list_steps(run_dir / CHECKPOINTS)
     if not own and CONFIG_FILE in present:
         _nothing_lost(config)
     if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
@@ -158,18 +163,28 @@ def _began_so(config: TrainingConfig) -> bool:
 
 def _nothing_lost(config: TrainingConfig) -> None:
     """Raise UserError where there are no checkpoints, although rows of metrics say that there were:
-    a fresh start would cut those away."""
+    a fresh start would cut those away.
+
+    A run that dies while its first checkpoint is being written has made the steps of an interval
+    without one, and those of a second one if it writes beside them: the next save waits.
+    """
     run_dir = Path(config.run_dir)
     path = run_dir / METRICS_FILE
+    rows = [row.step for row in read_metrics(path)] if path.is_file() else []
+    if not rows:
+        return
     # How often it saved, which may change now.
     saved = read_keys(run_dir / CONFIG_FILE, type(config))
     every = int(saved.get("checkpoint.every", 0))
-    last = max((row.step for row in read_metrics(path)), default=0) if path.is_file() else 0
-    if every and last >= 2 * every:
+    if every and len(rows) > every * (2 if saved.get("checkpoint.asynchronous", True) else 1):
         raise UserError(
-            f"run_dir {run_dir} holds metrics up to step {last}, but no checkpoints: were they "
+            f"run_dir {run_dir} holds metrics up to step {rows[-1]}, but no checkpoints: were they "
             "moved, or is a disk missing? Bring them back, or use another run_dir"
         )
+    log.warning(
+        "%s holds metrics of %d steps, but no checkpoint: the run begins anew and replaces them",
+        run_dir, len(rows),
+    )  # fmt: skip
 
 
 def claim_run(config: TrainingConfig, lock: RunLock) -> None:
@@ -187,7 +202,7 @@ def claim_run(config: TrainingConfig, lock: RunLock) -> None:
             f"{present[0]}, of a run that was faster: start again to go on from it, or choose "
             "another directory"
         )
-    replace_file(run_dir / CONFIG_FILE, dump_config(config))
+    replace_file(run_dir / CONFIG_FILE, dump_config(config, in_run_dir=True))
 
 
 def _contents(run_dir: Path) -> list[str]:
@@ -208,17 +223,17 @@ def _contents(run_dir: Path) -> list[str]:
     return sorted(names)
 
 
-def _same_run(config: TrainingConfig, saved: Path) -> None:
-    """Raise UserError naming the options in which the run in the directory differs."""
-    try:
-        there = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        there = None
-    if not isinstance(there, dict):
-        raise UserError(f"{saved} is not the configuration of a run; choose another run_dir")
+def _same_run(config: TrainingConfig, checkpoints: list[Path]) -> None:
+    """Raise UserError naming the options in which the run in the directory differs: as its newest
+    checkpoint remembers them, because config.yaml may have been edited since."""
     kind = type(config)
+    there = _flat(_read_saved(Path(config.run_dir) / CONFIG_FILE), kind)
+    remembered = next((d / RESOLVED for d in checkpoints if _is_intact(d, RESOLVED)), None)
+    if remembered is not None:
+        # Weights to begin with may have moved; those that matter later are known by their digest.
+        there = _flat(_read_saved(remembered), kind) | {FROM_HF: there.get(FROM_HF)}
     # What an older configuration does not say had its default.
-    before, now = _compared(kind()) | _flat(there, kind), _compared(config)
+    before, now = _compared(kind()) | there, _compared(config)
     if config.model.from_hf:
         before = _without_shape(before)
     different = [
@@ -229,9 +244,28 @@ def _same_run(config: TrainingConfig, saved: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"run_dir {saved.parent} holds a different run ({'; '.join(different[:4])}"
+            f"run_dir {config.run_dir} holds a different run ({'; '.join(different[:4])}"
             f"{'; ...' if len(different) > 4 else ''}); choose another run_dir"
         )
+
+
+def _read_saved(path: Path) -> dict[str, Any]:
+    """The contents of a configuration file. Raises UserError for what is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not the configuration of a run; choose another run_dir")
+    return content
+
+
+def _is_intact(checkpoint: Path, name: str) -> bool:
+    """Whether a file of a checkpoint is the one that was written."""
+    try:
+        return read_manifest(checkpoint)[name].sha256 == hash_file(checkpoint / name)
+    except (UserError, KeyError):
+        return False
 
 
 def _compared(config: TrainingConfig) -> dict[str, Any]:

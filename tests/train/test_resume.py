@@ -15,7 +15,8 @@ import pytest
 from helpers.corpus import flip_byte, write_corpus
 from helpers.processes import Finished, run_command
 from helpers.runs import tiny_run
-from nemo_hybrid.config.read import load_config
+from nemo_hybrid.cli import main
+from nemo_hybrid.config.read import check_home, dump_config, load_config
 from nemo_hybrid.config.run import DataOptions, RunConfig
 from nemo_hybrid.data.loader import Blend, open_blend
 from nemo_hybrid.errors import UserError
@@ -208,18 +209,103 @@ def test_the_same_command_goes_on_and_another_runs_checkpoint_does_not_mix(
         open_run(config, lock)
 
 
+@pytest.mark.parametrize(
+    ("asynchronous", "first", "last", "lost"),
+    [
+        (True, 1, 12, True),
+        (True, 1, 9, True),
+        (True, 1, 8, False),  # the second save waited for the first one
+        (False, 1, 5, True),
+        (False, 1, 4, False),
+        (True, 103, 109, False),  # after a start from a checkpoint of another run
+        (True, 103, 111, True),
+    ],
+)
 def test_lost_checkpoints_are_not_taken_for_a_fresh_start(
+    unbroken: Unbroken,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    asynchronous: bool,
+    first: int,
+    last: int,
+    lost: bool,
+) -> None:
+    """With checkpoints every 4 steps. What a kill during the first one leaves is no loss."""
+    run_dir = unbroken.copy(tmp_path / "run")
+    config = load_config([unbroken.config], ["--run_dir", str(run_dir), *LAYOUT])
+    config.checkpoint.asynchronous = asynchronous
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    (run_dir / "checkpoints/.tmp-step_00000004").mkdir(parents=True)
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    rows = [json.dumps({**row, "step": step}) + "\n" for step in range(first, last + 1)]
+    (run_dir / "metrics.jsonl").write_text("".join(rows))
+    config.checkpoint.every = 1  # from now on
+    with RunLock(config) as lock:
+        if lost:
+            with pytest.raises(UserError, match=f"up to step {last}, but no check"):
+                open_run(config, lock)
+        else:
+            assert open_run(config, lock) is None
+            assert f"holds metrics of {len(rows)} steps, but no checkpoint" in caplog.text
+
+
+def test_a_copied_run_goes_on_in_its_own_place(unbroken: Unbroken, tmp_path: Path) -> None:
+    """By its own config.yaml, from whatever directory it is started."""
+    copy = unbroken.copy(tmp_path / "copy")
+    moved = load_config([copy / "config.yaml"])
+    assert moved.run_dir == str(copy)
+    original = load_config([unbroken.config], LAYOUT)
+    assert replace(moved, run_dir=original.run_dir) == original
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "checkpoints/step_00000008/run.yaml"])
+def test_a_configuration_that_names_another_place_is_refused(
+    unbroken: Unbroken, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    """As those of older versions do in a copied run, and those in all checkpoints."""
+    copy = unbroken.copy(tmp_path / "copy")
+    config = load_config([unbroken.config], LAYOUT)
+    (copy / file).write_text(dump_config(config))
+    files = {p: p.read_bytes() for p in unbroken.run_dir.rglob("*") if p.is_file()}
+    words = ["pretrain", "--config", str(copy / file)]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"is of a run in {copy}, but its run_dir is {config.run_dir}" in said
+    assert f"--run_dir {copy}" in said
+    (tmp_path / "more.yaml").write_text("train: {lr: 1e-3}")
+    assert main([*words, "--config", str(tmp_path / "more.yaml")]) == 2
+    assert "is of a run in" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in unbroken.run_dir.rglob("*") if p.is_file()} == files
+    # What says aloud which place is meant is believed.
+    check_home([copy / file], str(copy))
+    (tmp_path / "more.yaml").write_text("run_dir: elsewhere")
+    check_home([copy / file, tmp_path / "more.yaml"], str(tmp_path / "elsewhere"))
+    assert main([*words, "--run_dir", str(copy), "--parallel.ep", "3"]) == 2
+    assert "is of a run in" not in capsys.readouterr().err
+
+
+def test_an_edited_configuration_is_compared_with_that_of_the_checkpoint(
     unbroken: Unbroken, tmp_path: Path
 ) -> None:
-    """12 rows, and checkpoints every 4 steps; 7 rows may well be there without one."""
-    run_dir = unbroken.copy(tmp_path / "run")
-    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
-    config = load_config([unbroken.config], ["--run_dir", str(run_dir), *LAYOUT])
-    with RunLock(config) as lock, pytest.raises(UserError, match=r"up to step 12, but no check"):
+    copy = unbroken.copy(tmp_path / "copy")
+    saved = copy / "config.yaml"
+    text = saved.read_text()
+    saved.write_text(text.replace(f"\n  lr: {load_config([saved]).train.lr}\n", "\n  lr: 0.125\n"))
+    config = load_config([saved])
+    assert config.train.lr == 0.125
+    with (
+        RunLock(config) as lock,
+        pytest.raises(UserError, match=r"train\.lr: .* 0\.125 here"),
+    ):
         open_run(config, lock)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run_dir / "metrics.jsonl").write_text("".join(lines[:7]))
-    config.checkpoint.every = 1  # from now on
+    # Who gives the options that the checkpoint holds is right, whatever stands in the file.
+    config = load_config([unbroken.config], ["--run_dir", str(copy), *LAYOUT])
+    with RunLock(config) as lock:
+        assert open_run(config, lock) is None
+    # A damaged copy in the newest checkpoint is not believed.
+    resolved = copy / "checkpoints/step_00000012/run.yaml"
+    resolved.write_text(resolved.read_text().replace("\n  lr: ", "\n  lr: 1"))
     with RunLock(config) as lock:
         assert open_run(config, lock) is None
 
