@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic.dataclasses import dataclass as options
 
 from nemo_hybrid.commands.command import Command, check_paths, check_text
-from nemo_hybrid.commands.inspect import inspect
 from nemo_hybrid.config.base import (
     CHECKED,
     NOT_NEGATIVE,
@@ -149,12 +148,10 @@ def their_states(
     """
     from transformers import NemotronHForCausalLM
 
+    from nemo_hybrid.checkpoint.load import plan_model
     from nemo_hybrid.export.divergence import ready, states_of
 
-    plan = inspect(directory).plan
-    if plan is None:
-        raise UserError(f"{directory} holds no weights (no .safetensors file)")
-    plan.raise_errors()
+    plan_model(directory)[1].raise_errors()
     _announce(directory, "transformers")
     try:
         model, info = NemotronHForCausalLM.from_pretrained(

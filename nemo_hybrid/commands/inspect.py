@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_hybrid.checkpoint.weights import Plan
-    from nemo_hybrid.files import FileRecord
     from nemo_hybrid.model.hybrid import HybridLM
 
 
@@ -51,50 +50,6 @@ class InspectOptions(CommandOptions):
         check_paths("inspect", self.paths, 1, 1)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """A directory that is as its manifest says. ``layout`` and ``step``: those of the run that
-    wrote it; None for a directory without training state."""
-
-    files: int
-    bytes: int
-    checksums: bool
-    """Whether the files' contents were compared too."""
-    step: int | None = None
-    layout: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect` found out about one path."""
-
-    path: Path
-    """The file or directory that was read: of a run, its newest checkpoint."""
-    config: HybridConfig
-    parameters: dict[str, int]
-    """Numbers of parameters by component of the model; their sum is the total."""
-    active: int
-    """Parameters that one token meets; embedding and head in, MTP block out."""
-    router_biases: int
-    """Entries of the routers' biases, which are stored but are no parameters."""
-    bf16_bytes: int
-    """Memory of all weights in bf16, those of the fp32 list in fp32."""
-    files: dict[str, int] | None = None
-    """Size in bytes of each weight file; None: there are none."""
-    plan: Plan | None = None
-    """What became of every tensor of those files."""
-    verified: Verified | None = None
-    """None: there was nothing to compare with."""
-
-    @property
-    def total(self) -> int:
-        return sum(self.parameters.values())
-
-    @property
-    def without_mtp(self) -> int:
-        return self.total - self.parameters.get("MTP block", 0)
-
-
 def inspect_command(options: InspectOptions) -> int:
     """Print the tables; 2 where a tensor is missing or does not fit."""
     from nemo_hybrid.checkpoint.adapter import is_adapter, locate
@@ -103,45 +58,44 @@ def inspect_command(options: InspectOptions) -> int:
     if not path.is_file() and is_adapter(locate(path)):
         _inspect_adapter(locate(path), options)
         return 0
-    found = inspect(path, options.deep)
+    found, plan = inspect(path, options.deep)
     if options.json:
-        print(json.dumps(as_json(found), indent=1))
+        print(json.dumps(found, indent=1))
     else:
-        _print(found)
-    return 2 if found.plan is not None and found.plan.having("error") else 0
+        _print(found, plan)
+    return 2 if plan is not None and plan.having("error") else 0
 
 
 def _inspect_adapter(directory: Path, options: InspectOptions) -> None:
     """Print what an adapter adapts; its files are compared with the manifest as a model's are."""
     from nemo_hybrid.checkpoint.adapter import adapted_in, read_adapter
-    from nemo_hybrid.checkpoint.directory import verify
     from nemo_hybrid.model import lora
 
-    records = verify(directory) if options.deep else _verify(directory, deep=False)
     stored = read_adapter(directory)
-    rank, alpha, adapted = stored.options.rank, stored.options.alpha, adapted_in(stored)
-    verified = None
-    if records is not None:
-        verified = _verified(directory, stored.tensors, records, options.deep)
+    adapted = adapted_in(stored)
+    found: dict[str, Any] = {
+        "path": str(directory),
+        "base": stored.base,
+        "rank": stored.options.rank,
+        "alpha": stored.options.alpha,
+        "adapters": [one._asdict() for one in adapted],
+        "verified": _verified(directory, stored.tensors, options.deep),
+    }
     if options.json:
-        described = {
-            "path": str(directory),
-            "base": stored.base,
-            "rank": rank,
-            "alpha": alpha,
-            "adapters": [one._asdict() for one in adapted],
-            "verified": verified and asdict(verified),
-        }
-        print(json.dumps(described, indent=1))
+        print(json.dumps(found, indent=1))
         return
-    print(f"{directory}\nadapter of rank {rank}, alpha {alpha:g}, for {stored.base}")
+    print("{path}\nadapter of rank {rank}, alpha {alpha:g}, for {base}".format(**found))
     print_table(lora.HEADER, lora.table(adapted), "Adapters", right=lora.HEADER[1:])
-    if verified is not None:
-        _print_verified(verified)
+    _print_verified(found["verified"])
 
 
-def inspect(path: Path, deep: bool = False) -> Inspection:
-    """Read a model YAML, a run YAML, a config.json, or a Hugging Face, checkpoint or run directory.
+def inspect(path: Path, deep: bool) -> tuple[dict[str, Any], Plan | None]:
+    """What a model YAML, a run YAML, a config.json, or a Hugging Face, checkpoint or run directory
+    holds, as JSON values; and what became of every tensor, where there are weights.
+
+    ``active`` are the parameters that one token meets; embedding and head in, MTP block out.
+    ``router_biases`` are stored but are no parameters; ``bf16_bytes`` is the memory of all weights
+    in bf16, those of the fp32 list in fp32.
 
     A run's checkpoint is verified; with ``deep`` every file's checksum is compared as well. Raises
     UserError for what is none of these, for files whose headers are broken, and for a checkpoint
@@ -149,17 +103,14 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
     """
     from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.load import plan_model, tensors_by_name
-    from nemo_hybrid.checkpoint.manifest import MANIFEST
     from nemo_hybrid.checkpoint.steps import LATEST, resolve
     from nemo_hybrid.checkpoint.weights import pickles
     from nemo_hybrid.model.fp32 import keeps_fp32
     from nemo_hybrid.train.flops import parameter_counts
 
-    path = path.expanduser()
-    plan = records = None
+    path, plan = path.expanduser(), None
     if not path.exists() or path.is_dir() or path.name == LATEST:
         path = resolve(path)
-        records = _verify(path, deep)
         if any(path.glob("*.safetensors*")) or pickles(path):
             model, plan = plan_model(path)
             read_companions(path)
@@ -171,72 +122,54 @@ def inspect(path: Path, deep: bool = False) -> Inspection:
         model = _without_storage(_shape_in_yaml(path), path)
     else:
         raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
-    if deep and records is None:
-        raise UserError(f"{path} has no {MANIFEST} to compare with; leave out --deep")
-    config, parameters = model.config, dict(model.named_parameters())
-    return Inspection(
-        path,
-        config,
-        parameters=_by_component(parameters),
-        active=parameter_counts(config).active,
-        router_biases=sum(buffer.numel() for buffer in model.buffers()),
-        bf16_bytes=sum(
+    parameters = dict(model.named_parameters())
+    verified, counts = _verified(path, parameters, deep), _by_component(parameters)
+    total = sum(counts.values())
+    found: dict[str, Any] = {
+        "path": str(path),
+        "config": asdict(model.config),
+        "layers": _layers(model.config.pattern),
+        "parameters": {
+            **counts,
+            "total": total,
+            "total without MTP": total - counts.get("MTP block", 0),
+            "active": parameter_counts(model.config).active,
+        },
+        "router_biases": sum(buffer.numel() for buffer in model.buffers()),
+        "bf16_bytes": sum(
             tensor.numel() * (4 if keeps_fp32(name) else 2)
             for name, tensor in tensors_by_name(model).items()
         ),
-        files={f: (path / f).stat().st_size for f in plan.stored.files} if plan else None,
-        plan=plan,
-        verified=None if records is None else _verified(path, parameters, records, deep),
-    )
+        "files": plan and {file: (path / file).stat().st_size for file in plan.stored.files},
+        "tensors": plan and [asdict(finding) for finding in plan.findings],
+        "verified": verified,
+    }
+    return found, plan
 
 
-def _verify(directory: Path, deep: bool) -> dict[str, FileRecord] | None:
-    """Compare a directory with its manifest. One without training state may have been edited since
-    it was written, so that it is compared only where ``deep`` asks for it."""
+def _verified(directory: Path, parameters: Iterable[str], deep: bool) -> dict[str, Any] | None:
+    """Compare a directory with its manifest, with ``deep`` the files' contents too; and give step
+    and layout of the run that wrote it. One without training state may have been edited since it
+    was written, so that it is compared only where ``deep`` asks for it. Raises UserError."""
     from nemo_hybrid.checkpoint.directory import verify
     from nemo_hybrid.checkpoint.manifest import MANIFEST
-
-    if _of_a_run(directory) or (deep and (directory / MANIFEST).exists()):
-        return verify(directory, deep)
-    return None
-
-
-def _of_a_run(directory: Path) -> bool:
-    """Whether this is a run's checkpoint, or what is left of one."""
-    from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE
-
-    return any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))
-
-
-def _verified(
-    directory: Path, parameters: Iterable[str], records: dict[str, FileRecord], deep: bool
-) -> Verified:
-    from nemo_hybrid.checkpoint.state import check_state
+    from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
 
     state: dict[str, Any] = {}
-    if _of_a_run(directory):
+    of_a_run = any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))
+    if not of_a_run and not deep:
+        return None
+    if not of_a_run and not (directory / MANIFEST).exists():
+        raise UserError(f"{directory} has no {MANIFEST} to compare with; leave out --deep")
+    records = verify(directory, deep)
+    if of_a_run:
         state = check_state(directory, parameters)
-    size = sum(record.size for record in records.values())
-    return Verified(len(records), size, deep, state.get("step"), state.get("layout"))
-
-
-def as_json(found: Inspection) -> dict[str, Any]:
-    """The same as JSON values."""
     return {
-        "path": str(found.path),
-        "config": asdict(found.config),
-        "layers": _layers(found.config.pattern),
-        "parameters": {
-            **found.parameters,
-            "total": found.total,
-            "total without MTP": found.without_mtp,
-            "active": found.active,
-        },
-        "router_biases": found.router_biases,
-        "bf16_bytes": found.bf16_bytes,
-        "files": found.files,
-        "tensors": found.plan and [asdict(finding) for finding in found.plan.findings],
-        "verified": found.verified and asdict(found.verified),
+        "files": len(records),
+        "bytes": sum(record.size for record in records.values()),
+        "checksums": deep,
+        "step": state.get("step"),
+        "layout": state.get("layout"),
     }
 
 
@@ -279,37 +212,32 @@ def _layers(pattern: str) -> dict[str, int]:
     return {about: count for about, count in counts.items() if count}
 
 
-def _print(found: Inspection) -> None:
-    config = found.config
-    layers = ", ".join(f"{count} {about}" for about, count in _layers(config.pattern).items())
-    print(f"{found.path}\npattern {config.pattern}\n{config.num_hidden_layers} layers: {layers}")
-    shape = [(name, str(value)) for name, value in asdict(config).items() if name != "pattern"]
+def _print(found: dict[str, Any], plan: Plan | None) -> None:
+    config, counts = found["config"], found["parameters"]
+    layers = ", ".join(f"{count} {about}" for about, count in found["layers"].items())
+    depth = len(config["pattern"])
+    print(f"{found['path']}\npattern {config['pattern']}\n{depth} layers: {layers}")
+    shape = [(name, str(value)) for name, value in config.items() if name != "pattern"]
     half = -(-len(shape) // 2)
     pairs = zip_longest(shape[:half], shape[half:], fillvalue=("", ""))
     print_table(("field", "value") * 2, [(*left, *right) for left, right in pairs], "Shape")
-    counts = found.parameters | {
-        "total": found.total,
-        "without MTP": found.without_mtp,
-        "active per token": found.active,
-    }
     print_table(
         ("component", "parameters", "share"),
-        [(name, f"{n:,}", f"{n / found.total:.1%}") for name, n in counts.items()],
+        [(name, f"{n:,}", f"{n / counts['total']:.1%}") for name, n in counts.items()],
         "Parameters",
         right=("parameters", "share"),
-        ruled=[len(found.parameters) - 1],
+        ruled=[list(counts).index("total") - 1],
     )
     print(
         f"Active: k of E routed experts, embedding and head, no MTP. Beside the parameters, "
-        f"{found.router_biases:,} router bias entries.\nWeights in bf16 (the fp32 list in fp32): "
-        f"{_size(found.bf16_bytes)}."
+        f"{found['router_biases']:,} router bias entries.\nWeights in bf16 (the fp32 list in "
+        f"fp32): {_size(found['bf16_bytes'])}."
     )
-    if found.plan is not None and found.files is not None:
-        _print_audit(found.plan, found.files)
-    elif found.path.is_dir():
+    if plan is not None:
+        _print_audit(plan, found["files"])
+    elif Path(found["path"]).is_dir():
         print("no weights here (no .safetensors file)")
-    if found.verified is not None:
-        _print_verified(found.verified)
+    _print_verified(found["verified"])
 
 
 def _print_audit(plan: Plan, files: Mapping[str, int]) -> None:
@@ -326,12 +254,15 @@ def _print_audit(plan: Plan, files: Mapping[str, int]) -> None:
         print(line)
 
 
-def _print_verified(verified: Verified) -> None:
-    if verified.step is not None:
-        layout = ", ".join(f"{name} {value}" for name, value in (verified.layout or {}).items())
-        print(f"Checkpoint of step {verified.step} ({layout}): optimizer state of all parameters.")
-    how = "size and checksum" if verified.checksums else "size (contents: --deep)"
-    print(f"{verified.files} files, {_size(verified.bytes)}: present and of the right {how}.")
+def _print_verified(verified: dict[str, Any] | None) -> None:
+    if verified is None:
+        return
+    if verified["step"] is not None:
+        layout = ", ".join(f"{name} {value}" for name, value in (verified["layout"] or {}).items())
+        step = verified["step"]
+        print(f"Checkpoint of step {step} ({layout}): optimizer state of all parameters.")
+    how = "size and checksum" if verified["checksums"] else "size (contents: --deep)"
+    print(f"{verified['files']} files, {_size(verified['bytes'])}: present and of the right {how}.")
 
 
 def _size(count: int) -> str:
