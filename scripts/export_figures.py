@@ -143,10 +143,9 @@ def divergence(model: Path, data: str, place: Path, tokens: int, calibration: in
 
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.export.calibrate import calibrate, read_pieces
-    from nemo_hybrid.export.verify import compare, load_exported, states
+    from nemo_hybrid.export.verify import load_exported, states
     from nemo_hybrid.export.write import export_directory
     from nemo_hybrid.precision.assign import planned
-    from nemo_hybrid.precision.simulate import quantized_inputs
 
     source = load_model(model, torch.float32)
     pieces = read_pieces(data, model, source.config, tokens, "heldout", PIECE)
@@ -163,20 +162,33 @@ def divergence(model: Path, data: str, place: Path, tokens: int, calibration: in
             calibration=None if target == "bf16" else seen, show_progress=False,
         )  # fmt: skip
         exported = load_exported(out)
-        weights = compare(before, states(exported, pieces, preset), pieces, data)
-        with quantized_inputs(exported, assignment, seen.amax):
-            both = compare(before, states(exported, pieces, preset), pieces, data)
+        costs = _costs(before, exported, assignment, seen.amax, pieces)
         rows.append(
             {
                 "preset": preset, "target": target, "scales": scales,
                 "size_ratio": facts.bytes_after / facts.bytes_before,
-                "kl_weights": weights.kl, "perplexity": math.exp(weights.loss),
-                "kl_with_inputs": both.kl, "perplexity_with_inputs": math.exp(both.loss),
-                "source_perplexity": math.exp(weights.source_loss or math.nan),
-                "weight_errors": facts.errors, "tokens": weights.tokens,
+                **costs, "weight_errors": facts.errors,
             }
         )  # fmt: skip
     return rows
+
+
+def _costs(before: Any, exported: Any, assignment: Any, amax: Any, pieces: Any) -> dict[str, Any]:
+    """What rounding costs, of weights alone, and of inputs too."""
+    from nemo_hybrid.export.verify import compare, states
+    from nemo_hybrid.precision.simulate import quantized_inputs
+
+    weights = compare(before, states(exported, pieces, "export"), pieces)
+    with quantized_inputs(exported, assignment, amax):
+        both = compare(before, states(exported, pieces, "export"), pieces)
+    return {
+        "kl_weights": float(weights.kl_T.mean()),
+        "perplexity": math.exp(-weights.b_T.mean()),
+        "kl_with_inputs": float(both.kl_T.mean()),
+        "perplexity_with_inputs": math.exp(-both.b_T.mean()),
+        "source_perplexity": math.exp(-weights.a_T.mean()),
+        "tokens": len(weights.a_T),
+    }
 
 
 def sensitivity(model: Path, data: str, tokens: int) -> dict[str, Any]:
@@ -202,10 +214,9 @@ def recovery(model: Path, data: str, place: Path, steps: int, tokens: int) -> di
 
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.export.calibrate import calibrate, read_pieces
-    from nemo_hybrid.export.verify import compare, load_exported, states
+    from nemo_hybrid.export.verify import load_exported, states
     from nemo_hybrid.export.write import export_directory
     from nemo_hybrid.precision.assign import planned
-    from nemo_hybrid.precision.simulate import quantized_inputs
 
     source = load_model(model, torch.float32)
     learnt = read_pieces(data, model, source.config, steps * STEP_TOKENS, length=DISTILLED)
@@ -248,13 +259,7 @@ def recovery(model: Path, data: str, place: Path, steps: int, tokens: int) -> di
             directory, out, assignment, target="nvfp4", calibration=seen, show_progress=False
         )
         exported = load_exported(out)
-        weights = compare(before, states(exported, pieces, name), pieces, data)
-        with quantized_inputs(exported, assignment, seen.amax):
-            both = compare(before, states(exported, pieces, name), pieces, data)
-        found[name] = {
-            "kl_weights": weights.kl, "perplexity": math.exp(weights.loss),
-            "kl_with_inputs": both.kl, "perplexity_with_inputs": math.exp(both.loss),
-        }  # fmt: skip
+        found[name] = _costs(before, exported, assignment, seen.amax, pieces)
     return found
 
 

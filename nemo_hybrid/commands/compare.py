@@ -8,7 +8,6 @@ Shapes: S tokens of one piece, T compared tokens.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +25,6 @@ from nemo_hybrid.config.base import (
 )
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
 from nemo_hybrid.terminal import print_table
 
 if TYPE_CHECKING:
@@ -124,16 +122,10 @@ def our_states(directory: Path, ids: Tensor, length: int, dtype: torch.dtype) ->
     """Final hidden states by this program. ids [T + 1]; pieces of ``length`` tokens are one
     document each. Raises UserError as load_model does."""
     from nemo_hybrid.checkpoint.load import load_model
-    from nemo_hybrid.export.divergence import ready, states_of
-
-    _announce(directory, "nemo_hybrid")
-    model = ready(load_model(directory, dtype))
-
-    def hidden(ids_1S: Tensor) -> Tensor:
-        return model.forward_hidden(ids_1S)[0]
+    from nemo_hybrid.export.divergence import states
 
     pieces = ids[None, :-1].split(length, 1)
-    return states_of(hidden, model.lm_head.weight, pieces, "computing", True)
+    return states(load_model(directory, dtype), pieces, f"computing {directory}", True)
 
 
 def their_states(
@@ -149,10 +141,9 @@ def their_states(
     from transformers import NemotronHForCausalLM
 
     from nemo_hybrid.checkpoint.load import plan_model
-    from nemo_hybrid.export.divergence import ready, states_of
+    from nemo_hybrid.export.divergence import states_of
 
     plan_model(directory)[1].raise_errors()
-    _announce(directory, "transformers")
     try:
         model, info = NemotronHForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -166,7 +157,6 @@ def their_states(
             raise UserError(
                 f"transformers loads {directory} with {len(names)} {what}, such as {names[0]}"
             )
-    model = ready(model)
     if unclamped:
         limited = [module for module in model.modules() if hasattr(module, "time_step_limit")]
         if len(limited) != HybridConfig.from_hf(str(directory)).pattern.count("M"):
@@ -181,11 +171,7 @@ def their_states(
         return model.model(ids_1S, use_cache=False).last_hidden_state
 
     pieces = ids[None, :-1].split(length, 1)
-    return states_of(hidden, model.lm_head.weight, pieces, "computing", True)
-
-
-def _announce(directory: Path, backend: str) -> None:
-    print(f"{directory} by {backend} ...", file=sys.stderr, flush=True)
+    return states_of(model, hidden, pieces, f"computing {directory} by transformers", True)
 
 
 def _text(options: CompareOptions, a: Path, b: Path) -> Text:
@@ -201,26 +187,25 @@ def _text(options: CompareOptions, a: Path, b: Path) -> Text:
             f"vocab_size differs: {vocab_size} in {a}, {other} in {b}; only models with the same "
             "tokens can be compared"
         )
-    words = _words(options)
-    tokenizers = {place: load_tokenizer(place) for place in (a, b) if (place / TOKENIZER).is_file()}
-    encoded = {place: _encode(tokenizer, words) for place, tokenizer in tokenizers.items()}
+    readers = [place for place in (a, b) if (place / TOKENIZER).is_file()]
+    tokenizers = [load_tokenizer(place) for place in readers]
+    encoded = [_encode(tokenizer, options) for tokenizer in tokenizers]
     if len(tokenizers) == 2 and (
-        _vocabulary(tokenizers[a]) != _vocabulary(tokenizers[b])
-        or not torch.equal(encoded[a], encoded[b])
+        _vocabulary(tokenizers[0]) != _vocabulary(tokenizers[1]) or not torch.equal(*encoded)
     ):
         raise UserError(
             f"the tokenizers of {a} and {b} differ; only models with the same tokens can be "
             "compared"
         )
-    tokenizer = next(iter(tokenizers.values()), None)
-    if words is None:
+    tokenizer = tokenizers[0] if tokenizers else None
+    if options.data is None and options.prompt is None:
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.randint(0, vocab_size, (options.tokens + 1,), generator=generator)
         return Text(ids, f"random token ids (seed {options.seed})", tokenizer)
-    source = "the prompt" if options.data is None else str(options.data)
-    if tokenizer is None:
+    source = options.data or "the prompt"
+    if not encoded:
         raise UserError(f"neither {a} nor {b} has a {TOKENIZER}, so {source} cannot be read")
-    ids = next(iter(encoded.values()))[: options.tokens + 1]
+    ids = encoded[0]
     if len(ids) < 2:
         raise UserError(f"{source} has fewer than two tokens: there is nothing to predict")
     if int(ids.max()) >= vocab_size:
@@ -230,24 +215,16 @@ def _text(options: CompareOptions, a: Path, b: Path) -> Text:
     return Text(ids, source, tokenizer)
 
 
-def _words(options: CompareOptions) -> str | None:
-    """The text to compare on: of a file, no more than the compared tokens can need. None: none was
-    given."""
-    if options.data is None:
-        return options.prompt
-    longest_token = 64  # characters; a text of longer ones gives fewer tokens
-    try:
-        path = Path(options.data)
-        with naming("read", path), open(path, encoding="utf-8", newline="") as file:
-            return file.read(options.tokens * longest_token)
-    except UnicodeDecodeError:
-        raise UserError(f"{options.data} is not a UTF-8 text file") from None
-
-
-def _encode(tokenizer: TextTokenizer, words: str | None) -> Tensor:
+def _encode(tokenizer: TextTokenizer, options: CompareOptions) -> Tensor:
+    """The beginning of the file, or of the prompt if there is one."""
     import torch
 
-    return torch.from_numpy(tokenizer.encode([words or ""])[0])
+    from nemo_hybrid.export.calibrate import first_ids
+
+    if options.data is not None:
+        return first_ids(Path(options.data), tokenizer, options.tokens + 1)
+    ids = tokenizer.encode([options.prompt or ""])[0]
+    return torch.from_numpy(ids[: options.tokens + 1])
 
 
 def _vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:

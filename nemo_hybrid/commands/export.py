@@ -248,7 +248,7 @@ def _measured(
     amax = {place: seen.amax[place] for place in inputs} if seen else {}
     scales, model = decode.Scales(facts.assignment, amax), verify.load_exported(directory)
     found = verify.measure(before, model, scales, pieces, str(options.heldout), True)
-    if not all(math.isfinite(x) for x in found if isinstance(x, float)):
+    if not all(math.isfinite(run.loss + (run.kl or 0.0)) for run in found.runs):
         raise UserError("logits are not finite: the checkpoint is broken")
     return found
 

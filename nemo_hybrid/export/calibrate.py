@@ -21,7 +21,7 @@ from nemo_hybrid.data.loader import heldout_batches, open_blend, require_tokeniz
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.sources import find_sources
 from nemo_hybrid.data.store import TRAIN, holds_samples
-from nemo_hybrid.data.tokenizer import load_tokenizer
+from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
 from nemo_hybrid.model.hybrid import HybridLM
@@ -119,31 +119,37 @@ def read_pieces(
     part evenly spaced; of a text file and of samples they are the first. Held-out pieces have two
     tokens at least: of one there is nothing to predict. Raises UserError.
     """
-    pieces = _pieces(data, directory, config, tokens, split, length)
-    if split == "heldout":
-        pieces = [piece for piece in pieces if piece.shape[1] > 1]
-    if not pieces:
-        raise UserError(f"{data}: fewer than two tokens; there is nothing to predict")
-    return pieces
-
-
-def _pieces(
-    data: str, directory: Path, config: HybridConfig, tokens: int, split: str, length: int
-) -> list[Tensor]:
-    rows, path = -(-tokens // length), Path(data).expanduser()
-    data = str(path)
+    path = Path(data).expanduser()
     if holds_samples(path / TRAIN):
-        return _of_samples(path, directory, config, tokens, split, length)
-    if not path.is_dir():
-        (source,) = find_sources([data]).sources
+        pieces = _of_samples(path, directory, config, tokens, split, length)
+    elif path.is_dir():
+        pieces = _of_store(path, directory, config, tokens, split, length)
+    else:
+        (source,) = find_sources([str(path)]).sources
         if source.kind != "text" or source.packing:
             advice = (
                 "make a token store of it (`nemo-hybrid prepare`) or samples (`--for finetune`)"
             )
             raise UserError(f"{data} is {source.why or f'no plain text: {advice} and name that'}")
-        return list(_text_ids(data, directory, config, tokens)[None].split(length, 1))
-    options, ends = DataOptions(path=data, sequence_length=length), read_companions(directory).ends
-    blend = open_blend(options, config, ends, directory / "config.json")
+        ids = first_ids(path, load_tokenizer(directory), tokens)
+        pieces = list(ids[None].split(length, 1))
+    pieces = [piece for piece in pieces if piece.shape[1] > (split == "heldout")]
+    if not pieces:
+        raise UserError(f"{data}: fewer than two tokens; there is nothing to predict")
+    largest = max(int(piece.max()) for piece in pieces)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{data} holds token id {largest}, beyond the model's vocab_size {config.vocab_size}"
+        )
+    return pieces
+
+
+def _of_store(
+    path: Path, directory: Path, config: HybridConfig, tokens: int, split: str, length: int
+) -> list[Tensor]:
+    options = DataOptions(path=str(path), sequence_length=length)
+    ends = read_companions(directory).ends
+    blend, rows = open_blend(options, config, ends, directory / "config.json"), -(-tokens // length)
     require_tokenizer(blend, directory)
     if split == "train":
         rows = min(rows, sum(store.windows(length) for store in blend.train))
@@ -167,11 +173,6 @@ def _of_samples(
     if store is None:
         raise UserError(f"{path} has no held-out samples: prepare it with --heldout above 0")
     require_tokenizer(PackedSamples(train, heldout, length, config.pad_token_id), directory)
-    if store.info.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path} has token ids up to {store.info.vocab_size - 1}, beyond the model's "
-            f"vocab_size {config.vocab_size}"
-        )
     pieces: list[Tensor] = []
     for number in range(len(store.lengths)):
         if tokens <= 0:
@@ -181,33 +182,19 @@ def _of_samples(
     return pieces
 
 
-def _text_ids(data: str, directory: Path, config: HybridConfig, tokens: int) -> Tensor:
-    """The first ids of a text file, which is read no further than they take; as `prepare` takes
-    it: line breaks stay as they are, a byte order mark is no text.
+def first_ids(path: Path, tokenizer: TextTokenizer, tokens: int) -> Tensor:
+    """At most so many ids of a text file, which is read no further than they take; as `prepare`
+    takes it: line breaks stay as they are, a byte order mark is no text. Raises UserError.
 
     They are those of the whole text, unless what follows changes more than 64 tokens before it:
     tokenizers merge within words.
     """
-    ids, text = np.empty(0, np.int64), ""
+    ids, text, size = np.empty(0, np.int64), "", _CHARACTERS * (tokens + _UNCERTAIN)
     try:
-        with (
-            naming("read", Path(data)),
-            open(data, encoding="utf-8-sig", newline="") as file,
-        ):
-            tokenizer, size = load_tokenizer(directory), _CHARACTERS * (tokens + _UNCERTAIN)
+        with naming("read", path), open(path, encoding="utf-8-sig", newline="") as file:
             while len(ids) < tokens + _UNCERTAIN and (more := file.read(size)):
                 text += more
                 size, ids = len(text), tokenizer.encode([text])[0]
     except UnicodeDecodeError:
-        raise UserError(
-            f"{data} is neither a UTF-8 text file nor a token store (made by `nemo-hybrid prepare`)"
-        ) from None
-    ids = ids[:tokens]
-    if not len(ids):
-        raise UserError(f"{data} is empty")
-    if int(ids.max()) >= config.vocab_size:
-        raise UserError(
-            f"{data} holds token id {int(ids.max())}, beyond the model's vocab_size "
-            f"{config.vocab_size}"
-        )
-    return torch.from_numpy(ids)
+        raise UserError(f"{path} is not a UTF-8 text file") from None
+    return torch.from_numpy(ids[:tokens])

@@ -266,15 +266,9 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def measured_table(found: Measured) -> tuple[str, list[str], list[list[str]]]:
     """Title, header and rows: what was rounded, and what that costs."""
-    losses = [
-        ("nothing: the source", None, found.source_loss),
-        ("weights", found.kl, found.loss),
-        ("weights, and inputs of products", found.rounded_kl, found.rounded_loss),
-    ]
     rows = [
-        [what, "" if kl is None else f"{kl:.3e}", f"{math.exp(min(loss, 700)):.3f}"]
-        for what, kl, loss in losses
-        if loss is not None
+        [run.rounded, "" if run.kl is None else f"{run.kl:.3e}", f"{run.perplexity:.3f}"]
+        for run in found.runs
     ]
     header = ["rounded", "KL(source, export), nats per token", "perplexity"]
     text = _text(found.text, "held-out part")

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import progress_bar
 
 CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
@@ -65,16 +66,21 @@ def _log_probs(states: States, rows: slice) -> Tensor:
     return F.linear(h_CD, states.head_VD).cpu().double().log_softmax(-1)
 
 
+def states(model: HybridLM, pieces: Sequence[Tensor], title: str, show: bool) -> States:
+    """Run a model, where it runs best, on pieces of ids [1, S]."""
+    return states_of(model, lambda ids_1S: model.forward_hidden(ids_1S)[0], pieces, title, show)
+
+
 @torch.no_grad()
 def states_of(
+    model: Any,
     hidden: Callable[[Tensor], Tensor],
-    head_VD: Tensor,
     pieces: Sequence[Tensor],
     title: str,
     show: bool,
 ) -> States:
-    """Run a model, on the head's device, on pieces of ids [1, S]; ``hidden`` gives [1, S, D]."""
-    parts: list[Tensor] = []
+    """The same of any model with an ``lm_head``; ``hidden`` gives its [1, S, D]."""
+    head_VD, parts = ready(model).lm_head.weight, list[Tensor]()
     with progress_bar(title, sum(piece.numel() for piece in pieces), show) as progress:
         for ids_1S in pieces:
             parts.append(hidden(ids_1S.to(head_VD.device))[0].cpu())

@@ -40,7 +40,7 @@ from nemo_hybrid.export.decode import (
     read_export,
     read_scales,
 )
-from nemo_hybrid.export.divergence import States
+from nemo_hybrid.export.divergence import PerToken, States
 from nemo_hybrid.export.layout import HF_QUANT
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
 from nemo_hybrid.files import read_json
@@ -61,7 +61,6 @@ here, and at least its reciprocal. Calibration on other data, or a percentile of
 within: on the quick start's model 0.3 to 3.3 times was found with text of another kind, random ids
 or 512 tokens, and 0.1 to 0.24 with the percentile 99. Lost factors (448, 2688, powers of 10 and 2
 from 100 and 64 on) and inversions do not, but of scales so near to 1 that they change little."""
-_RANDOM = "random token ids"
 _SHOWN = 20
 _FILES = {MANIFEST, CARD, INDEX, "config.json", HF_QUANT, TABLE_FILE, PLOT_FILE}
 
@@ -74,21 +73,28 @@ class Check(NamedTuple):
     note: str
 
 
-class Measured(NamedTuple):
-    """Two models on the same tokens, in fp32; means in nats per token.
+class Run(NamedTuple):
+    """What a model gives on some tokens, in fp32; means in nats per token."""
 
-    ``kl`` is KL(source || exported), None without a source, and so is ``source_loss``. The last two
-    are of the export whose inputs are rounded by its own scales; None: it has none.
-    """
-
+    rounded: str
+    """What of the model is rounded, in words."""
     kl: float | None
-    source_loss: float | None
+    """KL(source || it). None: it is the source, or there is none."""
     loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+
+class Measured(NamedTuple):
+    """The source, if there is one, the export with its weights dequantized, and, if it has scales
+    of inputs, the export whose inputs are rounded by them too: on the same tokens."""
+
     tokens: int
     text: str
     """Where the tokens come from, in words."""
-    rounded_kl: float | None = None
-    rounded_loss: float | None = None
+    runs: list[Run]
 
 
 @dataclass
@@ -137,12 +143,12 @@ def verify_directory(
     _check_files(directory, result)
     _check_companions(directory, base, result)
     try:
-        export = _check_tensors(directory, result)
+        export = read_export(directory)
     except UserError as error:
         result.add("configuration", [str(error)], "")
         return result
     # Files that are damaged or missing may be looked into.
-    if any(check.passed is False for check in result.checks[2:]):
+    if not _check_tensors(export, result):
         result.skip("values", "the tensors are not the expected ones")
         return result
     pieces = _pieces(directory, export.config, data, tokens)
@@ -156,14 +162,22 @@ def verify_directory(
             result.skip("model", "its weights are wrong")
             return result
         scales = read_scales(opened)
-    text = data or _RANDOM
     before = None if source is None else states(source, pieces, "source", show)
     del source  # one model at a time
-    model = load_exported(directory)
-    result.measured = found = measure(before, model, scales, pieces, text, show)
-    if math.isfinite(found.loss):
-        _check_scales(model, scales, pieces, result, show)
-    _add_model(result, found)
+    model = _dequantized(export, torch.float32)
+    found = measure(before, model, scales, pieces, data or "random token ids", show)
+    result.measured = found
+    _check_scales(model, scales, pieces, result, show)
+    problems = [
+        f"the loss is not finite: rounded is {run.rounded}"
+        for run in found.runs
+        if not math.isfinite(run.loss)
+    ]
+    lines = [f"{found.tokens} tokens of {found.text}, in fp32; rounded:"]
+    for run in found.runs:
+        kl = "" if run.kl is None else f", KL(source || export) {run.kl:.3e} nats per token"
+        lines.append(f"{run.rounded}: loss {run.loss:.4f}, perplexity {run.perplexity:.2f}{kl}")
+    result.add("model", problems, "\n".join(lines))
     return result
 
 
@@ -174,11 +188,14 @@ def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> 
     Activations and the KV cache are not quantized. Raises UserError unless the directory holds
     exactly what its configuration says; values are not checked.
     """
-    path, result = Path(directory).expanduser(), Result()
-    export = _check_tensors(path, result)
-    if not result.passed:
+    export, result = read_export(Path(directory).expanduser()), Result()
+    if not _check_tensors(export, result):
         faults = "\n  ".join(check.note for check in result.checks if not check.passed)
-        raise UserError(f"{path} is not a sound export:\n  {faults}")
+        raise UserError(f"{directory} is not a sound export:\n  {faults}")
+    return _dequantized(export, dtype)
+
+
+def _dequantized(export: Export, dtype: torch.dtype) -> HybridLM:
     with torch.device("meta"):
         model = HybridLM(export.config).to(dtype)
     model = model.to_empty(device="cpu")
@@ -244,14 +261,15 @@ def _unlike_base(directory: Path, found: Companions, wanted: Companions) -> list
     return problems
 
 
-def _check_tensors(directory: Path, result: Result) -> Export:
-    export = read_export(directory)
+def _check_tensors(export: Export, result: Result) -> bool:
+    """Whether configuration files, names, shapes and dtypes are those of an export."""
     formats = ", ".join(sorted(set(export.formats.values()))) or "nothing quantized"
     found = f"what --format {export.target} writes: {formats}"
-    result.add("configuration", list(export.faults_of_configuration()), found)
+    configured = result.add("configuration", list(export.faults_of_configuration()), found)
     problems = list(export.faults_of_tensors())
-    result.add("names, shapes, dtypes", problems, f"{len(export.entries)} tensors")
-    return export
+    return configured & result.add(
+        "names, shapes, dtypes", problems, f"{len(export.entries)} tensors"
+    )
 
 
 def _check_values(opened: Opened, source: HybridLM | None, result: Result) -> bool:
@@ -377,15 +395,22 @@ def measure(
     scales: Scales,
     pieces: list[Tensor],
     text: str,
-    show: bool = False,
+    show: bool,
 ) -> Measured:
     """A dequantized model against its source: as it is, and, where there are scales of inputs, with
     inputs rounded by them."""
-    found = compare(before, states(model, pieces, "export", show), pieces, text)
-    if not scales.amax:
-        return found
-    rounded = compare(before, rounded_states(model, scales, pieces, show), pieces, text)
-    return found._replace(rounded_kl=rounded.kl, rounded_loss=rounded.loss)
+    after = {"weights": states(model, pieces, "export", show)}
+    if scales.amax:
+        rounded = rounded_states(model, scales, pieces, show)
+        after["weights, and inputs of products"] = rounded
+    runs = []
+    for name, export in after.items():
+        found = compare(before or export, export, pieces)
+        kl = None if before is None else float(found.kl_T.mean())
+        runs.append(Run(name, kl, -float(found.b_T.mean())))
+    if before is not None:
+        runs.insert(0, Run("nothing: the source", None, -float(found.a_T.mean())))
+    return Measured(len(found.a_T), text, runs)
 
 
 def rounded_states(model: HybridLM, scales: Scales, pieces: list[Tensor], show: bool) -> States:
@@ -400,43 +425,11 @@ def rounded_states(model: HybridLM, scales: Scales, pieces: list[Tensor], show: 
 
 
 def states(model: HybridLM, pieces: list[Tensor], name: str, show: bool = False) -> States:
-    """Final hidden states of every token that has a next one in its piece, in fp32."""
-    model = divergence.ready(model)
-
-    def hidden(ids_1S: Tensor) -> Tensor:
-        return model.forward_hidden(ids_1S)[0].float()
-
+    """Final hidden states of every token that has a next one in its piece."""
     read = [ids_1S[:, :-1] for ids_1S in pieces]
-    head_VD = model.lm_head.weight.float()
-    return divergence.states_of(hidden, head_VD, read, f"running the {name}", show)
+    return divergence.states(model, read, f"running the {name}", show)
 
 
-def compare(before: States | None, after: States, pieces: list[Tensor], text: str) -> Measured:
-    """Means over all tokens."""
-    labels_T = torch.cat([ids_1S[0, 1:] for ids_1S in pieces])
-    found = divergence.per_token(before or after, after, labels_T)
-    measured = Measured(None, None, -float(found.b_T.mean()), len(labels_T), text)
-    if before is None:
-        return measured
-    return measured._replace(kl=float(found.kl_T.mean()), source_loss=-float(found.a_T.mean()))
-
-
-def _add_model(result: Result, found: Measured) -> None:
-    lines = [f"{found.tokens} tokens of {found.text}, in fp32"]
-    runs = [
-        ("source", found.source_loss, None),
-        ("export, weights dequantized", found.loss, found.kl),
-        ("export, inputs rounded by its scales too", found.rounded_loss, found.rounded_kl),
-    ]
-    for name, loss, kl in runs:
-        if loss is not None:
-            shown = "" if kl is None else f", KL(source || export) {kl:.3e} nats per token"
-            # Of random ids it says nothing.
-            ppl = "" if found.text == _RANDOM else f", perplexity {math.exp(min(loss, 700)):.2f}"
-            lines.append(f"{name}: loss {loss:.4f}{ppl}{shown}")
-    problems = [
-        f"the logits are not finite: {name}"
-        for name, loss, _ in runs[1:]
-        if loss is not None and not math.isfinite(loss)
-    ]
-    result.add("model", problems, "\n".join(lines))
+def compare(a: States, b: States, pieces: list[Tensor]) -> PerToken:
+    """By the tokens that follow those of `states`."""
+    return divergence.per_token(a, b, torch.cat([ids_1S[0, 1:] for ids_1S in pieces]))

@@ -188,10 +188,10 @@ def test_pieces_of_a_text_are_the_first_tokens(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"\.json is {why}"):
             read_pieces(str(text.with_suffix(".json")), store, config, 5)
     text.write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="neither a UTF-8 text file nor a token store"):
+    with pytest.raises(UserError, match="is not a UTF-8 text file"):
         read_pieces(str(text), store, config, 5)
     text.write_text("")
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="fewer than two tokens"):
         read_pieces(str(text), store, config, 5)
     with pytest.raises(UserError, match="absent does not exist"):
         read_pieces(str(tmp_path / "absent"), store, config, 5)

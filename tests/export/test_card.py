@@ -17,7 +17,7 @@ from nemo_hybrid.commands.export import ExportOptions
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.card import Origin, card, code, lineage
 from nemo_hybrid.export.layout import ExportFacts
-from nemo_hybrid.export.verify import Measured
+from nemo_hybrid.export.verify import Measured, Run
 from nemo_hybrid.hub import HybridLM
 from nemo_hybrid.precision.assign import assign, places
 
@@ -140,7 +140,8 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
     for word in ("faster", "speed-up", "accuracy"):
         assert word not in text
     errors = {"experts": {"four_over_six": 0.08, "amax": 0.09}}
-    found = Measured(1.234e-2, 2.0, 2.1, 8192, "/home/held-out.txt")
+    runs = [Run("nothing: the source", None, 2.0), Run("weights", 1.234e-2, 2.1)]
+    found = Measured(8192, "/home/held-out.txt", runs)
     text = made(facts(errors=errors), found)
     assert "8,192 tokens of `held-out.txt`, in FP32" in text
     assert "| nothing: the source |  | 7.389 |" in text
@@ -149,8 +150,6 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
     store = made(measured=found._replace(text=str(Path(__file__).parent)), calibration="/")
     assert "8,192 tokens of the held-out part of `export`, in FP32" in store
     assert "65,536 tokens of the training part of `/`" in store
-    text = made(measured=found._replace(rounded_kl=2e-2, rounded_loss=2.2))
-    assert "| weights, and inputs of products | 2.000e-02 | 9.025 |" in text
 
 
 def test_a_budget_is_of_the_weights_that_it_is_for() -> None:
@@ -260,11 +259,12 @@ def test_texts_of_others_stay_texts(hostile: str, tmp_path: Path) -> None:
     quiet = made(formats={"*": "fp8"}, calibration="data")
     text = made(
         facts(source=Path(hostile)),
-        Measured(0.1, 2.0, 2.0, 5, hostile),
+        Measured(5, hostile, [Run("weights", 0.1, 2.0)]),
         formats=glob,
         calibration=hostile,
     )
-    noisy = made(measured=Measured(0.1, 2.0, 2.0, 5, "data"), formats={"*": "fp8"})
+    measured = Measured(5, "data", [Run("weights", 0.1, 2.0)])
+    noisy = made(measured=measured, formats={"*": "fp8"})
     assert len(text.splitlines()) == len(noisy.splitlines())
     assert [len(row) for row in rows(text)] == [len(row) for row in rows(noisy)]
     outside = re.sub(r"`[^`]*`", "", text)

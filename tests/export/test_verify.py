@@ -48,8 +48,8 @@ def test_a_sound_export_passes(exported: Made, kind: str, skipped: list[str]) ->
     assert [check.name for check in result.checks if check.passed is False] == []
     assert result.measured is not None
     assert result.measured.tokens == 200
-    assert (result.measured.rounded_kl is None) == bool(skipped)
-    assert 1e-4 < (result.measured.kl or 0) < 0.1
+    assert len(result.measured.runs) == 3 - len(skipped)
+    assert 1e-4 < (result.measured.runs[1].kl or 0) < 0.1
 
 
 def test_divergence_is_that_of_the_logits(exported: Made) -> None:
@@ -61,10 +61,11 @@ def test_divergence_is_that_of_the_logits(exported: Made) -> None:
     with torch.no_grad():
         p = source(ids).logits[0, :-1].double().log_softmax(-1)
         q = load_exported(directory)(ids).logits[0, :-1].double().log_softmax(-1)
-    found = result.measured
-    assert found is not None
+    assert result.measured is not None
+    source_run, found, _ = result.measured.runs
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
-    assert found.loss == pytest.approx(float(-q.gather(1, ids[0, 1:, None]).mean()), rel=1e-5)
+    for run, x in ((source_run, p), (found, q)):
+        assert run.loss == pytest.approx(float(-x.gather(1, ids[0, 1:, None]).mean()), rel=1e-5)
 
 
 def test_exit_status(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,8 +323,9 @@ def test_inputs_are_rounded_by_the_stored_scales(tmp_path: Path) -> None:
     rules = {"*.mixer.in_proj": "fp8", "*.shared_experts.*": "fp8", "lm_head": "fp8"}
     write_export(tmp_path, Kind("fp8", rules))
     directory, base = tmp_path / "export", str(tmp_path / "base")
-    found = verify_directory(directory, base=base, tokens=30).measured
-    assert found is not None
+    measured = verify_directory(directory, base=base, tokens=30).measured
+    assert measured is not None
+    _, weights, both = measured.runs
     model, source = load_exported(directory), HybridLM.from_hf(base, dtype=torch.float32)
     stored = load_file(directory / WEIGHTS)
 
@@ -337,12 +339,12 @@ def test_inputs_are_rounded_by_the_stored_scales(tmp_path: Path) -> None:
     with torch.no_grad():
         p, q = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (source, model))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    assert found.rounded_kl == pytest.approx(kl, rel=1e-3)
-    assert found.rounded_loss == pytest.approx(float(-q.gather(1, ids[0, 1:, None]).mean()), 1e-5)
-    assert found.kl is not None
-    assert found.kl < 0.9 * kl
+    assert both.kl == pytest.approx(kl, rel=1e-3)
+    assert both.loss == pytest.approx(float(-q.gather(1, ids[0, 1:, None]).mean()), 1e-5)
+    assert weights.kl is not None
+    assert weights.kl < 0.9 * kl
     # The larger one counts.
-    limits = [(found.kl + kl) / 2, kl * 1.01]
+    limits = [(weights.kl + kl) / 2, kl * 1.01]
     status = [verify_command(options(directory, base=base, tokens=30, max_kl=x)) for x in limits]
     assert status == [3, 0]
 
@@ -407,8 +409,7 @@ def test_a_model_that_is_not_quantized(made: Made) -> None:
     result = verify_directory(base, base=str(base), tokens=20)
     assert result.passed
     assert result.measured is not None
-    assert result.measured.kl == 0
-    assert result.measured.rounded_kl is None
+    assert [run.kl for run in result.measured.runs] == [None, 0]
 
 
 def test_text_is_read_with_the_tokenizer_of_the_export(made: Made, tmp_path: Path) -> None:

@@ -144,11 +144,11 @@ def test_the_card_has_what_held_out_text_gives(files, tmp_path, capsys, changes)
     assert float(rows[1][2]) == pytest.approx(after, rel=1e-3)
     found = verify_directory(out, base=str(files / "model"), data=store, tokens=150).measured
     assert found is not None
+    assert len(found.runs) == 2 + inputs
     if inputs:
-        assert rows[2][1:] == (f"{found.rounded_kl:.3e}", f"{math.exp(found.rounded_loss):.3f}")
+        rounded = found.runs[2]
+        assert rows[2][1:] == (f"{rounded.kl:.3e}", f"{math.exp(rounded.loss):.3f}")
         assert float(rows[2][1]) != pytest.approx(kl, rel=0.02)
-    else:
-        assert found.rounded_kl is None
     assert f"{len(labels_T)} tokens of the held-out part of `store`, in FP32" in readme
     for cell in {cell for row in rows for cell in row[1:]}:
         assert cell in said
