@@ -35,7 +35,7 @@ from nemo_hybrid.checkpoint.directory import Writer
 from nemo_hybrid.checkpoint.manifest import MANIFEST, to_json
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.steps import resolve
-from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
+from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite, safetensors_parts
 from nemo_hybrid.checkpoint.weights import READABLE
 from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.errors import UserError
@@ -129,7 +129,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
     """Read an adapter that this program or PEFT wrote.
 
     Raises UserError, naming it, for a feature other than plain LoRA, and for a tensor that has no
-    place, lacks its counterpart or does not have the rank.
+    place, lacks its counterpart, does not have the rank or is not finite.
     """
     settings = read_json(directory / CONFIG)
     rank, alpha = _check_settings(directory, settings)
@@ -144,6 +144,8 @@ def read_adapter(directory: Path) -> StoredAdapter:
             if entry.dtype not in READABLE or len(entry.shape) != 2:
                 raise UserError(f"{directory}: {key} is {entry.dtype} {list(entry.shape)}")
         tensors = {names[key]: file.read(key) for key in entries}
+        for key in entries:
+            check_finite(tensors[names[key]], key, file.path)
     linears, stacks = _adapted(tensors)
     for key, name in names.items():
         tensor, letter = tensors[name], name[-1]

@@ -16,7 +16,7 @@ from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.steps import resolve
-from nemo_hybrid.checkpoint.tensors import TensorFile
+from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
 from nemo_hybrid.checkpoint.writing import Shards, write_model_files
 from nemo_hybrid.files import naming
@@ -50,6 +50,7 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
             nonlocal copied
             read = reads[name]
             tensor = file.read(read.name, read.row)
+            check_finite(tensor, name, file.path)
             copied += tensor.nbytes
             done(copied)
             return tensor.to(read.dtype)

@@ -18,6 +18,7 @@ from nemo_hybrid.checkpoint.adapter import (
 )
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
+from nemo_hybrid.checkpoint.tensors import check_finite
 from nemo_hybrid.checkpoint.weights import READABLE, Plan, Stored, account, read_headers
 from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config.hf import HybridConfig, read_config
@@ -107,7 +108,7 @@ def load(
     ``dtype`` None: bf16 where all weights outside of the fp32 list are, else fp32, so that nothing
     is rounded; a warning where the files are smaller than that. Parameters of the fp32 list are
     fp32 always. Raises UserError for a dtype other than bf16, fp16 and fp32, and, before memory is
-    taken, unless every tensor of the directory is accounted for.
+    taken, unless every tensor of the directory is accounted for; and for one that is not finite.
     """
     if dtype is not None and dtype not in READABLE.values():
         raise UserError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
@@ -138,6 +139,8 @@ def _load_adapted(
     model, others = load(base, dtype, build=build)
     load_adapter(model, directory)
     merge_adapters(model)
+    for name, tensor in tensors_by_name(model).items():
+        check_finite(tensor, f"with the adapter {name}", directory)
     own, files = read_companions(directory), others.files
     if "tokenizer.json" in own.files:  # then nothing of another tokenizer
         files = {GENERATION: files[GENERATION]} if GENERATION in files else {}

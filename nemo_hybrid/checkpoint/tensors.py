@@ -86,6 +86,15 @@ class Entry(NamedTuple):
         return prod(self.shape) * _SIZES.get(self.dtype, 0)
 
 
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raise UserError for a weight that holds NaN or infinity; whatever is computed with it would
+    be blamed instead. ``path``: the file or directory that it came from."""
+    # A sum is quick, but may overflow.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {name} holds NaN or infinity (as {kind}): the weights are broken")
+
+
 class TensorFile:
     """A safetensors file open for reading; a context manager. It is mapped into memory: what is not
     asked for is not read, and what was read the system may drop again.

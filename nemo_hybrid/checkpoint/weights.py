@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
-from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile
+from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile, check_finite
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json, side_by_side
 from nemo_hybrid.model.fp32 import keeps_fp32
@@ -168,8 +168,22 @@ class Plan:
         dtype, shape = self.stored.files[read.file][read.name]
         return Entry(dtype, shape if read.row is None else shape[1:])
 
+    def not_finite(self) -> list[Finding]:
+        """The weights that hold NaN or infinity, as errors. Reads all of them."""
+        found = []
+        for name, group in groupby(self.reads, lambda read: read.file):
+            with self.stored.open(name) as file:
+                for read in group:
+                    try:
+                        check_finite(file.read(read.name, read.row), read.hub_name, file.path)
+                    except UserError:
+                        kind = self.entry(read).dtype
+                        found.append(Finding(read.hub_name, "error", kind, "holds NaN or infinity"))
+        return found
+
     def copy_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Make the reads. Raises UserError when a file is not the one whose header was read."""
+        """Make the reads. Raises UserError when a file is not the one whose header was read, and
+        for a weight that is not finite."""
 
         def copy(group: list[Read]) -> None:
             with self.stored.open(group[0].file) as file:
@@ -178,6 +192,7 @@ class Plan:
                     if read.expert is not None:
                         target = target[read.expert - self.first_expert]
                     file.read_into(target, read.name, read.row)
+                    check_finite(target, read.hub_name, file.path)
 
         side_by_side(copy, [list(group) for _, group in groupby(self.reads, lambda r: r.file)])
 

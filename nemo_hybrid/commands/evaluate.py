@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,12 @@ def eval_command(options: EvalOptions) -> None:
     )
     losses = heldout_losses(NextToken(model.to(world.device), TrainOptions()), batches, world)
     World.stop()
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{directory}: the held-out {name} is {loss}, though the weights are finite: the "
+                "model is broken"
+            )
     if world.rank:
         return
     table = []

@@ -43,8 +43,8 @@ class InspectOptions(CommandOptions):
     json: bool = False
     """Print JSON instead of tables."""
     deep: bool = False
-    """Read every file and compare its checksum with the manifest. Of a run's checkpoint, presence
-    and size of all files are compared in any case."""
+    """Read every file: are the weights finite, and the checksums those of the manifest, if there is
+    one? Of a run's checkpoint, presence and size of all files are compared in any case."""
 
     def validate(self) -> None:
         check_paths("inspect", self.paths, 1, 1)
@@ -97,7 +97,8 @@ def inspect(path: Path, deep: bool) -> tuple[dict[str, Any], Plan | None]:
     ``router_biases`` are stored but are no parameters; ``bf16_bytes`` is the memory of all weights
     in bf16, those of the fp32 list in fp32.
 
-    A run's checkpoint is verified; with ``deep`` every file's checksum is compared as well. Raises
+    A run's checkpoint is verified; with ``deep`` every file's checksum is compared as well, and
+    every weight read. Raises
     UserError for what is none of these, for files whose headers are broken, and for a checkpoint
     that is not whole.
     """
@@ -124,6 +125,10 @@ def inspect(path: Path, deep: bool) -> tuple[dict[str, Any], Plan | None]:
         raise UserError(f"{path} is neither a .yaml file, nor a config.json, nor a directory")
     parameters = dict(model.named_parameters())
     verified, counts = _verified(path, parameters, deep), _by_component(parameters)
+    if deep and plan is None and verified is None:
+        raise UserError(f"{path} has neither weights nor a manifest: leave out --deep")
+    if deep and plan is not None:
+        plan.findings += plan.not_finite()
     total = sum(counts.values())
     found: dict[str, Any] = {
         "path": str(path),
@@ -157,10 +162,8 @@ def _verified(directory: Path, parameters: Iterable[str], deep: bool) -> dict[st
 
     state: dict[str, Any] = {}
     of_a_run = any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))
-    if not of_a_run and not deep:
+    if not of_a_run and not (deep and (directory / MANIFEST).exists()):
         return None
-    if not of_a_run and not (directory / MANIFEST).exists():
-        raise UserError(f"{directory} has no {MANIFEST} to compare with; leave out --deep")
     records = verify(directory, deep)
     if of_a_run:
         state = check_state(directory, parameters)

@@ -21,7 +21,7 @@ from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import plan_model
-from nemo_hybrid.checkpoint.tensors import safetensors_parts
+from nemo_hybrid.checkpoint.tensors import check_finite, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
 from nemo_hybrid.checkpoint.writing import MAX_SHARD_BYTES, describe_model
 from nemo_hybrid.config.hf import HybridConfig
@@ -273,12 +273,7 @@ class _Exporter:
                 self._read += tensor.nbytes
                 done(self._read)
                 tensor = tensor.to(dtype or tensor.dtype)
-                # A sum is quick, but may overflow.
-                if not tensor.sum().isfinite() and not tensor.isfinite().all():
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    raise UserError(
-                        f"{read.name} holds NaN or infinity (as {kind}): the checkpoint is broken"
-                    )
+                check_finite(tensor, read.name, file.path)
                 return tensor
 
             for item in shard.items:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.cache import commit
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -49,7 +50,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield one token id per row [B] at a time, ``max_new_tokens`` times.
 
-    ``prompt_BS`` holds prompts of equal length of at least one token.
+    ``prompt_BS`` holds prompts of equal length of at least one token. Raises UserError where the
+    model gives no finite logits.
     """
     generator = torch.Generator(prompt_BS.device).manual_seed(seed)
     rows, length = prompt_BS.shape
@@ -60,7 +62,13 @@ def generate(
         commit(caches, after)
     h_BD = h_BSD[:, -1]
     for count in range(1, max_new_tokens + 1):
-        ids_B = sample(model.logits(h_BD), temperature, top_p, generator)
+        logits_BV = model.logits(h_BD)
+        if not logits_BV.isfinite().all():
+            raise UserError(
+                f"the logits of new token {count} are not finite, though the weights are: the "
+                "model is broken"
+            )
+        ids_B = sample(logits_BV, temperature, top_p, generator)
         yield ids_B
         if count < max_new_tokens:
             caches.reserve(length + count)
