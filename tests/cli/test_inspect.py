@@ -408,4 +408,4 @@ def test_deep_looks_at_other_directories_too(
     (copied / MANIFEST).unlink()
     assert inspected(copied, deep=True)["verified"] is None
     assert cli.main(["inspect", str(SUPER), "--deep"]) == 2
-    assert f"has neither weights nor a manifest" in capsys.readouterr().err
+    assert "has neither weights nor a manifest" in capsys.readouterr().err
