@@ -10,8 +10,11 @@ import io
 import json
 import lzma
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +50,20 @@ def parquet(texts: list[str] = TEXTS) -> bytes:
     return out.getvalue()
 
 
-def zstd(content: bytes) -> bytes:
+def arrow(packing: str, content: bytes) -> bytes:
     import pyarrow as pa
 
     out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, "zstd") as stream:
+    with pa.CompressedOutputStream(out, packing) as stream:
         stream.write(content)
     return bytes(out.getvalue())
 
 
+zstd, lz4 = partial(arrow, "zstd"), partial(arrow, "lz4")
 RECORDS = [{"text": t} for t in TEXTS]
 ARRAY = json.dumps(RECORDS).encode()
 PACK: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd,
+    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd, "lz4": lz4,
 }  # fmt: skip
 BOM = b"\xef\xbb\xbf"
 READ: dict[str, bytes] = {
@@ -259,7 +263,12 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "crc": ("a.jsonl.gz", gzip.compress(LONG)[:-8] + bytes(8), "CRC check failed"),
     **{
         f"cut {ending}": (f"a.jsonl.{ending}", PACK[ending](LONG)[:-99], f"a damaged {name} file")
-        for ending, name in {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}.items()
+        for ending, name in {
+            "gz": "gzip",
+            "bz2": "bz2",
+            "xz": "xz",
+            "zst": "zstd",
+        }.items()
     },
 }
 
@@ -368,3 +377,26 @@ def test_a_snapshot_of_the_hub_s_cache(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"hub's cache .*: name one .*snapshots/0123"):
         find_sources([tmp_path])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted({*READ, *REFUSED, "a.bin", "a.idx", "b.md"})),
+    content=st.sampled_from([*READ.values(), *(content for content, _ in REFUSED.values())]),
+    cut=st.none() | st.integers(0, 400),
+    flip=st.none() | st.integers(0, 400),
+    noise=st.binary(max_size=9),
+)
+def test_no_file_escapes_as_another_error(
+    name: str, content: bytes, cut: int | None, flip: int | None, noise: bytes
+) -> None:
+    """Fuzz: under any name, damaged, cut and with anything behind it, a file is read or refused."""
+    data = bytearray(content[:cut] + noise)
+    if flip is not None and flip < len(data):
+        data[flip] ^= 255
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(data)
+        with suppress(UserError):
+            for source in find_sources([folder]).sources:
+                for item in read_documents(source, "text", 9):
+                    assert isinstance(item, Document | Unusable)
