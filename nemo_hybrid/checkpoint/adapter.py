@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nemo_hybrid.checkpoint.directory import Writer
+from nemo_hybrid.checkpoint.directory import STEP, Writer
 from nemo_hybrid.checkpoint.manifest import MANIFEST, to_json
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.steps import resolve
@@ -217,6 +217,12 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
+def base_named(directory: Path) -> Path | None:
+    """What an adapter says it is for; None for a whole model."""
+    named = is_adapter(directory) and read_json(directory / CONFIG).get("base_model_name_or_path")
+    return Path(named) if isinstance(named, str) else None
+
+
 def base_directory(directory: Path, given: str | None = None) -> Path:
     """Where the weights are that an adapter is for: ``given``, or what it names itself, which may
     be relative to it or to the working directory. Raises UserError where they are not there."""
@@ -231,9 +237,11 @@ def base_directory(directory: Path, given: str | None = None) -> Path:
                 raise UserError(f"{base}, for which the adapter is, is an adapter too: merge it")
             return base
     told = "--base" if given else str(directory / CONFIG)
+    of_a_run = STEP.fullmatch(Path(named).name) is not None
+    gone = " any more: runs remove their older checkpoints" if of_a_run else ""
     raise UserError(
-        f"{named}, which {told} names, is not there; say where the weights are that the adapter "
-        f"is for: merge --from {directory} --base DIR --out DIR"
+        f"{named}, which {told} names, is not there{gone}; say where the weights are that the "
+        f"adapter is for: merge --from {directory} --base DIR --out DIR"
     )
 
 
@@ -252,14 +260,17 @@ def base_digest(base: Path) -> str:
     return digest.hexdigest()
 
 
-def check_base(directory: Path, base: Path) -> None:
-    """Warn where an adapter of ours was trained beside other weights than those of ``base``."""
+def other_base(directory: Path, base: Path) -> str:
+    """What is wrong with ``base`` where an adapter of ours was trained beside other weights; empty:
+    nothing, or it is not known."""
     path = directory / BASE
-    if path.is_file() and read_json(path).get("digest") != base_digest(base):
-        log.warning(
-            "%s: this adapter was trained beside other weights than those in %s (or these were "
-            "written anew since)", directory, base,
-        )  # fmt: skip
+    if not path.is_file() or read_json(path).get("digest") == base_digest(base):
+        return ""
+    named = read_json(directory / CONFIG).get("base_model_name_or_path")
+    return (
+        f"{directory}: this adapter was trained beside other weights than those in {base} (or "
+        f"these were written anew since); it names {named}"
+    )
 
 
 def _theirs(name: str) -> str:

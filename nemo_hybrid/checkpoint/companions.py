@@ -49,6 +49,8 @@ def read_companions(directory: Path) -> Companions:
     Raises UserError for a generation_config.json, or end-of-sequence ids, that are none.
     """
     files = {}
+    with naming("read", directory):
+        directory.stat()  # one that is gone has no files either
     for path in (directory / name for name in _FILES):
         if path.is_file():
             with naming("read", path):

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.adapter import (
     base_directory,
-    check_base,
     is_adapter,
     load_adapter,
     locate,
+    other_base,
 )
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions, read_companions
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked
+from nemo_hybrid.checkpoint.steps import reading
 from nemo_hybrid.checkpoint.tensors import check_finite
 from nemo_hybrid.checkpoint.weights import READABLE, Plan, Stored, account, read_headers
 from nemo_hybrid.checkpoint.writing import save_weights
@@ -112,7 +113,12 @@ def load(
     """
     if dtype is not None and dtype not in READABLE.values():
         raise UserError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype!r}")
-    directory = locate(path)
+    return reading(path, lambda directory: _load(directory, dtype, base, build), locate)
+
+
+def _load(
+    directory: Path, dtype: torch.dtype | None, base: Path | None, build: type[HybridLM]
+) -> tuple[HybridLM, Companions]:
     if is_adapter(directory):
         return _load_adapted(directory, dtype, base or base_directory(directory), build)
     model, plan = plan_model(directory, dtype, build=build)
@@ -135,7 +141,8 @@ def load(
 def _load_adapted(
     directory: Path, dtype: torch.dtype | None, base: Path, build: type[HybridLM]
 ) -> tuple[HybridLM, Companions]:
-    check_base(directory, base)
+    if warning := other_base(directory, base):
+        log.warning("%s", warning)
     model, others = load(base, dtype, build=build)
     load_adapter(model, directory)
     merge_adapters(model)

@@ -13,8 +13,11 @@ hashed and synced.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from nemo_hybrid.checkpoint.directory import (
     REPLACED,
@@ -28,11 +31,15 @@ from nemo_hybrid.checkpoint.directory import (
 )
 from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.run import ModelOptions
+from nemo_hybrid.config.read import CHECKPOINTS
+from nemo_hybrid.config.run import CheckpointOptions, ModelOptions
+from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, FileRecord, naming, replace_file
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LATEST = "latest"
 
@@ -165,23 +172,23 @@ def resolve(path: str | Path) -> Path:
     RUN/checkpoints, or RUN itself. Raises UserError saying what was looked for.
     """
     start = Path(path).expanduser()
+    if start.is_dir() and (start / "config.json").is_file():
+        return start
+    pointer = start.name == LATEST and not start.is_dir()
+    for candidate in (start.parent if pointer else start, start / CHECKPOINTS):
+        while found := list_steps(candidate):
+            try:
+                return _pointed(candidate)
+            except UserError:
+                if found == list_steps(candidate):
+                    raise  # else the run, which goes on, has removed some of them meanwhile
     if not start.exists():
+        if run := next((p.parent for p in start.parents if p.name == CHECKPOINTS), None):
+            raise UserError(f"{path} is not there: {_kept(run)}")
         raise UserError(
             f"{path} does not exist: give a local directory (what is on the Hugging Face hub has "
             "to be downloaded first)"
         )
-    if start.is_dir() and (start / "config.json").is_file():
-        return start
-    pointer = start.name == LATEST and start.is_file()
-    for candidate in (start.parent if pointer else start, start / "checkpoints"):
-        if not list_steps(candidate):
-            continue
-        pointed = read_latest(candidate)
-        if pointed is None or not (pointed / "config.json").is_file():
-            pointed = find_latest(candidate, deep=False)
-        if pointed is not None and (pointed / "config.json").is_file():
-            return pointed
-        raise UserError(f"{pointed} has no config.json")
     if (start / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no whole model: add it to its weights with nemo-hybrid "
@@ -195,6 +202,69 @@ def resolve(path: str | Path) -> Path:
     )
 
 
+def _pointed(checkpoints_dir: Path) -> Path:
+    """The newest checkpoint of a run, as it says itself. Raises UserError."""
+    pointed = read_latest(checkpoints_dir)
+    if pointed is None or not (pointed / "config.json").is_file():
+        pointed = find_latest(checkpoints_dir, deep=False)
+    if pointed is None or not (pointed / "config.json").is_file():
+        raise UserError(f"{pointed} has no config.json")
+    return pointed
+
+
+def _kept(run: Path) -> str:
+    """What to know of a run that lacks a checkpoint."""
+    names = [directory.name for directory in list_steps(run / CHECKPOINTS)]
+    return (
+        f"a run that goes on removes its older checkpoints (checkpoint.keep); {run} has "
+        f"{', '.join(names) or 'none'} now"
+    )
+
+
+def keeps(checkpoint: Path) -> int:
+    """How many checkpoints the run keeps whose checkpoint this is, and removes it when as many are
+    newer; 0: it stays, or is of no run."""
+    settings = checkpoint.parent.parent / "config.yaml"
+    if checkpoint.parent.name != CHECKPOINTS or not settings.is_file():
+        return 0
+    try:
+        return int(read_yaml(settings)["checkpoint"]["keep"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return CheckpointOptions().keep
+
+
+def reading(
+    path: str | Path, read: Callable[[Path], T], find: Callable[[str | Path], Path] = resolve
+) -> T:
+    """What ``read`` makes of the directory that ``find`` gives for a path. If a run that goes on
+    removes this checkpoint meanwhile, once more with the one that the path means then.
+
+    Raises UserError as both do, and for a checkpoint that was removed.
+    """
+    directory = find(path)
+    try:
+        return read(directory)
+    except (UserError, OSError):
+        if directory.exists():
+            raise
+    newer = find(path)
+    log.warning("%s was removed while it was read; reading %s in its place", directory, newer)
+    with saying_if_removed(newer):
+        return read(newer)
+
+
+@contextmanager
+def saying_if_removed(directory: Path) -> Iterator[None]:
+    """Raise UserError that says so where a run removes the checkpoint that is being read."""
+    try:
+        yield
+    except (UserError, OSError):
+        if directory.exists() or directory.parent.name != CHECKPOINTS:
+            raise
+        run = directory.parent.parent
+        raise UserError(f"{directory} was removed while it was read: {_kept(run)}") from None
+
+
 def model_shape(options: ModelOptions) -> HybridConfig:
     """The shape that model.from_hf holds, or without it the one that the options give.
 
@@ -203,7 +273,7 @@ def model_shape(options: ModelOptions) -> HybridConfig:
     """
     if not options.from_hf:
         return options.hybrid()
-    shape, default = read_config(resolve(options.from_hf)), ModelConfig()
+    shape, default = reading(options.from_hf, read_config), ModelConfig()
     contrary = []
     for f in fields(ModelConfig):
         given, there = getattr(options, f.name), getattr(shape, f.name)

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
+from nemo_hybrid.checkpoint.steps import saying_if_removed
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile, check_finite
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json, side_by_side
@@ -213,9 +214,10 @@ def load_weights(
 
     Raises UserError, before anything is copied, unless every tensor is mapped or skipped.
     """
-    plan = account(read_headers(directory), targets, owned_experts, n_experts)
-    plan.raise_errors()
-    plan.copy_into(targets)
+    with saying_if_removed(directory):
+        plan = account(read_headers(directory), targets, owned_experts, n_experts)
+        plan.raise_errors()
+        plan.copy_into(targets)
     plan.log()
     return plan
 

@@ -98,11 +98,18 @@ def compare_command(options: CompareOptions) -> int:
     Raises UserError for checkpoints that do not read the same tokens.
     """
     from nemo_hybrid.checkpoint.adapter import locate
+    from nemo_hybrid.checkpoint.steps import reading
+
+    def compare(a: Path) -> int:
+        return reading(options.paths[-1], lambda b: _compare(options, a, b), locate)
+
+    return reading(options.paths[0], compare, locate)
+
+
+def _compare(options: CompareOptions, a: Path, b: Path) -> int:
     from nemo_hybrid.export.divergence import per_token
     from nemo_hybrid.precision.policy import DTYPES
 
-    a = locate(options.paths[0])
-    b = locate(options.paths[-1])
     text = _text(options, a, b)
     how = (text.ids, options.sequence_length, DTYPES[options.dtype])
     states_a = our_states(a, *how)

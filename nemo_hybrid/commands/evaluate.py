@@ -18,6 +18,7 @@ from nemo_hybrid.terminal import print_table
 if TYPE_CHECKING:
     from nemo_hybrid.data.loader import Blend
     from nemo_hybrid.data.packing import PackedSamples
+    from nemo_hybrid.model.hybrid import HybridLM
 
 
 @dataclass(config=CHECKED)
@@ -62,18 +63,27 @@ def eval_command(options: EvalOptions) -> None:
 
     from nemo_hybrid.checkpoint.adapter import locate
     from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.data.loader import heldout_batches, require_tokenizer
     from nemo_hybrid.objectives.next_token import NextToken
     from nemo_hybrid.parallel.world import World
     from nemo_hybrid.train.evaluate import heldout_losses
 
-    directory = locate(options.from_)
-    model = load_model(directory)
-    rows, length = _open(options, model.config, directory)
-    require_tokenizer(rows, directory)
+    def read(directory: Path) -> tuple[Path, HybridLM, Blend | PackedSamples, int]:
+        model = load_model(directory)
+        rows, length = _open(options, model.config, directory)
+        require_tokenizer(rows, directory)
+        return directory, model, rows, length
+
+    directory, model, rows, length = reading(options.from_, read, locate)
     if not rows.heldout:
         raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
     world = World.start()
+    if len(read_by := set(world.gather(directory))) > 1:
+        raise UserError(
+            f"processes read different checkpoints of a run that goes on ({min(read_by)}, "
+            f"{max(read_by)}): name one of them"
+        )
     batches = heldout_batches(
         rows,
         sequence_length=length,

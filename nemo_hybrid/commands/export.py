@@ -114,16 +114,23 @@ def _same_file(one: str, other: str) -> bool:
 
 def export_command(options: ExportOptions) -> None:
     """What can be refused without a model is refused before one is loaded. Raises UserError."""
+    from nemo_hybrid.checkpoint.directory import new_directory
+    from nemo_hybrid.checkpoint.steps import reading
+    from nemo_hybrid.export.write import unquantized
+
+    out = new_directory(options.out)
+    reading(options.from_, lambda source: _export(options, source, out), unquantized)
+
+
+def _export(options: ExportOptions, source: Path, out: Path) -> None:
     import torch
 
-    from nemo_hybrid.checkpoint.directory import new_directory
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.checkpoint.publish import CARD
     from nemo_hybrid.data.store import TOKENIZER
     from nemo_hybrid.export import calibrate, card, sensitivity, verify, write
     from nemo_hybrid.precision import assign
 
-    source, out = write.unquantized(options.from_), new_directory(options.out)
     shape = HybridConfig.from_hf(str(source))
     calibrated, budget = options.calibration is not None, options.budget_bits
     if budget is None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nemo_hybrid.data.tokenizer import TextTokenizer
+    from nemo_hybrid.model.hybrid import HybridLM
 
 
 @dataclass(config=CHECKED)
@@ -82,22 +83,27 @@ def generate_command(options: GenerateOptions) -> None:
 
     from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
     from nemo_hybrid.checkpoint.load import load_model
+    from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
     from nemo_hybrid.generation.sampling import generate
 
-    directory = given = locate(options.from_)
-    if is_adapter(given) and not (given / "tokenizer.json").is_file():
-        directory = base_directory(given)
-    if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
-    tokenizer = load_tokenizer(directory)
-    model = load_model(given).eval()
+    def read(given: Path) -> tuple[HybridLM, TextTokenizer, NDArray[np.int64], list[int]]:
+        directory = given
+        if is_adapter(given) and not (given / "tokenizer.json").is_file():
+            directory = base_directory(given)
+        if not (directory / "tokenizer.json").is_file():
+            raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
+        tokenizer = load_tokenizer(directory)
+        model = load_model(given).eval()
+        if options.chat:
+            ids = _chat_prompt(tokenizer, directory, options.prompt)
+        else:
+            ids = tokenizer.encode_prompt(options.prompt)
+        return model, tokenizer, ids, stop_ids(directory, model.config.eos_token_id)
+
+    model, tokenizer, ids, ends = reading(options.from_, read, locate)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    if options.chat:
-        ids = _chat_prompt(tokenizer, directory, options.prompt)
-    else:
-        ids = tokenizer.encode_prompt(options.prompt)
     if not len(ids):
         raise UserError("--prompt is empty: give at least one token to continue")
     if ids.max() >= model.config.vocab_size:
@@ -107,7 +113,6 @@ def generate_command(options: GenerateOptions) -> None:
         )
     prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
-    ends = stop_ids(directory, model.config.eos_token_id)
     began, count = time.monotonic(), 0
     text = TextStream(tokenizer)
     if not options.chat:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command, check_paths
 from nemo_hybrid.config.base import CHECKED, CommandOptions
 from nemo_hybrid.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_hybrid.checkpoint.companions import Companions
+    from nemo_hybrid.model.hybrid import HybridLM
 
 
 @dataclass(config=CHECKED)
@@ -35,13 +40,17 @@ class MergeOptions(CommandOptions):
     """Hugging Face directory to write; it must be absent or empty."""
     base: str | None = None
     """Directory of the weights, where it is not the one that the adapter names."""
+    force: bool = False
+    """Merge also with other weights than those that the adapter was trained beside."""
 
 
 def import_command(options: ImportOptions) -> None:
     """Copy a Hugging Face directory into a new one, and say what to do with it."""
     from nemo_hybrid.checkpoint.convert import import_directory
+    from nemo_hybrid.checkpoint.steps import reading
 
-    print(import_directory(Path(options.paths[0]), Path(options.out)).summary())
+    plan = reading(options.paths[0], lambda source: import_directory(source, Path(options.out)))
+    print(plan.summary())
     print(
         f"written to {options.out}; go on with\n"
         f"  nemo-hybrid inspect {options.out}\n"
@@ -55,15 +64,21 @@ def merge_command(options: MergeOptions) -> None:
     from nemo_hybrid.checkpoint import adapter
     from nemo_hybrid.checkpoint.directory import new_directory
     from nemo_hybrid.checkpoint.load import load, save_model
+    from nemo_hybrid.checkpoint.steps import reading
 
-    directory = adapter.locate(options.from_)
-    if not adapter.is_adapter(directory):
-        raise UserError(f"{directory} holds no {adapter.CONFIG}: it is a whole model already")
     out = new_directory(options.out)
-    base = adapter.base_directory(directory, options.base)
-    model, companions = load(directory, base=base)
+
+    def read(directory: Path) -> tuple[HybridLM, Companions, str]:
+        if not adapter.is_adapter(directory):
+            raise UserError(f"{directory} holds no {adapter.CONFIG}: it is a whole model already")
+        base = adapter.base_directory(directory, options.base)
+        if not options.force and (other := adapter.other_base(directory, base)):
+            raise UserError(f"{other}. With --force true they are merged all the same")
+        return *load(directory, base=base), f"{base} with the adapter of {directory}"
+
+    model, companions, about = reading(options.from_, read, adapter.locate)
     save_model(model, out, companions)
-    print(f"{out}: {base} with the adapter of {directory}")
+    print(f"{out}: {about}")
 
 
 COMMANDS = {

@@ -53,10 +53,11 @@ class InspectOptions(CommandOptions):
 def inspect_command(options: InspectOptions) -> int:
     """Print the tables; 2 where a tensor is missing or does not fit."""
     from nemo_hybrid.checkpoint.adapter import is_adapter, locate
+    from nemo_hybrid.checkpoint.steps import reading
 
     path = Path(options.paths[0])
     if not path.is_file() and is_adapter(locate(path)):
-        _inspect_adapter(locate(path), options)
+        reading(path, lambda directory: _inspect_adapter(directory, options), locate)
         return 0
     found, plan = inspect(path, options.deep)
     if options.json:
@@ -102,16 +103,24 @@ def inspect(path: Path, deep: bool) -> tuple[dict[str, Any], Plan | None]:
     UserError for what is none of these, for files whose headers are broken, and for a checkpoint
     that is not whole.
     """
+    from nemo_hybrid.checkpoint.steps import LATEST, reading
+
+    path = path.expanduser()
+    if not path.exists() or path.is_dir() or path.name == LATEST:
+        return reading(path, lambda directory: _inspect(directory, deep))
+    return _inspect(path, deep)
+
+
+def _inspect(path: Path, deep: bool) -> tuple[dict[str, Any], Plan | None]:
+    """Of a file, or of a directory with config.json."""
     from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.load import plan_model, tensors_by_name
-    from nemo_hybrid.checkpoint.steps import LATEST, resolve
     from nemo_hybrid.checkpoint.weights import pickles
     from nemo_hybrid.model.fp32 import keeps_fp32
     from nemo_hybrid.train.flops import parameter_counts
 
-    path, plan = path.expanduser(), None
-    if not path.exists() or path.is_dir() or path.name == LATEST:
-        path = resolve(path)
+    plan = None
+    if path.is_dir():
         if any(path.glob("*.safetensors*")) or pickles(path):
             model, plan = plan_model(path)
             read_companions(path)

@@ -26,6 +26,7 @@ from nemo_hybrid.checkpoint.load import load_model, tensors_by_name
 from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.checkpoint.names import from_hub
 from nemo_hybrid.checkpoint.publish import CARD
+from nemo_hybrid.checkpoint.steps import reading
 from nemo_hybrid.checkpoint.weights import INDEX
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
@@ -230,7 +231,7 @@ def _check_companions(directory: Path, base: str | None, result: Result) -> None
     """A model card must be there, and the tokenizer and settings of the base, unchanged; and
     nothing else, such as code or weights of other kinds."""
     problems = [] if (directory / CARD).is_file() else [f"{CARD}, the model card, is missing"]
-    wanted = None if base is None else read_companions(locate(base))
+    wanted = None if base is None else reading(base, read_companions, locate)
     try:
         found = read_companions(directory)
         problems += [] if wanted is None else _unlike_base(directory, found, wanted)

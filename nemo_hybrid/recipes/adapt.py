@@ -14,8 +14,7 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.adapter import (
     BASE,
-    CONFIG,
-    is_adapter,
+    base_named,
     read_adapter,
     write_adapter,
 )
@@ -27,7 +26,6 @@ from nemo_hybrid.checkpoint.writing import describe_model
 from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import read_json
 from nemo_hybrid.model import lora
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
@@ -64,11 +62,8 @@ class Adapt(Finetune):
 
     def _find_origin(self, checkpoint: Path | None) -> Path:
         """Of a checkpoint to go on from the weights that it names."""
-        if checkpoint is not None and is_adapter(checkpoint):
-            named = Path(str(read_json(checkpoint / CONFIG).get("base_model_name_or_path")))
-            if named.is_dir():
-                return named
-        return super()._find_origin(checkpoint)
+        named = None if checkpoint is None else base_named(checkpoint)
+        return named if named and named.is_dir() else super()._find_origin(checkpoint)
 
 
 class AdaptersAlone:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from nemo_hybrid.checkpoint.adapter import base_digest, is_adapter
+from nemo_hybrid.checkpoint.adapter import base_digest, base_named, is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.load import tensors_by_name
-from nemo_hybrid.checkpoint.steps import model_shape, resolve
+from nemo_hybrid.checkpoint.state import RUN_STATE
+from nemo_hybrid.checkpoint.steps import keeps, model_shape, resolve
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.next_token import NextToken
@@ -58,6 +61,8 @@ class StoreRecipe(Generic[C, R]):
             self.origin = world.from_rank_0(self._find_origin, checkpoint)
             if self.needs_origin:
                 self._base = world.from_rank_0(base_digest, self.origin)
+        if checkpoint is not None:
+            world.from_rank_0(self._check_base, checkpoint)
         self.rows = self._open_rows(world)
         config = self.config
         return self.data(
@@ -108,8 +113,9 @@ class StoreRecipe(Generic[C, R]):
     def describe(self, run: Run) -> list[str]:
         train = self.config.train
         return [
+            *self._origin_warning(),
             f"data {self.rows.tokens:,} training tokens; {train.max_steps} steps of "
-            f"{train.global_batch_size} x {self.config.data.sequence_length} tokens"
+            f"{train.global_batch_size} x {self.config.data.sequence_length} tokens",
         ]
 
     def evaluate(self, run: Run) -> dict[str, float]:
@@ -121,6 +127,39 @@ class StoreRecipe(Generic[C, R]):
 
     def _open_rows(self, world: World) -> R:
         raise NotImplementedError
+
+    def _check_base(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that was trained beside other weights than those of this run."""
+        saved = (checkpoint / RUN_STATE).is_file() and read_json(checkpoint / RUN_STATE).get("base")
+        if (saved or None) == self._base:
+            return
+        if not (saved and self._base):
+            beside, alone = ("it", "this run") if saved else ("this run", "it")
+            raise UserError(
+                f"{checkpoint} is of another kind of run: {beside} needs the weights that it began "
+                f"with in all steps, {alone} does not; use another run_dir"
+            )
+        named = base_named(checkpoint)
+        why = f" (it names {named})" if named else ""
+        if named == self.origin:
+            why = " now: they were written anew since"
+        elif named and not named.exists():
+            why = f" (it names {named}, which is not there any more)"
+        raise UserError(
+            f"{checkpoint} was written with base weights that are not those in {self.origin}{why}; "
+            "bring them back, or use another run_dir"
+        )
+
+    def _origin_warning(self) -> Iterator[str]:
+        """Where the weights that the run began with may be gone when it starts again."""
+        if self.origin is not None and (kept := keeps(self.origin)):
+            what = "the adapter is for" if self.needs_origin else "every start of this run reads"
+            yield (
+                f"warning: {self.origin}, which {what}, is a checkpoint of a run that keeps its "
+                f"{kept} newest alone and removes it when it goes on: begin with a copy "
+                f"(nemo-hybrid import {self.origin} --out DIR, model.from_hf DIR), or set "
+                "checkpoint.keep 0 there"
+            )
 
     def _find_origin(self, checkpoint: Path | None) -> Path:
         """The directory that model.from_hf means. Raises UserError where it holds no model."""

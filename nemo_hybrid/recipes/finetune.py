@@ -78,6 +78,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         if train.second_stage_step is not None:
             loss = f"tokens, after step {train.second_stage_step} conversations"
         return [
+            *self._origin_warning(),
             *self._warnings(run),
             f"data {len(rows.train.lengths):,} samples of {rows.tokens:,} tokens in "
             f"{len(rows.packs):,} packs of {config.data.sequence_length} ({rows.efficiency:.1%} "

@@ -31,9 +31,11 @@ from helpers.tiny_models import (
 )
 from nemo_hybrid import HybridLM, UserError
 from nemo_hybrid.checkpoint.adapter import (
+    BASE,
     CONFIG,
     WEIGHTS,
     adapter_files,
+    base_digest,
     base_directory,
     load_adapter,
     read_adapter,
@@ -417,6 +419,38 @@ def test_a_bf16_base_is_rounded_once(merged: tuple[HybridLM, Path, Path], tmp_pa
         assert (error <= wanted.abs() * 2**-8 * 1.0001 + 1e-7).all(), name
 
 
+def test_other_weights_are_merged_by_force_alone(
+    merged: tuple[HybridLM, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether they are given or stand where the adapter's own were; its digest is not shown."""
+    _, base, directory = merged
+    for source, name in ((base, "base"), (directory, "adapter")):
+        shutil.copytree(source, tmp_path / name)
+    digest = base_digest(base)
+    (tmp_path / "adapter" / BASE).write_text(json.dumps({"digest": digest}))
+    words = ["merge", "--from", f"{tmp_path}/adapter", "--out"]
+    assert main([*words, f"{tmp_path}/same"]) == 0
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    loud_model(SHAPE, seed=9).save_hf(str(tmp_path / "drawn"))
+    for file in (tmp_path / "drawn").glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "other")
+    given = [*words, f"{tmp_path}/given", "--base", f"{tmp_path}/other"]
+    assert main(given) == 2
+    shutil.copytree(tmp_path / "other", tmp_path / "base", dirs_exist_ok=True)
+    assert main([*words, f"{tmp_path}/named"]) == 2
+    for said in capsys.readouterr().err.splitlines():
+        assert "trained beside other weights than those in" in said
+        assert "it names ../base" in said
+        assert "--force true" in said
+        assert digest not in said
+    assert not (tmp_path / "given").exists()
+    assert main([*given, "--force", "true"]) == 0
+    assert "trained beside other weights" in caplog.text
+
+
 def test_a_base_that_is_gone_is_named(
     merged: tuple[HybridLM, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +459,12 @@ def test_a_base_that_is_gone_is_named(
     shutil.copytree(directory, alone)
     with pytest.raises(UserError, match=r"\.\./base, which .* names, is not there.*--base"):
         load_model(alone)
+    settings = json.loads((alone / CONFIG).read_text())
+    settings["base_model_name_or_path"] = "/runs/a/checkpoints/step_00000004"
+    (alone / CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="is not there any more: runs remove their older"):
+        load_model(alone)
+    shutil.copy(directory / CONFIG, alone)
     with pytest.raises(UserError, match="nowhere, which --base names"):
         base_directory(alone, "nowhere")
     with pytest.raises(UserError, match="is an adapter too"):

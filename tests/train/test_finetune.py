@@ -347,7 +347,7 @@ def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     assert "count 2 times" in refused.err
 
 
-def test_merging_with_other_weights_is_warned_of(
+def test_merging_with_other_weights_is_refused(
     base: Path, adapted: tuple[Path, list[Any]], tmp_path: Path, commands: Commands
 ) -> None:
     loud(HybridLM.from_hf(str(base)), seed=5).save_hf(str(tmp_path / "drawn"))
@@ -356,7 +356,7 @@ def test_merging_with_other_weights_is_warned_of(
         commands(*words, directory, "--out", tmp_path / f"merged {i}")
         for i, directory in enumerate((base, tmp_path / "drawn"))
     ]
-    assert [one.status for one in said] == [0, 0], said
+    assert [one.status for one in said] == [0, 2], said
     assert ["beside other weights" in one.err + one.out for one in said] == [False, True]
 
 

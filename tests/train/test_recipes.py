@@ -51,6 +51,56 @@ def test_a_run_is_what_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert opened(recipe_of(config), monkeypatch).identity() != before
 
 
+def test_a_checkpoint_beside_other_weights_is_refused_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, checkpoint = tmp_path / "base", tmp_path / "run/checkpoints/step_00000003"
+    HybridLM(tiny_config("-")).save_hf(str(base))
+    model = ModelOptions(from_hf=str(base))
+    adapt = opened(recipe_of(FinetuneConfig(model=model, lora=LoraOptions(rank=2))), monkeypatch)
+    whole = opened(recipe_of(FinetuneConfig(model=model)), monkeypatch)
+    digest = adapt.identity()["base"]
+    checkpoint.mkdir(parents=True)
+
+    def refusal(recipe: Any, saved: str | None, named: Path) -> str:
+        (checkpoint / "run_state.json").write_text(json.dumps({"base": saved}))
+        settings = {"base_model_name_or_path": str(named)}
+        (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError) as error:
+            recipe._check_base(checkpoint)
+        assert digest not in str(error.value)
+        assert "0123" not in str(error.value)
+        return str(error.value)
+
+    assert f"not those in {base} now: they were written anew" in refusal(adapt, "0123", base)
+    gone = tmp_path / "other/checkpoints/step_00000001"
+    assert f"(it names {gone}, which is not there any more)" in refusal(adapt, "0123", gone)
+    (tmp_path / "copy").mkdir()
+    assert f"(it names {tmp_path / 'copy'})" in refusal(adapt, "0123", tmp_path / "copy")
+    for recipe, saved in ((whole, "0123"), (adapt, None)):
+        assert "another kind of run" in refusal(recipe, saved, base)
+
+
+def test_a_beginning_that_its_run_may_remove_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    HybridLM(tiny_config("-")).save_hf(str(checkpoint))
+    model = ModelOptions(from_hf=str(tmp_path / "run"))
+    for config, what in (
+        (FinetuneConfig(model=model, lora=LoraOptions(rank=2)), "which the adapter is for"),
+        (FinetuneConfig(model=model), "which every start of this run reads"),
+        (RunConfig(model=model), "which every start of this run reads"),
+    ):
+        recipe = opened(recipe_of(config), monkeypatch)
+        (tmp_path / "run/config.yaml").write_text("checkpoint: {keep: 0}")
+        assert list(recipe._origin_warning()) == []
+        (tmp_path / "run/config.yaml").write_text("checkpoint: {keep: 2}")
+        (warning,) = recipe._origin_warning()
+        assert f"{checkpoint}, {what}, is a checkpoint of a run that keeps its 2 newest" in warning
+        assert "nemo-hybrid import" in warning
+
+
 def test_an_adapter_is_no_beginning_of_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
     (adapter,) = (TESTS / "fixtures/last_version").rglob("adapter_config.json")
     model = ModelOptions(from_hf=str(adapter.parent))
