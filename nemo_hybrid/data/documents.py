@@ -1,7 +1,7 @@
 """`prepare`: text in many formats to a tokenizer and two token stores.
 
 Documents are streamed twice, once to train the tokenizer and once to encode, so memory is bounded
-by the largest document, a batch of text, and eight bytes per document for the index.
+by the largest document or JSON array, a batch of text, and eight bytes per document for the index.
 """
 
 from __future__ import annotations

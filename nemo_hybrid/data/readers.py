@@ -6,7 +6,6 @@ import codecs
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,6 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming, refuse_pointer
 
 _ROWS = 256  # of a table, read at once
-_PIECE = 1 << 20  # characters of a JSON array, read at once
-_SPACE = re.compile(r"\s*")
 Done = Callable[[], float]
 
 
@@ -75,8 +72,8 @@ def read_records(
                     yield from _read_text(source, file, text_field)
                 elif source.kind == "lines":
                     yield from _read_lines(source, file, done, text_field)
-                elif source.kind == "json":
-                    yield from _read_json(source, file, done, text_field)
+                elif source.kind == "array":
+                    yield from _read_array(source, file, text_field)
                 else:
                     yield from _read_csv(source, file, done, columns)
 
@@ -121,76 +118,16 @@ def _read_lines(
             yield _record(value, f"{source.key}#{number}", where, done(), text_field)
 
 
-def _read_json(
-    source: Source, file: IO[bytes], done: Done, text_field: str
-) -> Iterator[Record | Unusable]:
-    """Lines of JSON, or a JSON array, or objects over several lines."""
-    with _opened(source) as (beginning, _):
-        first = beginning.read(_PIECE).decode("utf-8-sig", "replace").lstrip()
-    first, unfinished = first.partition("\n")[0].rstrip(), False
+def _read_array(source: Source, file: IO[bytes], text_field: str) -> Iterator[Record | Unusable]:
+    """A JSON array, or one value over several lines: at once."""
     try:
-        json.loads(first)
-    except json.JSONDecodeError as e:
-        unfinished = 0 < len(first) <= e.pos
-    except RecursionError:
-        pass
-    if not first.startswith("[") and not unfinished:
-        yield from _read_lines(source, file, done, text_field)
-        return
-    row = 0
-    try:
-        for value in _values(io.TextIOWrapper(file, "utf-8-sig").read):
-            where = f"{source.path} row {row}"
-            yield _record(value, f"{source.key}#{row}", where, done(), text_field)
-            row += 1
+        found = json.loads(file.read().decode("utf-8-sig").strip() or "[]")
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{source.path} is not JSON from row {row} on: {e}") from e
-
-
-def _values(read: Callable[[int], str]) -> Iterator[Any]:
-    """The elements of a JSON array, or values that follow each other, of a text that is read piece
-    by piece. Raises ValueError for what is neither."""
-    decode = json.JSONDecoder().raw_decode
-    text, at, ended = "", 0, False
-
-    def more() -> None:
-        nonlocal text, at, ended
-        piece = read(max(_PIECE, len(text) - at))
-        text, at, ended = text[at:] + piece, 0, not piece
-
-    def next_character() -> str:
-        nonlocal at
-        while True:
-            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-            if at < len(text) or ended:
-                return text[at : at + 1]
-            more()
-
-    array = next_character() == "["
-    at += array
-    first = True
-    while (character := next_character()) != ("]" if array else ""):
-        if array and not first:
-            if character != ",":
-                raise ValueError("there is no comma behind an element" if character else "it ends")
-            at += 1
-            next_character()
-        first = False
-        while True:
-            try:
-                value, stop = decode(text, at)
-                if ended or stop + 3 < len(text):  # a number at the end may go on: 1, 1e-5
-                    break
-            except json.JSONDecodeError as e:
-                # What is wrong long before the end stays so; but a string may be long.
-                if ended or (e.pos < len(text) - 16 and "Unterminated" not in e.msg):
-                    raise ValueError(e.msg) from None
-            more()
-        at = stop
-        yield value
-    at += array
-    if next_character():
-        raise ValueError("there is more behind the array")
+        raise UserError(f"{source.path} is neither a JSON array nor objects in lines: {e}") from e
+    values = found if isinstance(found, list) else [found]
+    for row, value in enumerate(values):
+        where = f"{source.path} row {row}"
+        yield _record(value, f"{source.key}#{row}", where, (row + 1) / len(values), text_field)
 
 
 def _record(value: Any, key: str, where: str, done: float, text_field: str) -> Record | Unusable:
@@ -243,11 +180,10 @@ def _read_parquet(source: Source, columns: Sequence[str] | None) -> Iterator[Rec
     try:
         with pq.ParquetFile(source.path) as file:
             _check_columns(source, file.schema_arrow.names, columns)
-            batches = file.iter_batches(_ROWS, columns=columns)
             rows = (
-                dict(zip(b.schema.names, values, strict=True))
-                for b in batches
-                for values in zip(*b.columns, strict=True)
+                dict(zip(batch.schema.names, row, strict=True))
+                for batch in file.iter_batches(_ROWS, columns=columns)
+                for row in zip(*batch.columns, strict=True)
             )
             yield from _read_table(source, rows, file.metadata.num_rows)
     except pa.ArrowException as e:
@@ -262,12 +198,11 @@ def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Rec
     try:
         dataset = load_from_disk(str(source.path))
         _check_columns(source, dataset.column_names, columns)
-        if columns is not None:
-            dataset = dataset.select_columns(list(columns))
+        dataset = dataset.select_columns(list(columns or dataset.column_names))
         rows = (
-            dict(zip(batch, values, strict=True))
+            dict(zip(batch, row, strict=True))
             for batch in dataset.iter(_ROWS)
-            for values in zip(*batch.values(), strict=True)
+            for row in zip(*batch.values(), strict=True)
         )
         yield from _read_table(source, rows, len(dataset))
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -291,13 +226,12 @@ def _read_table(
     for number, row in enumerate(rows):
         where = f"{source.path} row {number}"
         try:
-            content = _without_nulls(
-                {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
-            )
+            content = {k: v.as_py() if hasattr(v, "as_py") else v for k, v in row.items()}
         except UnicodeDecodeError:
             yield Unusable(where, "not UTF-8")
         else:
-            yield Record(f"{source.key}#{number}", where, content, (number + 1) / count)
+            key = f"{source.key}#{number}"
+            yield Record(key, where, _without_nulls(content), (number + 1) / count)
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nemo_hybrid.errors import UserError
 
-Kind = Literal["text", "lines", "json", "csv", "parquet", "dataset", "megatron", "other"]
+Kind = Literal["text", "lines", "array", "csv", "parquet", "dataset", "megatron", "other"]
 
 _HEAD = 1 << 13
 """Bytes at the beginning of a file that say what it is."""
@@ -54,7 +54,7 @@ _ENDINGS: dict[str, Kind] = {
     ".jsonl": "lines",
     ".jsonlines": "lines",
     ".ndjson": "lines",
-    ".json": "json",
+    ".json": "array",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
@@ -335,7 +335,10 @@ def _file_source(path: Path, key: str) -> Source:
             except (OSError, *DAMAGED) as e:
                 return Source(path, key, "other", size, packing, f"a damaged {packing} file ({e})")
     ending = _ending(path)
-    source = Source(path, key, _ENDINGS.get(ending, "text"), size, packing)
+    kind = _ENDINGS.get(ending, "text")
+    if kind == "array" or (kind == "text" and ending not in (".txt", ".md")):
+        kind = _kind_of_json(head) or kind
+    source = Source(path, key, kind, size, packing)
     other = next((w for magic, w in _NOT_TEXT.items() if re.match(magic, head, re.DOTALL)), None)
     if head.startswith(b"PAR1") and packing:
         other = "a compressed .parquet file: decompress it"
@@ -343,24 +346,21 @@ def _file_source(path: Path, key: str) -> Source:
         return replace(source, kind="parquet")
     elif b"\0" in head and not other:
         other = "not text but binary"
-    if other:
-        return replace(source, kind="other", why=other)
-    records = source.kind == "text" and ending not in (".txt", ".md") and _begins_with_json(head)
-    return replace(source, kind="json") if records else source
+    return replace(source, kind="other", why=other) if other else source
 
 
-def _begins_with_json(head: bytes) -> bool:
-    """Whether the first line is an object, as far as it is there, or an array of objects begins."""
+def _kind_of_json(head: bytes) -> Kind | None:
+    """What the beginning of a file is of, if it is of records in JSON."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    line, end, _ = text.partition(b"\n")
     if re.match(rb'\[\s*\{\s*"', text):
-        return True
-    if not end and len(head) == _HEAD:
-        return text.startswith(b'{"')
+        return "array"
+    line, end, _ = text.partition(b"\n")
+    if not end and len(head) == _HEAD:  # of a long line
+        return "lines" if re.match(rb'\{[ \t]*"', line) else None
     try:
-        return isinstance(json.loads(line), dict)
+        return "lines" if isinstance(json.loads(line), dict) else None
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def _ending(path: Path) -> str:
