@@ -51,7 +51,7 @@ BASE = "base.json"
 """Digest of the weights that an adapter of ours was trained beside."""
 _END_BYTES = 1 << 20
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_STACK = re.compile(r"(.+\.mixer\.experts)((?:\.base_layer)?)")
+_STACKS = ("up_proj", "down_proj")
 # What may be set without changing what an adapter computes, beside what is read.
 _HARMLESS = {
     "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "exclude_modules",
@@ -81,19 +81,15 @@ def adapter_files(
     ``base``: directory of the weights that were adapted. ``tensors``: the parameters of all
     adapters by our names, those of stacks with all experts.
     """
-    linears, stacks = _adapted(tensors)
+    linears = dict.fromkeys(_weight(name) for name in tensors if ".lora." in name)
+    stacks = dict.fromkeys(_weight(name) for name in tensors if "_lora." in name)
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        place, letter = _weight(name), name[-1]
-        if place in stacks:
-            place, _, leaf = place.rpartition(".")
-            if leaf == "up_proj" and f"{place}.down_proj" in stacks:
-                place += ".base_layer"
-            if letter == "A":
-                tensor = tensor.flatten(0, 1)
-            else:
-                tensor = tensor.permute(1, 2, 0).flatten(1, 2)
-        found[f"base_model.model.{_theirs(place)}.lora_{letter}.weight"] = tensor.contiguous()
+    for name, key in _keys(linears, stacks).items():
+        tensor = tensors[name]
+        if _weight(name) in stacks:
+            A = name.endswith(".A")
+            tensor = tensor.flatten(0, 1) if A else tensor.permute(1, 2, 0).flatten(1, 2)
+        found[key] = tensor.contiguous()
     alpha = options.scale * options.rank
     config = {
         "base_model_name_or_path": base,
@@ -137,30 +133,35 @@ def read_adapter(directory: Path) -> StoredAdapter:
         old = " (adapter_model.bin cannot be read: save it as safetensors)"
         hint = old if (directory / "adapter_model.bin").exists() else ""
         raise UserError(f"{directory} holds no {WEIGHTS}{hint}")
+    found: dict[str, Tensor] = {}
     with TensorFile(directory / WEIGHTS) as file:
-        entries = file.entries
-        names = {key: _our_name(directory, key, entries, settings) for key in entries}
-        for key, entry in entries.items():
+        for key, entry in file.entries.items():
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise UserError(f"{file.path}: unexpected {key}, which is no part of plain LoRA")
             if entry.dtype not in READABLE or len(entry.shape) != 2:
                 raise UserError(f"{directory}: {key} is {entry.dtype} {list(entry.shape)}")
-        tensors = {names[key]: file.read(key) for key in entries}
-        for key in entries:
-            check_finite(tensors[names[key]], key, file.path)
-    linears, stacks = _adapted(tensors)
-    for key, name in names.items():
-        tensor, letter = tensors[name], name[-1]
-        twin = "B" if letter == "A" else "A"
-        if name[:-1] + twin not in tensors:
-            raise UserError(f"{directory}: {key} has no counterpart lora_{twin}")
-        stacked, ranks = _weight(name) in stacks, tensor.shape[letter == "B"]
+            tensor = file.read(key)
+            check_finite(tensor, key, file.path)
+            found[_key(match[1], match[2])] = tensor
+    linears, stacks = _places(directory, found, settings)
+    tensors: dict[str, Tensor] = {}
+    for name, key in _keys(linears, stacks).items():
+        if key not in found:
+            letter = name[-1]
+            twin = key.replace(f".lora_{letter}.", f".lora_{'B' if letter == 'A' else 'A'}.")
+            raise UserError(f"{directory}: {twin} has no counterpart lora_{letter}")
+        tensor, stacked, A = found[key], _weight(name) in stacks, name.endswith(".A")
+        ranks = tensor.shape[0 if A else 1]
         if ranks % rank or not ranks or (not stacked and ranks != rank):
             raise UserError(
                 f"{directory}: {key} has shape {list(tensor.shape)}, which is not of rank {rank}"
             )
-        if stacked and letter == "A":
-            tensors[name] = tensor.unflatten(0, (-1, rank))
+        if stacked and A:
+            tensor = tensor.unflatten(0, (-1, rank))
         elif stacked:
-            tensors[name] = tensor.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous()
+            tensor = tensor.unflatten(1, (rank, -1)).permute(2, 0, 1).contiguous()
+        tensors[name] = tensor
     options = LoraOptions(rank, alpha, linears, stacks)
     return StoredAdapter(options, settings.get("base_model_name_or_path"), tensors, settings)
 
@@ -282,11 +283,41 @@ def _weight(name: str) -> str:
     return name[: -len(".lora.A")]
 
 
-def _adapted(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The linear layers and the stacks that parameters of adapters are for."""
-    linears = dict.fromkeys(_weight(name) for name in names if ".lora." in name)
-    stacks = dict.fromkeys(_weight(name) for name in names if "_lora." in name)
-    return list(linears), list(stacks)
+def _key(place: str, letter: str) -> str:
+    """PEFT's name of one side of the adapter at ``place``."""
+    return f"base_model.model.{_theirs(place)}.lora_{letter}.weight"
+
+
+def _keys(linears: Iterable[str], stacks: Collection[str]) -> dict[str, str]:
+    """PEFT's name of every parameter of these weights' adapters, by ours."""
+    places = {f"{name}.lora": name for name in linears}
+    for name in stacks:
+        layer, _, leaf = name.rpartition(".")
+        inner = leaf == "up_proj" and f"{layer}.down_proj" in stacks
+        places[f"{name}_lora"] = f"{layer}.base_layer" if inner else layer
+    return {f"{ours}.{x}": _key(place, x) for ours, place in places.items() for x in "AB"}
+
+
+def _places(
+    directory: Path, keys: Iterable[str], settings: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """The linear layers and the stacks that tensors are for. Raises UserError where the settings do
+    not tell which stack it is."""
+    places = dict.fromkeys(key[len("base_model.model.") :].rpartition(".lora_")[0] for key in keys)
+    targets, linears, stacks = settings.get("target_parameters") or (), list[str](), list[str]()
+    for place in places:
+        layer = place.removesuffix(".base_layer")
+        if not layer.endswith(".mixer.experts"):
+            linears.append(from_hub(place)[0])
+            continue
+        leaves = [x for x in _STACKS if any(_targets(f"{layer}.{x}", t) for t in targets)]
+        if f"{layer}.base_layer" in places:
+            leaves = list(_STACKS)
+        elif len(leaves) != 1:
+            key = _key(place, "A")
+            raise UserError(f"{directory / CONFIG}: target_parameters does not say what {key} is")
+        stacks += [f"{from_hub(layer)[0]}.{leaf}" for leaf in leaves]
+    return linears, list(dict.fromkeys(stacks))
 
 
 def _check_settings(directory: Path, settings: dict[str, Any]) -> tuple[int, float]:
@@ -311,30 +342,6 @@ def _check_settings(directory: Path, settings: dict[str, Any]) -> tuple[int, flo
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
         raise UserError(f"{where}: lora_alpha is {alpha!r}, expected a number above 0")
     return rank, float(alpha)
-
-
-def _our_name(directory: Path, key: str, keys: Collection[str], settings: Mapping[str, Any]) -> str:
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise UserError(f"{directory / WEIGHTS}: unexpected {key}, which is no part of plain LoRA")
-    place, letter = match[1], match[2]
-    stack = _STACK.fullmatch(place)
-    if stack is None:
-        return f"{from_hub(place)[0]}.lora.{letter}"
-    layer, inner = stack[1], bool(stack[2])
-    if inner or f"base_model.model.{layer}.base_layer.lora_{letter}.weight" in keys:
-        leaf = "up_proj" if inner else "down_proj"
-    else:
-        targets = settings.get("target_parameters") or ()
-        leaves = [
-            leaf
-            for leaf in ("up_proj", "down_proj")
-            if any(_targets(f"{layer}.{leaf}", target) for target in targets)
-        ]
-        if len(leaves) != 1:
-            raise UserError(f"{directory / CONFIG}: target_parameters does not say what {key} is")
-        leaf = leaves[0]
-    return f"{from_hub(layer)[0]}.{leaf}_lora.{letter}"
 
 
 def _targets(name: str, target: str) -> bool:

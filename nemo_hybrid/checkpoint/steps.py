@@ -31,7 +31,7 @@ from nemo_hybrid.checkpoint.directory import (
 )
 from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.read import CHECKPOINTS
+from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE
 from nemo_hybrid.config.run import CheckpointOptions, ModelOptions
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
@@ -224,7 +224,7 @@ def _kept(run: Path) -> str:
 def keeps(checkpoint: Path) -> int:
     """How many checkpoints the run keeps whose checkpoint this is, and removes it when as many are
     newer; 0: it stays, or is of no run."""
-    settings = checkpoint.parent.parent / "config.yaml"
+    settings = checkpoint.parent.parent / CONFIG_FILE
     if checkpoint.parent.name != CHECKPOINTS or not settings.is_file():
         return 0
     try:

@@ -17,8 +17,9 @@ from nemo_hybrid.errors import UserError, suggest
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
+CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-"""Directory below run_dir."""
+"""What lies in run_dir: the resolved configuration of the last start, and a directory."""
 PATH_KEYS = (
     "run_dir",
     "resume",
@@ -206,11 +207,13 @@ def check_home(files: Iterable[str | Path], run_dir: str) -> None:
     named = [Path(file).absolute() for file in files if "run_dir" in _read_yaml(Path(file))]
     if not named:
         return
-    home = named[-1].parent
-    if home.parent.name == CHECKPOINTS:
-        home = home.parent.parent
-    if (home / CHECKPOINTS).is_dir() and home.resolve() != Path(run_dir).resolve():
+    file = named[-1]
+    in_checkpoint = file.parent.name.startswith("step_")
+    home = file.parents[2] if in_checkpoint else file.parent
+    if not in_checkpoint and file.name != CONFIG_FILE:
+        return
+    if any(home.glob(f"{CHECKPOINTS}/step_*")) and home.resolve() != Path(run_dir).resolve():
         raise UserError(
-            f"{named[-1]} is of a run in {home}, but its run_dir is {run_dir}: was the run moved "
-            f"or copied? Go on in its new place with --run_dir {home}, or name another directory"
+            f"{file} is of a run in {home}, but its run_dir is {run_dir}: was the run moved or "
+            f"copied? Go on in its new place with --run_dir {home}, or name another directory"
         )

@@ -22,7 +22,7 @@ from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.state import RESOLVED
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.read import CHECKPOINTS, dump_config, flatten, read_keys
+from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE, dump_config, flatten, read_keys
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, hash_file, naming, replace_file
@@ -30,7 +30,6 @@ from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 DIAGNOSIS = "diagnosis"
 SAMPLES = "data"
 MODEL = "model"

@@ -277,6 +277,9 @@ def test_a_configuration_that_names_another_place_is_refused(
     assert main([*words, "--config", str(tmp_path / "more.yaml")]) == 2
     assert "is of a run in" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in unbroken.run_dir.rglob("*") if p.is_file()} == files
+    # A project's own files beside its own checkpoints mean what they say.
+    (copy / "tiny.yaml").write_text(dump_config(config))
+    check_home([copy / "tiny.yaml"], config.run_dir)
     # What says aloud which place is meant is believed.
     check_home([copy / file], str(copy))
     (tmp_path / "more.yaml").write_text("run_dir: elsewhere")
