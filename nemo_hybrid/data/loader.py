@@ -254,13 +254,12 @@ def open_blend(
                 f"({model.vocab_size}) to at least {info.vocab_size}"
             )
         if info.eos_id not in (model.eos_token_id, *ends):
-            listed = f"eos_token_id in {config}" if config else "model.eos_token_id"
             known = ", ".join(map(str, dict.fromkeys((model.eos_token_id, *ends))))
+            mend = f"add it to eos_token_id in {config}" if config else "set model.eos_token_id"
             raise UserError(
                 f"{store.path} ends documents with token {info.eos_id}, the model ends them with "
-                f"{known}: {'add' if config else 'set'} {info.eos_id} {'to' if config else 'as'} "
-                f"{listed}, or prepare the data with a tokenizer whose tokenizer_config.json names "
-                "another eos_token"
+                f"{known}: {mend}, or prepare the data with a tokenizer whose "
+                "tokenizer_config.json names another eos_token"
             )
     for store in train:
         if not store.windows(data.sequence_length):

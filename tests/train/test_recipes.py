@@ -134,5 +134,5 @@ def test_texts_end_with_any_token_that_the_model_lists(listed: str | None, tmp_p
             continue
         with pytest.raises(UserError) as e:
             read()
-        assert f"ends documents with token {EOS}, the model ends them with 5: add" in str(e.value)
-        assert f"to eos_token_id in {base / 'config.json'}, or" in str(e.value)
+        assert f"ends documents with token {EOS}, the model ends them with 5: " in str(e.value)
+        assert f"5: add it to eos_token_id in {base / 'config.json'}, or" in str(e.value)
