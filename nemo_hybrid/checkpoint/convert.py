@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
+from nemo_hybrid.checkpoint.directory import Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
@@ -79,6 +80,6 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
         }
         writer.write_text(REPORT, manifest.to_json(report))
 
-    write_directory(out, OneProcess(), write, finish)
+    write_directory(out, ALONE, write, finish)
     plan.log()
     return plan

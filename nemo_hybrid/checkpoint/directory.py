@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import TypeVar
 
+from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -36,45 +37,7 @@ log = logging.getLogger(__name__)
 # A checkpoint saved again at the same step moves the old one aside until the new one stands.
 REPLACED = ".replaced"
 STEP = re.compile(r"step_(\d{8,})(\.replaced)?")
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class World(Protocol):
-    """What checkpoints need to know about the other processes; see `parallel.agreement`."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, item: Any) -> list[Any]: ...
-
-    def agreed(self) -> AbstractContextManager[None]: ...
-
-    def from_rank_0(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
-
-
-class OneProcess:
-    """The world of a process that works alone."""
-
-    rank = 0
-    size = 1
-
-    def gather(self, item: Any) -> list[Any]:
-        return [item]
-
-    @contextmanager
-    def agreed(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, MemoryError) as error:
-            raise UserError(str(error) or "out of memory") from error
-
-    def from_rank_0(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        with self.agreed():
-            return action(*args, **kwargs)
 
 
 class Writer:
@@ -94,7 +57,7 @@ class Writer:
 
 def write_directory(
     final: Path,
-    world: World,
+    world: Agreement,
     write: Callable[[Writer], T],
     finish: Callable[[Writer, list[T]], None],
 ) -> None:
@@ -162,14 +125,13 @@ def remove_directory(directory: Path) -> bool:
     return True
 
 
-def verify(directory: Path, deep: bool = True, world: World | None = None) -> dict[str, FileRecord]:
+def verify(directory: Path, deep: bool = True, world: Agreement = ALONE) -> dict[str, FileRecord]:
     """Compare a directory with its manifest, which is returned: presence and size of every file,
     and hashes if deep. Of several ranks every one hashes its share: one alone would take minutes
     for a large model.
 
     Raises CheckpointError naming the damaged file.
     """
-    world = world or OneProcess()
     records = world.from_rank_0(_check_sizes, directory)
     damaged = damaged_file(world, directory, records) if deep else None
     if damaged is not None:
@@ -195,7 +157,9 @@ def _check_sizes(directory: Path) -> dict[str, FileRecord]:
     return records
 
 
-def damaged_file(world: World, directory: Path, records: Mapping[str, FileRecord]) -> Path | None:
+def damaged_file(
+    world: Agreement, directory: Path, records: Mapping[str, FileRecord]
+) -> Path | None:
     """The first file whose hash is not that of its record. Raises UserError on every rank if one
     cannot read its share."""
     names = list(records)[world.rank :: world.size]

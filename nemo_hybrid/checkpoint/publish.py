@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from nemo_hybrid.checkpoint.directory import OneProcess, Writer, write_directory
+from nemo_hybrid.agreement import ALONE
+from nemo_hybrid.checkpoint.directory import Writer, write_directory
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.state import is_training_state
 from nemo_hybrid.files import sync
@@ -31,7 +32,7 @@ def publish(checkpoint: Path, out: Path, card: str, left_out: Collection[str] = 
             writer.records[name] = record
         writer.write_text(CARD, card)
 
-    write_directory(out, OneProcess(), write, lambda writer, parts: None)
+    write_directory(out, ALONE, write, lambda writer, parts: None)
 
 
 def _link(source: Path, target: Path) -> None:

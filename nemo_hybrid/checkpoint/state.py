@@ -19,7 +19,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, fields
 from itertools import chain, product
 from math import prod
@@ -28,9 +27,10 @@ from typing import Any
 
 import torch
 
+from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.checkpoint import manifest, steps
 from nemo_hybrid.checkpoint.companions import Companions
-from nemo_hybrid.checkpoint.directory import World, Writer, write_directory
+from nemo_hybrid.checkpoint.directory import Writer, write_directory
 from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
@@ -103,7 +103,7 @@ class _Saved:
 def save_checkpoint(
     checkpoints_dir: Path,
     step: int,
-    world: World,
+    world: Agreement,
     *,
     config: HybridConfig,
     weights: Weights,
@@ -342,18 +342,17 @@ def check_state(directory: Path, parameters: Iterable[str]) -> dict[str, Any]:
     for name in parameters:
         if name not in index and name not in frozen:
             raise CheckpointError(f"{directory} holds no optimizer state of {name}")
-    opened: dict[tuple[int, str], TensorFile] = {}
-    with ExitStack() as stack:
-        for name, (shape, pieces) in index.items():
-            gap = _first_gap(pieces, 0, prod(shape))
-            if gap is not None:
-                raise CheckpointError(f"{directory} holds no optimizer state of {name}[{gap}]")
-            for piece, kind in product(pieces, KINDS):
-                source = (piece.rank, kind)
-                if source not in opened:
-                    file = TensorFile(directory / _file(*source))
-                    opened[source] = stack.enter_context(file)
-                _check_entry(opened[source], name, piece, kind)
+    of_rank: dict[int, list[tuple[str, _Saved]]] = defaultdict(list)
+    for name, (shape, pieces) in index.items():
+        gap = _first_gap(pieces, 0, prod(shape))
+        if gap is not None:
+            raise CheckpointError(f"{directory} holds no optimizer state of {name}[{gap}]")
+        for piece in pieces:
+            of_rank[piece.rank].append((name, piece))
+    for rank, kind in product(of_rank, KINDS):
+        with TensorFile(directory / _file(rank, kind)) as opened:
+            for name, piece in of_rank[rank]:
+                _check_entry(opened, name, piece, kind)
     return state
 
 

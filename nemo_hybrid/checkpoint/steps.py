@@ -19,11 +19,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.checkpoint.directory import (
     REPLACED,
     STEP,
-    OneProcess,
-    World,
     damaged_file,
     mismatch,
     remove_directory,
@@ -65,9 +64,7 @@ def list_steps(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: (step_of(p), not p.name.endswith(REPLACED)), reverse=True)
 
 
-def find_latest(
-    checkpoints_dir: Path, deep: bool = True, world: World | None = None
-) -> Path | None:
+def find_latest(checkpoints_dir: Path, deep: bool = True, world: Agreement = ALONE) -> Path | None:
     """The newest valid checkpoint, or None where there are no checkpoints at all; others are named
     in a warning. Of several ranks every one hashes its share.
 
@@ -75,7 +72,6 @@ def find_latest(
     rank that cannot read a file shall not send the run back to an older checkpoint. Raises
     UserError, on every rank, when all of them are damaged.
     """
-    world = world or OneProcess()
     damaged: set[Path] = set()
 
     def skip(directory: Path, why: object) -> None:

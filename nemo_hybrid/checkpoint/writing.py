@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 
+from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import GENERATION, Companions
-from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
-    World,
-    Writer,
-    new_directory,
-    write_directory,
-)
+from nemo_hybrid.checkpoint.directory import Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.names import from_hub, to_hub
 from nemo_hybrid.checkpoint.tensors import safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, READABLE
@@ -140,7 +135,7 @@ def save_weights(
     config: HybridConfig,
     weights: Weights,
     *,
-    world: World | None = None,
+    world: Agreement = ALONE,
     companions: Companions | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -148,7 +143,6 @@ def save_weights(
 
     Raises UserError when final exists and is not empty, or cannot be written.
     """
-    world = world or OneProcess()
     write_directory(
         world.from_rank_0(new_directory, final),
         world,

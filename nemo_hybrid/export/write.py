@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.directory import OneProcess, Writer, new_directory, write_directory
+from nemo_hybrid.checkpoint.directory import Writer, new_directory, write_directory
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.tensors import check_finite, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
@@ -136,7 +137,7 @@ def export_directory(
             for name, content in describe(writer.directory, facts).items():
                 writer.write(name, [content])
 
-    write_directory(out, OneProcess(), write, lambda writer, parts: None)
+    write_directory(out, ALONE, write, lambda writer, parts: None)
     plan.log()
     return facts
 

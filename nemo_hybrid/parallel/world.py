@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.parallel.agreement import Agreement
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process."""

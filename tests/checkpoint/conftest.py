@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.names import is_stacked
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.parallel.agreement import Agreement
 
 CONFIG = HybridConfig(
     pattern="ME", vocab_size=32, hidden_size=12, n_routed_experts=4, num_experts_per_tok=2,

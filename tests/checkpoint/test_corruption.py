@@ -13,11 +13,9 @@ import pytest
 from checkpoint.conftest import Toy
 from helpers.corruption import cases, undetected
 from helpers.once import once
+from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.checkpoint import directory, manifest, steps
-from nemo_hybrid.checkpoint.directory import (
-    World,
-    verify,
-)
+from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.train.run_dir import RunLock, claim_run, open_run
@@ -92,7 +90,7 @@ def test_every_rank_hashes_a_share(
     whole = directory.hash_file
     monkeypatch.setattr(directory, "hash_file", hash_file)
 
-    def find(world: World) -> Path | None:
+    def find(world: Agreement) -> Path | None:
         return steps.find_latest(checkpoints, world=world)
 
     names = sorted(p.name for p in newest.iterdir() if p.name != manifest.MANIFEST)
@@ -122,7 +120,7 @@ def test_only_a_wrong_checksum_leads_to_an_older_checkpoint(
     def unreadable(path: Path) -> str:
         raise UserError(f"cannot read {path}: Input/output error")
 
-    def find(world: World) -> Path | None:
+    def find(world: Agreement) -> Path | None:
         threading.current_thread().name = f"rank {world.rank}"
         return steps.find_latest(three, world=world)
 

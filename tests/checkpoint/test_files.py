@@ -13,13 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_hybrid.agreement import OneProcess
 from nemo_hybrid.checkpoint import manifest, steps
-from nemo_hybrid.checkpoint.directory import (
-    OneProcess,
-    new_directory,
-    verify,
-    write_directory,
-)
+from nemo_hybrid.checkpoint.directory import new_directory, verify, write_directory
 from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.checkpoint.steps import find_latest, prune, resolve

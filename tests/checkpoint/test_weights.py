@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_hybrid.checkpoint.directory import OneProcess
+from nemo_hybrid.agreement import OneProcess
 from nemo_hybrid.checkpoint.names import from_hub, is_stacked, to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, load_weights

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid import cli
+from nemo_hybrid.agreement import OneProcess
 from nemo_hybrid.checkpoint.companions import Companions
-from nemo_hybrid.checkpoint.directory import OneProcess
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.manifest import MANIFEST, manifest_text, read_manifest
 from nemo_hybrid.checkpoint.state import KINDS, Fragment, save_checkpoint

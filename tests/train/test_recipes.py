@@ -13,7 +13,7 @@ import pytest
 from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.processes import TESTS
 from helpers.tiny_models import tiny_config
-from nemo_hybrid.checkpoint.directory import OneProcess
+from nemo_hybrid.agreement import OneProcess
 from nemo_hybrid.commands import evaluate
 from nemo_hybrid.config.finetune import FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig

@@ -37,7 +37,8 @@ class Agreement:
                 raise
             failure = str(error)
         except (OSError, MemoryError) as error:
-            failure = f"rank {self.rank}: {str(error) or 'out of memory'}"
+            who = f"rank {self.rank}: " if self.size > 1 else ""
+            failure = f"{who}{str(error) or 'out of memory'}"
         messages = dict.fromkeys(m for m in self.gather(failure) if m is not None)
         if messages:
             raise UserError("; ".join(messages))
@@ -50,3 +51,16 @@ class Agreement:
             if self.rank == 0:
                 result = action(*args, **kwargs)
         return self.gather(result)[0]
+
+
+class OneProcess(Agreement):
+    """A process that works alone."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+
+ALONE = OneProcess()
