@@ -6,13 +6,15 @@ Shapes: B rows, S tokens of a piece of text, E experts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.config.hf import HybridConfig
@@ -27,7 +29,7 @@ from nemo_hybrid.files import naming
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import adaptable
 from nemo_hybrid.precision.groups import is_stacked
-from nemo_hybrid.precision.magnitudes import watching
+from nemo_hybrid.precision.magnitudes import Magnitudes, watching
 from nemo_hybrid.terminal import progress_bar
 
 _CHARACTERS = 6
@@ -78,11 +80,15 @@ def calibrate(
     caches = [p for p in linears if p.endswith((".k_proj", ".v_proj"))]
     tokens, pieces = 0, list(pieces)
     total = sum(piece.numel() for piece in pieces)
+    kv = {place: Magnitudes(1, None) for place in caches}
     with (
+        ExitStack() as hooks,
         watching(model, watched, percentile) as seen,
-        watching(model, caches, outputs=True) as kv,
         progress_bar("calibrating", total, show) as progress,
     ):
+        for place, magnitudes in kv.items():
+            hook = partial(_with_output, magnitudes)
+            hooks.callback(model.get_submodule(place).register_forward_hook(hook).remove)
         for ids_BS in pieces:
             ids_BS = ids_BS.to(model.lm_head.weight.device)
             h_BSD, _ = model.forward_hidden(ids_BS)
@@ -101,6 +107,10 @@ def calibrate(
     return Calibration(
         {p: a if is_stacked(p) else a[0] for p, a in amax.items()}, unseen, kv_amax, tokens
     )
+
+
+def _with_output(seen: Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
+    seen.see(output)
 
 
 def read_pieces(

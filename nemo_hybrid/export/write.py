@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -45,8 +45,8 @@ from nemo_hybrid.precision.assign import (
     groups,
     places,
 )
-from nemo_hybrid.precision.groups import family, is_stacked
-from nemo_hybrid.precision.quantize import Layout, Search, decoded, weight_tensors
+from nemo_hybrid.precision.groups import family
+from nemo_hybrid.precision.quantize import Layout, Search, amax_of, decoded, weight_tensors
 from nemo_hybrid.terminal import progress_bar
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
@@ -64,14 +64,10 @@ class _Item:
     place: str
     format: Format
 
-
-@dataclass
-class _Shard:
-    """An output file: tensors of one source file."""
-
-    file: str
-    items: list[_Item] = field(default_factory=list)
-    size: int = 0
+    @property
+    def size(self) -> int:
+        """Bytes of what is written."""
+        return sum(tensor.nbytes for tensor in self.like.values())
 
 
 def export_directory(
@@ -113,11 +109,10 @@ def export_directory(
         calibration=calibration,
         parameters=sum(math.prod(plan.entry(item.read).shape) for item in items),
         bytes_before=sum(plan.entry(item.read).nbytes for item in items),
-        bytes_after=sum(shard.size for shard in shards),
+        bytes_after=sum(item.size for item in items),
     )
     in_config, hf_quant = quantization_configs(shape, assignment, target, kv_cache == "fp8")
-    shared = _shared_amax(plan, items, assignment)
-    exporter = _Exporter(plan, layout, search, shared)
+    exporter = _Exporter(plan, layout, search, _shared_amax(plan, items, assignment))
 
     def write(writer: Writer) -> None:
         weight_map: dict[str, str] = {}
@@ -125,7 +120,7 @@ def export_directory(
             for i, shard in enumerate(shards):
                 name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                 exporter.write(writer, name, shard, done)
-                weight_map |= {tensor: name for item in shard.items for tensor in item.like}
+                weight_map |= {tensor: name for item in shard for tensor in item.like}
         facts.errors.update(exporter.errors())
         index = {"metadata": {"total_size": facts.bytes_after}, "weight_map": weight_map}
         writer.write_text(INDEX, manifest.to_json(index))
@@ -163,9 +158,13 @@ def prepared(
                 "divide: take other scales"
             )
     stored = stored_tensors(model.config, assignment, layout_of(target))
-    items = list(_items(plan.reads, assignment, stored, scales))
-    size = sum(tensor.nbytes for item in items for tensor in item.like.values())
-    _check_disk(out, size + _BESIDE_WEIGHTS)
+    items = []
+    for read in plan.reads:
+        place, module = (name.removesuffix(".weight") for name in (read.own, read.hub_name))
+        given = {f"{module}.{last}": t for last, t in scales.get(place, {}).items()}
+        like = stored[read.hub_name] | given
+        items.append(_Item(read, like, place, assignment.get(place, "bf16")))
+    _check_disk(out, sum(item.size for item in items) + _BESIDE_WEIGHTS)
     return model.config, plan, items
 
 
@@ -191,29 +190,17 @@ def unquantized(path: str | Path) -> Path:
     return directory
 
 
-def _items(
-    reads: Iterable[Read],
-    assignment: Mapping[str, Format],
-    stored: Mapping[str, dict[str, Tensor]],
-    scales: Mapping[str, dict[str, Tensor]],
-) -> Iterator[_Item]:
-    for read in reads:
-        place, module = (name.removesuffix(".weight") for name in (read.own, read.hub_name))
-        given = {f"{module}.{last}": t for last, t in scales.get(place, {}).items()}
-        like = stored[read.hub_name] | given
-        yield _Item(read, like, place, assignment.get(place, "bf16"))
-
-
-def _shards(items: list[_Item], max_bytes: int) -> Iterator[_Shard]:
-    for file, group in groupby(items, key=lambda item: item.read.file):
-        shard = _Shard(file)
+def _shards(items: list[_Item], max_bytes: int) -> Iterator[list[_Item]]:
+    """What stands in each output file: of one source file, one item at least."""
+    for _, group in groupby(items, key=lambda item: item.read.file):
+        shard: list[_Item] = []
+        size = 0
         for item in group:
-            size = sum(tensor.nbytes for tensor in item.like.values())
-            if shard.items and shard.size + size > max_bytes:
+            if shard and size + item.size > max_bytes:
                 yield shard
-                shard = _Shard(file)
-            shard.items.append(item)
-            shard.size += size
+                shard, size = [], 0
+            shard.append(item)
+            size += item.size
         yield shard
 
 
@@ -234,21 +221,16 @@ def _shared_amax(
     plan: Plan, items: Iterable[_Item], assignment: Mapping[str, Format]
 ) -> dict[str, Tensor]:
     """Place -> the largest magnitude among the weights that an engine fuses with it."""
-    reads = {item.place: item.read for item in items if not is_stacked(item.place)}
+    reads = {item.place: item.read for item in items}
     out: dict[str, Tensor] = {}
     for group in groups(assignment):
         if len(group) > 1:
             largest = []
             for place in group:
                 with plan.stored.open(reads[place].file) as file:
-                    largest.append(_amax(file.read(reads[place].name)))
-            out |= dict.fromkeys(group, torch.stack(largest).amax())
+                    largest.append(amax_of(file.read(reads[place].name)))
+            out |= dict.fromkeys(group, amax_of(*largest))
     return out
-
-
-def _amax(weight: Tensor) -> Tensor:
-    """The largest magnitude, as an fp32 scalar, without a copy of the weight."""
-    return torch.stack(weight.aminmax()).abs().amax().float()
 
 
 class _Exporter:
@@ -263,11 +245,11 @@ class _Exporter:
         self._squares: dict[str, dict[str, float]] = {}
 
     def write(
-        self, writer: Writer, name: str, shard: _Shard, done: Callable[[float], None]
+        self, writer: Writer, name: str, shard: list[_Item], done: Callable[[float], None]
     ) -> None:
         made: dict[str, Tensor] = {}
         reads: dict[str, Read] = {}
-        with self.plan.stored.open(shard.file) as file:
+        with self.plan.stored.open(shard[0].read.file) as file:
 
             def load(read: Read, dtype: torch.dtype | None = None) -> Tensor:
                 tensor = file.read(read.name, read.row)
@@ -277,7 +259,7 @@ class _Exporter:
                 check_finite(tensor, read.name, file.path)
                 return tensor
 
-            for item in shard.items:
+            for item in shard:
                 made |= {part: t for part, t in item.like.items() if not t.is_meta}
                 if item.format == "bf16":
                     reads |= dict.fromkeys(item.like.keys() - made.keys(), item.read)
@@ -288,7 +270,7 @@ class _Exporter:
                     except UserError as error:
                         raise UserError(f"{item.read.name}: {error}") from None
                     del weight  # before the next one is read
-            like = {part: tensor for item in shard.items for part, tensor in item.like.items()}
+            like = {part: tensor for item in shard for part, tensor in item.like.items()}
 
             def fetch(part: str) -> Tensor:
                 if part in made:
@@ -300,7 +282,7 @@ class _Exporter:
     def _quantized(self, weight: Tensor, item: _Item) -> dict[str, Tensor]:
         """The item's tensors that are made of its weight, a few rows at a time."""
         amax = self.shared.get(item.place)
-        amax = _amax(weight) if amax is None else amax
+        amax = amax_of(weight) if amax is None else amax
         made = {
             part: torch.empty_like(t, device="cpu") for part, t in item.like.items() if t.is_meta
         }

@@ -7,7 +7,7 @@ expert inner width.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,59 +22,60 @@ from nemo_hybrid.precision.groups import is_stacked
 from nemo_kernels.moe.function import Routed
 from nemo_kernels.moe.reference import LoopExperts
 
+Call = Callable[..., Tensor | None]
 _BIN_BITS = 16
 """Of an fp32 number that its bin leaves out: a bin lies between two neighbours in bf16."""
 
 
 @contextmanager
 def watching(
-    model: HybridLM,
-    places: Collection[str],
-    percentile: float | None = None,
-    *,
-    outputs: bool = False,
+    model: HybridLM, places: Collection[str], percentile: float | None = None
 ) -> Iterator[dict[str, Magnitudes]]:
-    """Inside, what the products of ``places`` take is seen, or, of linear layers, what they give.
-    Of stacked experts only this process's own are there."""
+    """Inside, what the products of ``places`` take is seen. Of stacked experts only this process's
+    own are there."""
     stacks = adaptable(model)[1]
     seen = {p: Magnitudes(len(stacks[p]) if p in stacks else 1, percentile) for p in places}
+    with called_with_inputs(model, {p: m.see for p, m in seen.items()}, _Watched):
+        yield seen
 
-    def before(magnitudes: Magnitudes, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        magnitudes.see(args[0])
 
-    def after(magnitudes: Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
-        magnitudes.see(output)
-
+@contextmanager
+def called_with_inputs(
+    model: HybridLM, calls: Mapping[str, Call], experts_of: Callable[[Any, Any], LoopExperts]
+) -> Iterator[None]:
+    """Inside, a linear layer's call gets its inputs, which what it gives replaces, unless that is
+    None; and experts compute as what ``experts_of`` makes of the calls for up and down projection
+    (None: there is none)."""
     with ExitStack() as stack:
-        for place, magnitudes in seen.items():
+        for place, call in calls.items():
             if not is_stacked(place):
                 module = model.get_submodule(place)
-                hook = (
-                    module.register_forward_hook(partial(after, magnitudes))
-                    if outputs
-                    else module.register_forward_pre_hook(partial(before, magnitudes))
-                )
+                hook = module.register_forward_pre_hook(partial(_with_input, call))
                 stack.callback(hook.remove)
-        for name in sorted({p.rpartition(".")[0] for p in seen if is_stacked(p)}):
+        for name in sorted({p.rpartition(".")[0] for p in calls if is_stacked(p)}):
             experts: Any = model.get_submodule(name)
             stack.callback(setattr, experts, "low_precision", experts.low_precision)
-            up, down = seen.get(f"{name}.up_proj"), seen.get(f"{name}.down_proj")
-            experts.low_precision = _Watched(up, down)
-        yield seen
+            up, down = calls.get(f"{name}.up_proj"), calls.get(f"{name}.down_proj")
+            experts.low_precision = experts_of(up, down)
+        yield
+
+
+def _with_input(call: Call, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+    return call(args[0])
 
 
 class _Watched(LoopExperts):
     """The expert MLP, whose inputs are seen."""
 
-    def __init__(self, up: Magnitudes | None, down: Magnitudes | None) -> None:
+    def __init__(self, up: Call | None, down: Call | None) -> None:
         self.up, self.down = up, down
 
     def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
         y_RL, h_RF = super().forward(routed, keep)
         if self.up is not None:
-            self.up.see(routed.rows(routed.x_TL), routed.groups)
+            self.up(routed.rows(routed.x_TL), routed.groups)
         if self.down is not None:
-            self.down.see(h_RF.relu().square(), routed.groups)
+            self.down(h_RF.relu().square(), routed.groups)
         return y_RL, h_RF
 
 

@@ -67,14 +67,12 @@ def weight_tensors(
             0 counts as 1, so that scales are positive.
         search: of NVFP4 scales.
 
+    What is divided into blocks must be divisible, see `assign.check`.
+
     Raises:
-        UserError: w holds NaN or infinity; amax is beyond bf16, or below 3.2e-35 but not 0; or
-            16x16 blocks do not divide w.
-        ValueError: a row is not divisible by 16, or format is bf16.
+        UserError: w holds NaN or infinity; or amax is beyond bf16, or below 3.2e-35 but not 0.
     """
-    if format != "fp8" and w.shape[-1] % BLOCK:
-        raise ValueError(f"w: expected rows divisible by {BLOCK}, got {w.shape[-1]}")
-    own = w.abs().amax().float() if w.numel() else torch.zeros(())
+    own = amax_of(w)
     if not own.isfinite():
         raise UserError("it holds NaN or infinity")
     amax = own if amax is None else amax.to(own.device)
@@ -89,8 +87,6 @@ def weight_tensors(
         scale = divide(amax, E4M3_MAX)
         data = (w.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         return {"weight": data, "weight_scale": scale}
-    if format not in ("nvfp4", "nvfp4_w4a16"):
-        raise ValueError(f"format: expected fp8 or nvfp4, got {format}")
     q = _nvfp4(w, amax, search)
     if layout == "modelopt":
         return {"weight": q.data, "weight_scale": q.block_scale, "weight_scale_2": q.tensor_scale}
@@ -99,6 +95,11 @@ def weight_tensors(
         "weight_scale": q.block_scale,
         "weight_global_scale": q.tensor_scale.reciprocal().reshape(1),
     }
+
+
+def amax_of(*weights: Tensor) -> Tensor:
+    """The largest magnitude, as an fp32 scalar, without copies of the weights."""
+    return torch.stack([end.float() for w in weights for end in w.detach().aminmax()]).abs().amax()
 
 
 def decoded(stored: Mapping[str, Tensor]) -> Tensor:
@@ -117,11 +118,6 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
     if search == "amax" and w.dim() > 2:
         return quantize_modelopt(w, amax=amax)
     if search == "training":
-        if w.shape[0] % BLOCK:
-            raise UserError(
-                f"it has {w.shape[0]} rows, which the 16x16 blocks of training do not divide: take "
-                "other scales"
-            )
         # The amax of a tile grid has two dimensions of 1 where it is not a scalar.
         return quantize(w, tile=(BLOCK, BLOCK), amax=amax)
     w = w.detach().contiguous()

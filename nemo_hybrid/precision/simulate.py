@@ -8,7 +8,7 @@ expert inner width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision.assign import WITH_INPUTS, Format, groups
 from nemo_hybrid.precision.groups import is_stacked
-from nemo_hybrid.precision.quantize import Search, decoded, weight_tensors
+from nemo_hybrid.precision.magnitudes import called_with_inputs
+from nemo_hybrid.precision.quantize import Search, amax_of, decoded, weight_tensors
 from nemo_kernels.lowp.reference import fake_quantize
 from nemo_kernels.lowp.scales import E4M3_MAX
 from nemo_kernels.moe.function import Gradients, Routed, Wanted
@@ -55,7 +56,7 @@ def quantized_weights(
     try:
         for group in groups(assignment):
             weights = {place: weight_of(model, place).data for place in group}
-            shared = None if is_stacked(group[0]) else _amax(*weights.values())
+            shared = None if is_stacked(group[0]) else amax_of(*weights.values())
             for place, weight in weights.items():
                 try:
                     values = stored_values(weight, assignment[place], search, shared)
@@ -69,26 +70,12 @@ def quantized_weights(
             weight_of(model, place).data = weight
 
 
-@contextmanager
 def quantized_inputs(
     model: HybridLM, assignment: Mapping[str, Format], amax: Mapping[str, Tensor]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, inputs of products in nvfp4 and fp8 are rounded as `rounded_input` does; ``amax`` as
     in `Calibration`."""
-    rounders = _rounders(model, assignment, amax)
-    with ExitStack() as stack:
-        for place, rounder in rounders.items():
-            if not is_stacked(place):
-                module = model.get_submodule(place)
-                handle = module.register_forward_pre_hook(partial(_round_first, rounder))
-                stack.callback(handle.remove)
-        for name in sorted({p.rpartition(".")[0] for p in rounders if is_stacked(p)}):
-            experts: Any = model.get_submodule(name)
-            stack.callback(setattr, experts, "low_precision", experts.low_precision)
-            experts.low_precision = QuantizedMLP(
-                rounders.get(f"{name}.up_proj"), rounders.get(f"{name}.down_proj")
-            )
-        yield
+    return called_with_inputs(model, _rounders(model, assignment, amax), QuantizedMLP)
 
 
 def quantization_aware(
@@ -135,7 +122,7 @@ def _rounders(
 
 def _quantized(weight: Tensor, format: Format, fused: Sequence[Tensor]) -> Tensor:
     """Stored values of a weight; ``fused``: all weights that share its tensor scale."""
-    amax = _amax(*fused) if fused else None
+    amax = amax_of(*fused) if fused else None
     return _passed(weight, stored_values(weight.detach(), format, amax=amax))
 
 
@@ -250,13 +237,3 @@ def _passed(x: Tensor, values: Tensor) -> Tensor:
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-def _round_first(
-    rounder: Change, module: nn.Module, args: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    return (rounder(args[0]), *args[1:])
-
-
-def _amax(*weights: Tensor) -> Tensor:
-    return torch.stack([weight.detach().abs().amax().float() for weight in weights]).amax()

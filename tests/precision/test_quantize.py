@@ -159,8 +159,6 @@ def test_training_scales_are_those_of_training() -> None:
     assert bytes_of(list(stored.values())) == bytes_of(list(q))
     by_block = stored["weight_scale"].float().view(4, 16, 6)
     assert (by_block == by_block[:, :1]).all()
-    with pytest.raises(UserError, match="it has 60 rows, which the 16x16 blocks"):
-        weight_tensors(w[:60], "nvfp4", search="training")
 
 
 def test_compressed_tensors_decodes_the_same(modelopt) -> None:
@@ -233,9 +231,5 @@ def test_decoded_fp8_and_bad_input() -> None:
             broken[4, 4] = bad
             with pytest.raises(UserError, match="it holds NaN or infinity"):
                 weight_tensors(broken, format)
-    with pytest.raises(ValueError, match="expected fp8 or nvfp4, got bf16"):
-        weight_tensors(w, "bf16")
-    with pytest.raises(ValueError, match="divisible by 16, got 24"):
-        weight_tensors(w[:, :24], "nvfp4")
     codes = unpack(weight_tensors(-w.abs(), "nvfp4")["weight"])
     assert (codes[0] > 8).float().mean() > 0.5
