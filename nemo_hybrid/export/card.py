@@ -15,6 +15,7 @@ from nemo_hybrid.checkpoint.publish import CARD
 from nemo_hybrid.checkpoint.state import RUN_STATE
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.decode import inside
 from nemo_hybrid.export.layout import ExportFacts, layout_of
 from nemo_hybrid.export.sensitivity import TABLE_FILE, candidates, mean_bits
 from nemo_hybrid.files import naming, read_json
@@ -118,18 +119,15 @@ def card(
 
 def _facts(options: ExportOptions, facts: ExportFacts) -> dict[str, str]:
     """Rows of the table; those without a value are left out."""
-    seen, budget, unseen = facts.calibration, options.budget_bits, {}
-    quantized, inputs = options.format != "bf16", with_inputs(facts.assignment)
+    seen, budget, share = facts.calibration, options.budget_bits, options.percentile
     rows = {
         "exported by": f"nemo_hybrid {__version__}, `--format {options.format}`",
         "parameters": f"{facts.parameters:,}",
         "bytes of weights": f"{facts.bytes_after:,}",
         "bits per parameter, scales included": f"{8 * facts.bytes_after / facts.parameters:.2f}",
         "share of what BF16 takes": f"{facts.share:.1%}",
-        "layout": layout_of(options.format) if quantized else "plain",
+        "layout": "plain" if options.format == "bf16" else layout_of(options.format),
     }
-    if quantized and budget is None:
-        rows["preset"] = f"`{options.preset}`: {_PRESETS[options.preset]}"
     if budget is not None:
         groups = candidates(facts.shape, ())
         rows |= {
@@ -137,6 +135,8 @@ def _facts(options: ExportOptions, facts: ExportFacts) -> dict[str, str]:
             "bits per weight that a budget is for": f"{mean_bits(groups, facts.assignment):.3f}",
             "budget": f"{budget:g} for {sum(g.weights for g in groups):,} weights",
         }
+    elif options.format != "bf16":
+        rows["preset"] = f"`{options.preset}`: {_PRESETS[options.preset]}"
     rows["changed by globs, the last counts"] = "; ".join(
         f"{code(glob)}: {code(given)}" for glob, given in options.formats.items()
     )
@@ -145,16 +145,14 @@ def _facts(options: ExportOptions, facts: ExportFacts) -> dict[str, str]:
     if seen is not None:
         data = _text(options.calibration or "", "training part")
         rows["calibration"] = f"{seen.tokens:,} tokens of {data}"
-        unseen = seen.unseen
-    if inputs:
-        share = options.percentile
+    if with_inputs(facts.assignment):
         rows["input scales cover"] = (
             "all values" if share is None else f"{share:g} % of the values that are not zero"
         )
     if seen is not None and options.kv_cache == "fp8":
         where = ", ".join(dict.fromkeys(place.partition(".")[0] for place in seen.kv))
         rows["FP8 scales of keys and values"] = f"{len(seen.kv)}, in: {where}"
-    for place, experts in unseen.items():
+    for place, experts in (seen.unseen if seen else {}).items():
         rows[f"experts of {code(place)} that calibration did not reach, with their layer's largest "
              "input"] = _ranges(experts)  # fmt: skip
     for kind, errors in sorted(facts.errors.items()):
@@ -197,23 +195,19 @@ def lineage(source: Path) -> Origin:
     run, state = content("run.yaml", read_yaml), content(RUN_STATE, read_json)
     manifest, own = content(MANIFEST, read_json), content(CARD, _beginning)
 
-    def told(section: str, key: str) -> Any:
-        inside = run.get(section)
-        return inside.get(key) if isinstance(inside, dict) else None
-
-    blend, digests = told("data", "blend"), state.get("data")
-    data = [p for p in (*(blend if isinstance(blend, dict) else ()), told("data", "path")) if p]
-    base = told("model", "from_hf")
+    blend, digests = inside(run, "data", "blend"), state.get("data")
+    data = [*(blend if isinstance(blend, dict) else ()), inside(run, "data", "path")]
+    base, preset = inside(run, "model", "from_hf"), inside(run, "distill", "preset")
     facts = {
         "checkpoint": _name(str(source)),
         "SHA-256 in its manifest, not checked": _codes([manifest.get("sha256")]),
         "began as": _name(base) if isinstance(base, str) else "",
         "optimizer steps": _count(state.get("step")),
-        "sequences per step": _count(told("train", "global_batch_size")),
-        "tokens per sequence": _count(told("data", "sequence_length")),
-        "number formats of training": _codes([told("precision", "recipe")]) or "not known",
-        "distilled for": _codes([p for p in [told("distill", "preset")] if p != "none"]),
-        "training data": ", ".join(_name(path) for path in data if isinstance(path, str)),
+        "sequences per step": _count(inside(run, "train", "global_batch_size")),
+        "tokens per sequence": _count(inside(run, "data", "sequence_length")),
+        "number formats of training": _codes([inside(run, "precision", "recipe")]) or "not known",
+        "distilled for": "" if preset == "none" else _codes([preset]),
+        "training data": ", ".join(_name(path) for path in data if path and isinstance(path, str)),
         "digests of the data": _codes(digests if isinstance(digests, list) else []),
         "could not be read": _codes(unread),
     }

@@ -102,8 +102,10 @@ class Export:
         wanted = config_json(self.config)
         if isinstance(self.said.get("eos_token_id"), list):  # of which ours is the first
             wanted["eos_token_id"] = self.said["eos_token_id"]
+        # Another release may have written the directory.
+        version = inside(self.said, "quantization_config", "producer", "version")
         quantization, twin = quantization_configs(
-            self.config, self.assignment, self.target, self.kv_cache, _version(self.said)
+            self.config, self.assignment, self.target, self.kv_cache, str(version)
         )
         if quantization is not None:
             wanted["quantization_config"] = quantization
@@ -196,23 +198,19 @@ def _target(said: Mapping[str, Any], assignment: Assignment) -> Target:
     formats = set(assignment.values()) - {"bf16"}
     if not formats:
         return "bf16"
-    quantization = _object(said, "quantization_config")
-    if quantization.get("quant_method") == "compressed-tensors":
+    if inside(said, "quantization_config", "quant_method") == "compressed-tensors":
         return "compressed-tensors"
-    if len(formats) > 1 or quantization.get("quant_algo") == "MIXED_PRECISION":
+    mixed = inside(said, "quantization_config", "quant_algo") == "MIXED_PRECISION"
+    if mixed or len(formats) > 1:
         return "mixed"
     return "fp8" if formats == {"fp8"} else "nvfp4"
 
 
-def _version(said: Mapping[str, Any]) -> str:
-    """Of the program that wrote the directory, which may be another release."""
-    version = _object(_object(said, "quantization_config"), "producer").get("version")
-    return version if isinstance(version, str) else ""
-
-
-def _object(value: Mapping[str, Any], name: str) -> dict[str, Any]:
-    inside = value.get(name)
-    return inside if isinstance(inside, dict) else {}
+def inside(value: object, *names: str) -> object:
+    """What stands in a JSON object under a name, and so on within; None: nothing."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def differences(found: object, wanted: object, where: str = "") -> Iterator[str]:
@@ -236,17 +234,18 @@ def _shown(value: object) -> str:
 
 
 class Opened:
-    """The weight files of an export; a context manager. ``show`` is
-    called with how many tensors have been read."""
+    """The weight files of an export; a context manager. ``show`` is called with how many tensors
+    have been read."""
 
     def __init__(self, export: Export, show: Callable[[float], None] = lambda read: None) -> None:
         self.export = export
         self._show, self._read = show, 0
-        self._stack = ExitStack()
-        self._files: dict[str, TensorFile] = {}
-        self._file_of = {n: file for file, entries in export.stored.files.items() for n in entries}
+        self._stack, self._files = ExitStack(), dict[str, TensorFile]()  # by tensors' names
 
     def __enter__(self) -> Opened:
+        for file, entries in self.export.stored.files.items():
+            opened = self._stack.enter_context(self.export.stored.open(file))
+            self._files |= dict.fromkeys(entries, opened)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -254,14 +253,9 @@ class Opened:
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
-        file = self._file_of[name]
-        if file not in self._files:
-            opened = TensorFile(self.export.stored.directory / file)
-            self._files[file] = self._stack.enter_context(opened)
-        tensor = self._files[file].read(name)
         self._read += 1
         self._show(self._read)
-        return tensor
+        return self._files[name].read(name)
 
     def modules(self) -> Iterator[tuple[str, Parts]]:
         """The quantized modules with their tensors."""
@@ -272,7 +266,7 @@ class Opened:
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """All other tensors, by name."""
         names = (self.export.wanted[f"{module}.weight"] for module in self.export.formats)
-        for name in sorted(self._file_of.keys() - {n for some in names for n in some}):
+        for name in sorted(self._files.keys() - {n for some in names for n in some}):
             yield name, self.read(name)
 
 

@@ -49,7 +49,6 @@ INPUT_SCALES: dict[Layout, str] = {
 }  # fmt: skip
 LARGEST = {"fp8": 448.0, "nvfp4": 2688.0}
 """What a scale of inputs stands for, over the scale."""
-_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 @dataclass(frozen=True)
@@ -177,31 +176,40 @@ def quantization_configs(
         return None, None
     if target == "compressed-tensors":
         return _compressed_tensors(shape, assignment), None
-    sizes = places(shape)
-    formats = {format for format in assignment.values() if format != "bf16"}
-    quantization: dict[str, Any] = {
-        "quant_algo": "MIXED_PRECISION" if target == "mixed" else ALGOS[next(iter(formats))],
-        "kv_cache_quant_algo": "FP8" if kv_cache else None,
+    sizes, excluded = places(shape), _excluded(shape, assignment)
+    modules: defaultdict[Format, list[str]] = defaultdict(list)
+    for place, format in assignment.items():
+        if format != "bf16":
+            modules[format] += modules_of(place, sizes[place])
+    mixed = target == "mixed"
+    common: dict[str, Any] = {
+        "quant_algo": "MIXED_PRECISION" if mixed else ALGOS[next(iter(modules))]
     }
-    if formats - {"fp8"}:
-        quantization["group_size"] = BLOCK
-    quantization["exclude_modules"] = _excluded(shape, assignment)
-    if target == "mixed":
-        quantization["quantized_layers"] = {
-            module: _layer(format)
-            for place, format in assignment.items()
-            if format != "bf16"
-            for module in modules_of(place, sizes[place])
+    if modules.keys() - {"fp8"}:
+        common["group_size"] = BLOCK
+    if mixed:
+        common["quantized_layers"] = {
+            name: {"quant_algo": ALGOS[format]} | ({} if format == "fp8" else {"group_size": BLOCK})
+            for format, names in modules.items()
+            for name in names
         }
     # TensorRT-LLM and older vLLM and SGLang read these files only under this name of a producer.
     producer = {"name": "modelopt", "version": version}
-    whole = {"producer": producer, "quantization": quantization}
-    return _for_config_json(whole), whole
-
-
-def _layer(format: Format) -> dict[str, Any]:
-    group = {} if format == "fp8" else {"group_size": BLOCK}
-    return {"quant_algo": ALGOS[format], **group}
+    in_config = {
+        **common,
+        "quant_method": "modelopt",
+        "producer": producer,
+        "config_groups": {
+            f"group_{i}": {**_group(format), "targets": sorted(names) if mixed else ["Linear"]}
+            for i, (format, names) in enumerate(modules.items())
+        },
+        "ignore": excluded,
+    }
+    if kv_cache:
+        in_config["kv_cache_scheme"] = _numbers("fp8")
+    algo = "FP8" if kv_cache else None
+    twin = {**common, "kv_cache_quant_algo": algo, "exclude_modules": excluded}
+    return in_config, {"producer": producer, "quantization": twin}
 
 
 def _excluded(shape: HybridConfig, assignment: Mapping[str, Format]) -> list[str]:
@@ -220,46 +228,20 @@ def _quantizes_mtp(assignment: Mapping[str, Format]) -> bool:
     return any(f != "bf16" for place, f in assignment.items() if place.startswith("mtp."))
 
 
-def _for_config_json(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as quantization_config of config.json has it (modelopt's convert_hf_config.py)."""
-    quantization = whole["quantization"]
-    targets: defaultdict[str, list[str]] = defaultdict(list)
-    for module, layer in quantization.get("quantized_layers", {}).items():
-        targets[layer["quant_algo"]].append(module)
-    if not targets:
-        targets[quantization["quant_algo"]] = ["Linear"]
-    out = {
-        "quant_method": "modelopt",
-        "quant_algo": quantization["quant_algo"],
-        "producer": whole["producer"],
-        "config_groups": {
-            f"group_{i}": {**_group(algo), "targets": sorted(names)}
-            for i, (algo, names) in enumerate(targets.items())
-        },
-        "ignore": quantization["exclude_modules"],
-    }
-    for name in ("group_size", "quantized_layers"):
-        if name in quantization:
-            out[name] = quantization[name]
-    if quantization["kv_cache_quant_algo"]:
-        out["kv_cache_scheme"] = _FP8_CACHE
-    return out
+def _group(format: Format) -> dict[str, Any]:
+    inputs = {"input_activations": _numbers(format)} if format in WITH_INPUTS else {}
+    return {**inputs, "weights": _numbers(format)}
 
 
-def _group(algo: str) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if algo != "FP8":
-        numbers |= {"num_bits": 4, "group_size": BLOCK}
-    inputs = {} if algo.startswith("W4A16") else {"input_activations": dict(numbers)}
-    return {**inputs, "weights": numbers}
+def _numbers(format: Format) -> dict[str, Any]:
+    if format == "fp8":
+        return {"dynamic": False, "num_bits": 8, "type": "float"}
+    return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
 
 
 def _compressed_tensors(shape: HybridConfig, assignment: Mapping[str, Format]) -> dict[str, Any]:
-    weights = {
-        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK,
-        "symmetric": True, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn",
-        "zp_dtype": "torch.float8_e4m3fn",
-    }  # fmt: skip
+    e4m3 = dict.fromkeys(("scale_dtype", "zp_dtype"), "torch.float8_e4m3fn")
+    weights = {**_numbers("nvfp4"), "strategy": "tensor_group", "symmetric": True, **e4m3}
     name = "nvfp4-pack-quantized"
     group = {
         "targets": ["Linear"],

@@ -353,17 +353,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _pieces(directory: Path, config: HybridConfig, data: str | None, tokens: int) -> list[Tensor]:
-    """ids [1, S] to compare on. Raises UserError where there is nothing to predict."""
-    if data is None:
-        generator = torch.Generator().manual_seed(1234)
-        ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=generator)
-        pieces = list(ids.split(PIECE, 1))
-    else:
-        pieces = read_pieces(data, directory, config, tokens, "heldout", PIECE)
-    pieces = [piece for piece in pieces if piece.shape[1] > 1]
-    if not pieces:
-        raise UserError(f"{data or '--tokens'}: fewer than two tokens; there is nothing to predict")
-    return pieces
+    """ids [1, S] to compare on. Raises UserError for data that cannot be used."""
+    if data is not None:
+        return read_pieces(data, directory, config, tokens, "heldout", PIECE)
+    generator = torch.Generator().manual_seed(1234)
+    ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=generator)
+    return [piece for piece in ids.split(PIECE, 1) if piece.shape[1] > 1]
 
 
 def _check_scales(
