@@ -31,6 +31,21 @@ def nearest(glob: str, names: Iterable[str]) -> str | None:
     return ends[found[0]] if found else None
 
 
+def unmatched(glob: str, choices: Sequence[str], others: Iterable[str]) -> str:
+    """Why a glob chooses no format, and the choice that is most like it. ``others``: names that
+    have no choice of formats."""
+    near = f"the nearest name is {nearest(glob, map(of_all_layers, choices))}"
+    found = matched(glob, others)
+    if not found:
+        return f"{glob} matches nothing in the model, whose layers are counted from 0; {near}"
+    inside = [name for name in choices if name.startswith(f"{found[0]}.")]
+    near = f"in it is {of_all_layers(inside[0])}" if inside else near
+    return (
+        f"{glob} matches {found[0]}, whose format cannot be chosen: linear layers and all experts "
+        f"of a layer together have one; {near}"
+    )
+
+
 def of_all_layers(name: str) -> str:
     """The glob for the same module of every layer."""
     return re.sub(r"\.\d+\.", ".*.", name)

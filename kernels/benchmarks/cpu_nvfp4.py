@@ -68,7 +68,7 @@ def build(recipe: str) -> HybridLM:
     """The tiny model with the recipe's formats; the same weights, rounded to its dtype."""
     options, shape = PrecisionOptions(recipe=recipe), model_shape()  # type: ignore[arg-type]
     model = HybridLM(shape, seed=0).to(policy.weight_dtype(options))
-    policy.apply(model, options, shape, seed=0, rank=0, device_type="cpu")
+    policy.Precision(model, options, shape, seed=0, rank=0, device_type="cpu")
     return model
 
 

@@ -131,7 +131,7 @@ def build_step(device: str, recipe: str) -> Step:
         shape = HybridConfig(mtp_num_depths=0, mamba_num_heads=16, mamba_head_dim=32)
     options = PrecisionOptions(recipe=recipe)  # type: ignore[arg-type]
     model = HybridLM(shape, seed=0).to(device, torch.bfloat16)
-    policy.apply(model, options, shape, seed=0, rank=0, device_type=device)
+    policy.Precision(model, options, shape, seed=0, rank=0, device_type=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(1)
     ids_BS = torch.randint(shape.vocab_size, TOKENS[device], generator=generator)

@@ -7,14 +7,14 @@ A place is a weight that may be quantized, by our name without ``.weight``:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, cast, get_args
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
 
 import torch
 
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.globs import matched, nearest
+from nemo_hybrid.globs import matched, unmatched
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision.groups import family, is_stacked
 
@@ -27,39 +27,23 @@ BLOCK = 16
 Assignment = dict[str, Format]
 
 
-class Preset(NamedTuple):
-    """Formats by family. ``spare``: Mamba layers directly before an attention layer stay bf16."""
-
-    formats: Mapping[str, Format]
-    spare: bool = False
-
-
 _MLPS = ("experts", "shared_experts", "mlp")
 # Dense MLPs, which Super and Ultra do not have, are treated as their shared experts are.
 _SUPER: dict[str, Format] = {
     "experts": "nvfp4", "shared_experts": "fp8", "mlp": "fp8", "mamba": "fp8",
 }  # fmt: skip
-PRESETS = {
-    "conservative": Preset(dict.fromkeys(_MLPS, "nvfp4")),
-    "super": Preset(_SUPER),
-    "ultra": Preset(_SUPER),
-    "nano": Preset(dict.fromkeys((*_MLPS, "mamba"), "nvfp4"), spare=True),
+PRESETS: dict[str, dict[str, Format]] = {
+    "conservative": dict.fromkeys(_MLPS, "nvfp4"),
+    "super": _SUPER,
+    "ultra": _SUPER,
+    "nano": dict.fromkeys((*_MLPS, "mamba"), "nvfp4"),
 }
-"""By module family, as NVIDIA published these models; their own choice for single layers differs.
-Super and Ultra agree in families: what sets Ultra apart are four-over-six scales."""
+"""By module family, as NVIDIA published these models; their own choice for single layers differs,
+but for nano's Mamba layers directly before an attention layer, which stay bf16. Super and Ultra
+agree in families: what sets Ultra apart are four-over-six scales."""
 
 # Families that a glob must name: these words have to stand in it.
 _NAMED_ONLY = {"head": "lm_head", "latent": "latent", "mtp": "mtp"}
-_WHY_NEVER = {
-    "gate": "routers decide in fp32 between experts whose scores are close",
-    "e_score_correction_bias": "router biases decide between experts whose scores are close",
-    "conv1d": "convolutions have four taps per channel, which engines do not quantize",
-    "embeddings": "embeddings are looked up, not multiplied",
-    "A_log": "decay rates stay fp32",
-    "D": "skip weights of the scan stay fp32",
-    "dt_bias": "time steps stay fp32",
-}
-_NORM = "norms have one number per channel"
 
 
 def places(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
@@ -124,17 +108,15 @@ def assign(shape: HybridConfig, preset: str | None, rules: Mapping[str, str]) ->
             raise UserError(f"formats: {glob}: {given!r} is no format; use {', '.join(FORMATS)}")
         found = matched(glob, sizes)
         if not found:
-            raise _nothing(glob, sizes, unquantizable(shape))
-        held = {place: _unnamed(place, glob) for place in found} if given != "bf16" else {}
-        if held and all(held.values()):
-            word = next(filter(None, held.values()))
+            named = [place for place in sizes if not _unnamed(place, glob)]
+            raise UserError(f"formats: {unmatched(glob, named, unquantizable(shape))}")
+        allowed = [place for place in found if given == "bf16" or not _unnamed(place, glob)]
+        if not allowed:
             raise UserError(
                 f"formats: {glob} matches only {found[0]} and the like, which are quantized only "
-                f'by a glob that names them: write "{word}" in it'
+                f'by a glob that names them: write "{_unnamed(found[0], glob)}" in it'
             )
-        for place in found:
-            if not held.get(place):
-                assignment[place] = cast(Format, given)
+        assignment |= dict.fromkeys(allowed, cast(Format, given))
     check(assignment, sizes)
     return assignment
 
@@ -143,11 +125,11 @@ def _of_preset(shape: HybridConfig, preset: str | None, place: str) -> Format:
     if preset is None:
         return "bf16"
     kind = family(place)
-    if PRESETS[preset].spare and kind == "mamba":
+    if preset == "nano" and kind == "mamba":
         layer = int(place.split(".")[2])
         if shape.pattern[layer + 1 : layer + 2] == "*":
             return "bf16"
-    return PRESETS[preset].formats.get(kind, "bf16")
+    return PRESETS[preset].get(kind, "bf16")
 
 
 def _unnamed(place: str, glob: str) -> str | None:
@@ -159,18 +141,6 @@ def _unnamed(place: str, glob: str) -> str | None:
             if word not in glob and (kind == family(place) or word in place)
         ),
         None,
-    )
-
-
-def _nothing(glob: str, sizes: Iterable[str], others: Iterable[str]) -> UserError:
-    if other := matched(glob, others):
-        parts = other[0].split(".")
-        why = next((_WHY_NEVER[part] for part in parts[::-1] if part in _WHY_NEVER), _NORM)
-        return UserError(f"formats: {glob} matches {other[0]}, which is never quantized: {why}")
-    near = nearest(glob, [place for place in sizes if not _unnamed(place, glob)])
-    experts = " (all experts of a layer have one format)" * ("experts" in glob)
-    return UserError(
-        f"formats: {glob} matches no weight of the model; the nearest name is {near}{experts}"
     )
 
 
@@ -232,17 +202,12 @@ def fitted(assignment: Mapping[str, Format], target: str, calibrated: bool) -> A
         )
     if target == "mixed":
         return out
-    if target == "fp8":
-        wrong: Format | None = next((f for f in first if f != "fp8"), None)
-    else:
-        wrong = "fp8" if "fp8" in first else None
-        if wrong is None and len(first) > 1:
-            wrong = "nvfp4_w4a16"
+    held = "fp8" if target == "fp8" else "nvfp4" if "nvfp4" in first else "nvfp4_w4a16"
+    wrong = next((format for format in first if format != held), None)
     if wrong is not None:
-        hint = "" if target == "compressed-tensors" else ": mixed can"
         raise UserError(
-            f"{first[wrong]} is to be {wrong}, which --format {target} cannot hold, "
-            f"or not beside other formats{hint}"
+            f"{first[wrong]} is to be {wrong}, which --format {target} cannot hold, or not beside "
+            "other formats, but mixed can"
         )
     if target == "compressed-tensors" and out["lm_head"] != "bf16":
         raise UserError(

@@ -7,7 +7,6 @@ Rules are globs over module names; of those that match a product the last one co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
@@ -17,7 +16,7 @@ from torch import nn
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import PrecisionOptions
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.globs import last_rule, matched, nearest, of_all_layers
+from nemo_hybrid.globs import last_rule, matched, of_all_layers, unmatched
 from nemo_hybrid.precision import groups
 from nemo_hybrid.precision.health import Probe
 from nemo_hybrid.precision.layers import QuantizedExperts, QuantizedLinear
@@ -65,25 +64,34 @@ PRESETS = {
 
 
 class Precision:
-    """The formats of a model's products in the course of a run."""
+    """The formats of a model's products in the course of a run, as the options choose them; the
+    model has its dtype.
+
+    ``probe`` is shown what is quantized. Raises UserError as :func:`resolve` does.
+    """
 
     def __init__(
         self,
-        products: Sequence[Product],
+        model: nn.Module,
         options: PrecisionOptions,
-        streams: Streams,
-        table: list[tuple[str, ...]],
+        shape: ModelConfig,
+        *,
+        seed: int,
+        rank: int,
+        device_type: str,
         probe: Probe | None = None,
     ) -> None:
-        self._options, self._streams = options, streams
-        self.table = table
+        self._options, self._streams, self._batch = options, Streams(seed, rank), 0
+        self.table: list[tuple[str, ...]] = []
         """Rows below HEADER; none where all products run in the run's own format."""
-        self._batch = 0
-        ingredients = _ingredients(options)
+        changed = _changed(model, options, shape)
+        if changed:
+            self.table = table_of(model, resolve(model, options, shape), shape, device_type)
+        ingredients = Ingredients(**{n: getattr(options, n) for n in Ingredients._fields})
         self._products = []
-        for product in products:
+        for product in changed:
             low = QuantizedLinear if is_linear(product.module) else QuantizedExperts
-            quantized = low(product.name, product.formats, ingredients, streams, probe)
+            quantized = low(product.name, product.formats, ingredients, self._streams, probe)
             self._products.append((product, quantized))
         self.start_step(0, 0)
 
@@ -137,30 +145,10 @@ def check(model: nn.Module, options: PrecisionOptions, shape: ModelConfig, token
                 f"precision.{option} has no effect: no {' or '.join(names)} product is in nvfp4"
             )
     if options.switch_step and all(_switched(p.formats, options) == p.formats for p in products):
-        forward = options.switch_passes == "forward"
         raise UserError(
-            f"precision.{'switch_passes forward' if forward else 'switch_step'} has no effect: "
-            f"no {'forward ' if forward else ''}product is in nvfp4 or mxfp8"
+            "precision.switch_step has no effect: no product of the passes that "
+            f"precision.switch_passes ({options.switch_passes}) names is in nvfp4 or mxfp8"
         )
-
-
-def apply(
-    model: nn.Module,
-    options: PrecisionOptions,
-    shape: ModelConfig,
-    *,
-    seed: int,
-    rank: int,
-    device_type: str,
-    probe: Probe | None = None,
-) -> Precision:
-    """Give every product the format that the options choose for it; the model has its dtype.
-
-    ``probe`` is shown what is quantized. Raises UserError as :func:`resolve` does.
-    """
-    changed = _changed(model, options, shape)
-    table = table_of(model, resolve(model, options, shape), shape, device_type) if changed else []
-    return Precision(changed, options, Streams(seed, rank), table, probe)
 
 
 def resolve(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> list[Product]:
@@ -169,7 +157,8 @@ def resolve(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> 
     names = [name for name, module in modules.items() if hasattr(module, "low_precision")]
     depth, last = len(shape.pattern), options.last_layers_bf16
     for glob in options.formats:
-        _check_glob(glob, list(modules), names, depth)
+        if not matched(glob, names):
+            raise UserError(f"precision.formats: {unmatched(glob, names, modules)}")
     base, preset = _base(options), PRESETS[options.recipe]
     if last is None:
         last = max(1, int(preset.last_layers * depth + 0.5)) if preset.last_layers else 0
@@ -183,14 +172,7 @@ def resolve(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> 
         *options.formats.items(),
     )
     parsed = [(glob, _parse(glob, text)) for glob, text in rules]
-    return [
-        Product(
-            name,
-            modules[name],
-            last_rule(parsed, name) or _all(base),
-        )
-        for name in names
-    ]
+    return [Product(n, modules[n], last_rule(parsed, n) or _all(base)) for n in names]
 
 
 def _changed(model: nn.Module, options: PrecisionOptions, shape: ModelConfig) -> list[Product]:
@@ -227,41 +209,6 @@ def _switched(formats: PassFormats, options: PrecisionOptions) -> PassFormats:
     """What stays of the formats after the switch."""
     high = PassFormats(*(f if BLOCKS[f] == 1 else "bf16" for f in formats))
     return high if options.switch_passes == "all" else formats._replace(forward=high.forward)
-
-
-def _ingredients(options: PrecisionOptions) -> Ingredients:
-    return Ingredients(**{name: getattr(options, name) for name in Ingredients._fields})
-
-
-def _check_glob(glob: str, modules: list[str], products: list[str], depth: int) -> None:
-    """Raise UserError unless it matches a product."""
-    if matched(glob, products):
-        return
-    others = matched(glob, modules)
-    if not others:
-        layer = re.match(r"backbone\.layers\.(\d+)\.", glob)
-        if layer and int(layer[1]) >= depth:
-            raise UserError(
-                f"precision.formats: {glob} matches no module: the model has {depth} layers, "
-                "counted from 0"
-            )
-        if glob.startswith("mtp.") and not any(name.startswith("mtp.") for name in modules):
-            raise UserError(
-                f"precision.formats: {glob} matches no module: the model has no MTP block"
-            )
-        near = nearest(glob, map(of_all_layers, products))
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"precision.formats: {glob} matches no module{hint}")
-    if any(name.startswith(f"{other}.") for name in products for other in others):
-        raise UserError(
-            f"precision.formats: {glob} matches {others[0]}, which holds products but is none: "
-            f"write {glob}.*"
-        )
-    why = ": it is one operation with the loss" if others == ["lm_head"] else ""
-    raise UserError(
-        f"precision.formats: {glob} matches {others[0]}, whose format cannot be chosen{why}; "
-        "linear layers and experts can take one"
-    )
 
 
 def _check_dimensions(product: Product, shape: ModelConfig, tokens: int) -> None:

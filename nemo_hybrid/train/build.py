@@ -48,7 +48,7 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
     model.to(world.device, dtype)
     products = [name for name, m in model.named_modules() if hasattr(m, "low_precision")]
     probe = Probe(products, config.precision.health_every, world.device)
-    precision = policy.apply(
+    precision = policy.Precision(
         model,
         config.precision,
         shape,

@@ -200,7 +200,7 @@ def test_frozen_weights_in_low_precision_stand_beside_plain_adapters(low_precisi
         if frozen:
             add_adapters(model, LoraOptions(4, 8, ["mixer.up_proj"]), seed=1)
             model.backbone.embeddings.weight.requires_grad_()
-        policy.apply(model, options, shape, seed=1, rank=0, device_type="cpu")
+        policy.Precision(model, options, shape, seed=1, rank=0, device_type="cpu")
         low = [m for m in model.modules() if getattr(m, "low_precision", None) is not None]
         assert len(low) == 7  # with the experts
         logits = model(random_ids(shape, 2, 32)).logits

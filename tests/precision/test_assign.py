@@ -104,17 +104,15 @@ def test_head_latent_and_mtp_must_be_named() -> None:
     ("rules", "message"),
     [
         ({"*": "int8"}, "'int8' is no format; use bf16, fp8, nvfp4, nvfp4_w4a16"),
-        ({UP + ".weight": "fp8"}, f"matches no weight of the model; the nearest name is {UP} "),
-        ({"backbone.layers.1.mixer.experts.3.up_proj": "fp8"}, "all experts of a layer have one"),
-        ({"*.gate": "fp8"}, "mixer.gate, which is never quantized: routers decide"),
-        ({"*conv1d": "fp8"}, "never quantized: convolutions"),
-        ({"*conv1d.bias": "fp8"}, "never quantized: convolutions"),
-        ({"*embeddings": "fp8"}, "never quantized: embeddings"),
-        ({"*A_log": "fp8"}, "never quantized: decay"),
-        ({"*.D": "fp8"}, "never quantized: skip"),
-        ({"*dt_bias": "fp8"}, "never quantized: time steps"),
-        ({"*norm_f": "fp8"}, "never quantized: norms"),
-        ({"*e_score*": "fp8"}, "never quantized: router biases"),
+        ({UP + ".weight": "fp8"}, f"nothing in the model, whose layers are counted from 0; the near"
+         f"est name is {UP}".replace(".1.", ".*.")),
+        ({"backbone.layers.1.mixer.experts.3.up_proj": "fp8"}, "is backbone.layers.*.mixer.experts."
+         "up_proj"),
+        *(
+            ({glob: "fp8"}, "whose format cannot be chosen: linear layers and all experts of a lay")
+            for glob in ("*.gate", "*conv1d", "*conv1d.bias", "*embeddings", "*A_log", "*.D",
+                         "*dt_bias", "*norm_f", "*e_score*")
+        ),
         ({"lm_h*": "fp8"}, 'write "lm_head" in it'),
         ({"*fc1_*": "fp8"}, 'write "latent" in it'),
         ({Q: "fp8"}, "k_proj is bf16, but backbone.layers.2.mixer.q_proj|engines fuse them"),
@@ -133,7 +131,7 @@ def test_unfit_rules(rules, message) -> None:
     ("target", "preset", "rules", "calibrated", "message"),
     [
         ("bf16", "conservative", {"*": "fp8"}, True, "format is bf16"),
-        ("nvfp4", "super", {}, True, "cannot hold, or not beside other formats: mixed can"),
+        ("nvfp4", "super", {}, True, "cannot hold, or not beside other formats, but mixed can"),
         ("mixed", "super", {}, False, "is to be fp8, whose products take fp8 inputs, too: name"),
         ("fp8", "super", {"*in_proj": "nvfp4"}, True, "in_proj is to be nvfp4, which --format fp8"),
         ("nvfp4", "conservative", {"*in_proj": "nvfp4_w4a16"}, True, "is to be nvfp4_w4a16"),

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from helpers.tiny_models import tiny_config
-from nemo_hybrid.globs import last_rule, matched, nearest, of_all_layers
+from nemo_hybrid.globs import last_rule, matched, nearest, of_all_layers, unmatched
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.precision.groups import PRODUCTS, component, family, figures, group_of, is_stacked
 
@@ -63,4 +63,6 @@ def test_globs() -> None:
     assert nearest("a.0.inproj", names) == "a.0.in_proj"
     assert nearest("*in_prj", names) == "a.0.in_proj"
     assert nearest("x", []) is None
+    assert unmatched("*.out_prj", names, []).endswith("the nearest name is b.*.out_proj")
+    assert unmatched("lm_*", names[:2], names).startswith("lm_* matches lm_head, whose format")
     assert of_all_layers("a.12.b.3.c") == "a.*.b.*.c"

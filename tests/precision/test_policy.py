@@ -56,7 +56,7 @@ def objection(shape: HybridConfig = SHAPE, **options: Any) -> str:
 
 def apply(model: HybridLM, shape: HybridConfig = SHAPE, **options: Any) -> policy.Precision:
     given = PrecisionOptions(**options)
-    return policy.apply(model, given, shape, seed=1, rank=0, device_type="cpu")
+    return policy.Precision(model, given, shape, seed=1, rank=0, device_type="cpu")
 
 
 def named(formats: dict[str, PassFormats], glob: str) -> set[tuple[str, ...]]:
@@ -212,7 +212,7 @@ def test_streams_know_batch_micro_batch_and_rank() -> None:
     keys = set()
     for rank in (0, 1):
         given = PrecisionOptions(recipe="nvfp4_super")
-        precision = policy.apply(model, given, SHAPE, seed=5, rank=rank, device_type="cpu")
+        precision = policy.Precision(model, given, SHAPE, seed=5, rank=rank, device_type="cpu")
         streams = model.get_submodule("backbone.layers.0.mixer.in_proj").low_precision.streams  # type: ignore[union-attr]
         for step, batch in ((0, 0), (0, 1), (1, 2)):
             precision.start_step(step, batch)
@@ -229,7 +229,9 @@ def test_table_says_native_where_the_chosen_path_is(monkeypatch: pytest.MonkeyPa
     given = PrecisionOptions(recipe="nvfp4_super", formats=formats)
 
     def runs(device_type: str) -> dict[str, str]:
-        made = policy.apply(on_meta(SHAPE), given, SHAPE, seed=1, rank=0, device_type=device_type)
+        made = policy.Precision(
+            on_meta(SHAPE), given, SHAPE, seed=1, rank=0, device_type=device_type
+        )
         return {words: how for _, _, words, _, how in made.table}
 
     emulated = {"nvfp4", "mxfp8", "nvfp4/bf16/bf16", "nvfp4/mxfp8/bf16"}
@@ -244,15 +246,16 @@ def test_table_says_native_where_the_chosen_path_is(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("formats", "said"),
     [
-        ({"*.in_porj": "nvfp4"}, "matches no module; did you mean backbone.layers.*.mixer.in_proj"),
-        ({"backbone.layers.*.mixer.experts.*": "nvfp4"},
-         "matches no module; did you mean backbone.layers.*.mixer.experts"),
-        ({"*.shared_expert.up_proj": "bf16"}, "mean backbone.layers.*.mixer.shared_experts.up_pr"),
-        ({"backbone.layers.8.*": "bf16"}, "no module: the model has 8 layers, counted from 0"),
-        ({"backbone.layers.99.mixer.in_proj": "bf16"}, "no module: the model has 8 layers, counte"),
-        ({"backbone.layers.1.mixer.in_proj": "bf16"}, "mean backbone.layers.*.mixer.in_proj?"),
-        ({"*.shared_experts": "bf16"}, "holds products but is none: write *.shared_experts.*"),
-        ({"lm_head": "nvfp4"}, "lm_head, whose format cannot be chosen: it is one operation with"),
+        ({"*.in_porj": "nvfp4"},
+         "the model, whose layers are counted from 0; the nearest name is backbone.layers.*.mixer."
+         "in_proj"),
+        ({"backbone.layers.*.mixer.experts.*": "nvfp4"}, "is backbone.layers.*.mixer.experts"),
+        ({"*.shared_expert.up_proj": "bf16"}, "is backbone.layers.*.mixer.shared_experts.up_proj"),
+        ({"backbone.layers.8.*": "bf16"}, "matches nothing in the model, whose layers are counted"),
+        ({"backbone.layers.1.mixer.in_proj": "bf16"}, "name is backbone.layers.*.mixer.in_proj"),
+        ({"*.shared_experts": "bf16"}, "matches backbone.layers.1.mixer.shared_experts, whose for"),
+        ({"*.shared_experts": "bf16"}, "in it is backbone.layers.*.mixer.shared_experts.up_proj"),
+        ({"lm_head": "nvfp4"}, "matches lm_head, whose format cannot be chosen: linear layers and"),
         ({"*.embeddings": "nvfp4"}, "matches backbone.embeddings, whose format cannot be chosen"),
         ({"*.gate": "nvfp4"}, "mixer.gate, whose format cannot be chosen"),
         ({"*.norm_f": "bf16"}, "matches backbone.norm_f, whose format cannot be chosen"),
@@ -269,10 +272,8 @@ def test_globs_and_formats_that_mean_nothing(formats: dict[str, str], said: str)
 
 def test_glob_of_mtp_in_a_model_without_it() -> None:
     alone = replace(SHAPE, mtp_num_depths=0)
-    for glob in ("mtp.*", "mtp.layers.*.eh_proj"):
-        message = objection(alone, recipe="nvfp4_super", formats={glob: "nvfp4"})
-        assert message == f"precision.formats: {glob} matches no module: the model has no MTP block"
-    assert "did you mean" in objection(recipe="nvfp4_super", formats={"mtp.proj": "nvfp4"})
+    message = objection(alone, recipe="nvfp4_super", formats={"mtp.*": "nvfp4"})
+    assert message.startswith("precision.formats: mtp.* matches nothing in the model")
 
 
 @pytest.mark.parametrize(
@@ -370,11 +371,11 @@ def test_tokens_count_for_weight_gradients_alone() -> None:
         ({"recipe": "nvfp4_all", "switch_step": 100}, "must be below train.max_steps (100)"),
         ({"formats": {"*.q_proj": "bf16/nvfp4/nvfp4"}, "switch_step": 5,
           "switch_passes": "forward"},
-         "switch_passes forward has no effect: no forward product is in nvfp4 or mxfp8"),
+         "switch_step has no effect: no product of the passes that precision.switch_passes (forwa"),
         ({"formats": {"*.q_proj": "fp32/nvfp4/nvfp4"}, "switch_step": 5,
-          "switch_passes": "forward"}, "switch_passes forward has no effect: no forward product"),
+          "switch_passes": "forward"}, "switch_step has no effect: no product of the passes"),
         ({"formats": {"*.q_proj": "fp32"}, "switch_step": 5},
-         "precision.switch_step has no effect: no product is in nvfp4 or mxfp8"),
+         "switch_passes (all) names is in nvfp4 or mxfp8"),
         ({"formats": {"*.q_proj": "nvfp4/nvfp4/bf16"}, "rht": False}, "rht has no effect: no wgr"),
         ({"formats": {"*.q_proj": "nvfp4/bf16/bf16"}, "stochastic_rounding": False},
          "stochastic_rounding has no effect: no dgrad or wgrad product is in nvfp4"),

@@ -80,7 +80,7 @@ def in_plain_pytorch(config: RunConfig) -> dict[int, list[float]]:
     config.train.micro_batch_size = config.train.global_batch_size
     hybrid = config.model.hybrid()
     model = HybridLM(hybrid, seed=config.train.seed)
-    precision = policy.apply(
+    precision = policy.Precision(
         model, config.precision, hybrid, seed=config.train.seed, rank=0, device_type="cpu"
     )
     objective = NextToken(model, config.train)

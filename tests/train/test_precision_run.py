@@ -167,7 +167,7 @@ def test_run_says_what_runs_in_which_format(runs: Path) -> None:
         (("--data.sequence_length", "30", "--train.micro_batch_size", "1"),
          ["train.micro_batch_size x data.sequence_length (30) is not divisible by 16"]),
         (("--precision.formats", "{'*.inproj': nvfp4}"),
-         ["matches no module", "did you mean backbone.layers.*.mixer.in_proj?"]),
+         ["matches nothing", "the nearest name is backbone.layers.*.mixer.in_proj"]),
         (("--precision.formats", "{'*.in_proj': fp4}"), ["unknown format 'fp4'; known: bf16"]),
         (("--precision.switch_step", "4"), ["switch_step (4) must be below train.max_steps (4)"]),
         (("--precision.recipe", "fp32", "--precision.rht", "false"), ["rht has no effect"]),
