@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +23,8 @@ _FOLLOWS = {
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _LEARNT = ("weight", "train", "trainable", "training", "loss")
 """Fields that say whether a turn is learnt."""
-_KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id"}
+_OF_CALLS = {"id", "type", "index"}
+_MEDIA = re.compile("image|audio|video|media|file")
 _TEXT_ALONE = "only text can be learnt"
 _REFUSED = {
     "functions": "give tools instead",
@@ -61,15 +64,15 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
 
     Raises BadRecord naming the turn, counted from 1.
     """
-    messages, marks = read_messages(value), []
-    system = content.get("system")
-    for message in messages:
-        marks.append({name: message.pop(name) for name in _LEARNT if name in message})
-    learnt = [
-        turn
-        for turn, (message, given) in enumerate(zip(messages, marks, strict=True))
-        if _is_learnt(message, given, turn) and turn >= first
-    ]
+    messages, unread, learnt = read_messages(value), set[str](), list[int]()
+    for turn, message in enumerate(messages):
+        marks = {name: message.pop(name) for name in _LEARNT if name in message}
+        if _is_learnt(marks, turn):
+            if message["role"] != "assistant":
+                unread |= marks.keys()
+            elif turn >= first:
+                learnt.append(turn)
+        unread |= {n for n, v in message.items() if says_something(v) and not is_known(message, n)}
     if not any(m["role"] == "assistant" for m in messages[first:]):
         raise BadRecord("there is no message of the assistant to learn from", "empty answers")
     if not learnt:
@@ -80,15 +83,16 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
             check_reasoning(messages[turn])
         except BadRecord as e:
             raise BadRecord(f"turn {turn + 1}: {e}", e.kind) from None
-    if system:
+    system = content.get("system")
+    if says_something(system):
         messages, shift = _with_system(messages, system)
         learnt = [turn + shift for turn in learnt]
     options = _parsed_if_text(content.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     if not isinstance(options, dict):
         raise BadRecord("chat_template_kwargs is no JSON object")
-    unread = {name for m in messages for name, v in m.items() if says_something(v)} - _KNOWN
-    tools = read_tools(content.get("tools"))
-    return Conversation(messages, learnt, tools, options, frozenset(unread))
+    return Conversation(
+        messages, learnt, read_tools(content.get("tools")), options, frozenset(unread)
+    )
 
 
 def read_messages(value: object) -> list[Message]:
@@ -127,13 +131,20 @@ def refuse_fields(content: Mapping[str, Any], conversation: bool) -> None:
     others = {} if conversation else dict.fromkeys(OF_CONVERSATIONS, "conversations alone have it")
     _refuse(content, {**_REFUSED, **others}, "")
     for name in _LEARNT:
-        if content.get(name) in (0, False):
-            raise BadRecord(f"the field {name}: turns alone can be left out", "refused fields")
+        if name in content and content[name] not in (1, None):  # as is true
+            raise BadRecord(f"the field {name}: it belongs to a turn", "refused fields")
 
 
 def says_something(value: object) -> bool:
     """Whether a field holds anything: tables have all fields in every row."""
     return value is not None and value not in ("", [], {})
+
+
+def is_known(message: Message, field: str) -> bool:
+    """Whether a field of a message has a meaning without a template that asks for it."""
+    role = message["role"]
+    own = {"assistant": ("reasoning_content", "tool_calls"), "tool": ("tool_call_id",)}
+    return field in ("role", "content", *own.get(role, ()))
 
 
 def is_empty(message: Message) -> bool:
@@ -150,20 +161,18 @@ def check_answers(messages: Sequence[Message], when: str = "") -> None:
             raise BadRecord(why, "empty answers")
 
 
-def _is_learnt(message: Message, marks: Mapping[str, Any], turn: int) -> bool:
-    """What a turn says of itself; by default the assistant's are learnt."""
+def _is_learnt(marks: Mapping[str, Any], turn: int) -> bool:
+    """What a turn says of itself, which is learnt by default."""
     says = {}
     for name, value in marks.items():
         if value not in (0, 1):  # as are true and false
             why = f"turn {turn + 1}: {name} {value!r} is neither 0 nor 1, true nor false"
             raise BadRecord(why, "refused fields")
-        says[name] = bool(value)
-    role = message["role"]
-    if True in says.values() and (False in says.values() or role != "assistant"):
-        what = "contradicts the others" if role == "assistant" else f"on a message of the {role}"
-        name = next(name for name, said in says.items() if said)
-        raise BadRecord(f"turn {turn + 1}: {name} {marks[name]!r} {what}", "refused fields")
-    return role == "assistant" and False not in says.values()
+        says[bool(value)] = name
+    if len(says) == 2:
+        why = f"turn {turn + 1}: {says[True]} contradicts {says[False]}"
+        raise BadRecord(why, "refused fields")
+    return False not in says
 
 
 def _with_system(messages: list[Message], system: object) -> tuple[list[Message], int]:
@@ -197,9 +206,12 @@ def _read_message(item: object, turn: int) -> Message:
     content = item.get("content")
     if isinstance(content, list) and _are_objects(content):
         kinds = [part.get("type") for part in content]
-        if others := [kind for kind in kinds if isinstance(kind, str) and kind != "text"]:
+        others = [kind for kind in kinds if isinstance(kind, str) and kind != "text"]
+        keys = {key for p in content for key, v in p.items() if says_something(v)}
+        if others := others + sorted(filter(_MEDIA.search, keys)):
             why = f"turn {turn}: the content is not text, but holds {others[0]}: {_TEXT_ALONE}"
             raise BadRecord(why, "refused fields")
+        message |= {f"content.{key}": True for key in keys - {"type", "text"}}
         parts = [p["text"] for p in content if isinstance(p.get("text"), str)]
         content = "".join(parts) if len(parts) == len(content) else content
     if isinstance(content, str):
@@ -229,22 +241,45 @@ def _read_calls(calls: object, turn: int) -> list[dict[str, Any]]:
         inner = call.get("function", call)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRecord(f"turn {turn}: a tool call names no function")
+        _refuse_others(inner, {"name", "arguments", *_OF_CALLS}, turn)
+        if inner is not call:
+            _refuse_others(call, {"function", *_OF_CALLS}, turn)
         if "arguments" in inner:
             what = f"turn {turn}: the arguments of {inner['name']}"
-            inner = {**inner, "arguments": _parsed_if_text(inner["arguments"], what)}
+            arguments = _parsed_if_text(inner["arguments"] or {}, what)
+            inner = {**inner, "arguments": arguments}
             if not isinstance(inner["arguments"], dict):
                 raise BadRecord(f"{what} are no JSON object")
         read.append({**call, "function": inner} if "function" in call else inner)
     return read
 
 
+def _refuse_others(call: Mapping[str, Any], known: Set[str], turn: int) -> None:
+    others = sorted(name for name in call.keys() - known if says_something(call[name]))
+    if others:
+        why = f"turn {turn}: the field {others[0]} of a tool call: give name and arguments"
+        raise BadRecord(why, "refused fields")
+
+
 def _parsed_if_text(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_object, parse_float=_float)
     except (ValueError, RecursionError):
         raise BadRecord(f"{what} cannot be read as JSON") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("beyond all numbers")
+    return value
 
 
 def _are_objects(value: object) -> bool:

@@ -17,29 +17,34 @@ Span = tuple[int, int]
 
 THINK, END_OF_THINKING = "<think>", "</think>"
 _BLOCK = re.compile(f"{THINK}.*?(?={END_OF_THINKING})", re.DOTALL)
-_TAG = re.compile(f"{THINK}|{END_OF_THINKING}")
+TAG = re.compile(f"({THINK}|{END_OF_THINKING})")
 _FAULT = "reasoning"
 
 
 def settle_reasoning(message: Message) -> Message:
-    """An answer whose text begins inside of the thinking, with that in reasoning_content.
+    """An answer whose text begins with reasoning that its prompt opened, or that reasoning_content
+    holds too, with that in reasoning_content alone.
 
-    Prompts may open the thinking. What a model then writes ends it with a </think> that nothing
-    opened; a template has to be told which part of it is reasoning.
+    What a model writes behind a prompt that opened the thinking ends it with a </think> that
+    nothing opened; a template has to be told which part of it is reasoning.
     """
-    content = message.get("content", "")
+    known, content = message.get("reasoning_content", "").strip(), message.get("content", "")
     before, tag, after = content.partition(END_OF_THINKING)
-    raw = tag and THINK not in before and (not before or before.endswith("\n"))
-    if not raw or message.get("reasoning_content"):
+    begins_line = not before.strip() or before.rstrip(" \t").endswith("\n")
+    raw = THINK not in before and begins_line
+    thought = before.strip() if raw else before.strip().removeprefix(THINK).strip()
+    if not tag or (thought != known if known else not raw):
         return message
-    message = {**message, "content": after.lstrip("\n")}
-    return {**message, "reasoning_content": before.strip()} if before.strip() else message
+    message = {**message, "content": after.lstrip("\r\n")}
+    return {**message, "reasoning_content": thought} if thought else message
 
 
 def check_reasoning(message: Message) -> None:
     """Raise BadRecord for an answer whose reasoning is not whole, or that ends with it."""
     content = message.get("content", "")
     check_tags(content)
+    if THINK in content and message.get("reasoning_content"):
+        raise BadRecord("there is reasoning in a field and other in the text", _FAULT)
     thinks = message.get("reasoning_content", "").strip() or THINK in content
     answer = change_reasoning({"content": content}, lambda _: "")["content"]
     if thinks and not answer.strip() and not message.get("tool_calls"):
@@ -49,7 +54,7 @@ def check_reasoning(message: Message) -> None:
 def check_tags(text: str) -> None:
     """Raise BadRecord if thinking is opened twice, left open, or closed where it is not open."""
     inside = False
-    for tag in _TAG.findall(text):
+    for tag in TAG.findall(text):
         if inside == (tag == THINK):
             what = f"opens {THINK} twice" if inside else f"holds a {tag} that nothing opened"
             raise BadRecord(f"the answer {what}", _FAULT)
@@ -78,7 +83,7 @@ def change_reasoning(message: Message, change: Callable[[str], str]) -> Message:
 
 def answer_pieces(message: Message) -> list[str]:
     """Texts of the reasoning and of the answer around it, in order."""
-    pieces = _TAG.split(message.get("content", ""))
+    pieces = (p for p in TAG.split(message.get("content", "")) if not TAG.fullmatch(p))
     return [p.strip() for p in (message.get("reasoning_content", ""), *pieces) if p.strip()]
 
 

@@ -22,30 +22,31 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, Any
 
-from nemo_hybrid.data.reasoning import (
-    END_OF_THINKING,
-    THINK,
-    Message,
-    Span,
-    answer_pieces,
-    check_tags,
+from nemo_hybrid.data.chat import is_known
+from nemo_hybrid.data.completeness import (
+    Marks,
+    check_context,
+    check_written,
+    left_out,
+    shorten,
+    with_text_arguments,
 )
+from nemo_hybrid.data.reasoning import THINK, Message, Span
 from nemo_hybrid.data.sources import BadRecord
 from nemo_hybrid.errors import UserError
 
 Rendered = tuple[str, list[Span]]
 """A text and the characters of it that are learnt."""
 
-_MARKED = re.compile(r"\{%[-+]?\s*generation\b")
-_SWITCHES = re.compile(r"/(no_?)?think\b")
-"""Words of users that templates take out of what they show."""
-_SHOWN = 200  # characters of a rendering, in a message
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+"""Marks around answers, by an extension of transformers."""
+_SWITCH = "enable_thinking"
 _EXACT = 16  # messages before a turn, up to which all of them are rendered for it
 _MEMORY = 4 << 30  # bytes that a template may use
-_LEFT_OUT = "left out"
 
 
 class Template:
@@ -59,7 +60,8 @@ class Template:
         return str(self._run(messages, **options)[0][0])
 
     def split(self, messages: list[Message], turns: Sequence[int]) -> list[Rendered]:
-        """Renderings in which each of the assistant's turns named is learnt once.
+        """Renderings in which each of the assistant's turns named is learnt once, in that of the
+        nearest turn from it on whose text shows it as it was written.
 
         Raises BadRecord where the template cannot be split, or leaves something out.
         """
@@ -67,7 +69,7 @@ class Template:
             return self._split(messages, turns)
         except BadRecord:
             # Templates that want arguments as text fail on objects, or write them as Python does.
-            texts = [_with_text_arguments(m) for m in messages]
+            texts = [with_text_arguments(m) for m in messages]
             if texts == messages:
                 raise
             try:
@@ -76,79 +78,123 @@ class Template:
                 pass
             raise
 
-    def _split(self, messages: list[Message], turns: Sequence[int]) -> list[Rendered]:
-        self._check_tools(messages)
-        before = self.render(messages[: turns[0]])
-        if self._prompt(before, messages[: turns[0]]) == "":
-            rendered = [self._marked(messages, turns)]
-            self._check_context(messages, rendered[0][0])
-            return rendered
-        renderings, answers = [], dict[int, tuple[str, int]]()
-        while turns:
-            text, start = self._answer(messages[: turns[-1]], messages[turns[-1]], turns[-1])
-            self._check_context(messages[: turns[-1] + 1], text)
-            spans, elsewhere, known = list[Span](), [], None
-            for turn in turns[:-1]:
-                span = known and self._follows(messages, text, known[0], known[1], turn)
-                if not span:
-                    if turn not in answers:
-                        answers[turn] = self._answer(messages[:turn], messages[turn], turn)
-                    theirs, begin = answers[turn]
-                    span = (begin, len(theirs)) if text.startswith(theirs) else None
-                if span:
-                    spans.append(span)
-                    known = turn, span[1]
-                else:
-                    elsewhere.append(turn)
-            renderings.append((text, [*spans, (start, len(text))]))
-            turns = elsewhere
-        return renderings[::-1]
+    def reads_variable(self, name: str) -> bool:
+        """Whether the template takes a variable from its caller."""
+        from jinja2 import Environment
+        from jinja2.meta import find_undeclared_variables
 
-    def _answer(self, earlier: Sequence[Message], message: Message, turn: int) -> tuple[str, int]:
-        """Text up to the end of an answer, and where in it the answer begins to be learnt."""
+        source = _GENERATION.sub("", self.source)  # an extension's, which changes no variable
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        asked = rf"(?<![.\w]){re.escape(name)}\s*(is\s+(not\s+)?(defined|none)|\|\s*default)"
+        own = re.search(rf"\bset\s+{re.escape(name)}\b", source)
+        taken = name in find_undeclared_variables(parsed)
+        return taken and (not own or re.search(asked, source) is not None)
+
+    def unread(self, messages: list[Message], fields: Sequence[str]) -> list[str]:
+        """Those of the fields of messages without which nothing else is written."""
+
+        def without(names: Sequence[str]) -> list[Message]:
+            return [
+                {k: v for k, v in m.items() if k not in names or is_known(m, k)} for m in messages
+            ]
+
+        text = self.render(messages)
+        if text == self.render(without(fields)):
+            return list(fields)
+        return [name for name in fields if text == self.render(without([name]))]
+
+    def _split(self, messages: list[Message], turns: Sequence[int]) -> list[Rendered]:
+        last = messages[: turns[-1] + 1]
+        check_context(last, self.render(last))
+        self._check_all_is_kept(last)
+        before = messages[: turns[0]]
+        if self._prompt(self.render(before), before) == "":
+            return [self._marked(messages, turns)]
+        renderings, later = list[Rendered](), (0, 0)  # a turn and where it ends
+        for turn in reversed(turns):
+            span = None
+            if renderings and turn >= _EXACT:
+                span = self._place(messages, renderings[0][0], *later, turn)
+            if span is None:
+                text, start = self._whole(messages, turn)
+                span = start, len(text)
+                if not renderings or not renderings[0][0].startswith(text):
+                    renderings.insert(0, (text, []))
+            renderings[0][1].insert(0, span)
+            later = turn, span[1]
+        return renderings
+
+    def _whole(self, messages: Sequence[Message], turn: int) -> tuple[str, int]:
+        """Text up to the end of a turn, and where the turn begins to be learnt."""
+        if turn >= _EXACT:
+            text, written = self.render(messages[: turn + 1]), self._alone(messages, turn)
+            if written and text.endswith(written[0]):
+                return text, len(text) - len(written[0]) + written[1]
+        return self._answer(messages[:turn], messages[turn], turn)[:2]
+
+    def _place(
+        self, messages: Sequence[Message], text: str, later: int, end: int, turn: int
+    ) -> Span | None:
+        """Where a turn behind many messages is learnt in a text in which a later one, the next that
+        is learnt, ends at ``end``; None: not there.
+
+        Its prompt and its end are looked for with the messages that lie between the two turns
+        alone: with all before it, a conversation would take a time that grows with the square of
+        its length.
+        """
+        lead, asked = _opening(messages, turn)
+        known = [*lead, messages[asked], messages[turn]]
+        try:
+            before = self.render(known)
+            found = self.render([*known, *messages[turn + 1 : later + 1]])
+        except BadRecord:
+            return None
+        between, written = found[len(before) :], self._alone(messages, turn)
+        stop = end - len(between)
+        if written is None or not found.startswith(before):
+            return None
+        shown = text[:end].endswith(between) and text[:stop].endswith(written[0])
+        return (stop - len(written[0]) + written[1], stop) if shown else None
+
+    def _alone(self, messages: Sequence[Message], turn: int) -> tuple[str, int] | None:
+        """What is written for a turn alone, and where in it it begins to be learnt, behind few
+        messages: the question and what came since the answer before. None: not to be had."""
+        lead, asked = _opening(messages, turn)
+        since = [i for i in range(asked + 1, turn) if messages[i]["role"] == "assistant"]
+        recent = messages[since[-1] if since else asked + 1 : turn]
+        try:
+            text, start, before = self._answer(
+                [*lead, messages[asked], *recent], messages[turn], turn
+            )
+        except BadRecord:
+            return None
+        return text[before:], start - before
+
+    def _answer(
+        self, earlier: Sequence[Message], message: Message, turn: int
+    ) -> tuple[str, int, int]:
+        """Text up to the end of an answer, where in it that begins to be learnt, and where what is
+        before it ends."""
         before = self.render(earlier)
         prompt = self._prompt(before, earlier)
         text = self.render([*earlier, message])
         if prompt is None or not text.startswith(before):
             raise _unsplittable(turn, "it changes what it wrote before", text)
-        prompts = [prompt]
-        if THINK in prompt:  # and white space behind it, which answers may lack
-            prompts.append(prompt.partition(THINK)[0] + THINK)
-        if "enable_thinking" in self.source:
-            # An answer without reasoning is what engines ask for by another prompt.
-            prompts.append(self._prompt(before, earlier, enable_thinking=False) or prompt)
-        fitting = [len(p) for p in prompts if text.startswith(before + p)]
+        prompts, written = [prompt], text[len(before) :]
+        if THINK in written and _SWITCH in self.source and _SWITCH not in self.options:
+            # What engines ask by for an answer without reasoning, or with it.
+            others = (self._prompt(before, earlier, **{_SWITCH: on}) for on in (False, True))
+            prompts += filter(None, others)
+        # An answer may lack the white space that a prompt has behind the tag.
+        prompts += [p.rstrip() for p in prompts if p.rstrip().endswith(THINK)]
+        fitting = [len(p) for p in prompts if written.startswith(p)]
         if not fitting:
             raise _unsplittable(turn, f"the answer does not follow the prompt {prompt!r}", text)
         start = len(before) + max(fitting)
         if start == len(text):
             raise _unsplittable(turn, "it writes nothing of the answer", text)
-        _check_written(message, turn, text[len(before) :])
-        return text, start
-
-    def _follows(
-        self, messages: Sequence[Message], text: str, known: int, end: int, turn: int
-    ) -> Span | None:
-        """Where a turn is learnt in a text in which an earlier, known one ends at ``end``.
-
-        With all messages before it this would take a time that grows with their square. So they
-        are left out but for those since the known one and the question before that, and what is
-        rendered of them is compared with the text. None: it is not the same, or there are few.
-        """
-        if turn < _EXACT:
-            return None
-        lead = [m for m in messages[:1] if m["role"] in ("system", "developer")]
-        asked = max(i for i in range(known) if messages[i]["role"] == "user")
-        earlier = [*lead, messages[asked], *messages[known:turn]]
-        try:
-            before = self.render(earlier[: len(lead) + 2])
-            found, start = self._answer(earlier, messages[turn], turn)
-        except BadRecord:
-            return None
-        if not found.startswith(before) or not text.startswith(found[len(before) :], end):
-            return None
-        shift = end - len(before)
-        return start + shift, len(found) + shift
+        check_written(message, turn, written, start - len(before))
+        return text, start, len(before)
 
     def _prompt(self, before: str, messages: Sequence[Message], **options: Any) -> str | None:
         """What asks for an answer; None if the template changes what it wrote before."""
@@ -157,7 +203,7 @@ class Template:
 
     def _marked(self, messages: Sequence[Message], turns: Sequence[int]) -> Rendered:
         """The rendering of a template that has no generation prompt, but marks the answers."""
-        if not _MARKED.search(self.source):
+        if not _GENERATION.search(self.source):
             raise _unsplittable(turns[0], "it has no generation prompt", self.render(messages))
         learnt, spans, known = list[Span](), list[Span](), ""
         for turn, message in enumerate(messages):
@@ -171,40 +217,25 @@ class Template:
                     raise _unsplittable(turn, "it does not mark the answer", text)
                 if turn in turns:
                     opened = THINK if text[: new[0][0]].rstrip().endswith(THINK) else ""
-                    _check_written(message, turn, opened + text[new[0][0] : new[-1][1]])
+                    written = opened + text[new[0][0] : new[-1][1]]
+                    check_written(message, turn, written, len(opened))
                     learnt += new
                 spans, known = marks, text[: marks[-1][1]]
         return self.render(messages), learnt
 
-    def _check_tools(self, messages: Sequence[Message]) -> None:
-        """Raise BadRecord if the template leaves out a tool. Calls name tools too, so that this
-        looks at what stands before the first answer, with tools and without."""
-        if not self.tools:
-            return
-        roles = [message["role"] for message in messages]
-        earlier = messages[: roles.index("assistant")]
-        text = self.render(earlier)
-        shown, plain = _squeezed(text), _squeezed(self.render(earlier, tools=None))
-        for tool in self.tools:
-            name = tool.get("function", tool)["name"]
-            if shown.count(_squeezed(name)) <= plain.count(_squeezed(name)):
-                raise _left_out(f"the tool {name}", text)
-
-    def _check_context(self, messages: Sequence[Message], text: str) -> None:
-        """Raise BadRecord if the template leaves out what an answer refers to."""
-        shown, at = _squeezed(text), 0
-        for turn, message in enumerate(messages, 1):
-            role, content = message["role"], message.get("content", "")
-            if role == "assistant":  # whose reasoning may be
-                content = content.rpartition(END_OF_THINKING)[2]
-            # Some templates write what a system says behind other messages.
-            ordered = role not in ("system", "developer")
-            found = _find(shown, content, at if ordered else 0)
-            if found < 0:
-                raise _left_out(f"what the {role} says", text, turn)
-            for call in _calls(message):
-                _check_arguments(call, turn, text, shown, at)
-            at = found if ordered else at
+    def _check_all_is_kept(self, messages: Sequence[Message]) -> None:
+        """Raise BadRecord if the template leaves something out, wherever else its text may stand:
+        with marks in place of all texts, it has to write every mark."""
+        marks = Marks()
+        marked = [marks.message(m, turn) for turn, m in enumerate(messages)]
+        try:
+            text = self.render(marked, tools=marks.tools(self.tools))
+        except BadRecord:
+            return  # it asks for more than texts; then what it does with these counts
+        for mark, (what, turn) in marks.made.items():
+            if mark not in text and (mark not in marks.passing or turn == len(messages) - 1):
+                shown = self.render(messages)
+                raise left_out(what, shown, turn)
 
     def _run(self, messages: Sequence[Message], **options: Any) -> tuple[Any, Any]:
         from jinja2 import TemplateError, TemplateSyntaxError
@@ -238,101 +269,17 @@ class Template:
         return rendered
 
 
-def _check_written(message: Message, turn: int, written: str) -> None:
-    """Raise BadRecord if a template leaves a part of an answer out, which would then be learnt
-    without it, or breaks its reasoning."""
-    shown = _squeezed(written)
-    reasoning = message.get("reasoning_content", "").strip()
-    for part in answer_pieces(message):
-        if _find(shown, part, 0) < 0:
-            what = "the reasoning" if part == reasoning else "a part of the answer"
-            raise _left_out(what, written, turn + 1)
-    for call in _calls(message):
-        if call["name"] not in written:
-            raise _left_out(f"the call of {call['name']}", written, turn + 1)
-    try:
-        check_tags(written)
-    except BadRecord as e:
-        why = f"turn {turn + 1}: as the chat template writes it, {e}: {_shorten(written)}"
-        raise BadRecord(why, e.kind) from None
-
-
-def _check_arguments(call: dict[str, Any], turn: int, text: str, shown: str, at: int) -> None:
-    arguments = call.get("arguments") or {}
-    if isinstance(arguments, dict):
-        python = str(arguments)
-        if python != json.dumps(arguments, ensure_ascii=False) and python in text:
-            why = f"turn {turn}: the chat template writes arguments as Python, not as JSON"
-            raise BadRecord(f"{why}: {_shorten(python)}", "chat template")
-    else:
-        arguments = json.loads(arguments)
-    parts = {f"the argument {v!r:.{_SHOWN}} of {call['name']}": v for v in _leaves(arguments)}
-    for what, part in {f"the call of {call['name']}": call["name"], **parts}.items():
-        if _find(shown, part, at) < 0:
-            raise _left_out(what, text, turn)
-
-
-def _calls(message: Message) -> list[dict[str, Any]]:
-    return [call.get("function", call) for call in message.get("tool_calls", [])]
-
-
-def _with_text_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as JSON texts."""
-    if "tool_calls" not in message:
-        return message
-
-    def change(call: dict[str, Any]) -> dict[str, Any]:
-        if "function" in call:
-            return {**call, "function": change(call["function"])}
-        return {**call, "arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
-
-    return {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Values in nested lists and objects."""
-    if isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _find(shown: str, value: Any, at: int) -> int:
-    """Where a value ends in a squeezed text behind ``at``, however it is written there; or -1."""
-    texts = [str(value), json.dumps(value, ensure_ascii=False), json.dumps(value)]
-    if isinstance(value, str):
-        texts = [value, *(text[1:-1] for text in texts[1:]), _SWITCHES.sub("", value)]
-    for text in map(_squeezed, texts):
-        found = shown.find(text, at)
-        if found >= 0:
-            return found + len(text)
-    return -1
-
-
-def _squeezed(text: str) -> str:
-    """Without white space and backslashes, which templates and JSON change."""
-    return re.sub(r"[\s\\]+", "", text)
-
-
-def _left_out(what: str, text: str, turn: int | None = None) -> BadRecord:
-    where = "" if turn is None else f"turn {turn}: "
-    why = f"{where}the chat template leaves out {what}: it writes {_shorten(text)}"
-    return BadRecord(why, _LEFT_OUT)
+def _opening(messages: Sequence[Message], turn: int) -> tuple[list[Message], int]:
+    """What the system says, and the number of the question that a turn answers."""
+    lead = [m for m in messages[:1] if m["role"] in ("system", "developer")]
+    return lead, max(i for i in range(turn) if messages[i]["role"] == "user")
 
 
 def _unsplittable(turn: int, why: str, text: str) -> BadRecord:
     return BadRecord(
-        f"the chat template cannot be split at turn {turn + 1}: {why}; it writes {_shorten(text)}",
+        f"the chat template cannot be split at turn {turn + 1}: {why}; it writes {shorten(text)}",
         "chat template",
     )
-
-
-def _shorten(text: str) -> str:
-    """A text, or its start and its end, in quotes and on one line."""
-    if len(text) > _SHOWN:
-        text = f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
-    return repr(text)
 
 
 def answer_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +287,15 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
     template = Template(**request["template"])
     try:
         if "turns" in request:
-            return {"renderings": template.split(request["messages"], request["turns"])}
+            messages = request["messages"]
+            for name in request["variables"]:
+                if not template.reads_variable(name):
+                    why = f"chat_template_kwargs: the chat template takes no {name}"
+                    raise BadRecord(why, "refused fields")
+            renderings = template.split(messages, request["turns"])
+            fields = request["fields"]
+            unread = template.unread(messages, fields) if fields else []
+            return {"renderings": renderings, "unread": unread}
         return {"text": template.render(request["messages"], **request["options"])}
     except BadRecord as e:
         return {"bad": [str(e), e.kind]}
@@ -348,16 +303,24 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(e)}
 
 
-def main() -> None:
-    """Answer each line of the standard input by a line."""
+def main(answers: int) -> None:
+    """Answer each line of the standard input by a line in the open file of this number; what a
+    library prints goes elsewhere."""
     import transformers.utils.chat_template_utils  # noqa: F401  before there is a limit
 
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    with open(answers, "w", encoding="utf-8") as out, suppress(BrokenPipeError):
+        _answer_all(out)
+
+
+def _answer_all(out: IO[str]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         # Seconds of the processor, after which the system ends this process.
         signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))
         answer = answer_request(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=out, flush=True)

@@ -38,7 +38,13 @@ from nemo_hybrid.data.making import (
     stands,
 )
 from nemo_hybrid.data.readers import read_records
-from nemo_hybrid.data.reasoning import Message, change_reasoning, learnt_parts
+from nemo_hybrid.data.reasoning import (
+    TAG,
+    Message,
+    change_reasoning,
+    check_tags,
+    learnt_parts,
+)
 from nemo_hybrid.data.sources import (
     BadRecord,
     Record,
@@ -48,7 +54,7 @@ from nemo_hybrid.data.sources import (
     find_samples,
 )
 from nemo_hybrid.data.store import HELDOUT, TRAIN
-from nemo_hybrid.data.template import Rendering, load_template, need_template
+from nemo_hybrid.data.template import Rendering, load_template, need_template, stop_rendering
 from nemo_hybrid.data.template_files import files_with
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
@@ -167,13 +173,23 @@ class SampleMaker:
             samples = self._conversation(record.key, conversation, made)
         elif kind == "text":
             text = _text(value[0], self.options.text_field)
+            self._no_reasoning(text)
             samples = [self._joined(np.empty(0, np.int64), text)]
         elif kind == "pack":
             samples = self._unpacked(_integers(value[0], "input_ids"), *value[1:])
         else:
-            before = self.tokenizer.encode([_text(value[0], "prompt")])[0]
-            samples = [self._joined(before, _text(value[1], "completion"))]
+            prompt, completion = map(_text, value, self._kinds[PAIR])
+            self._no_reasoning(completion)
+            check_tags(prompt + completion)
+            samples = [self._joined(self.tokenizer.encode([prompt])[0], completion)]
         return kind, samples
+
+    def _no_reasoning(self, text: str) -> None:
+        """Raise BadRecord for reasoning in plain text, if it is not to be learnt like the rest."""
+        options = self.options
+        changed = options.strip_reasoning or options.truncate_reasoning
+        if TAG.search(text) and (options.reasoning != "keep" or changed):
+            raise BadRecord("reasoning in plain text can only be kept: write messages", "reasoning")
 
     def _joined(self, before: NDArray[np.int64], text: str) -> Sample:
         """``before`` and then a text that is learnt, and the end of it."""
@@ -189,8 +205,6 @@ class SampleMaker:
         template = need_template(self.template, self.directory)
         check_answers(given.messages)
         template.check([given.messages, given.tools, given.options])
-        unread = {name for name in given.unread if not template.reads(name, given.tools)}
-        made.unread = made.unread | {f"messages.{name}" for name in unread}
         chosen = draw(self.seed, f"reasoning/{key}")
         stripped = self.options.reasoning == "strip" or chosen < self.options.strip_reasoning
         beyond = self.options.strip_reasoning + self.options.truncate_reasoning
@@ -200,7 +214,9 @@ class SampleMaker:
             check_answers(given.messages, " without its reasoning")
         elif cut:
             given = given.changed(lambda i, m: self._cut_reasoning(m, f"{key}/{i}"))
-        return [self._encoded(r, cut) for r in template.split(given)]
+        renderings, unread = template.split(given)
+        made.unread = made.unread | {f"messages.{name}" for name in unread}
+        return [self._encoded(r, cut) for r in renderings]
 
     def _without_reasoning(self, message: Message) -> Message:
         stripped = change_reasoning(message, lambda _: "")
@@ -322,6 +338,7 @@ def prepare_samples(
             "dropped": summary.dropped,
         }
         summary.seconds = time.monotonic() - started
+    stop_rendering()
     return summary
 
 

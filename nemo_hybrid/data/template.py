@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_hybrid.data.chat import Conversation
 from nemo_hybrid.data.reasoning import Message, Span
@@ -28,8 +28,10 @@ TOOL_USE = "tool_use"
 _CONTROL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>")
 _PLAIN_TAG = re.compile(r"think|tool", re.IGNORECASE)
 _LONGEST_S = 20.0  # of a processor, that a conversation may take
+_LATE = 2  # conversations that may take longer
 _START = (
-    "import sys; sys.path[:] = sys.argv[1:]; from nemo_hybrid.data.rendering import main; main()"
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from nemo_hybrid.data.rendering import main; main(int(sys.argv[1]))"
 )
 _OWN = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
         "return_assistant_tokens_mask", "conversations"}  # fmt: skip
@@ -50,6 +52,7 @@ class ChatTemplate:
     sources: Mapping[str, str]
     tokenizer: TextTokenizer
     origin: str
+    _late: list[str] = field(default_factory=list, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -70,25 +73,25 @@ class ChatTemplate:
         request = {"messages": messages, "options": options}
         return self._known(self._ask(request, tools, {})["text"])
 
-    def split(self, conversation: Conversation) -> list[Rendering]:
-        """Renderings in which every turn that is learnt is learnt once. Raises BadRecord where the
-        template cannot be split, or leaves something out."""
-        messages, source = conversation.messages, self.source(conversation.tools)
-        for name in conversation.options:
-            if name in _OWN or not re.search(rf"\b{re.escape(name)}\b", source):
-                why = f"chat_template_kwargs: the chat template takes no {name}"
-                raise BadRecord(why, "refused fields")
-        request = {"messages": messages, "turns": conversation.learnt}
+    def split(self, conversation: Conversation) -> tuple[list[Rendering], list[str]]:
+        """Renderings in which every turn that is learnt is learnt once, and which of the unread
+        fields of messages the template does not read either. Raises BadRecord where the template
+        cannot be split, or leaves something out."""
+        if own := _OWN & conversation.options.keys():
+            why = f"chat_template_kwargs: {min(own)} is none that a record may set"
+            raise BadRecord(why, "refused fields")
+        request = {
+            "messages": conversation.messages,
+            "turns": conversation.learnt,
+            "variables": list(conversation.options),
+            "fields": sorted(conversation.unread),
+        }
         answer = self._ask(request, conversation.tools, conversation.options)
-        return [
+        renderings = [
             Rendering(self._known(text), [(start, stop) for start, stop in spans])
             for text, spans in answer["renderings"]
         ]
-
-    def reads(self, field: str, tools: Any) -> bool:
-        """Whether the template asks for a field of some object."""
-        pattern = rf"(\.|\[\s*['\"]|\(\s*['\"]){re.escape(field)}\b"
-        return re.search(pattern, self.source(tools)) is not None
+        return renderings, answer["unread"]
 
     def check(self, content: object) -> None:
         """Raise BadRecord if a string in it would be encoded as one of the tokens that control a
@@ -128,12 +131,17 @@ class ChatTemplate:
             line = json.dumps({"template": template, "seconds": _LONGEST_S, **request})
         except (TypeError, ValueError, RecursionError):
             raise BadRecord("the conversation holds values that JSON has not") from None
-        answer = _renderer(os.getpid()).ask(line)
+        # A fork has the pipes of its parent.
+        answer = _RENDERERS.setdefault(os.getpid(), Renderer()).ask(line)
         if answer is None:
-            raise UserError(
+            why = (
                 f"the chat template {self.origin} takes longer than {_LONGEST_S:g} s for a "
                 f"conversation of {len(request['messages'])} messages"
             )
+            self._late.append(why)
+            if len(self._late) > _LATE:
+                raise UserError(f"{why}, as for {_LATE} before")
+            raise BadRecord(why, "chat template")
         if "bad" in answer:
             raise BadRecord(*answer["bad"])
         if "error" in answer:
@@ -155,49 +163,82 @@ class Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._answers: IO[str] | None = None
 
     def ask(self, line: str) -> dict[str, Any] | None:
         """The answer to a request; None where it took too long. Raises UserError for a process
-        that ended otherwise."""
+        that ended otherwise, and again when it had been started anew."""
         with self._lock:
-            process = self._process = self._process or _start()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                with suppress(BrokenPipeError):
-                    process.stdin.write(line + "\n")
-                    process.stdin.flush()
-                answer = process.stdout.readline()
-            except BaseException:
-                # An answer may be under way that the next request must not get.
-                process.kill()
-                self._process = None
-                raise
-            if answer:
-                return dict(json.loads(answer))
-            self._process, status = None, process.wait()
-        if status == -signal.SIGPROF:
-            return None
+            for _ in range(2):
+                answer, status = self._try(line)
+                if answer:
+                    return dict(json.loads(answer))
+                if status == -signal.SIGPROF:
+                    return None
         raise UserError(f"the process that renders chat templates ended with status {status}")
 
+    def stop(self) -> None:
+        """End the process. Another is started where it is needed."""
+        with self._lock:
+            self._end(lambda process: None)
 
-@cache
-def _renderer(pid: int) -> Renderer:
-    """One for each process: a fork has the same pipes as its parent."""
-    return Renderer()
+    def _try(self, line: str) -> tuple[str, int]:
+        """The answer, or nothing and the status of the process, which has ended then."""
+        if self._process is None or self._answers is None:
+            self._process, self._answers = _start()
+        assert self._process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+            answer = self._answers.readline()
+        except BaseException:
+            # An answer may be under way that the next request must not get.
+            self._end(subprocess.Popen.kill)
+            raise
+        return answer, 0 if answer else self._end(lambda process: None)
+
+    def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> int:
+        process, answers = self._process, self._answers
+        self._process = self._answers = None
+        if process is None or answers is None:
+            return 0
+        how(process)
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        answers.close()
+        return process.wait()
 
 
-def _start() -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        # What this process would import, whatever lies in the working directory.
-        [sys.executable, "-c", _START, *sys.path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        # Threads of numerical libraries would take of the memory that a template may use.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,  # an interrupt is for whoever waits
-    )
+_RENDERERS: dict[int, Renderer] = {}
+"""By process."""
+
+
+def stop_rendering() -> None:
+    """End the process that this one has for rendering, if there is one."""
+    if os.getpid() in _RENDERERS:
+        _RENDERERS[os.getpid()].stop()
+
+
+def _start() -> tuple[subprocess.Popen[str], IO[str]]:
+    """The process, and where it answers: its standard output is anybody's."""
+    read, write = os.pipe()
+    try:
+        process = subprocess.Popen(
+            # What this process would import, whatever lies in the working directory.
+            [sys.executable, "-c", _START, str(write), *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(write,),
+            encoding="utf-8",
+            # Threads of numerical libraries would take of the memory that a template may use.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # an interrupt is for whoever waits
+        )
+    finally:
+        os.close(write)
+    return process, open(read, encoding="utf-8")
 
 
 def load_template(

@@ -205,16 +205,30 @@ UNSPLITTABLE = {
     "prompt rewrites": (
         "{{ add_generation_prompt }}" + CHATML, "it changes what it wrote before"
     ),
-    "no answer": (
-        CHATML.replace("{{- '<", "{{- '' if m.role == 'assistant' else '<", 1),
-        "does not follow the prompt",
-    ),
-    "marks some": (
-        MARKED.replace("{% generation %}", "{% if loop.index0 < 3 %}{% generation %}").replace(
-            "{% endgeneration %}", "{% endgeneration %}{% endif %}"),
-        "at turn 5: it does not mark the answer",
-    ),
 }  # fmt: skip
+
+
+SILENT = {
+    "no answer": (CHATML.replace("{{- '<", "{{- '' if m.role == 'assistant' else '<", 1), 3),
+    "marks and writes some": (
+        MARKED.replace("{% generation %}", "{% if loop.index0 < 3 %}{% generation %}").replace(
+            "{% endgeneration %}", "{% endgeneration %}{% endif %}"), 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_template_that_does_not_write_answers(name: str, make_model: MakeModel) -> None:
+    template, turn = SILENT[name]
+    why = fault(make_model(template), {"messages": TWO})
+    assert why.startswith(f"turn {turn}: the chat template leaves out what the assistant says")
+
+
+def test_a_template_that_marks_some_answers(make_model: MakeModel) -> None:
+    some = MARKED.replace("{% generation %}", "{% if loop.index0 < 3 %}{% generation %}").replace(
+        "{% endgeneration %}",
+        "{% endgeneration %}{% else %}{{- ' ' + m.content + eos_token }}{% endif %}",
+    )
+    assert "at turn 5: it does not mark the answer" in fault(make_model(some), {"messages": TWO})
 
 
 @pytest.mark.parametrize("name", UNSPLITTABLE)
@@ -439,9 +453,9 @@ def test_the_splitting_notices_a_wrong_start(
     assert learnt_texts(model, {"messages": TWO}) == EXPECTED["chatml"][1]
     answer_of = rendering.Template._answer
 
-    def shifted(self: rendering.Template, *args: Any) -> tuple[str, int]:
-        text, start = answer_of(self, *args)
-        return text, start + 1
+    def shifted(self: rendering.Template, *args: Any) -> tuple[str, int, int]:
+        text, start, before = answer_of(self, *args)
+        return text, start + 1, before
 
     monkeypatch.setattr(rendering.Template, "_answer", shifted)
     assert learnt_texts(model, {"messages": TWO}) != EXPECTED["chatml"][1]

@@ -194,13 +194,55 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "contradiction": (
         {"messages": [user("q"), answer("a", weight=1, train=False)]},
-        "turn 2: weight 1 contradicts the others",
+        "turn 2: weight contradicts train",
     ),
-    "a question to learn": (
-        {"messages": [{**user("q"), "train": True}, answer("a")]},
-        "turn 1: train True on a message of the user",
+    "a record that is not learnt": (
+        {**chat("q", "a"), "train": False}, "the field train: it belongs to a turn",
     ),
-    "a record that is not learnt": ({**chat("q", "a"), "train": False}, "the field train: turns"),
+    "half a record": ({**chat("q", "a"), "weight": 0.5}, "the field weight: it belongs to a turn"),
+    "a call by other names": (
+        {"messages": [user("q"), answer("", tool_calls=[{"name": "f", "input": {"a": 1}}])]},
+        "turn 2: the field input of a tool call: give name and arguments",
+    ),
+    "arguments beside the call": (
+        {"messages": [user("q"), answer("", tool_calls=[{"function": {"name": "f"},
+                                                         "arguments": {"a": 1}}])]},
+        "turn 2: the field arguments of a tool call",
+    ),
+    "a call that is not learnt": (
+        {"messages": [user("q"), answer("", tool_calls=[{"name": "f", "weight": 0}])]},
+        "turn 2: the field weight of a tool call",
+    ),
+    "an argument twice": (
+        {"messages": [user("q"), answer("", tool_calls=[{"name": "f",
+                                                         "arguments": '{"a": 1, "a": 2}'}])]},
+        "turn 2: the arguments of f cannot be read as JSON",
+    ),
+    "reasoning twice": (
+        {"messages": [user("q"), answer("<think>s</think>a", reasoning_content="r")]},
+        "turn 2: there is reasoning in a field and other in the text",
+    ),
+    "a picture without a type": (
+        {"messages": [user([{"text": "q", "image": "x.png"}]), answer("a")]},
+        "turn 1: the content is not text, but holds image",
+    ),
+    "a picture in a text": (
+        {"messages": [user([{"type": "text", "text": "q", "image_url": {"url": "x"}}]),
+                      answer("a")]},
+        "turn 1: the content is not text, but holds image_url",
+    ),
+    "a word of the template": (
+        {**chat("q", "a"), "chat_template_kwargs": {"said": "x"}},
+        "chat_template_kwargs: the chat template takes no said",
+    ),
+    "thinking that was asked not to be": (
+        {"messages": [user("q"), answer("a", reasoning_content="r")],
+         "chat_template_kwargs": {"enable_thinking": False}},
+        "the answer does not follow the prompt",
+    ),
+    "half a thought in a text": (
+        {"prompt": "q", "completion": "<think>r"}, "leaves <think> open at its end",
+    ),
     "functions": ({**chat("q", "a"), "functions": [TOOL]}, "the field functions: give tools"),
     "function_call": (
         {"messages": [user("q"), answer("", function_call={"name": "f"})]},
@@ -234,6 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "system", "content": "s"}, user("q"), answer("a")], "system": "t"},
         "system is another text than the first message's",
     ),
+    "no system": ({**chat("q", "a"), "system": 0}, "system is not text"),
     "a system of no text": ({**chat("q", "a"), "system": 3}, "system is not text"),
     "a system of texts": (
         {"prompt": "q", "completion": "a", "system": "s"},
@@ -249,7 +292,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a variable of ours": (
         {**chat("q", "a"), "chat_template_kwargs": {"add_generation_prompt": True}},
-        "chat_template_kwargs: the chat template takes no add_generation_prompt",
+        "chat_template_kwargs: add_generation_prompt is none that a record may set",
     ),
     "variables of no object": (
         {**chat("q", "a"), "chat_template_kwargs": [1]}, "chat_template_kwargs is no JSON object",
@@ -308,14 +351,43 @@ def test_variables_of_the_template(make_model: MakeModel) -> None:
     assert learnt_texts(model, quiet) == [["a<|im_end|>\n"]]
 
 
+def test_reasoning_that_stands_twice_is_learnt_once(make_model: MakeModel) -> None:
+    model = make_model(OPENING)
+    for content in ("<think>\nr r\n</think>\n\na", "r r\n</think>\na", "  <think>r r</think>a"):
+        record = {"messages": [user("q"), answer(content, reasoning_content="r r")]}
+        assert learnt_texts(model, record) == [["r r\n</think>\na<|im_end|>\n"]]
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o != {"reasoning": "keep"}], ids=str)
+def test_reasoning_of_plain_text_can_only_be_kept(
+    options: dict[str, Any], make_model: MakeModel
+) -> None:
+    model = make_model()
+    for record in (
+        {"prompt": "q <think>", "completion": "r</think>4"},
+        {"prompt": "q", "completion": "<think>r</think>4"},
+        {"text": "q <think>r</think>4"},
+    ):
+        assert make(model, record).samples
+        assert "reasoning in plain text can only be kept" in fault(model, record, **options)
+    assert make(model, {"prompt": "a </think>?", "completion": "4"}, **options).unusable
+
+
 def test_other_fields_are_counted_by_name(make_model: MakeModel, tmp_path: Path) -> None:
     named = CHATML.replace("m.content", "(m.name | default('')) + m.content")
-    messages = [{**user("q"), "name": "Bo", "id": 3}, answer("a", score=1.0, refusal=None)]
+    parts = [{"type": "text", "text": "q", "cache": True}]
+    messages = [
+        {**user(parts), "name": "Bo", "id": 3, "train": True, "reasoning_content": "r"},
+        answer("a", score=1.0, refusal=None),
+    ]
     records = [{"messages": messages, "source": "x"}, {"text": "a", "source": "y", "url": "z"}]
     data = lines(tmp_path / "a.jsonl", *records)
-    summary = make_store(make_model(CHATML), tmp_path / "out", data)
+    tools = "{% for t in tools or [] %}{{ t.name }}{% endfor %}"  # that are no messages
+    summary = make_store(make_model(tools + CHATML), tmp_path / "out", data)
     assert summary.unread == {
-        "messages.id": 1, "messages.name": 1, "messages.score": 1, "source": 2, "url": 1
+        "messages.content.cache": 1, "messages.id": 1, "messages.name": 1,
+        "messages.reasoning_content": 1, "messages.score": 1, "messages.train": 1,
+        "source": 2, "url": 1,
     }  # fmt: skip
     assert "2 records: the field source" in str(summary)
     read = make_store(make_model(named, "named"), tmp_path / "read", data)
@@ -365,6 +437,59 @@ def test_what_a_template_leaves_out_is_refused(name: str, make_model: MakeModel)
     found = make(model, record).unusable
     assert [u.kind for u in found] == ["left out"]
     assert why in found[0].why.replace("the chat template leaves out ", "")
+
+
+ELSEWHERE = {
+    "an argument in the result": (
+        "call.function.arguments | tojson", "'{}'", "turn 2: the argument 'Oslo' of get_weather"),
+    "the second call": ("in m.tool_calls or []", "in (m.tool_calls or [])[:1]",
+                        "turn 2: the call of get_weather"),
+    "a call beside text": ("in m.tool_calls or []", "in ([] if m.content else m.tool_calls or [])",
+                           "turn 2: the call of get_weather"),
+    "text beside a call": ("(m.content or '')", "('' if m.tool_calls else m.content or '')",
+                           "turn 2: what the assistant says"),
+    "a system that is quoted": ("{%- for m in messages %}",
+                                "{%- for m in messages %}{%- if m.role == 'system' %}{% continue %}"
+                                "{%- endif %}", "turn 1: what the system says"),
+    "a tool that begins another's name": ("for t in tools", "for t in tools[1:]", "the tool get"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_stands_elsewhere_too_is_left_out_all_the_same(
+    name: str, make_model: MakeModel
+) -> None:
+    whole, broken, why = ELSEWHERE[name]
+    assert whole in TOOLS
+    city = called("get_weather", city="Oslo")
+    messages = [
+        {"role": "system", "content": "be kind"}, user("I said: be kind. Oslo?"),
+        answer("I call get_weather for Oslo.", tool_calls=[city, city]),
+        {"role": "tool", "content": "Oslo: 4 degrees, get_weather"}, answer("Oslo is cold."),
+    ][0 if "system" in name else 1 :]  # fmt: skip
+    record = {"messages": messages, "tools": [{"name": "get"}, WEATHER]}
+    assert not make(make_model(TOOLS, "whole"), record).unusable
+    found = fault(make_model(TOOLS.replace(whole, broken), "broken"), record)
+    assert why in found.replace("the chat template leaves out ", "")
+
+
+def test_reasoning_that_other_words_hold_is_left_out_all_the_same(make_model: MakeModel) -> None:
+    for thought in ("Paris", "star"):  # of the answer, and of <|im_start|>
+        record = {"messages": [user("q"), answer("Paris is big.", reasoning_content=thought)]}
+        found = fault(make_model(CHATML, thought), record)
+        assert "turn 2: the chat template leaves out the reasoning" in found
+
+
+@pytest.mark.parametrize(
+    "how", ["split() | join(' ')", "replace('\n', '')", r"replace('\\', '')", "upper"]
+)
+def test_an_answer_is_learnt_as_it_is_written(how: str, make_model: MakeModel) -> None:
+    """Contexts may be shown otherwise."""
+    dot = "." if "(" in how and "replace" not in how else " | "
+    changed = f"(m.content{dot}{how} if m.role == 'assistant' else m.content)"
+    model = make_model(CHATML.replace("m.content", changed))
+    code = "def f(x):\n    return 'a\\b'"
+    assert "leaves out" in fault(model, {"messages": [user("q"), answer(code)]})
 
 
 @pytest.mark.parametrize(
@@ -491,14 +616,14 @@ def test_a_trace_whose_turns_are_numbered_is_rendered_exactly(
     messages = [m for i in range(12) for m in (user(f"q{i}"), answer(f"a{i}"))]
     expected = [[f"a{i}<|im_end|>\n" for i in range(12)]]
     assert learnt_texts(model, {"messages": messages}) == expected
-    follow = rendering.Template._follows
+    place = rendering.Template._place
     render_here(monkeypatch)
     found = []
 
     def noting(self: Any, *args: Any) -> Any:
-        found.append(follow(self, *args))
+        found.append(place(self, *args))
         return found[-1]
 
-    monkeypatch.setattr(rendering.Template, "_follows", noting)
+    monkeypatch.setattr(rendering.Template, "_place", noting)
     assert learnt_texts(model, {"messages": messages}) == expected
     assert set(found) == {None}

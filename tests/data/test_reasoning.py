@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +158,53 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 def test_a_template_that_takes_too_long(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed, and another template is rendered after it."""
-    model = make_model(ENDLESS, "endless")
+    """It is killed, and another template is rendered after it. A third conversation is too many."""
+    maker = SampleMaker(SampleOptions(), make_model(ENDLESS, "endless"), 0)
+    record = Record("k#1", "k line 1", conversation("q", "a"), 1.0)
+    message = r"/chat_template\.jinja takes longer than 0\.3 s for a conversation of 2 messages"
     with monkeypatch.context() as patched:
         patched.setattr(templates, "_LONGEST_S", 0.3)
-        with pytest.raises(UserError, match=r"/chat_template\.jinja takes longer than 0\.3 s"):
-            made(model, conversation("q", "a"))
+        for _ in range(2):
+            (bad,) = maker.make(record).unusable
+            assert re.search(message, bad.why)
+        with pytest.raises(UserError, match=message + ", as for 2 before"):
+            maker.make(record)
     assert made(make_model(), conversation("q", "a"))[1].samples
 
 
-def test_a_process_that_ends_is_named(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(templates, "_START", "import os; os._exit(7)")
+def test_a_template_may_not_fill_the_memory(make_model: MakeModel) -> None:
+    """5 GiB, of an address space of 4."""
+    _, result = made(make_model("{{ 'a' * (5 * 2**30) }}"), conversation("q", "a"))
+    assert "MemoryError" in result.unusable[0].why
+
+
+def test_the_process_that_renders(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named where it does not start, started anew where it was killed, and not shared with
+    forks."""
     renderer = Renderer()
-    monkeypatch.setattr(templates, "_renderer", lambda _: renderer)
-    with pytest.raises(UserError, match=r"renders chat templates ended with status 7"):
-        made(make_model(), conversation("q", "a"))
+    monkeypatch.setattr(templates, "_RENDERERS", {os.getpid(): renderer})
+    with monkeypatch.context() as patched:
+        patched.setattr(templates, "_START", "import os; os._exit(7)")
+        with pytest.raises(UserError, match=r"renders chat templates ended with status 7"):
+            made(make_model(), conversation("q", "a"))
+    maker, first = made(make_model(name="again"), conversation("q", "a"))
+    process = renderer._process
+    assert process is not None
+    child = os.fork()
+    if not child:
+        status = 1
+        with suppress(BaseException):
+            again = maker.make(Record("k", "k", conversation("q", "a"), 1.0))
+            status = 0 if len(again.samples[0].ids) == len(first.samples[0].ids) else 2
+            templates.stop_rendering()
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert renderer._process is process
+    process.kill()
+    process.wait()
+    assert maker.make(Record("k", "k", conversation("q", "a"), 1.0)).samples
+    renderer.stop()
+    assert renderer._process is None
 
 
 def test_other_threads_render_too(make_model: MakeModel) -> None:
