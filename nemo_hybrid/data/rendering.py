@@ -17,6 +17,7 @@ JSON in and out, and whoever takes too long is killed.
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -312,7 +313,7 @@ def main(answers: int) -> None:
     limit = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with open(answers, "w", encoding="utf-8") as out, suppress(BrokenPipeError):
+    with os.fdopen(answers, "w") as out, suppress(BrokenPipeError):  # ASCII, as JSON is
         _answer_all(out)
 
 
