@@ -37,16 +37,18 @@ class Word(NamedTuple):
     module: str
     """Of nemo_hybrid.commands."""
     summary: str
+    together: bool = False
+    """Whether several processes may run it together, as torchrun starts them."""
 
 
 COMMANDS = {
     "prepare": Word(
         "prepare", "Turn text into a token store, or conversations into samples for fine-tuning."
     ),
-    "pretrain": Word("train", "Train a model from its first step, or resume."),
-    "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume."),
+    "pretrain": Word("train", "Train a model from its first step, or resume.", True),
+    "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume.", True),
     "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
-    "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
+    "eval": Word("evaluate", "Measure a trained model's losses on held-out data.", True),
     "generate": Word("generate", "Continue a prompt with a trained model."),
     "import": Word("import_merge", "Copy a Hugging Face checkpoint into our layout."),
     "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
@@ -61,25 +63,30 @@ COMMANDS = {
     "doctor": Word("doctor", "Show what is installed and which path each operation takes."),
 }
 
+TOGETHER = {name for name, word in COMMANDS.items() if word.together}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Internal failures raise, so Python ends with 1."""
     words = list(sys.argv[1:] if argv is None else argv)
+    rank = os.environ.get("RANK", "") if words and words[0] in TOGETHER else ""
     try:
         status = _dispatch(words)
         sys.stdout.flush()
     except UserError as error:
-        _report(error)
+        _report(error, rank)
         return 2
     except TrainingError as error:
-        _report(error)
+        _report(error, rank)
         return 3
     except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":
+        if rank in ("", "0"):
             print(error, file=sys.stderr, flush=True)
         return 4
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr, flush=True)
+        if argv is None:  # Python would wait for threads at its end
+            os._exit(130)
         return 130
     except BrokenPipeError:
         # The reader of our output is gone. Python would complain once more when it closes stdout.
@@ -101,7 +108,7 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {kind} {name}{suggest(name, [*COMMANDS, *TOP_OPTIONS])}")
-    module, summary = COMMANDS[name]
+    module, summary, _ = COMMANDS[name]
     command = import_module(f"nemo_hybrid.commands.{module}").COMMANDS[name]
     if {"-h", "--help"} & set(rest):
         print(command.help(f"{PROG} {name}", summary, STATUSES), end="")
@@ -127,15 +134,14 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(error: UserError | TrainingError) -> None:
+def _report(error: UserError | TrainingError, rank: str) -> None:
     """Print the message once per job: from rank 0, or from a rank whose error is its own.
 
     torchrun ends all processes soon after the first has ended. So the other ranks wait: either
     rank 0 had the same error and they are ended while they wait, or their error is their own.
     """
-    rank = int(os.environ.get("RANK", "0"))
     who = ""
-    if rank > 0:
+    if rank not in ("", "0"):
         time.sleep(OTHER_RANKS_WAIT_S)
         who = f" (rank {rank})"
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from nemo_hybrid.config.base import CHECKED, CommandOptions, Options, refuse
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.config.words import from_pairs, help_text, options_of, read_options, split_words
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.process import ended_when_asked
 
 
 @dataclass(config=CHECKED)
@@ -47,7 +48,8 @@ class Command(NamedTuple):
         # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return self.run(*given) or 0
+            with ended_when_asked():
+                return self.run(*given) or 0
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -64,7 +66,8 @@ class Command(NamedTuple):
             return 0
         if all(option != "--run_dir" for option, _ in pairs):
             check_home(files, config.run_dir)
-        return self.run(config, *beside) or 0
+        with ended_when_asked():
+            return self.run(config, *beside) or 0
 
     def help(self, prog: str, summary: str, statuses: str) -> str:
         """All options and their meaning."""

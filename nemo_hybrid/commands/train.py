@@ -7,6 +7,7 @@ import os
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
+from nemo_hybrid.process import launched
 
 
 def train_command(config: TrainingConfig) -> None:
@@ -16,7 +17,7 @@ def train_command(config: TrainingConfig) -> None:
     from nemo_hybrid.checkpoint.steps import model_shape
 
     config.validate(model_shape(config.model))
-    config.validate_world(int(os.environ.get("WORLD_SIZE", "1")))
+    config.validate_world(launched()[1])
     from nemo_hybrid.recipes import recipe_of
     from nemo_hybrid.train.loop import train
 

@@ -10,7 +10,6 @@ buffers by it, so fp32 comes first, on the safe side (no test sees a difference)
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +31,6 @@ REDUCE_BUCKET = 100_000_000
 def prepare_deepspeed(world: World) -> None:
     """Settings that must stand before DeepSpeed starts. Raises RuntimeError if it is not one that
     we know how to drive."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # absent in a world of one without torchrun
     import deepspeed
     from deepspeed.utils import logger
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import threading
 import time
 from types import FrameType
 from typing import NoReturn
 
+from nemo_hybrid.process import ending, torchrun_listens
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PARENT_LOST = 5
 """Exit status of a process whose launcher died."""
 _POLL_S = 1.0
+_PATIENCE_S = 120.0
+"""Longest wait in a library after a signal: others may write a checkpoint meanwhile."""
 
 
 class Watch:
@@ -27,7 +30,8 @@ class Watch:
     As a context manager, for the main thread, while the process trains:
 
     - SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) only set ``stop_requested``: the loop ends at
-      the next step boundary. A second SIGINT ends the process at once, with status 130.
+      the next step boundary. A second SIGINT ends the process at once, with status 130. Where the
+      process waits in a library, a second SIGTERM does too, or two minutes of that.
     - Without a beat for ``hang_timeout_s`` (0: never) the process prints the stacks of all its
       threads and exits with status 1, also where it hangs inside a library.
     """
@@ -43,11 +47,13 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._before = {s: signal.signal(s, self._stop) for s in STOP_SIGNALS}
+        self._patience_s, ending.patience_s = ending.patience_s, _PATIENCE_S
         self.beat()
         return self
 
     def __exit__(self, *exception: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        ending.patience_s = self._patience_s
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -60,6 +66,7 @@ class Watch:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
+        ending.notice()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, _interrupt)
 
@@ -79,14 +86,8 @@ class Watch:
         torchrun's agent keeps the store where processes meet; without it they would try to
         connect for as long as they wait for each other.
         """
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            try:
-                socket.create_connection(place, timeout=_POLL_S).close()
-            except ConnectionRefusedError:
-                _end()
-            except OSError:
-                pass  # slow or not resolved here: the connection that counts will tell
+        if not torchrun_listens():
+            _end()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

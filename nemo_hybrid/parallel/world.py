@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -17,10 +21,12 @@ from torch import Tensor
 
 from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.process import launched, torchrun_listens
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process."""
 _POLL_S = 0.05
+_SILENT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,13 @@ class World(Agreement):
     def start() -> World:
         """Join the processes torchrun started, or form a world of one. Call once per process.
 
-        Raises UserError where a node has more processes than GPUs.
+        Raises UserError where a node has more processes than GPUs, and as `launched`.
         """
-        rank = int(os.environ.get("RANK", 0))
-        size = int(os.environ.get("WORLD_SIZE", 1))
+        rank, size = launched()
+        if size == 1:  # DeepSpeed must not see what is left over of another program
+            os.environ.pop("RANK", None)
+            os.environ.pop("WORLD_SIZE", None)
+            os.environ["LOCAL_RANK"] = "0"
         if torch.cuda.is_available():
             gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= gpus:
@@ -54,9 +63,10 @@ class World(Agreement):
             device, backend = torch.device("cpu"), "gloo"
             _keep_freed_memory()
         if not dist.is_initialized():
-            dist.init_process_group(
-                backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
-            )
+            with _saying_who_waits(rank, size):
+                dist.init_process_group(
+                    backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
+                )
         return World(rank, size, device)
 
     def side(self, timeout: timedelta = TIMEOUT) -> World:
@@ -83,18 +93,37 @@ class World(Agreement):
 
 
 def _store(rank: int, size: int) -> dist.Store | None:
-    """Where processes find each other: torchrun's store, or none for a world of one.
+    """Where processes find each other: torchrun's store, or one of its own for a world of one.
 
     A restarted group must not find the addresses of the one that died, so every attempt has names
     of its own (gloo hangs or fails without this).
     """
-    if "MASTER_ADDR" not in os.environ:
+    if size == 1:
         return dist.HashStore()  # needs no environment variables and no port
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not torchrun_listens():
+        raise UserError(
+            f"no torchrun listens at {address}:{port}, where MASTER_ADDR and MASTER_PORT send this "
+            "process: start it with torchrun, or unset its variables"
+        )
     store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
     return dist.PrefixStore(attempt_name(store, rank, size), store)
+
+
+@contextmanager
+def _saying_who_waits(rank: int, size: int) -> Iterator[None]:
+    """Print a line if the others keep this process waiting."""
+    where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    line = f"process {rank} of {size} waits for the others at {where}\n"
+    timer = threading.Timer(_SILENT_S, sys.stderr.write, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def attempt_name(store: dist.Store, rank: int, size: int) -> str:

@@ -18,6 +18,7 @@ from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
+from nemo_hybrid.process import launched
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.flops import peak_source, train_flops_per_token
@@ -44,7 +45,7 @@ def train(recipe: Recipe, launcher: int) -> None:
     them, ends them.
     """
     recipe.check()
-    recipe.config.validate_world(int(os.environ.get("WORLD_SIZE", 1)))
+    recipe.config.validate_world(launched()[1])
     watch = Watch(recipe.config.train.hang_timeout_s, launcher)
     with RunLock(recipe.config) as lock:
         _train(recipe, lock, watch)

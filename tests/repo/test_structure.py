@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From bottom to top. A room imports those below it and itself; of rooms on one line none another.
 ROOMS = (
     {"errors"},
-    {"files", "terminal", "globs", "meter", "agreement"},
+    {"files", "terminal", "globs", "meter", "agreement", "process"},
     {"config"},
     {"data", "model"},
     {"precision", "objectives", "environments"},
