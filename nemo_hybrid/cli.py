@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.errors import Stopped, TrainingError, UserError, suggest
+from nemo_hybrid.terminal import ReaderGone, open_streams
 
 PROG = "nemo-hybrid"
 STATUSES = (
@@ -69,6 +70,9 @@ TOGETHER = {name for name, word in COMMANDS.items() if word.together}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Internal failures raise, so Python ends with 1."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        asks = {"-h", "--help", "--print_config"} & set(words)
+        open_streams(needed=bool(asks) or not words or words[0] not in ("pretrain", "finetune"))
     rank = os.environ.get("RANK", "") if words and words[0] in TOGETHER else ""
     try:
         status = _dispatch(words)
@@ -88,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # Python would wait for threads at its end
             os._exit(130)
         return 130
-    except BrokenPipeError:
-        # The reader of our output is gone. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGone:
         return 1
     return status
 

@@ -1,14 +1,73 @@
-"""What commands show: tables, and how far a stage is."""
+"""What commands show: tables, how far a stage is, and the streams that it goes to."""
 
 from __future__ import annotations
 
+import io
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from nemo_hybrid.errors import UserError
+
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class ReaderGone(BrokenPipeError):
+    """Who read our output has ended: `head` has seen enough."""
+
+
+class _Stream(io.FileIO):
+    """A standard stream that fails once, and then takes everything for written."""
+
+    def __init__(self, number: int, what: str, *, needed: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._what, self._needed, self._failed = what, needed, False
+
+    def write(self, part: Any) -> int:
+        try:
+            # A pipe that does not block may be full.
+            while not self._failed and (count := super().write(part)) is None:
+                select.select([], [self], [])
+        except OSError as error:
+            self._failed = True
+            if not self._needed:
+                if self.fileno() != 2:
+                    print(f"{self._what}: {error.strerror}; going on without it", file=sys.stderr)
+            elif isinstance(error, BrokenPipeError):
+                raise ReaderGone from None
+            else:
+                raise UserError(f"{self._what}: {error.strerror}") from None
+        return len(part) if self._failed else count
+
+
+def open_streams(*, needed: bool) -> None:
+    """Make streams of this process that can be written whatever they are: what is closed becomes
+    /dev/null, characters that a stream does not have are escaped.
+
+    ``needed``: standard output is what the command is for, so that writing it raises UserError, or
+    `ReaderGone`; elsewhere it is a log, which says once that it cannot be written. For the first
+    thing that a program does.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        raw = _Stream(number, f"cannot write {name}", needed=needed and number == 1)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            getattr(before, "encoding", "utf-8"),
+            "backslashreplace",
+            line_buffering=number == 2 or raw.isatty(),
+            write_through=getattr(before, "write_through", False),
+        )
+        setattr(sys, name, stream)
 
 
 def table_text(
