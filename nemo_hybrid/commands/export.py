@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_hybrid.export.calibrate import Calibration
-    from nemo_hybrid.export.divergence import States
     from nemo_hybrid.export.layout import ExportFacts
-    from nemo_hybrid.export.verify import Measured
     from nemo_hybrid.precision.assign import Assignment, Format
 
 _MEASURED_TOKENS = 8192  # of the calibration text, for sensitivity
@@ -128,7 +126,7 @@ def _export(options: ExportOptions, source: Path, out: Path) -> None:
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.checkpoint.publish import CARD
     from nemo_hybrid.data.store import TOKENIZER
-    from nemo_hybrid.export import calibrate, card, sensitivity, verify, write
+    from nemo_hybrid.export import calibrate, card, decode, sensitivity, verify, write
     from nemo_hybrid.precision import assign
 
     shape = HybridConfig.from_hf(str(source))
@@ -171,7 +169,11 @@ def _export(options: ExportOptions, source: Path, out: Path) -> None:
     def describe(directory: Path, facts: ExportFacts) -> dict[str, bytes]:
         measured = None
         if before is not None:
-            measured = _measured(directory, before, heldout, facts, options)
+            amax = calibration.amax if calibration else {}
+            scales, model = decode.Scales(facts.assignment, amax), verify.load_exported(directory)
+            measured = verify.measure(before, model, scales, heldout, str(options.heldout), True)
+            if not all(math.isfinite(run.loss + (run.kl or 0.0)) for run in measured.runs):
+                raise UserError("logits are not finite: the checkpoint is broken")
             title, header, rows = card.measured_table(measured)
             print_table(header, rows, title=title)
         return {**reports, CARD: card.card(options, facts, origin, measured).encode()}
@@ -237,27 +239,6 @@ def _calibrated(
     rounded = assign.with_inputs(assignment)
     unseen = {place: e for place, e in calibration.unseen.items() if place in rounded}
     return replace(calibration, unseen=unseen), assignment, reports
-
-
-def _measured(
-    directory: Path,
-    before: States,
-    pieces: list[Tensor],
-    facts: ExportFacts,
-    options: ExportOptions,
-) -> Measured:
-    """The model of a directory against its source. Raises UserError where its logits are not
-    finite."""
-    from nemo_hybrid.export import decode, verify
-    from nemo_hybrid.precision import assign
-
-    inputs, seen = assign.with_inputs(facts.assignment), facts.calibration
-    amax = {place: seen.amax[place] for place in inputs} if seen else {}
-    scales, model = decode.Scales(facts.assignment, amax), verify.load_exported(directory)
-    found = verify.measure(before, model, scales, pieces, str(options.heldout), True)
-    if not all(math.isfinite(run.loss + (run.kl or 0.0)) for run in found.runs):
-        raise UserError("logits are not finite: the checkpoint is broken")
-    return found
 
 
 COMMANDS = {"export": Command(export_command, ExportOptions)}

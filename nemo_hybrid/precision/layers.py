@@ -45,7 +45,7 @@ class _Linear(torch.autograd.Function):
         x_TK, weight_NK = ctx.saved_tensors
         use = products.streams.next_use(products.name)
         wgrad = ctx.needs_input_grad[1]  # frozen weights need none
-        for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, "dy", wgrad=wgrad)
+        for_dgrad, for_wgrad = products.gradient(dy_TN.contiguous(), use, wgrad=wgrad)
         dx_TK = lowp.product(for_dgrad, products.dgrad_weight(weight_NK), x_TK.dtype)
         if not wgrad:
             return dx_TK, None, None
@@ -133,7 +133,7 @@ class QuantizedExperts(Products, Experts):
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of x and, if wanted, of the weights."""
         ends_E = segments.ends_E
-        for_dgrad, for_wgrad = self.gradient(dy_P, use, "dy", ends_E, wgrad=wgrad)
+        for_dgrad, for_wgrad = self.gradient(dy_P, use, ends_E, wgrad=wgrad)
         weight = self.dgrad_weight(weight_E)
         dx_P = lowp.grouped_product(for_dgrad, weight, ends_E, x_P.dtype)
         if not wgrad:

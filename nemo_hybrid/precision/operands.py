@@ -120,7 +120,6 @@ class Products:
         self,
         dy: Tensor,
         use: tuple[object, ...],
-        operand: str,
         ends_E: Tensor | None = None,
         *,
         wgrad: bool,
@@ -128,8 +127,8 @@ class Products:
         """dy, for dgrad and, if asked, for wgrad. ``use``: of this backward pass, see `Streams`."""
         rows, columns = _NEAREST, self._transformed
         if self.ingredients.stochastic_rounding:
-            rows = rows._replace(seed=self.streams.seed(use, f"{operand} dgrad"))
-            columns = columns._replace(seed=self.streams.seed(use, f"{operand} wgrad"))
+            rows = rows._replace(seed=self.streams.seed(use, "dy dgrad"))
+            columns = columns._replace(seed=self.streams.seed(use, "dy wgrad"))
         for_wgrad = Side(self.formats.wgrad, columns) if wgrad else None
         return self._operands("dy", dy, Side(self.formats.dgrad, rows), for_wgrad, ends_E)
 

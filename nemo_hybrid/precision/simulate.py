@@ -37,37 +37,24 @@ def simulated(
     search: Search = "amax",
     input_amax: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Inside, the model computes with quantized weights, and with ``input_amax`` (that of a
-    `Calibration`) with quantized inputs too. Afterwards it is what it was."""
-    with quantized_weights(model, assignment, search), ExitStack() as stack:
-        if input_amax is not None:
-            stack.enter_context(quantized_inputs(model, assignment, input_amax))
-        yield
-
-
-@contextmanager
-def quantized_weights(
-    model: HybridLM, assignment: Mapping[str, Format], search: Search = "amax"
-) -> Iterator[None]:
-    """Inside, weights have the values that the export would store, rounded to their dtype. The
-    memory that it takes is that of the quantized places' weights. Raises as `weight_tensors`, but
-    UserError names the place."""
-    kept: dict[str, Tensor] = {}
-    try:
+    """Inside, weights have the values that the export would store, rounded to their dtype, and with
+    ``input_amax`` (that of a `Calibration`) inputs are quantized too. Afterwards the model is what
+    it was. The memory that it takes is that of the quantized places' weights. Raises as
+    `weight_tensors`, but UserError names the place."""
+    with ExitStack() as stack:
         for group in groups(assignment):
-            weights = {place: weight_of(model, place).data for place in group}
+            weights = {place: weight_of(model, place) for place in group}
             shared = None if is_stacked(group[0]) else amax_of(*weights.values())
             for place, weight in weights.items():
                 try:
-                    values = stored_values(weight, assignment[place], search, shared)
+                    values = stored_values(weight.data, assignment[place], search, shared)
                 except UserError as error:
                     raise UserError(f"{place}: {error}") from None
-                kept[place] = weight
-                weight_of(model, place).data = values
+                stack.callback(setattr, weight, "data", weight.data)
+                weight.data = values
+        if input_amax is not None:
+            stack.enter_context(quantized_inputs(model, assignment, input_amax))
         yield
-    finally:
-        for place, weight in kept.items():
-            weight_of(model, place).data = weight
 
 
 def quantized_inputs(

@@ -16,7 +16,6 @@ from nemo_hybrid.precision.quantize import Search
 from nemo_hybrid.precision.simulate import (
     quantization_aware,
     quantized_inputs,
-    quantized_weights,
     rounded_input,
     simulated,
     stored_values,
@@ -76,7 +75,7 @@ def test_weights_have_the_values_of_modelopt_and_come_back() -> None:
     model = loud_model(CONFIG)
     before = {name: p.clone() for name, p in model.named_parameters()}
     chosen: Assignment = {EXPERTS[0]: "nvfp4", f"{MOE}.shared_experts.up_proj": "fp8"}
-    with quantized_weights(model, chosen):
+    with simulated(model, chosen):
         up_EFL = weight_of(model, EXPERTS[0])
         for own, matrix in zip(up_EFL, before[EXPERTS[0]], strict=True):
             torch.testing.assert_close(own, modelopt_values(matrix), rtol=1e-6, atol=0)
@@ -90,7 +89,7 @@ def test_weights_have_the_values_of_modelopt_and_come_back() -> None:
     weight_of(model, EXPERTS[1]).data[3, 0, 0] = torch.nan
     with (
         pytest.raises(UserError, match=f"{EXPERTS[1]}: .*NaN"),
-        quantized_weights(model, everything("nvfp4")),
+        simulated(model, everything("nvfp4")),
     ):
         pass
     model.load_state_dict(before, strict=False)
@@ -103,7 +102,7 @@ def test_query_key_and_value_have_one_scale() -> None:
         weight_of(model, QKV[0]).mul_(37.0)
     amax = weight_of(model, QKV[0]).abs().max()
     key = weight_of(model, QKV[1]).clone()
-    with quantized_weights(model, dict.fromkeys(QKV, "nvfp4")):
+    with simulated(model, dict.fromkeys(QKV, "nvfp4")):
         own = weight_of(model, QKV[1]).clone()
     torch.testing.assert_close(own, modelopt_values(key, amax), rtol=1e-6, atol=0)
     assert not torch.allclose(own, modelopt_values(key), rtol=1e-6, atol=0)
@@ -213,7 +212,7 @@ def test_weights_are_trained_with_the_gradients_of_a_model_that_has_the_stored_o
     assignment = {p: f for p, f in everything("nvfp4_w4a16").items() if p != "lm_head"}
     before = gradients(model, ids_BS)
     quantization_aware(model, assignment, {})
-    with quantized_weights(plain, assignment):
+    with simulated(plain, assignment):
         expected, logits = gradients(plain, ids_BS), plain(ids_BS).logits
     torch.testing.assert_close(model(ids_BS).logits, logits, rtol=1e-4, atol=1e-5)
     found = gradients(model, ids_BS)
