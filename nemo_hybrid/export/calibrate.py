@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.config.hf import HybridConfig
@@ -87,8 +86,10 @@ def calibrate(
         progress_bar("calibrating", total, show) as progress,
     ):
         for place, magnitudes in kv.items():
-            hook = partial(_with_output, magnitudes)
-            hooks.callback(model.get_submodule(place).register_forward_hook(hook).remove)
+            hook = model.get_submodule(place).register_forward_hook(
+                lambda module, args, output, seen=magnitudes: seen.see(output)
+            )
+            hooks.callback(hook.remove)
         for ids_BS in pieces:
             ids_BS = ids_BS.to(model.lm_head.weight.device)
             h_BSD, _ = model.forward_hidden(ids_BS)
@@ -107,10 +108,6 @@ def calibrate(
     return Calibration(
         {p: a if is_stacked(p) else a[0] for p, a in amax.items()}, unseen, kv_amax, tokens
     )
-
-
-def _with_output(seen: Magnitudes, module: nn.Module, args: object, output: Tensor) -> None:
-    seen.see(output)
 
 
 def read_pieces(

@@ -200,7 +200,11 @@ def quantization_configs(
         "quant_method": "modelopt",
         "producer": producer,
         "config_groups": {
-            f"group_{i}": {**_group(format), "targets": sorted(names) if mixed else ["Linear"]}
+            f"group_{i}": {
+                **({"input_activations": _numbers(format)} if format in WITH_INPUTS else {}),
+                "weights": _numbers(format),
+                "targets": sorted(names) if mixed else ["Linear"],
+            }
             for i, (format, names) in enumerate(modules.items())
         },
         "ignore": excluded,
@@ -226,11 +230,6 @@ def _excluded(shape: HybridConfig, assignment: Mapping[str, Format]) -> list[str
 
 def _quantizes_mtp(assignment: Mapping[str, Format]) -> bool:
     return any(f != "bf16" for place, f in assignment.items() if place.startswith("mtp."))
-
-
-def _group(format: Format) -> dict[str, Any]:
-    inputs = {"input_activations": _numbers(format)} if format in WITH_INPUTS else {}
-    return {**inputs, "weights": _numbers(format)}
 
 
 def _numbers(format: Format) -> dict[str, Any]:

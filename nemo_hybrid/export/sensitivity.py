@@ -77,6 +77,7 @@ def measure(
         return States(torch.cat(parts), head_VD)
 
     base, groups = states(0), candidates(model.config, formats)
+    labels_T = torch.zeros(len(base.h_TD), dtype=torch.int64)  # nobody asks for theirs
     measured: list[Sensitivity] = []
     with progress_bar("measuring sensitivity", len(groups), show) as progress:
         for i, layer in enumerate(layers):
@@ -84,7 +85,12 @@ def measure(
                 kl: dict[Format, float] = {}
                 for format in group.kl:
                     with simulated(model, dict.fromkeys(group.places, format), search, input_amax):
-                        kl[format] = _mean_kl(base, states(i))
+                        found = per_token(base, states(i), labels_T)
+                    kl[format] = float(found.kl_T.mean())
+                    if not math.isfinite(kl[format]):
+                        raise UserError(
+                            "the model's logits are not finite: the checkpoint is broken"
+                        )
                 measured.append(replace(group, kl=kl))
                 progress(len(measured))
             inputs = [layer(x_BSD, None)[0] for x_BSD in inputs]
@@ -104,15 +110,6 @@ def candidates(shape: HybridConfig, formats: Sequence[Format]) -> list[Sensitivi
         kl = {format: 0.0 for format in formats if format == "fp8" or not uneven}
         out.append(Sensitivity(layer, kind, tuple(sizes), sum(map(math.prod, sizes.values())), kl))
     return out
-
-
-def _mean_kl(base: States, changed: States) -> float:
-    """Raises UserError where it is not finite."""
-    labels_T = torch.zeros(len(base.h_TD), dtype=torch.int64)  # nobody asks for theirs
-    mean = float(per_token(base, changed, labels_T).kl_T.mean())
-    if not math.isfinite(mean):
-        raise UserError("the model's logits are not finite: the checkpoint is broken")
-    return mean
 
 
 def assign_within(

@@ -295,24 +295,18 @@ def _bad_numbers(opened: Opened) -> Iterator[str]:
     """Numbers that are not finite, and scales that are not positive."""
     for module, parts in opened.modules():
         for part, tensor in parts.items():
-            if fault := _fault(part, tensor.float()):
-                yield f"{module}.{part}: {fault}"
+            x = tensor.float()
+            faults = {
+                "not finite": not x.isfinite().all(),
+                "a scale is negative": part.startswith("weight_") and (x < 0).any(),
+                "a scale is not positive": x.numel() == 1 and not x > 0,
+                "a scale is too small to divide by": x.numel() == 1 and x.reciprocal().isinf(),
+            }
+            yield from (f"{module}.{part}: {fault}" for fault, found in faults.items() if found)
     for name, tensor in opened.others():
         scale = name.endswith(KV_SCALES)
         if not tensor.isfinite().all() or (scale and not (tensor > 0).all()):
             yield f"{name}: {'not positive' if scale else 'not finite'}"
-
-
-def _fault(part: str, values: Tensor) -> str | None:
-    if not values.isfinite().all():
-        return "not finite"
-    if part.startswith("weight_") and (values < 0).any():
-        return "a scale is negative"
-    if values.numel() > 1:
-        return None
-    if not (values > 0).all():
-        return "a scale is not positive"
-    return None if values.reciprocal().isfinite().all() else "a scale is too small to divide by"
 
 
 def _unshared(opened: Opened) -> Iterator[str]:
@@ -394,10 +388,15 @@ def measure(
     show: bool,
 ) -> Measured:
     """A dequantized model against its source: as it is, and, where there are scales of inputs, with
-    inputs rounded by them."""
+    inputs rounded by them as engines do."""
     after = {"weights": states(model, pieces, "export", show)}
     if scales.amax:
-        rounded = rounded_states(model, scales, pieces, show)
+        with quantized_inputs(model, scales.formats, scales.amax):
+            rounded = states(model, pieces, "export with rounded inputs", show)
+        head = scales.formats.get("lm_head", "bf16")
+        if head in WITH_INPUTS:  # in front of which states end
+            h_TD = rounded_input(rounded.h_TD, head, scales.amax["lm_head"])
+            rounded = rounded._replace(h_TD=h_TD)
         after["weights, and inputs of products"] = rounded
     runs = []
     for name, export in after.items():
@@ -407,17 +406,6 @@ def measure(
     if before is not None:
         runs.insert(0, Run("nothing: the source", None, -float(found.a_T.mean())))
     return Measured(len(found.a_T), text, runs)
-
-
-def rounded_states(model: HybridLM, scales: Scales, pieces: list[Tensor], show: bool) -> States:
-    """As `states`, with inputs of products rounded as engines round them."""
-    with quantized_inputs(model, scales.formats, scales.amax):
-        found = states(model, pieces, "export with rounded inputs", show)
-    head = scales.formats.get("lm_head", "bf16")
-    if head not in WITH_INPUTS:
-        return found
-    # States end in front of the head.
-    return found._replace(h_TD=rounded_input(found.h_TD, head, scales.amax["lm_head"]))
 
 
 def states(model: HybridLM, pieces: list[Tensor], name: str, show: bool = False) -> States:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
@@ -49,8 +48,9 @@ def called_with_inputs(
     with ExitStack() as stack:
         for place, call in calls.items():
             if not is_stacked(place):
-                module = model.get_submodule(place)
-                hook = module.register_forward_pre_hook(partial(_with_input, call))
+                hook = model.get_submodule(place).register_forward_pre_hook(
+                    lambda module, args, call=call: call(args[0])
+                )
                 stack.callback(hook.remove)
         for name in sorted({p.rpartition(".")[0] for p in calls if is_stacked(p)}):
             experts: Any = model.get_submodule(name)
@@ -58,10 +58,6 @@ def called_with_inputs(
             up, down = calls.get(f"{name}.up_proj"), calls.get(f"{name}.down_proj")
             experts.low_precision = experts_of(up, down)
         yield
-
-
-def _with_input(call: Call, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-    return call(args[0])
 
 
 class _Watched(LoopExperts):
