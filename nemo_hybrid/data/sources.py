@@ -16,12 +16,13 @@ import zlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from nemo_hybrid.errors import UserError
+
+if TYPE_CHECKING:  # the process that renders conversations starts without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 Kind = Literal["text", "lines", "array", "csv", "parquet", "dataset", "megatron", "other"]
 
