@@ -5,8 +5,12 @@ Options are pydantic dataclasses. Docstrings of fields are the help texts of the
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +21,6 @@ CHECKED = ConfigDict(
     extra="forbid",
     strict=True,
     allow_inf_nan=False,
-    use_attribute_docstrings=True,
     defer_build=True,  # most commands need few of the classes
 )
 """Of every class of options."""
@@ -93,14 +96,19 @@ def refuse(*rules: tuple[object, str]) -> None:
             raise UserError(why)
 
 
-def about(options: type, name: str) -> Any:
-    """What pydantic knows of a field: ``description``, its docstring, and ``metadata``, its
-    bounds."""
-    known = [
-        vars(c)["__pydantic_fields__"] for c in options.__mro__ if "__pydantic_fields__" in vars(c)
-    ]
-    described = [of[name] for of in known if name in of]
-    return next((field for field in described if field.description), described[0])
+def descriptions(options: type) -> dict[str, str]:
+    """The docstring of every field, from the source: pydantic forgets them when it builds a class
+    late."""
+    found: dict[str, str] = {}
+    for part in options.__mro__[::-1]:
+        if not issubclass(part, Options):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found
 
 
 def flag(options: type[Options], field_name: str) -> str:
@@ -137,7 +145,7 @@ def _in_words(error: ValidationError, options: type[Options]) -> OptionError:
 def _bounds_in_words(options: type, name: str) -> str:
     """What a number must do: ``be positive``, ``lie in [0, 1)``."""
     limits: dict[str, Any] = {}
-    for limit in about(options, name).metadata:
+    for limit in vars(options)["__pydantic_fields__"][name].metadata:
         limits |= {k: getattr(limit, k) for k in ("gt", "ge", "lt", "le") if hasattr(limit, k)}
     low, high = (limits.get(a, limits.get(b)) for a, b in (("gt", "ge"), ("lt", "le")))
     if high is not None:

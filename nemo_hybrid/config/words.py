@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from nemo_hybrid.config.base import (
     GLOBS,
     Options,
-    about,
     default_of,
+    descriptions,
     field_types,
     flag,
     type_in_words,
@@ -113,26 +113,31 @@ def help_text(
 
     parser = argparse.ArgumentParser(prog, usage, summary, epilog, add_help=False)
     for title, options in groups.items():
-        group = parser.add_argument_group(title)
+        group, described = parser.add_argument_group(title), descriptions(options)
         for f in fields(options):  # type: ignore[arg-type]
             hint = field_types(options)[f.name]
+            shown = _help(options, f, described[f.name])
             if f.name == "paths":
-                group.add_argument("paths", nargs="*", metavar="PATH", help=_help(options, f))
+                group.add_argument(
+                    "paths", nargs="*", metavar="PATH", help=_help(options, f, described[f.name])
+                )
             elif not is_dataclass(hint):
                 choices = (
                     "{" + ",".join(get_args(hint)) + "}" if get_origin(hint) is Literal else None
                 )
                 option = flag(options, f.name)
                 metavar = choices or option.rpartition(".")[2].lstrip("-").upper()
-                group.add_argument(option, metavar=metavar, help=_help(options, f))
+                group.add_argument(
+                    option, metavar=metavar, help=_help(options, f, described[f.name])
+                )
     return parser.format_help()
 
 
-def _help(options: type[Options], field: Any) -> str:
+def _help(options: type[Options], field: Any, description: str) -> str:
     hint, default = field_types(options)[field.name], default_of(field)
     kind = "one of these" if get_origin(hint) is Literal else type_in_words(hint)
     told = "" if field.name == "paths" else f" ({kind.partition(' (')[0]}, {_shown(default)})"
-    return f"{about(options, field.name).description}{told}".replace("%", "%%")
+    return f"{description}{told}".replace("%", "%%")
 
 
 def _shown(default: Any) -> str:

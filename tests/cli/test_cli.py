@@ -106,6 +106,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_field_docstrings_are_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    RunConfig()  # after which pydantic may have forgotten them
     cli.main(["pretrain", "-h"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.hidden_size HIDDEN_SIZE Width of the residual stream." in shown
