@@ -116,20 +116,17 @@ def help_text(
         group, described = parser.add_argument_group(title), descriptions(options)
         for f in fields(options):  # type: ignore[arg-type]
             hint = field_types(options)[f.name]
+            if is_dataclass(hint):
+                continue
             shown = _help(options, f, described[f.name])
             if f.name == "paths":
-                group.add_argument(
-                    "paths", nargs="*", metavar="PATH", help=_help(options, f, described[f.name])
-                )
-            elif not is_dataclass(hint):
-                choices = (
-                    "{" + ",".join(get_args(hint)) + "}" if get_origin(hint) is Literal else None
-                )
-                option = flag(options, f.name)
-                metavar = choices or option.rpartition(".")[2].lstrip("-").upper()
-                group.add_argument(
-                    option, metavar=metavar, help=_help(options, f, described[f.name])
-                )
+                group.add_argument("paths", nargs="*", metavar="PATH", help=shown)
+                continue
+            option = flag(options, f.name)
+            metavar = option.rpartition(".")[2].lstrip("-").upper()
+            if get_origin(hint) is Literal:
+                metavar = "{" + ",".join(get_args(hint)) + "}"
+            group.add_argument(option, metavar=metavar, help=shown)
     return parser.format_help()
 
 
