@@ -7,6 +7,7 @@ No memory is taken and no device is asked: everything follows from the shapes an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
@@ -58,6 +59,10 @@ class PlanOptions(CommandOptions):
     """That link's bandwidth per device and direction, in 1e9 bytes per second."""
     network_gb_s: PositiveFloat = 50.0
     """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
+
+
+_SHORTEST = 128
+"""Tokens of a sample, below which shorter ones are no advice."""
 
 
 class Device(NamedTuple):
@@ -222,8 +227,8 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
     """What makes a run fit, one change after the other, each with the memory it leads to.
 
     Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
-    more processes. A change that takes no memory away is left out. Ends with the first that fits;
-    if none does, says so.
+    more processes; and, since it changes what is learnt, at last shorter samples. A change that
+    takes no memory away is left out. Ends with the first that fits; if none does, says so.
     """
     config, options = deepcopy(config), replace(options)
     at = make_plan(config, shape, options)
@@ -243,7 +248,18 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
         yield f"{name}: {_gb(found.needed)}" + (", fits" if found.fits else "")
         if found.fits:
             return
-    yield "even so it does not fit: take a device with more memory"
+    while config.data.sequence_length >= 2 * _SHORTEST:
+        config.data.sequence_length //= 2
+        with suppress(UserError):
+            found = make_plan(config, shape, options)
+            if found.fits:
+                shorter = f"--data.sequence_length {config.data.sequence_length}"
+                yield f"{shorter}, of which less is learnt: {_gb(found.needed)}, fits"
+                return
+    yield (
+        "even so it does not fit, nor with a smaller data.sequence_length: take a device with more "
+        "memory"
+    )
 
 
 def _candidates(

@@ -73,8 +73,8 @@ class StepMetrics:
     """Model FLOP utilization as a fraction (flops.MFU_FORMULA); None: the peak is unknown."""
     memory_gb: float
     """Peak memory of rank 0, in 1e9 bytes: of the device, or resident on CPU."""
-    max_vio: float
-    """Largest of max_vio_per_layer."""
+    max_vio: float | None
+    """Largest of max_vio_per_layer; None without MoE layers."""
     max_vio_per_layer: dict[str, float]
     """Per MoE layer: (load of the busiest expert - mean load) / mean load, 0 when balanced."""
     dead_experts: int
@@ -168,7 +168,7 @@ class Meter:
             data_seconds=timing.waited,
             mfu=utilization(rate, self.flops, self.peak, self.processes),
             memory_gb=_peak_memory(self.device) / 1e9,
-            max_vio=max(violations.values(), default=0.0),
+            max_vio=max(violations.values(), default=None),
             max_vio_per_layer=violations,
             dead_experts=sum(int((c == 0).sum()) for c in outcome.loads.values()),
             skipped_batches=counters.skipped,
@@ -387,4 +387,6 @@ def _scalars(m: StepMetrics) -> dict[str, float]:
     curves |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
     for group, shares in (m.low_precision or {}).items():
         curves |= {f"precision/{group}/{name}": share for name, share in shares.items()}
+    if not m.max_vio_per_layer:
+        curves = {name: v for name, v in curves.items() if not name.startswith("experts/")}
     return {name: value for name, value in curves.items() if value is not None}

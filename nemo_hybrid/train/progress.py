@@ -142,8 +142,9 @@ def _figures(metrics: StepMetrics) -> dict[str, str]:
         "tokens/s": f"{metrics.tokens_per_s:,.0f}",
         "mfu": "?" if metrics.mfu is None else f"{metrics.mfu:.1%}",
         "memory": f"{metrics.memory_gb:.2f} GB",
-        "max vio": f"{metrics.max_vio:.2f}",
     }
+    if metrics.max_vio is not None and metrics.max_vio_per_layer:
+        figures["max vio"] = f"{metrics.max_vio:.2f}"
     if metrics.dead_experts:
         figures["dead experts"] = str(metrics.dead_experts)
     return figures

@@ -255,8 +255,23 @@ def test_changes_lead_to_a_run_that_fits() -> None:
         assert said[-1].endswith(", fits")
         sizes = [float(re.search(r": ([\d,.]+) [MG]B", line)[1]) for line in said]  # type: ignore[index]
         assert sizes == sorted(sizes, reverse=True)
+        assert "sequence_length" not in said[-1]
     hopeless = replace(options, memory_gb=0.001)
-    assert "even so it does not fit" in list(changes(config, hopeless, config.model))[-1]
+    *_, said = changes(config, hopeless, config.model)
+    assert "even so it does not fit, nor with a smaller data.sequence_length" in said
+
+
+def test_where_nothing_else_helps_the_samples_are_too_long() -> None:
+    """One row whose every layer is recomputed: all that is left to change is its length."""
+    config = run(micro_batch_size=1, length=65536, zero=2)
+    config.model = ModelOptions(**plan_memory.SHAPE)
+    config.train.recompute = "ME*-"
+    options = PlanOptions(processes=2, device="cpu", reserve_gb=0)
+    needed = make_plan(config, config.model, options).needed
+    (said,) = changes(config, replace(options, memory_gb=0.6 * needed / 1e9), config.model)
+    assert said.startswith("--data.sequence_length 32768")
+    assert said.endswith(", fits")
+    assert config.data.sequence_length == 65536
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

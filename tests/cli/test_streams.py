@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.chats import write_base
 from helpers.corpus import write_corpus
 from helpers.runs import tiny_run
 from nemo_hybrid.config.read import dump_config
@@ -43,6 +44,14 @@ def bash(line: str, **environment: str) -> tuple[int, str, str]:
 )
 def test_output_of_a_command(streams: str, status: int, said: str) -> None:
     assert bash(f"{COMMAND} pretrain --help {streams}") == (status, "", said)
+
+
+@pytest.mark.slow
+def test_generate_ends_with_its_reader(tmp_path: Path) -> None:
+    """`head` ends after its first line, long before this text would."""
+    model = write_base(tmp_path / "model")
+    words = f"generate --from {model} --prompt $'a\\n' --max_new_tokens 100000"
+    assert bash(f"{COMMAND} {words} | head -n 1") == (1, "a\n", "")
 
 
 @pytest.mark.parametrize("streams", ["", "2>&-", "2>/dev/full"])

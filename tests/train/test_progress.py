@@ -5,10 +5,13 @@ import math
 import re
 
 import pytest
+import torch
 from rich.console import Console
 
-from nemo_hybrid.train.metrics import StepMetrics
+from nemo_hybrid.train.guard import Counters
+from nemo_hybrid.train.metrics import Meter, StepMetrics, Timing, _scalars
 from nemo_hybrid.train.progress import Progress, clock
+from nemo_hybrid.train.run import Outcome
 
 
 def metrics(step: int, seconds: float = 2.0, **changes: object) -> StepMetrics:
@@ -52,6 +55,20 @@ def test_plain_lines():
     for fact in [*FACTS, "eta 0:30"]:
         assert fact in lines[1]
     assert "\x1b" not in "".join(lines)
+
+
+def test_a_model_without_experts_shows_none_of_theirs():
+    """Nor does TensorBoard; also of rows that an earlier version wrote with 0."""
+    for none in (None, 0.0):
+        without = {"max_vio": none, "max_vio_per_layer": {}}
+        for terminal in (False, True):
+            assert "max vio" not in run(range(1, 3), terminal, **without)
+        assert not [name for name in _scalars(metrics(1, **without)) if name.startswith("experts")]
+    assert "max vio 0.42" in run(range(1, 3), False)
+    outcome = Outcome({"loss": 1.0}, 1.0, {}, 0, None, False)
+    meter = Meter(1, 1.0, None, 1, torch.device("cpu"))
+    row = meter.metrics(1, 0.1, outcome, Timing(1.0, 0.0, None, None), Counters(), {})
+    assert row.max_vio is None
 
 
 def test_terminal_shows_the_same_facts():
