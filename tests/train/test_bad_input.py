@@ -106,6 +106,13 @@ def test_options(refused: Refused, words: tuple[str, ...], named: list[str]) -> 
     assert all(name in message for name in named), message
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """What torchrun tells the first of so many processes."""
+    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_PORT": 1}
+    for name, value in ({"MASTER_ADDR": "localhost"} | told).items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """What is looked at first of a Hugging Face directory, of a model of 6 experts."""
@@ -122,7 +129,7 @@ def test_shape_of_from_hf_is_the_one_that_counts(
     own = tiny_run(store)
     own.model = ModelOptions(from_hf=str(weights))
     (tmp_path / "run.yaml").write_text(dump_config(own))
-    monkeypatch.setenv("WORLD_SIZE", "12")
+    launched(monkeypatch, 12)
     assert "model.n_routed_experts (6)" in refused("--parallel.ep", "4")
     assert "processes (12)" in refused("--parallel.ep", "3")  # one check further
 
@@ -158,7 +165,7 @@ def test_layout_that_does_not_fit_the_processes(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found before the other processes are waited for: here there are none."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched(monkeypatch, 3)
     assert "parallel.ep (2) does not divide the number of processes (3)" in refused(
         "--parallel.ep", "2"
     )
@@ -168,6 +175,7 @@ def test_layout_that_does_not_fit_the_processes(
 def test_more_processes_than_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launched(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert "there are 2: start torchrun with --nproc_per_node=2" in refused()
 
