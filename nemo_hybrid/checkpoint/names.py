@@ -1,6 +1,8 @@
-"""Names of tensors in Hugging Face checkpoints and in our models.
+"""Names of tensors in Hugging Face checkpoints and in our models, and of the files beside them that
+serve training alone.
 
-They are equal but for two things. Routed experts are stacked in memory and separate on disk::
+Names of tensors are equal but for two things. Routed experts are stacked in memory and separate on
+disk::
 
     backbone.layers.1.mixer.experts.up_proj   [E, F, L]   in memory
     backbone.layers.1.mixer.experts.7.up_proj.weight [F, L]   on disk, one per expert
@@ -18,9 +20,15 @@ from collections.abc import Iterator
 
 import torch
 
+from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.precision.groups import is_stacked
 
 ROUTER_BIAS = "mixer.gate.e_score_correction_bias"
+RUN_STATE = "run_state.json"
+RESOLVED = "run.yaml"
+OPTIMIZER_INDEX = "optimizer.index.json"
+_TRAINING = (RUN_STATE, RESOLVED, OPTIMIZER_INDEX, MANIFEST)
+_OF_RANKS = re.compile(r"(optimizer-r\d+-\w+|rank-\d+)\.safetensors")
 _EXPERT = re.compile(r"(.+\.mixer\.experts)\.(0|[1-9][0-9]{0,8})\.(up_proj|down_proj)\.weight")
 
 
@@ -52,3 +60,8 @@ def from_hub(name: str) -> tuple[str, int | None]:
     if match is None:
         return name, None
     return f"{match[1]}.{match[3]}", int(match[2])
+
+
+def is_training_state(file: str) -> bool:
+    """Whether a file of a checkpoint serves resuming alone (see `checkpoint.state`)."""
+    return file in _TRAINING or _OF_RANKS.fullmatch(file) is not None

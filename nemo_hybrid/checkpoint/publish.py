@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.checkpoint.directory import Writer, write_directory
 from nemo_hybrid.checkpoint.manifest import read_manifest
-from nemo_hybrid.checkpoint.state import is_training_state
+from nemo_hybrid.checkpoint.names import is_training_state
 from nemo_hybrid.files import sync
 
 CARD = "README.md"

@@ -19,11 +19,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import chain, product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,13 @@ from nemo_hybrid.checkpoint import manifest, steps
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.directory import Writer, write_directory
 from nemo_hybrid.checkpoint.manifest import CheckpointError
-from nemo_hybrid.checkpoint.names import ROUTER_BIAS, from_hub
+from nemo_hybrid.checkpoint.names import (
+    OPTIMIZER_INDEX,
+    RESOLVED,
+    ROUTER_BIAS,
+    RUN_STATE,
+    from_hub,
+)
 from nemo_hybrid.checkpoint.tensors import TensorFile, safetensors_parts
 from nemo_hybrid.checkpoint.writing import (
     MAX_SHARD_BYTES,
@@ -48,9 +54,6 @@ from nemo_hybrid.files import naming, read_json, side_by_side
 
 FORMAT_VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-RUN_STATE = "run_state.json"
-RESOLVED = "run.yaml"
-OPTIMIZER_INDEX = "optimizer.index.json"
 FROZEN = "frozen"  # key of the run state: parameters that are not trained
 _JSON = "json"  # metadata key of a rank file
 # Fields that may differ on resume: they do not change what the stored tensors mean.
@@ -84,8 +87,7 @@ class Fragment:
         return self.start + self.numel
 
 
-@dataclass
-class _Saved:
+class _Saved(NamedTuple):
     """Where a stored fragment is."""
 
     start: int
@@ -254,13 +256,6 @@ def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> No
     writer.write(_rank_file(rank), parts)
 
 
-def is_training_state(file: str) -> bool:
-    """Whether a file of a checkpoint serves resuming alone, and is no part of the model."""
-    return file in (RUN_STATE, OPTIMIZER_INDEX, RESOLVED, manifest.MANIFEST) or file.startswith(
-        ("optimizer-r", "rank-")
-    )
-
-
 # ---- reading ----------------------------------------------------------------------------------
 
 
@@ -363,8 +358,7 @@ def _read_optimizer_index(directory: Path) -> dict[str, tuple[tuple[int, ...], l
             name: (tuple(entry["shape"]), [_Saved(*piece) for piece in entry["fragments"]])
             for name, entry in read_json(path).items()
         }
-        pieces = (astuple(piece) for _, found in index.values() for piece in found)
-        numbers = chain(chain.from_iterable(shape for shape, _ in index.values()), *pieces)
+        numbers = chain.from_iterable(chain(shape, *found) for shape, found in index.values())
         valid = all(type(n) is int and n >= 0 for n in numbers)
     except (KeyError, TypeError):
         valid = False

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked
+from nemo_hybrid.checkpoint.names import expert_name, from_hub, is_stacked, is_training_state
 from nemo_hybrid.checkpoint.steps import saying_if_removed
 from nemo_hybrid.checkpoint.tensors import DTYPES, Entry, TensorFile, check_finite
 from nemo_hybrid.errors import UserError
@@ -37,8 +37,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN = 20  # errors that a message lists
-# Training state beside the weights of our own checkpoints (see state.py).
-_STATE = re.compile(r"(optimizer-r\d+-\w+|rank-\d+)\.safetensors")
 _MISSING = "missing"
 _UNEXPECTED = "unexpected: the model has no such tensor"
 _ROUNDED = "rounded"
@@ -230,7 +228,7 @@ def read_headers(directory: Path) -> Stored:
         with TensorFile(directory / name) as file:
             files[name] = file.entries
     beside = {path.name for path in directory.glob("*.safetensors")} - files.keys()
-    strays = sorted(name for name in beside if not _STATE.fullmatch(name))
+    strays = sorted(name for name in beside if not is_training_state(name))
     return Stored(directory, files, weight_map or dict.fromkeys(files[SINGLE], SINGLE), strays)
 
 

@@ -167,7 +167,8 @@ def _verified(directory: Path, parameters: Iterable[str], deep: bool) -> dict[st
     was written, so that it is compared only where ``deep`` asks for it. Raises UserError."""
     from nemo_hybrid.checkpoint.directory import verify
     from nemo_hybrid.checkpoint.manifest import MANIFEST
-    from nemo_hybrid.checkpoint.state import OPTIMIZER_INDEX, RUN_STATE, check_state
+    from nemo_hybrid.checkpoint.names import OPTIMIZER_INDEX, RUN_STATE
+    from nemo_hybrid.checkpoint.state import check_state
 
     state: dict[str, Any] = {}
     of_a_run = any((directory / name).exists() for name in (RUN_STATE, OPTIMIZER_INDEX))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.manifest import MANIFEST
+from nemo_hybrid.checkpoint.names import RUN_STATE
 from nemo_hybrid.checkpoint.publish import CARD
-from nemo_hybrid.checkpoint.state import RUN_STATE
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.decode import inside

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.adapter import base_digest, base_named, is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.load import tensors_by_name
-from nemo_hybrid.checkpoint.state import RUN_STATE
+from nemo_hybrid.checkpoint.names import RUN_STATE
 from nemo_hybrid.checkpoint.steps import keeps, model_shape, resolve
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.run import TrainingConfig

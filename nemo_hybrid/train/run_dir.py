@@ -20,7 +20,7 @@ import yaml
 
 from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.checkpoint.manifest import read_manifest
-from nemo_hybrid.checkpoint.state import RESOLVED
+from nemo_hybrid.checkpoint.names import RESOLVED
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE, dump_config, flatten, read_keys
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
