@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.directory import Writer, new_directory, write_directory
+from nemo_hybrid.checkpoint.directory import new_directory, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
@@ -43,35 +42,32 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
     companions = read_companions(directory)
     plan.raise_errors()
 
-    def write(writer: Writer) -> Shards:
-        shards, copied = Shards(), 0
-        total = sum(entry.nbytes for _, entry in plan.stored.entries())
+    used = {*plan.stored.files, *companions.files, "config.json", INDEX}
+    with naming("read", directory):
+        not_carried = sorted(set(os.listdir(directory)) - used)
+    copied, total = 0, sum(entry.nbytes for _, entry in plan.stored.entries())
 
-        def fetch(file: TensorFile, reads: dict[str, Read], name: str) -> Tensor:
-            nonlocal copied
-            read = reads[name]
-            tensor = file.read(read.name, read.row)
-            check_finite(tensor, name, file.path)
-            copied += tensor.nbytes
-            done(copied)
-            return tensor.to(read.dtype)
+    def fetch(file: TensorFile, reads: dict[str, Read], name: str) -> Tensor:
+        nonlocal copied
+        read = reads[name]
+        tensor = file.read(read.name, read.row)
+        check_finite(tensor, name, file.path)
+        copied += tensor.nbytes
+        done(copied)
+        return tensor.to(read.dtype)
 
+    with writing(out) as writer:
+        shards = Shards()
         with progress_bar(f"importing {directory}", total, show_progress) as done:
             for file_name, group in groupby(plan.reads, key=lambda read: read.file):
                 reads = {read.hub_name: read for read in group}
+                like = {
+                    name: torch.empty(plan.entry(read).shape, dtype=read.dtype, device="meta")
+                    for name, read in reads.items()
+                }
                 with plan.stored.open(file_name) as file:
-                    like = {
-                        name: torch.empty(plan.entry(read).shape, dtype=read.dtype, device="meta")
-                        for name, read in reads.items()
-                    }
                     shards.write(writer, like, partial(fetch, file, reads))
-        return shards
-
-    def finish(writer: Writer, parts: list[Shards]) -> None:
-        write_model_files(writer, model.config, parts, companions)
-        used = {*plan.stored.files, *companions.files, "config.json", INDEX}
-        with naming("read", directory):
-            not_carried = sorted(set(os.listdir(directory)) - used)
+        write_model_files(writer, model.config, [shards], companions)
         report = {
             "source": str(directory),
             "summary": plan.summary(),
@@ -79,7 +75,5 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
             "not_carried": not_carried,
         }
         writer.write_text(REPORT, manifest.to_json(report))
-
-    write_directory(out, ALONE, write, finish)
     plan.log()
     return plan

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +54,10 @@ class Writer:
     def write_text(self, name: str, text: str) -> None:
         self.write(name, [text.encode()])
 
+    def write_manifest(self) -> None:
+        """Write what the others are, last of all."""
+        self.write(MANIFEST, [manifest_text(self.records).encode()])
+
 
 def write_directory(
     final: Path,
@@ -79,13 +83,22 @@ def write_directory(
 
         def complete() -> None:
             finish(writer, [result for result, _ in parts])
-            records = dict(writer.records)
             for _, others in parts[1:]:
-                records |= others
-            writer.write_text(MANIFEST, manifest_text(records))
+                writer.records |= others
+            writer.write_manifest()
             stack.close()
 
         world.from_rank_0(complete)
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[Writer]:
+    """The same by one process: a directory that is whole when the block ends well, else absent.
+    Raises UserError."""
+    with ALONE.agreed(), whole_directory(final, _install) as temporary:
+        writer = Writer(temporary)
+        yield writer
+        writer.write_manifest()
 
 
 def _install(temporary: Path, final: Path) -> None:

@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from nemo_hybrid.agreement import ALONE
-from nemo_hybrid.checkpoint.directory import Writer, write_directory
+from nemo_hybrid.checkpoint.directory import writing
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import is_training_state
 from nemo_hybrid.files import sync
@@ -24,15 +23,13 @@ def publish(checkpoint: Path, out: Path, card: str, left_out: Collection[str] = 
     """
     records = read_manifest(checkpoint)
 
-    def write(writer: Writer) -> None:
+    with writing(out) as writer:
         for name, record in records.items():
             if is_training_state(name) or name in (CARD, *left_out):
                 continue
             _link(checkpoint / name, writer.directory / name)
             writer.records[name] = record
         writer.write_text(CARD, card)
-
-    write_directory(out, ALONE, write, lambda writer, parts: None)
 
 
 def _link(source: Path, target: Path) -> None:

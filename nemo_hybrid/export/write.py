@@ -16,11 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.adapter import is_adapter, locate
 from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.directory import Writer, new_directory, write_directory
+from nemo_hybrid.checkpoint.directory import Writer, new_directory, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.tensors import check_finite, safetensors_parts
 from nemo_hybrid.checkpoint.weights import INDEX, Plan, Read
@@ -114,7 +113,7 @@ def export_directory(
     in_config, hf_quant = quantization_configs(shape, assignment, target, kv_cache == "fp8")
     exporter = _Exporter(plan, layout, search, _shared_amax(plan, items, assignment))
 
-    def write(writer: Writer) -> None:
+    with writing(out) as writer:
         weight_map: dict[str, str] = {}
         with progress_bar("exporting", facts.bytes_before, show_progress) as done:
             for i, shard in enumerate(shards):
@@ -131,8 +130,6 @@ def export_directory(
         if describe is not None:
             for name, content in describe(writer.directory, facts).items():
                 writer.write(name, [content])
-
-    write_directory(out, ALONE, write, lambda writer, parts: None)
     plan.log()
     return facts
 
