@@ -180,13 +180,9 @@ def _of_samples(
     if store is None:
         raise UserError(f"{path} has no held-out samples: prepare it with --heldout above 0")
     require_tokenizer(PackedSamples(train, heldout, length, config.pad_token_id), directory)
-    pieces: list[Tensor] = []
-    for number in range(len(store.lengths)):
-        if tokens <= 0:
-            break
-        pieces.append(torch.from_numpy(store.sample(number)[0][None, :length]))
-        tokens -= pieces[-1].numel()
-    return pieces
+    so_far = np.minimum(store.lengths, length).cumsum()
+    first = range(min(len(so_far), int(np.searchsorted(so_far, tokens)) + 1))
+    return [torch.from_numpy(store.sample(number)[0][None, :length]) for number in first]
 
 
 def first_ids(path: Path, tokenizer: TextTokenizer, tokens: int) -> Tensor:

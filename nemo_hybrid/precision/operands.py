@@ -150,20 +150,20 @@ class Products:
 def operands(
     x: Tensor, rows: Side | None, columns: Side | None, ends_E: Tensor | None = None
 ) -> tuple[Any, Any]:
-    """x for products that sum over its last dimension, and over the one before; one read of x where
-    both are NVFP4."""
-    if rows and columns and rows.format == columns.format == "nvfp4":
-        return lowp.operands(x, rows.rounding, columns.rounding, ends_E)
-    return _operand(x, rows, False, ends_E), _operand(x, columns, True, ends_E)
+    """x for products that sum over its last dimension, and over the one before; one read of x for
+    what is NVFP4."""
+    low = [side.rounding if side and side.format == "nvfp4" else None for side in (rows, columns)]
+    a, b = lowp.operands(x, low[0], low[1], ends_E) if any(low) else (None, None)
+    return (
+        a if low[0] else _operand(x, rows, False),
+        b if low[1] else _operand(x, columns, True),
+    )
 
 
-def _operand(x: Tensor, side: Side | None, columnwise: bool, ends_E: Tensor | None) -> Any:
+def _operand(x: Tensor, side: Side | None, columnwise: bool) -> Any:
+    """In another format."""
     if side is None:
         return None
-    if side.format == "nvfp4" and columnwise:
-        return lowp.operands(x, None, side.rounding, ends_E)[1]
-    if side.format == "nvfp4":
-        return lowp.operands(x, side.rounding, None, ends_E)[0]
     if side.format == "mxfp8":
         return mxfp8.operand(x, columnwise)
     return Operand(x.to(DTYPES[side.format]), None, columnwise)
