@@ -64,8 +64,7 @@ def open_streams(*, needed: bool) -> None:
             io.BufferedWriter(raw),
             getattr(before, "encoding", "utf-8"),
             "backslashreplace",
-            line_buffering=number == 2 or raw.isatty(),
-            write_through=getattr(before, "write_through", False),
+            line_buffering=number == 2 or raw.isatty() or getattr(before, "write_through", False),
         )
         setattr(sys, name, stream)
 

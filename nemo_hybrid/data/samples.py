@@ -304,9 +304,11 @@ def prepare_samples(
     options.validate()
     maker = SampleMaker(options, tokenizer_dir, seed)
     if vocab_size is not None and maker.tokenizer.vocab_size > vocab_size:
+        last = maker.tokenizer.decode([maker.tokenizer.vocab_size - 1])
         raise UserError(
-            f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, but the "
-            f"model's embedding has only {vocab_size}: they do not belong together"
+            f"the tokenizer of {tokenizer_dir} has {maker.tokenizer.vocab_size} entries, {last} as "
+            f"the last, but the model's embedding has only {vocab_size}: they do not belong "
+            "together, or the tokenizer's settings declare tokens that the model has not"
         )
     found, found_heldout = find_samples(paths), find_samples(heldout_paths)
     train, heldout = found.sources, found_heldout.sources

@@ -61,6 +61,20 @@ def test_a_mistake_is_one_message_or_none(streams: str) -> None:
     assert bash(f"{COMMAND} tran\u00e9 {streams}", **ascii_only) == (2, "", said)
 
 
+def test_unbuffered_output_appears_at_once() -> None:
+    program = (
+        "from nemo_hybrid.terminal import open_streams\nopen_streams(needed=True)\n"
+        "print('ready')\nimport sys, time\nsys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        process.communicate("")
+
+
 LOG = """
 import os, sys
 from contextlib import suppress
