@@ -54,7 +54,7 @@ from nemo_hybrid.data.sources import (
     find_samples,
 )
 from nemo_hybrid.data.store import HELDOUT, TRAIN
-from nemo_hybrid.data.template import Rendering, load_template, need_template, stop_rendering
+from nemo_hybrid.data.template import Rendering, load_template, need_template
 from nemo_hybrid.data.template_files import files_with
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
@@ -340,7 +340,6 @@ def prepare_samples(
             "dropped": summary.dropped,
         }
         summary.seconds = time.monotonic() - started
-    stop_rendering()
     return summary
 
 

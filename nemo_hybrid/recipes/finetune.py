@@ -21,6 +21,7 @@ from nemo_hybrid.data.loader import Stored
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import RECORD, TRAIN
+from nemo_hybrid.data.template import stop_rendering
 from nemo_hybrid.data.template_files import read_sources
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE
 from nemo_hybrid.errors import UserError
@@ -126,6 +127,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
             vocab_size=self.shape.vocab_size,
             reuse=True,
         )
+        stop_rendering()
         print(summary, flush=True)
 
     def _no_sample_options(self) -> None:

@@ -45,7 +45,7 @@ READING_DATA = {
 MAKERS = {
     "commands/prepare": {"documents", "preview", "samples"},
     "recipes/pretrain": {"documents"},
-    "recipes/finetune": {"samples"},
+    "recipes/finetune": {"samples", "template"},
     "commands/generate": {"template", "sources"},
     "export/calibrate": {"sources"},
 }
