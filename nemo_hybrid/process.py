@@ -49,7 +49,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
         raise UserError(f"{said}: start it with {_TORCHRUN}, or unset both")
     if missing:
         raise UserError(
-            f"{said}, but {' and '.join(missing)} (where they meet) not set: start them with "
+            f"{said}, which cannot meet without {' and '.join(missing)}: start them with "
             f"{_TORCHRUN}, or unset RANK and WORLD_SIZE"
         )
     _count(environment, "MASTER_PORT", 0)

@@ -13,6 +13,7 @@ from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions, TrainOptions
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.process import launched
 from nemo_hybrid.terminal import print_table
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _open(
 
 def eval_command(options: EvalOptions) -> None:
     """Print the held-out losses of a checkpoint, as a table."""
+    launched()  # what cannot be is refused before anything is loaded
     import numpy as np
 
     from nemo_hybrid.checkpoint.adapter import locate

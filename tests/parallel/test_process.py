@@ -45,12 +45,12 @@ def test_what_a_launcher_says(environment: dict[str, str], found: tuple[int, int
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        (TWO, "process 1 of 2, but MASTER_ADDR and MASTER_PORT"),
+        (TWO, "process 1 of 2, which cannot meet without MASTER_ADDR and MASTER_PORT"),
         (
             {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "host"},
-            "process 0 of 4, but MASTER_PORT",
+            "process 0 of 4, which cannot meet without MASTER_PORT",
         ),
-        ({"WORLD_SIZE": "2"}, "process 0 of 2, but MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "process 0 of 2, which cannot meet without MASTER_ADDR"),
         ({"RANK": "1"}, "process 1 of 1"),
         (TWO | MET | {"RANK": "2"}, "process 2 of 2"),
         (TWO | MET | {"RANK": "x"}, "RANK is 'x'"),
@@ -84,7 +84,9 @@ def test_training_refuses_and_other_commands_do_not_look(
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(tiny_run(tmp_path / "store")))
     assert cli.main(["pretrain", "--config", str(config)]) == 2
-    assert "but MASTER_ADDR and MASTER_PORT" in capsys.readouterr().err
+    assert "cannot meet without MASTER_ADDR and MASTER_PORT" in capsys.readouterr().err
+    assert cli.main(["eval", "--from", str(tmp_path), "--data", str(tmp_path)]) == 2
+    assert "cannot meet without MASTER_ADDR and MASTER_PORT" in capsys.readouterr().err
     assert cli.main(["prepare", str(config), "--out", str(tmp_path / "out"), "--heldout", "0",
                      "--vocab_size", "259"]) == 0  # fmt: skip
     assert cli.main(["inspect", str(config)]) == 0
