@@ -37,6 +37,6 @@ def test_it_measures_operands_and_steps(
 def test_a_recipe_that_quantizes_nothing_is_noticed(
     cpu_nvfp4: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_nvfp4.policy, "apply", lambda *_, **__: None)
+    monkeypatch.setattr(cpu_nvfp4.policy, "Precision", lambda *_, **__: None)
     with pytest.raises(AssertionError, match="nvfp4_super moves the loss by 0"):
         cpu_nvfp4.step_times(cpu_nvfp4.Workload(batch=1, length=64, steps=3, threads=1))

@@ -128,8 +128,9 @@ def train_until(job: Job, run_dir: Path, step: int) -> None:
     assert there(), job.text()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_killed_worker_ends_the_job_within_seconds(unbroken: Unbroken, tmp_path: Path) -> None:
+    """The next test sees a worker killed that is replaced."""
     run_dir = tmp_path / "run"
     go_on = tmp_path / "go on"
     with Job(program(unbroken, run_dir, {"hold": [6, str(go_on)]}), tmp_path / "log") as job:
