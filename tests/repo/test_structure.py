@@ -37,7 +37,7 @@ FORBIDDEN_CALLS = ("torch.load", "eval", "exec", "os.system")
 FORBIDDEN_TRUE = ("trust_remote_code", "allow_pickle", "shell")
 WRITING_MODES = {"w", "wb", "x", "xb", "w+b", "r+b"}  # a log may be appended to
 WRITING_CALL = re.compile(r"os\.fsync|(?!writer\.).*\.write_(text|bytes)")
-LONGEST_FILE = 600
+LONGEST_FILE = 500
 READING_DATA = {
     "added_tokens", "batch", "loader", "packing", "store", "template_files", "tokenizer"
 }  # fmt: skip
