@@ -33,16 +33,17 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     Raises UserError where they say what cannot be, such as what another program left over, and
     where something else than torchrun started several processes, which could not meet.
     """
-    rank, size = _count(environment, "RANK", 0), _count(environment, "WORLD_SIZE", 1)
+    rank, size = number_of(environment, "RANK", 0), number_of(environment, "WORLD_SIZE", 1)
     missing = [name for name in _MEETING_PLACE if not environment.get(name)]
-    if (rank, size) == (0, 1):
-        for many, which in _OTHER_LAUNCHERS.items() if missing else ():
-            count, number = _count(environment, many, 1), _count(environment, which, 0)
+    if not environment.get("RANK") and not environment.get("WORLD_SIZE"):
+        for many, which in _OTHER_LAUNCHERS.items():
+            count, number = number_of(environment, many, 1), number_of(environment, which, 0)
             if count > 1 or number > 0:
                 raise UserError(
                     f"{many if count > 1 else which} says that this is one of several processes, "
                     f"which cannot meet without torchrun: start them with {_TORCHRUN}, or unset it"
                 )
+    if (rank, size) == (0, 1):
         return rank, size
     said = f"RANK and WORLD_SIZE say that this is process {rank} of {size}"
     if rank >= size:
@@ -52,7 +53,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
             f"{said}, which cannot meet without {' and '.join(missing)}: start them with "
             f"{_TORCHRUN}, or unset RANK and WORLD_SIZE"
         )
-    _count(environment, "MASTER_PORT", 0)
+    number_of(environment, "MASTER_PORT", 0)
     return rank, size
 
 
@@ -63,7 +64,7 @@ def torchrun_listens() -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not all(place):
         return True
     try:
-        socket.create_connection((place[0], _count(os.environ, "MASTER_PORT", 0)), 1.0).close()
+        socket.create_connection((place[0], number_of(os.environ, "MASTER_PORT", 0)), 1.0).close()
     except ConnectionRefusedError:
         return False
     except OSError:
@@ -71,7 +72,8 @@ def torchrun_listens() -> bool:
     return True
 
 
-def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+def number_of(environment: Mapping[str, str], name: str, default: int) -> int:
+    """What a variable says, or the default. Raises UserError for what is no number."""
     text = environment.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name} is {text!r}, which is no number: use torchrun, or unset it")

@@ -24,6 +24,7 @@ MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
+_OF_A_MODEL = "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -63,6 +64,7 @@ def _declared(given: dict[str, Any], before: dict[str, Any], ids: dict[str, int]
     own = {key: given.pop(key) for key in [*given] if isinstance(given[key], str) and _own(key)}
     if isinstance(given.get(_EXTRA), dict):
         own |= given.pop(_EXTRA)
+    own |= given.pop(_OF_A_MODEL, None) or {}
     if decoder is None:
         for key, value in before.items():
             if isinstance(value, dict) and key != _EXTRA:

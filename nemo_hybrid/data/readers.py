@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,6 +134,8 @@ def _read_array(source: Source, file: IO[bytes], text_field: str) -> Iterator[Re
 def _record(value: Any, key: str, where: str, done: float, text_field: str) -> Record | Unusable:
     if isinstance(value, str):
         value = {text_field: value}
+    if isinstance(value, list):
+        return Unusable(where, "a JSON array, not an object: a file of one array is named .json")
     if not isinstance(value, dict):
         return Unusable(where, "not a JSON object")
     return Record(key, where, value, done)
@@ -145,9 +148,15 @@ def _read_csv(
     csv.field_size_limit(sys.maxsize)
     # What is no UTF-8 is noticed row by row.
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    rows = csv.reader(text, delimiter="\t" if source.ending == ".tsv" else ",", strict=True)
+    between = "\t" if source.ending == ".tsv" else ","
+    rows = csv.reader(text, delimiter=between, strict=True)
     try:
         names = next(rows, [])
+        if len(names) == 1 and re.search(r"[,;|\t]", names[0]):
+            raise UserError(
+                f"{source.path} has no columns by {between!r} in its first line, "
+                f"{names[0][:80]!r}: write it with commas, or with tabs as .tsv"
+            )
         _check_columns(source, names, columns)
         if len(set(names)) < len(names):
             raise UserError(f"{source.path} has two columns of the same name")
@@ -205,7 +214,7 @@ def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Rec
             for row in zip(*batch.values(), strict=True)
         )
         yield from _read_table(source, rows, len(dataset))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{source.path} is not a readable Hugging Face dataset: {e}") from e
 
 

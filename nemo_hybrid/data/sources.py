@@ -219,6 +219,8 @@ def _find(path: Path, found: Found) -> None:
         if not pair.exists():
             raise UserError(f"{pair} does not exist: Megatron data is a .bin and .idx pair")
         found.sources.append(Source(pair, pair.stem, "megatron", pair.stat().st_size))
+    elif path.name in _METADATA and _is_dataset(path.parent):
+        raise UserError(f"{path} belongs to a saved dataset: name its directory, {path.parent}")
     elif path.is_file():
         found.sources.append(_file_source(path, path.name))
     elif not path.is_dir():

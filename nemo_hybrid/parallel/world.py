@@ -45,6 +45,8 @@ class World(Agreement):
         Raises UserError where a node has more processes than GPUs, and as `launched`.
         """
         rank, size = launched()
+        # Torchrun may stand below mpirun; DeepSpeed would hold its number against ours.
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         if size == 1:  # DeepSpeed must not see what is left over of another program
             os.environ.pop("RANK", None)
             os.environ.pop("WORLD_SIZE", None)

@@ -26,6 +26,7 @@ from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE, dump_config, flatt
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, hash_file, naming, replace_file
+from nemo_hybrid.process import number_of
 from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
     run_dir = Path(config.run_dir)
     with naming("use run_dir", run_dir):
         present = _contents(run_dir)
-    restarted = any(int(os.environ.get(name) or 0) for name in _RESTARTS)
+    restarted = any(number_of(os.environ, name, 0) for name in _RESTARTS)
     if present and config.resume == "never" and not restarted:
         raise UserError(f"run_dir {run_dir} is not empty; choose another, or use --resume auto")
     own = steps.list_steps(run_dir / CHECKPOINTS)

@@ -58,6 +58,7 @@ LAYOUTS: dict[str, Files] = {
         }
     },
     "additional": {CONFIG: {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
+    "of a model": {CONFIG: {"model_specific_special_tokens": {"image_token": "<|img|>"}}},
     "extra list": {CONFIG: {"extra_special_tokens": ["<|im_end|>", typed("<tool>", lstrip=True)]}},
     "extra dict": {CONFIG: {"extra_special_tokens": {"image_token": "<|img|>", "a": "<|aud|>"}}},
     "extra before additional": {

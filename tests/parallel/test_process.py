@@ -57,6 +57,7 @@ def test_what_a_launcher_says(environment: dict[str, str], found: tuple[int, int
         (TWO | MET | {"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         (TWO | MET | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE"),
+        (MET | {"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE"),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS"),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, "SLURM_PROCID"),
