@@ -115,7 +115,8 @@ def test_nvidias_packs(make_model: MakeModel, tmp_path: Path) -> None:
 PACK = {"input_ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 0], "seq_start_id": [0, 2]}
 BAD: dict[str, tuple[object, str]] = {
     "not JSON": ("{", "malformed: FILE line 2: not JSON"),
-    "not an object": ("[]", "malformed: FILE line 2: not a JSON object"),
+    "not an object": ("5", "malformed: FILE line 2: not a JSON object"),
+    "an array": ("[]", "malformed: FILE line 2: a JSON array, not an object: a file of one"),
     "roles": (
         {"messages": chat("a", "b")["messages"][1:]},
         "wrong roles: FILE line 2: turn 1: a message of the assistant must not be the first",

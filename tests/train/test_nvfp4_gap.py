@@ -124,7 +124,7 @@ def test_the_experiment_and_its_continuation(work, capsys):
     assert (work / "nvfp4_gap.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_failed_run_ends_the_experiment_with_its_message(work, capsys):
     assert run(work, "--variants", "recipe", "--model.hidden_size", "24") == 1
     said = capsys.readouterr().err
