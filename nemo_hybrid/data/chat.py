@@ -187,7 +187,7 @@ def _with_system(messages: list[Message], system: object) -> tuple[list[Message]
 
 
 def _refuse(fields: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
-    for name in fields.keys() & refused.keys():
+    for name in sorted(fields.keys() & refused.keys()):
         if fields[name]:
             raise BadRecord(f"{where}the field {name}: {refused[name]}", "refused fields")
 

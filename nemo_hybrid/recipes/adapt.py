@@ -39,7 +39,7 @@ class Adapt(Finetune):
     """Adapters beside frozen weights, which are those of model.from_hf in every step."""
 
     needs_origin = True
-    library_name = "peft"
+    loaded_by = "peft"
     trained_words = "A LoRA adapter for"
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:

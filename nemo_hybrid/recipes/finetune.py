@@ -43,7 +43,7 @@ _ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
 class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
     """Weights of model.from_hf learn from conversations and the like."""
 
-    library_name = "transformers"
+    loaded_by = "transformers"
     """What loads the model that a run leaves."""
     trained_words = "Weights that began as"
 
@@ -212,7 +212,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         base = Path(str(config.model.from_hf)).name
         lines = [
             "---",
-            f"library_name: {self.library_name}",
+            f"library_name: {self.loaded_by}",
             "tags: [nemotron_h, fine-tuned]",
             "---",
             f"# {base}, fine-tuned",
