@@ -53,6 +53,7 @@ COMMANDS = {
     "generate": Word("generate", "Continue a prompt with a trained model."),
     "import": Word("import_merge", "Copy a Hugging Face checkpoint into our layout."),
     "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
+    "average": Word("average", "Average the weights of several checkpoints of a run."),
     "export": Word("export", "Write a checkpoint in the number formats that serving engines load."),
     "verify-export": Word(
         "verify", "Check an exported directory: names, shapes, dtypes, checksums, values."

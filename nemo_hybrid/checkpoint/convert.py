@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint import manifest
 from nemo_hybrid.checkpoint.companions import read_companions
-from nemo_hybrid.checkpoint.directory import new_directory, writing
+from nemo_hybrid.checkpoint.directory import Writer, new_directory, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
@@ -45,28 +46,14 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
     used = {*plan.stored.files, *companions.files, "config.json", INDEX}
     with naming("read", directory):
         not_carried = sorted(set(os.listdir(directory)) - used)
-    copied, total = 0, sum(entry.nbytes for _, entry in plan.stored.entries())
 
-    def fetch(file: TensorFile, reads: dict[str, Read], name: str) -> Tensor:
-        nonlocal copied
-        read = reads[name]
+    def fetch(file: TensorFile, read: Read) -> Tensor:
         tensor = file.read(read.name, read.row)
-        check_finite(tensor, name, file.path)
-        copied += tensor.nbytes
-        done(copied)
+        check_finite(tensor, read.hub_name, file.path)
         return tensor.to(read.dtype)
 
     with writing(out) as writer:
-        shards = Shards()
-        with progress_bar(f"importing {directory}", total, show_progress) as done:
-            for file_name, group in groupby(plan.reads, key=lambda read: read.file):
-                reads = {read.hub_name: read for read in group}
-                like = {
-                    name: torch.empty(plan.entry(read).shape, dtype=read.dtype, device="meta")
-                    for name, read in reads.items()
-                }
-                with plan.stored.open(file_name) as file:
-                    shards.write(writer, like, partial(fetch, file, reads))
+        shards = write_as_stored(writer, plan, fetch, f"importing {directory}", show_progress)
         write_model_files(writer, model.config, [shards], companions)
         report = {
             "source": str(directory),
@@ -77,3 +64,34 @@ def import_directory(source: Path, out: Path, *, show_progress: bool = True) -> 
         writer.write_text(REPORT, manifest.to_json(report))
     plan.log()
     return plan
+
+
+def write_as_stored(
+    writer: Writer,
+    plan: Plan,
+    fetch: Callable[[TensorFile, Read], Tensor],
+    label: str,
+    show_progress: bool,
+) -> Shards:
+    """Write the tensors of a plan, of each file into one file; ``fetch`` gives each, in its dtype,
+    when its turn comes, so that no more than one has to be in memory."""
+    total = sum(entry.nbytes for _, entry in plan.stored.entries())
+    shards, copied = Shards(), 0
+
+    def take(file: TensorFile, reads: dict[str, Read], name: str) -> Tensor:
+        nonlocal copied
+        tensor = fetch(file, reads[name])
+        copied += plan.entry(reads[name]).nbytes
+        done(copied)
+        return tensor
+
+    with progress_bar(label, total, show_progress) as done:
+        for file_name, group in groupby(plan.reads, key=lambda read: read.file):
+            reads = {read.hub_name: read for read in group}
+            like = {
+                name: torch.empty(plan.entry(read).shape, dtype=read.dtype, device="meta")
+                for name, read in reads.items()
+            }
+            with plan.stored.open(file_name) as file:
+                shards.write(writer, like, partial(take, file, reads))
+    return shards

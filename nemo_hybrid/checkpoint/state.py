@@ -19,6 +19,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from itertools import chain, product
 from math import prod
@@ -57,7 +58,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 FROZEN = "frozen"  # key of the run state: parameters that are not trained
 _JSON = "json"  # metadata key of a rank file
 # Fields that may differ on resume: they do not change what the stored tensors mean.
-_FREE = (
+FREE = (
     "chunk_size",
     "max_position_embeddings",
     "initializer_range",
@@ -274,7 +275,7 @@ def check_resumable(
         theirs, ours = getattr(saved, f.name), getattr(config, f.name)
         if f.name == "mtp_pattern" and not (saved.mtp_num_depths or config.mtp_num_depths):
             continue
-        if theirs != ours and f.name not in _FREE:
+        if theirs != ours and f.name not in FREE:
             raise UserError(
                 f"{directory} has model.{f.name} {theirs!r}, this run has {ours!r}; use the same "
                 "model, or another run_dir"
@@ -317,7 +318,7 @@ def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
     # rank that wrote -> (stored fragment, wanted fragment)
     reads: dict[int, list[tuple[_Saved, Fragment]]] = defaultdict(list)
     for fragment in wanted:
-        _locate(directory, fragment, saved, reads)
+        _locate(directory, fragment, saved, reads, KINDS)
 
     def read(source: tuple[int, str]) -> None:
         rank, kind = source
@@ -372,6 +373,7 @@ def _locate(
     fragment: Fragment,
     saved: Mapping[str, tuple[tuple[int, ...], list[_Saved]]],
     reads: dict[int, list[tuple[_Saved, Fragment]]],
+    kinds: Iterable[str],
 ) -> None:
     """Find the stored fragments that a wanted one overlaps, and allocate its tensors."""
     if fragment.name not in saved:
@@ -385,7 +387,7 @@ def _locate(
     gap = _first_gap(pieces, fragment.start, fragment.stop)
     if gap is not None:
         raise CheckpointError(f"{directory} holds no optimizer state of {fragment.name}[{gap}]")
-    for kind in KINDS:
+    for kind in kinds:
         tensor = fragment.tensors.get(kind)
         if tensor is None:
             fragment.tensors[kind] = torch.empty(fragment.numel, dtype=torch.float32)
@@ -412,6 +414,33 @@ def _check_entry(opened: TensorFile, name: str, piece: _Saved, kind: str) -> str
     if entry.shape != (piece.numel,) or entry.dtype != "F32":
         raise CheckpointError(f"damaged checkpoint: {path}: {key} has a wrong shape or dtype")
     return key
+
+
+class Masters:
+    """The fp32 masters of a checkpoint, read one by one. Raises as `load_state`."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        """``stack``: closes the files in the end."""
+        self._directory, self._stack = directory, stack
+        self._saved = _read_optimizer_index(directory)
+        self._files: dict[int, TensorFile] = {}
+
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor | None:
+        """A master, flat; of a stack the matrix of one expert. None: it was not trained."""
+        if name not in self._saved:
+            return None
+        shape, kind = self._saved[name][0], KINDS[0]
+        size = prod(shape) if expert is None else prod(shape[1:])
+        wanted = Fragment(name, size * (expert or 0), size, shape)
+        reads: dict[int, list[tuple[_Saved, Fragment]]] = defaultdict(list)
+        _locate(self._directory, wanted, self._saved, reads, [kind])
+        for rank, pieces in reads.items():
+            if rank not in self._files:
+                opened = TensorFile(self._directory / _file(rank, kind))
+                self._files[rank] = self._stack.enter_context(opened)
+            for piece, fragment in pieces:
+                _copy_overlap(self._files[rank], piece, fragment, kind)
+        return wanted.tensors[kind]
 
 
 def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:
