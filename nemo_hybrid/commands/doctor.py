@@ -32,6 +32,7 @@ OPTIONAL = {
     "flash-attn": "flash_attn",
     "transformer-engine": "transformer_engine",
     "wandb": "wandb",
+    "trackio": "trackio",
 }
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "sve")
 IMPORT_LIMIT_S = 120

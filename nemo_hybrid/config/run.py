@@ -275,6 +275,9 @@ class TrainingConfig(Options):
     resume: str = "auto"
     """auto: newest valid checkpoint of the same configuration, else a fresh start; never: the
     directory must be empty; or the path of a checkpoint."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Service that gets the curves too, beside TensorBoard: Weights & Biases, or trackio; none:
+    nowhere."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: SequenceOptions = field(default_factory=SequenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.process import launched
 from nemo_hybrid.terminal import print_table
+from nemo_hybrid.train import track
 from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.flops import peak_source, train_flops_per_token
-from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing
+from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing, curves
 from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.progress import Progress
@@ -45,6 +46,7 @@ def train(recipe: Recipe, launcher: int) -> None:
     them, ends them.
     """
     recipe.check()
+    track.check(recipe.config.track)
     recipe.config.validate_world(launched()[1])
     watch = Watch(recipe.config.train.hang_timeout_s, launcher)
     with RunLock(recipe.config) as lock:
@@ -137,6 +139,7 @@ class Display:
             device=run.world.device,
         )
         self._writer = MetricsWriter(config.run_dir, position.step)
+        self._tracker = track.Tracker(config.track, Path(config.run_dir), asdict(config))
         self._progress = Progress(config.train.max_steps, position.step, config.train.log_every)
 
     def __enter__(self) -> Display:
@@ -145,6 +148,7 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.__exit__(*exception)
+        self._tracker.close()
         self._writer.close()
 
     def step(self, done: int, lr: float, outcome: Outcome, timing: Timing, logged: bool) -> None:
@@ -153,6 +157,7 @@ class Display:
         metrics = self._meter.metrics(done, lr, outcome, timing, counters, further)
         loads = {layer: counts_E.tolist() for layer, counts_E in outcome.loads.items() if logged}
         self._writer.write(metrics, loads if logged else None)
+        self._tracker.log(curves(metrics))
         self._progress.update(metrics)
 
     def note(self, text: str) -> None:

@@ -240,11 +240,9 @@ class MetricsWriter:
         if expert_load is not None:
             load = {layer: [int(n) for n in counts] for layer, counts in expert_load.items()}
             self._expert_load.append({"step": metrics.step, "load": load})
-        for name, value in _scalars(metrics).items():
-            self._board.add_scalar(name, value, metrics.step)
-        for step, losses in evaluations([metrics]):
-            for k, loss in enumerate(losses):
-                self._board.add_scalar(f"heldout/mtp_{k}" if k else "heldout/loss", loss, step)
+        for step, values in curves(metrics).items():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Force everything to the disk; call it before a checkpoint is given its final name."""
@@ -378,15 +376,21 @@ _CURVES = {
 }
 
 
-def _scalars(m: StepMetrics) -> dict[str, float]:
-    """The curves of TensorBoard that have a point at every step."""
-    curves = {name: getattr(m, field) for name, field in _CURVES.items()}
-    curves |= {f"loss/{name}": part for name, part in m.loss_parts.items()}
-    curves |= {f"loss/mtp_{k}": loss for k, loss in enumerate(m.mtp_losses, 1)}
-    curves |= {f"run/{name}": value for name, value in m.further.items()}
-    curves |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
+def curves(m: StepMetrics) -> dict[int, dict[str, float]]:
+    """The points that a row adds to the curves of TensorBoard and trackers: by step, by name."""
+    now = {name: getattr(m, field) for name, field in _CURVES.items()}
+    now |= {f"loss/{name}": part for name, part in m.loss_parts.items()}
+    now |= {f"loss/mtp_{k}": loss for k, loss in enumerate(m.mtp_losses, 1)}
+    now |= {f"run/{name}": value for name, value in m.further.items()}
+    now |= {f"max_vio/{layer}": value for layer, value in m.max_vio_per_layer.items()}
     for group, shares in (m.low_precision or {}).items():
-        curves |= {f"precision/{group}/{name}": share for name, share in shares.items()}
+        now |= {f"precision/{group}/{name}": share for name, share in shares.items()}
     if not m.max_vio_per_layer:
-        curves = {name: v for name, v in curves.items() if not name.startswith("experts/")}
-    return {name: value for name, value in curves.items() if value is not None}
+        now = {name: v for name, v in now.items() if not name.startswith("experts/")}
+    points = {step: _heldout(losses) for step, losses in evaluations([m])}
+    measured = {name: value for name, value in now.items() if value is not None}
+    return points | {m.step: measured | points.get(m.step, {})}
+
+
+def _heldout(losses: list[float]) -> dict[str, float]:
+    return {f"heldout/mtp_{k}" if k else "heldout/loss": loss for k, loss in enumerate(losses)}

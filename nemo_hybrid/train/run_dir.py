@@ -40,6 +40,7 @@ _LOCK = ".lock"
 MAY_CHANGE = (
     "run_dir",
     "resume",
+    "track",
     "checkpoint",
     "guard",
     "kernels",

@@ -166,7 +166,7 @@ def test_a_run_records_its_samples_and_is_not_changed_by_them(rows):
 
 
 def test_samples_are_curves_of_tensorboard(rows):
-    curves = metrics._scalars(rows[2][1])
+    before, sampled = (metrics.curves(row)[row.step] for row in rows[2][:2])
     share = rows[2][1].low_precision["experts"]["w_flushed"]
-    assert curves["precision/experts/w_flushed"] == share
-    assert not any(name.startswith("precision/") for name in metrics._scalars(rows[2][0]))
+    assert sampled["precision/experts/w_flushed"] == share
+    assert not any(name.startswith("precision/") for name in before)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from nemo_hybrid.train.guard import Counters
-from nemo_hybrid.train.metrics import Meter, StepMetrics, Timing, _scalars
+from nemo_hybrid.train.metrics import Meter, StepMetrics, Timing, curves
 from nemo_hybrid.train.progress import Progress, clock
 from nemo_hybrid.train.run import Outcome
 
@@ -63,7 +63,7 @@ def test_a_model_without_experts_shows_none_of_theirs():
         without = {"max_vio": none, "max_vio_per_layer": {}}
         for terminal in (False, True):
             assert "max vio" not in run(range(1, 3), terminal, **without)
-        assert not [name for name in _scalars(metrics(1, **without)) if name.startswith("experts")]
+        assert not [name for name in curves(metrics(1, **without))[1] if name.startswith("experts")]
     assert "max vio 0.42" in run(range(1, 3), False)
     outcome = Outcome({"loss": 1.0}, 1.0, {}, 0, None, False)
     meter = Meter(1, 1.0, None, 1, torch.device("cpu"))
