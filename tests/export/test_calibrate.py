@@ -119,8 +119,11 @@ def test_a_percentile_is_that_of_torch_within_a_bin(percentile: float) -> None:
         assert (len(sizes) < x.numel()) == (amax is found.amax[name])
         wanted = torch.quantile(sizes, percentile / 100, interpolation="higher")
         assert wanted <= amax.max() <= wanted * (1 + 2.0**-7)
-    again = calibrate(model, ids_BS.flip(0).split(1), percentile)
+    again = calibrate(model, ids_BS.split(2)[::-1], percentile)
     assert torch.equal(again.amax[name], found.amax[name])
+    # Products of other sizes may round otherwise, which moves a value by one bin at most.
+    alone = calibrate(model, ids_BS.split(1), percentile)
+    assert torch.allclose(alone.amax[name], found.amax[name], rtol=2.0**-6, atol=0)
 
 
 def test_zeros_give_a_scale_that_can_divide_and_nan_is_an_error() -> None:
