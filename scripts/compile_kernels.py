@@ -171,6 +171,9 @@ def faults(code: Code) -> list[str]:
 
 def in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Code | str]]:
     """(index, code or what went wrong) of every job, as they end; at most ``workers`` at a time."""
+    from triton.runtime.cache import triton_key
+
+    triton_key()  # a digest of the whole compiler, remembered; else every process makes its own
     fork = multiprocessing.get_context("fork")  # imports once, and one abort ends one compilation
     waiting = list(enumerate(jobs))
     running: dict[Any, tuple[int, Any, Any]] = {}
