@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -34,14 +33,13 @@ from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import replace_file
-from nemo_hybrid.generation.sampling import generate
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.generation.batched import Generator, Request
 from nemo_hybrid.terminal import print_table
 
 SHOWN, WIDTH = 4, 60
 """Answers that are printed, and how much of each."""
 AT_ONCE = 32
-"""Prompts of equal length that are answered together."""
+"""Questions that are answered together."""
 
 
 @dataclass
@@ -82,45 +80,26 @@ def read_questions(path: Path, template: ChatTemplate) -> Iterator[tuple[Questio
                 raise UserError(f"{record.where}: {error}") from error
 
 
-def answer(model: HybridLM, prompt_BS: torch.Tensor, most: int, ends: list[int]) -> list[list[int]]:
-    """Token ids of the greedy answers, at most ``most``, without the token that ends them."""
-    answers: list[list[int]] = [[] for _ in prompt_BS]
-    going = set(range(len(prompt_BS)))
-    for ids_B in generate(model, prompt_BS, most):
-        going = {row for row in going if int(ids_B[row]) not in ends}
-        for row in going:
-            answers[row].append(int(ids_B[row]))
-        if not going:
-            break
-    return answers
-
-
 def ask(directory: Path, data: Path, chat_template: str | None, limit: int) -> list[Question]:
     """The first ``limit`` questions of the file and the model's answers. Raises UserError."""
     directory = resolve(directory)
     tokenizer = load_tokenizer(directory)
     template = need_template(load_template(tokenizer, directory, chat_template), directory)
-    questions, groups = [], defaultdict(list)
-    for question, ids in read_questions(data, template):
-        questions.append(question)
-        groups[len(ids)].append((question, ids))
-        if len(questions) == limit:
-            break
+    asked = list(islice(read_questions(data, template), limit or None))
+    questions = [question for question, _ in asked]
     if not questions:
         raise UserError(f"{data} holds no conversation")
     model = load_model(directory).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    ends = stop_ids(directory, model.config.eos_token_id)
+    stops = frozenset(stop_ids(directory, model.config.eos_token_id))
     longest = max(len(ids) for ids in tokenizer.encode([q.right for q in questions]))
-    for group in groups.values():
-        for start in range(0, len(group), AT_ONCE):
-            some = group[start : start + AT_ONCE]
-            prompt_BS = torch.from_numpy(np.stack([ids for _, ids in some]))
-            prompt_BS = prompt_BS.to(model.lm_head.weight.device)
-            found = answer(model, prompt_BS, longest + 8, ends)
-            for (question, _), answered in zip(some, found, strict=True):
-                question.answer = tokenizer.decode(answered)
+    requests = (
+        Request(number, ids.tolist(), longest + 8, stops=stops)
+        for number, (_, ids) in enumerate(asked)
+    )
+    for rollout in Generator(model, AT_ONCE).run(requests):
+        questions[rollout.request.prompt].answer = tokenizer.decode(rollout.said)
     return questions
 
 

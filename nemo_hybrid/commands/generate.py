@@ -85,7 +85,7 @@ def generate_command(options: GenerateOptions) -> None:
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
-    from nemo_hybrid.generation.sampling import generate
+    from nemo_hybrid.generation.batched import Generator, Request, Rollout
 
     def read(given: Path) -> tuple[HybridLM, TextTokenizer, NDArray[np.int64], list[int]]:
         directory = given
@@ -111,29 +111,27 @@ def generate_command(options: GenerateOptions) -> None:
             f"the prompt holds {tokenizer.decode([int(ids.max())])!r}, token {ids.max()} of the "
             f"tokenizer, beyond the model's vocab_size {model.config.vocab_size}"
         )
-    prompt_BS = torch.from_numpy(ids)[None].to(model.lm_head.weight.device)
 
-    began, count = time.monotonic(), 0
-    text = TextStream(tokenizer)
+    began = time.monotonic()
+    text, shown = TextStream(tokenizer), 0
+
+    def show(rollout: Rollout) -> None:
+        nonlocal shown
+        for token in rollout.said[shown:]:
+            sys.stdout.write(text.add(token))
+        sys.stdout.flush()
+        shown = len(rollout.said)
+
     if not options.chat:
         sys.stdout.write(options.prompt)
-    for ids_B in generate(
-        model,
-        prompt_BS,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    ):
-        token = int(ids_B)
-        if token in ends:
-            break
-        count += 1
-        sys.stdout.write(text.add(token))
-        sys.stdout.flush()
-    sys.stdout.write(text.finish() + "\n")
+    request = Request(0, ids.tolist(), options.max_new_tokens, stops=frozenset(ends))
+    generator = Generator(
+        model, 1, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    for _ in generator.run([request], show):
+        sys.stdout.write(text.finish() + "\n")
     seconds = time.monotonic() - began
-    print(f"[{count} tokens in {seconds:.1f} s]", file=sys.stderr)
+    print(f"[{shown} tokens in {seconds:.1f} s]", file=sys.stderr)
 
 
 COMMANDS = {"generate": Command(generate_command, GenerateOptions)}

@@ -1,75 +1,59 @@
-"""Texts token by token: one is drawn from the model's prediction, and read.
+"""Drawing tokens, by numbers that depend on nothing but what is drawn.
 
-Shapes: B rows, S tokens of the prompt, D hidden, V vocabulary.
+Every token of every sample has a random number of its own, a function of the seed, the number of
+the prompt, that of the sample and the token's place in it. So a text does not depend on what is
+drawn beside it or before it.
+
+Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
 
-from nemo_hybrid.errors import UserError
-from nemo_hybrid.model.cache import commit
-from nemo_hybrid.model.hybrid import HybridLM
+from nemo_kernels.lowp.rounding import random_words
 
-_PIECE = 2048
-"""Tokens of a prompt that are read at once: so much bounds the memory that it takes."""
-_ROOM = 256
-"""New tokens that caches have room for at first."""
+_LEAST = 1e-30
+"""Temperatures below are this one, at which a division cannot fail."""
 
 
-def sample(
-    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Next token ids [B]: the most probable at temperature 0, else a draw.
+def stream(seed: int, prompt: int, sample: int) -> int:
+    """What the random numbers of a sample come from: 64 bits, signed."""
+    digest = hashlib.blake2b(repr((seed, prompt, sample)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
-    ``top_p``: only from the fewest most probable tokens that together have at least this
+
+def uniforms(streams_B: Tensor, places_B: Tensor) -> Tensor:
+    """The random number in [0, 1) of a place (int64, from 0) in each stream: fp64, of 53 bits."""
+    words_B = random_words(places_B, streams_B)
+    return ((words_B >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def draw(logits_BV: Tensor, temperature: float, top_p: float, uniforms_B: Tensor) -> Tensor:
+    """Next token ids [B], at a positive temperature: every token has a part of [0, 1) as large as
+    its probability, in the order of ids, and that is drawn in whose part the uniform number lies.
+
+    ``top_p``: only of the fewest most probable tokens that together have at least this
     probability (Holtzman et al. 2020, arXiv 1904.09751); ties keep the smaller id.
     """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    # In float64, and with no positive exponent, so that no temperature is too small.
-    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True).double()
-    probabilities_BV = (below_BV / temperature).softmax(-1)
+    below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    parts_BV = (below_BV / max(temperature, _LEAST)).exp_()
     if top_p < 1:
-        ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+        ordered_BV, order_BV = parts_BV.double().sort(dim=-1, descending=True, stable=True)
         before_BV = ordered_BV.cumsum(-1) - ordered_BV
-        ordered_BV = ordered_BV.masked_fill(before_BV >= top_p, 0.0)
-        probabilities_BV = torch.zeros_like(ordered_BV).scatter(-1, order_BV, ordered_BV)
-    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)
+        beyond_BV = before_BV >= top_p * ordered_BV.sum(-1, keepdim=True)
+        ordered_BV = ordered_BV.masked_fill_(beyond_BV, 0.0)
+        parts_BV = torch.zeros_like(ordered_BV).scatter_(-1, order_BV, ordered_BV)
+    ends_BV = parts_BV.cumsum(-1, dtype=torch.float64)
+    drawn_B1 = (uniforms_B * ends_BV[:, -1])[:, None]
+    # Where a logit is no number there is no place; whoever reads the log-probability notices.
+    return torch.searchsorted(ends_BV, drawn_B1, right=True)[:, 0].clamp_(max=ends_BV.shape[1] - 1)
 
 
-def generate(
-    model: HybridLM,
-    prompt_BS: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[Tensor]:
-    """Yield one token id per row [B] at a time, ``max_new_tokens`` times.
-
-    ``prompt_BS`` holds prompts of equal length of at least one token. Raises UserError where the
-    model gives no finite logits.
-    """
-    generator = torch.Generator(prompt_BS.device).manual_seed(seed)
-    rows, length = prompt_BS.shape
-    caches = model.new_caches(rows, length + min(max_new_tokens, _ROOM))
-    for ids_BS in prompt_BS.split(_PIECE, dim=1):
-        counts_B = torch.full((rows,), ids_BS.shape[1], device=ids_BS.device)
-        h_BSD, after = model.read(ids_BS, counts_B, caches)
-        commit(caches, after)
-    h_BD = h_BSD[:, -1]
-    for count in range(1, max_new_tokens + 1):
-        logits_BV = model.logits(h_BD)
-        if not logits_BV.isfinite().all():
-            raise UserError(
-                f"the logits of new token {count} are not finite, though the weights are: the "
-                "model is broken"
-            )
-        ids_B = sample(logits_BV, temperature, top_p, generator)
-        yield ids_B
-        if count < max_new_tokens:
-            caches.reserve(length + count)
-            h_BD = model.decode(ids_B, caches)
+def log_probabilities(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
+    """The model's own log-probability of each id [B], whatever the temperature that it was drawn
+    at."""
+    return logits_BV.gather(-1, ids_B[:, None])[:, 0] - logits_BV.logsumexp(-1)

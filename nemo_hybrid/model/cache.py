@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class LayerCache(Protocol):
-    """What one layer remembers."""
+    """What one layer remembers, in attributes that are tensors with the rows first."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in every row."""
@@ -116,3 +116,13 @@ def commit(caches: Caches, after: After) -> None:
     for cache, state in zip(caches.layers, after.states, strict=True):
         if cache is not None:
             cache.commit(state)
+
+
+def copy_rows(source: Caches, from_N: Tensor, target: Caches, to_N: Tensor) -> None:
+    """Have rows of ``target``, which has room for them, remember what rows of ``source`` do."""
+    target.lengths_B[to_N] = source.lengths_B[from_N]
+    for theirs, ours in zip(source.layers, target.layers, strict=True):
+        for name, held in vars(theirs).items() if theirs else ():
+            place = getattr(ours, name)
+            both = min(held.shape[1], place.shape[1])  # of room; elsewhere they are the same
+            place[to_N, :both] = held[from_N, :both]

@@ -62,6 +62,13 @@ class AllToAllDispatcher(nn.Module):
         if dist.get_rank(self.group) * self.num_local_experts != self.owned.start:
             raise RuntimeError("DeepSpeed ordered the expert-parallel ranks in an unexpected way")
 
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the processes of this group have."""
+        on_gpu = dist.get_backend(self.group) == dist.Backend.NCCL
+        largest = torch.tensor(number, device="cuda" if on_gpu else "cpu")
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
     def forward(
         self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
     ) -> Tensor:

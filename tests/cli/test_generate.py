@@ -1,17 +1,34 @@
 """generate: the prompt is read as transformers reads it, and the text comes out whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from nemo_hybrid import HybridConfig, HybridLM
 from nemo_hybrid.commands.generate import GenerateOptions, generate_command, stop_ids
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.generation import sampling
+from nemo_hybrid.generation.batched import Generator, Request, Rollout
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[list[int]]:
+    """Have every model say these tokens, one after the other; the list is of what it is asked."""
+    asked: list[list[int]] = []
+
+    def fixed(
+        self: Generator, requests: Iterable[Request], watch: Callable[[Rollout], None]
+    ) -> Iterator[Rollout]:
+        for request in requests:
+            asked.append(list(request.ids))
+            rollout = Rollout(request, 0)
+            for token in ids:
+                rollout.ids.append(token)
+                watch(rollout)
+            yield rollout
+
+    monkeypatch.setattr(Generator, "run", fixed)
+    return asked
 
 
 def test_text_in_and_text_out(
@@ -27,17 +44,10 @@ def test_text_in_and_text_out(
     for name, data in tokenizer.files.items():
         (tmp_path / "model" / name).write_bytes(data)
     (answer,) = tokenizer.encode([" é </s>\U0001f600"])
-    prompts: list[Tensor] = []
-
-    def fixed(model: HybridLM, prompt_BS: Tensor, *_: object, **__: object) -> Iterator[Tensor]:
-        prompts.append(prompt_BS)
-        yield from torch.from_numpy(answer[:-1])[:, None]
-
-    monkeypatch.setattr(sampling, "generate", fixed)
+    prompts = answers(monkeypatch, answer[:-1].tolist())
     generate_command(GenerateOptions(str(tmp_path / "model"), "a </s> b"))
-    assert prompts[0].tolist() == [
-        AutoTokenizer.from_pretrained(tmp_path / "model")("a </s> b")["input_ids"]
-    ]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert prompts[0] == theirs("a </s> b")["input_ids"]
     assert tokenizer.eos_id in prompts[0]
     shown = capsys.readouterr().out
     assert shown.rstrip("\ufffd\n") == "a </s> b é </s>"
@@ -72,13 +82,7 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     for name, data in tokenizer.files.items():
         (tmp_path / "model" / name).write_bytes(data)
     (answer,) = tokenizer.encode(["yes"])
-    prompts: list[Tensor] = []
-
-    def fixed(model: HybridLM, prompt_BS: Tensor, *_: object, **__: object) -> Iterator[Tensor]:
-        prompts.append(prompt_BS)
-        yield from torch.from_numpy(answer)[:, None]
-
-    monkeypatch.setattr(sampling, "generate", fixed)
+    prompts = answers(monkeypatch, answer.tolist())
     options = GenerateOptions(str(tmp_path / "model"), "a b?", chat=True)
     with pytest.raises(UserError, match="has no chat template"):
         generate_command(options)
@@ -90,7 +94,7 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     expected = AutoTokenizer.from_pretrained(tmp_path / "model").apply_chat_template(
         [{"role": "user", "content": "a b?"}], add_generation_prompt=True, return_dict=False
     )
-    assert prompts[0].tolist() == [expected]
+    assert prompts[0] == expected
     assert expected[0] == 1
     assert expected.count(2) == 1
     assert capsys.readouterr().out == "yes\n"

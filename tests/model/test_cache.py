@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.generated import greedy
 from helpers.tiny_models import CHUNK, CONV, decided_model, loud_model, random_ids, tiny_config
-from nemo_hybrid.generation import sampling
-from nemo_hybrid.generation.sampling import generate
+from nemo_hybrid.generation import batched
 from nemo_hybrid.model import attention as attention_module
 from nemo_hybrid.model import layer as layer_module
 from nemo_hybrid.model.cache import After, AttentionCache, Caches, MambaCache, commit
@@ -207,7 +207,7 @@ def test_ids_that_pad_change_no_bit(pattern: str) -> None:
     assert torch.equal(read[0], read[2])
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "-", "M*-M", "ME*-ME"])
+@pytest.mark.parametrize("pattern", ["M", "*", "-", "E", "M*-M", "ME*-ME"])
 def test_other_rows_change_no_bit(pattern: str) -> None:
     """Other texts in the other rows, and other numbers of their tokens; experts then work on other
     tokens together, whose sums may be ordered otherwise."""
@@ -217,7 +217,7 @@ def test_other_rows_change_no_bit(pattern: str) -> None:
     elsewhere = [[counts[2], counts[1], counts[0]] for counts in pieces]
     ours_BSD, _ = read_in_pieces(case.model, case.ids_BS, pieces)
     theirs_BSD, _ = read_in_pieces(case.model, other_BS, elsewhere)
-    assert off(theirs_BSD[1], case.truth_BSD[1]) <= case.allowed
+    assert off(theirs_BSD[1], case.truth_BSD[1]) <= case.allowed <= 1e-5
     assert "E" in pattern or torch.equal(theirs_BSD[1], ours_BSD[1])
     assert off(theirs_BSD[0], ours_BSD[0]) > NOTICED
 
@@ -333,7 +333,7 @@ def speculated(
 def test_a_text_from_drafts_is_the_greedy_text(pattern: str) -> None:
     model, ids_BS, *_ = case_of(pattern)
     prompt_BS = ids_BS[:, : CHUNK + 1]
-    plain_BN = torch.stack(list(generate(model, prompt_BS, 32)), 1)
+    plain_BN = greedy(model, prompt_BS, 32)
     assert torch.equal(speculated(model, prompt_BS, plain_BN), plain_BN)
     if "M" in pattern:  # of keys and values lengths alone decide
         wrong_BN = speculated(model, prompt_BS, plain_BN, taken_back=False)
@@ -451,9 +451,8 @@ def test_greedy_continuation_equals_that_without_caches(
 ) -> None:
     model = loud_model(tiny_config(pattern)).requires_grad_(False)
     prompt_BS = random_ids(model.config, 2, prompt)
-    monkeypatch.setattr(sampling, "_PIECE", 4)
-    monkeypatch.setattr(sampling, "_ROOM", 2)
-    cached_BN = torch.stack(list(generate(model, prompt_BS, 20)), dim=1)
+    monkeypatch.setattr(batched, "_PIECE", 4)
+    cached_BN = greedy(model, prompt_BS, 20)
     ids_BS = prompt_BS
     for _ in range(20):
         next_B = model(ids_BS).logits[:, -1].argmax(-1)
@@ -464,7 +463,7 @@ def test_greedy_continuation_equals_that_without_caches(
 def test_greedy_continuations_are_not_trivial() -> None:
     """Else the comparison above would compare little: long runs of one token, or no memory."""
     model = loud_model(tiny_config("ME*-ME"))
-    tokens = [int(ids[0]) for ids in generate(model, random_ids(model.config, 1, 9), 20)]
-    other = [int(ids[0]) for ids in generate(model, random_ids(model.config, 1, 9, seed=1), 20)]
+    tokens = greedy(model, random_ids(model.config, 1, 9), 20)[0].tolist()
+    other = greedy(model, random_ids(model.config, 1, 9, seed=1), 20)[0].tolist()
     assert len(set(tokens)) > 5
     assert tokens != other

@@ -3,15 +3,13 @@
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import exact_match
 import finetune_figures
 import make_chats
 import pytest
-import torch
-from torch import Tensor
 
 from helpers.processes import run_python
 from nemo_hybrid import HybridConfig, HybridLM
@@ -21,6 +19,7 @@ from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import BadRecord, find_sources
 from nemo_hybrid.data.template import load_template, need_template
 from nemo_hybrid.data.tokenizer import train_tokenizer
+from nemo_hybrid.generation.batched import Request, Rollout
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "configs" / "chat_template.jinja"
@@ -131,15 +130,20 @@ def parrot(chats: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[st
                 known[tuple(asked.tolist())] = text, [*ids, EOS, 50, 51]
             text += f"<s>{message['role']}\n{message['content']}</s>\n"
 
-    def answers(model: HybridLM, prompt_BS: Tensor, most: int) -> Iterator[Tensor]:
-        found = []
-        for prompt in prompt_BS.tolist():
-            text, ids = known[tuple(prompt)]
-            found.append([50, *ids] if any(word in text for word in wrong) else ids)
-        for step in range(most):
-            yield torch.tensor([ids[min(step, len(ids) - 1)] for ids in found])
+    class Parrot:
+        def __init__(self, model: HybridLM, slots: int) -> None:
+            pass
 
-    monkeypatch.setattr(exact_match, "generate", answers)
+        def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
+            for request in requests:
+                text, ids = known[tuple(request.ids)]
+                rollout = Rollout(request, 0)
+                for token in [50, *ids] if any(word in text for word in wrong) else ids:
+                    if not rollout.ended:
+                        rollout.ids.append(token)
+                yield rollout
+
+    monkeypatch.setattr(exact_match, "Generator", Parrot)
     return wrong
 
 

@@ -65,12 +65,22 @@ def random_bits(n: int, seed: int, device: torch.device | str = "cpu", start: in
         n, start: multiples of 4.
         seed: 64 bits, signed or not; another one for every tensor.
     """
-    z = torch.arange(start // 4 + 1, (start + n) // 4 + 1, dtype=torch.int64, device=device)
-    z.mul_(_signed(_GAMMA)).add_(_signed(seed))  # int64 wraps around
+    word = torch.arange(start // 4, (start + n) // 4, dtype=torch.int64, device=device)
+    return random_words(word, seed).view(torch.int16)
+
+
+def random_words(i: Tensor, seed: int | Tensor) -> Tensor:
+    """Word ``i`` (int64, any shape, from 0) of the generator of each seed: 64 random bits, int64.
+
+    Args:
+        seed: 64 bits, a signed or unsigned number, or int64 that goes with ``i``.
+    """
+    seed = seed if isinstance(seed, Tensor) else _signed(seed)
+    z = (i + 1).mul_(_signed(_GAMMA)).add_(seed)  # int64 wraps around
     high = torch.empty_like(z)
     for shift, factor in _MIX:
         z.bitwise_xor_(_shifted(z, shift, high)).mul_(_signed(factor))
-    return z.bitwise_xor_(_shifted(z, 31, high)).view(torch.int16)
+    return z.bitwise_xor_(_shifted(z, 31, high))
 
 
 def _shifted(z: Tensor, places: int, out: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.generated import greedy
 from helpers.nemotron_h_oracle import load_theirs, transformers_twin
 from helpers.sabotage import sabotages
 from helpers.tiny_models import (
@@ -24,7 +25,6 @@ from helpers.tiny_models import (
     smallest_routing_margin,
     tiny_config,
 )
-from nemo_hybrid.generation.sampling import generate
 from nemo_hybrid.hub import HybridLM
 
 NEW = 24
@@ -52,10 +52,6 @@ def without_caches(model: HybridLM, prompt_BS: Tensor) -> tuple[Tensor, float]:
     return ids_BS[:, prompt_BS.shape[1] :], min(leads)
 
 
-def with_caches(model: HybridLM, prompt_BS: Tensor) -> Tensor:
-    return torch.stack(list(generate(model, prompt_BS, NEW)), dim=1)
-
-
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_greedy_continuation_equals_that_of_transformers(case: str, tmp_path: Path) -> None:
@@ -70,7 +66,7 @@ def test_greedy_continuation_equals_that_of_transformers(case: str, tmp_path: Pa
     for length in PROMPTS:
         prompt_BS = random_ids(config, ROWS, length, seed=length)
         reference_BS = theirs.generate(prompt_BS, do_sample=False, max_new_tokens=NEW)
-        assert torch.equal(with_caches(ours, prompt_BS), reference_BS[:, length:])
+        assert torch.equal(greedy(ours, prompt_BS, NEW), reference_BS[:, length:])
         alone_BN, lead = without_caches(ours, prompt_BS)
         assert torch.equal(alone_BN, reference_BS[:, length:])
 
@@ -87,4 +83,4 @@ def test_greedy_continuation_equals_that_of_transformers(case: str, tmp_path: Pa
             best_BS = ours(reference_BS).logits.argmax(-1)
         changed = best_BS[:, length - 1 : -1] != reference_BS[:, length:]
         assert changed.any(), f"the comparison would not notice: {name}"
-    assert torch.equal(with_caches(ours, prompt_BS), alone_BN)
+    assert torch.equal(greedy(ours, prompt_BS, NEW), alone_BN)

@@ -1,0 +1,264 @@
+"""Texts token by token, many at once: every slot goes on with one, and takes the next when it ends.
+
+A prompt is read once, in pieces, beside the slots; then each of its samples gets a copy of what was
+remembered. A sample depends on the weights, the seed and its two numbers alone (see `sampling`), up
+to rounding: not on the number of slots, nor on what else is generated.
+
+Shapes: B slots, P prompts that are read together, S tokens of them, N samples that are placed, D
+hidden, V vocabulary, K steps between two looks at what was drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation.sampling import draw, log_probabilities, stream, uniforms
+from nemo_hybrid.model.cache import commit, copy_rows
+from nemo_hybrid.model.hybrid import HybridLM
+
+_PIECE = 2048
+"""Tokens of prompts that are read at once: so much bounds the memory that it takes."""
+_STEPS = {"cpu": 1}
+_STEPS_ELSEWHERE = 8
+"""Tokens per slot between two looks at what was drawn, for which a GPU has to be waited for."""
+_FREE_SHARE = 8
+"""One slot of so many is free before prompts are read: reading a few takes little longer than
+reading one."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to follow the tokens ``ids``, at least one: ``samples`` are the numbers of those that
+    are wanted, each of ``most`` tokens or fewer, where one of ``stops`` comes."""
+
+    prompt: int
+    ids: Sequence[int]
+    most: int
+    samples: Sequence[int] = (0,)
+    stops: Set[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sample: its tokens, that which stopped it included, and the model's own log-probability
+    of each (at temperature 1, of all tokens)."""
+
+    request: Request
+    sample: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def ended(self) -> Literal["stop", "length"] | None:
+        """How; None where it goes on."""
+        if self.ids and self.ids[-1] in self.request.stops:
+            return "stop"
+        return "length" if len(self.ids) >= self.request.most else None
+
+    @property
+    def said(self) -> list[int]:
+        """The tokens without that which stopped it."""
+        return self.ids[: len(self.ids) - (self.ended == "stop")]
+
+
+Most = Callable[[int], int]
+"""Gives each of several processes that share experts the largest of their numbers."""
+
+
+def alone(number: int) -> int:
+    """`Most` of one process."""
+    return number
+
+
+class Generator:
+    """Generates with a model in ``slots`` rows or fewer.
+
+    With ``most`` several processes make every pass together, and go on until none has a row left.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        slots: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        most: Most = alone,
+    ) -> None:
+        self._model, self._slots, self._seed, self._most = model, slots, seed, most
+        self._temperature, self._top_p = temperature, top_p
+
+    @torch.inference_mode()
+    def run(
+        self, requests: Iterable[Request], watch: Callable[[Rollout], None] | None = None
+    ) -> Iterator[Rollout]:
+        """The samples of all requests, each when it ends. ``watch`` is shown a rollout whenever it
+        has grown. Raises UserError where the model's logits are no numbers."""
+        waiting = deque(request for request in requests if request.samples)
+        rows = min(self._slots, sum(len(request.samples) for request in waiting))
+        slots, prompts = _Slots(self._model, rows), _Prompts(self._model, [])
+        while True:
+            free = len(slots.free)
+            batch: list[Request] = []
+            if not prompts.samples and free * _FREE_SHARE >= len(slots.rollouts):
+                while waiting and sum(len(request.samples) for request in batch) < free:
+                    batch.append(waiting.popleft())
+            if batch:
+                prompts = _Prompts(self._model, batch)
+            left = prompts.samples or waiting or free < len(slots.rollouts)
+            passes = self._most(1 + bool(batch) * prompts.pieces if left else 0)
+            if not passes:
+                return
+            # Who has none reads as many, of nobody: its experts are needed.
+            (prompts if batch else _Prompts(self._model, [])).read(passes - 1)
+            slots.take(prompts, self._seed)
+            for rollout in slots.step(self._temperature, self._top_p):
+                if watch:
+                    watch(rollout)
+                if rollout.ended:
+                    yield rollout
+            if not waiting and not prompts.samples:
+                slots = slots.without_free()
+
+
+class _Prompts:
+    """Prompts that are read together, and samples of them that wait for a slot."""
+
+    def __init__(self, model: HybridLM, requests: Sequence[Request]) -> None:
+        like, chunk = model.lm_head.weight, model.config.chunk_size
+        self.samples = deque(
+            (Rollout(request, number), row)
+            for row, request in enumerate(requests)
+            for number in request.samples
+        )
+        self.longest = max((len(request.ids) for request in requests), default=0)
+        width = _PIECE // max(1, len(requests))
+        self._width = max(chunk, width - width % chunk)  # whole chunks, as if it were read at once
+        self.pieces = -(-self.longest // self._width)
+        rows = [list(r.ids) + [0] * (self.longest - len(r.ids)) for r in requests]
+        self._ids_PS = torch.tensor(rows, dtype=torch.int64, device=like.device).view(
+            len(requests), self.longest
+        )
+        counts = [len(request.ids) for request in requests]
+        self._counts_P = torch.tensor(counts, dtype=torch.int64, device=like.device)
+        self._model = model
+        self.caches = model.new_caches(len(requests), self.longest + 1)
+        self.h_PD = like.new_zeros(len(requests), model.config.hidden_size)
+
+    def read(self, pieces: int) -> None:
+        """Make so many passes; what there is fits into ``self.pieces``."""
+        every_P = torch.arange(len(self._counts_P), device=self._counts_P.device)
+        for start in range(0, pieces * self._width, self._width):
+            ids_PS = self._ids_PS[:, start : start + self._width]
+            if not ids_PS.shape[1]:
+                ids_PS = self._counts_P[:, None]  # of which none counts
+            left_P = self._counts_P - start
+            now_P = left_P.clamp(0, ids_PS.shape[1])
+            h_PSD, after = self._model.read(ids_PS, now_P, self.caches)
+            commit(self.caches, after)
+            last_PD = h_PSD[every_P, (now_P - 1).clamp(min=0)]
+            self.h_PD = torch.where((left_P > 0)[:, None], last_PD, self.h_PD)
+
+
+class _Slots:
+    """What goes on: rollouts by slot, what was read of them, and where their numbers come from."""
+
+    def __init__(self, model: HybridLM, rows: int, room: int = 0) -> None:
+        like = model.lm_head.weight
+        self._model = model
+        self.rollouts: list[Rollout | None] = [None] * rows
+        self._lengths = [0] * rows  # those of the caches, known without asking the device
+        self._caches = model.new_caches(rows, room)
+        self._h_BD = like.new_zeros(rows, model.config.hidden_size)
+        self._streams_B, self._places_B = torch.zeros_like(self._caches.lengths_B).repeat(2, 1)
+        self._steps = _STEPS.get(like.device.type, _STEPS_ELSEWHERE)
+
+    @property
+    def free(self) -> list[int]:
+        return [slot for slot, rollout in enumerate(self.rollouts) if rollout is None]
+
+    def take(self, prompts: _Prompts, seed: int) -> None:
+        """Give free slots to samples that wait."""
+        free = self.free[: len(prompts.samples)]
+        if not free:
+            return
+        starting = [prompts.samples.popleft() for _ in free]
+        streams = []
+        for slot, (rollout, _) in zip(free, starting, strict=True):
+            self.rollouts[slot] = rollout
+            self._lengths[slot] = len(rollout.request.ids)
+            streams.append(stream(seed, rollout.request.prompt, rollout.sample))
+        self._caches.reserve(prompts.longest)
+        to_N, from_N, streams_N = (
+            torch.tensor(numbers, device=self._h_BD.device)
+            for numbers in (free, [row for _, row in starting], streams)
+        )
+        copy_rows(prompts.caches, from_N, self._caches, to_N)
+        self._h_BD[to_N] = prompts.h_PD[from_N]
+        self._streams_B[to_N], self._places_B[to_N] = streams_N, 0
+
+    def step(self, temperature: float, top_p: float) -> Iterator[Rollout]:
+        """Draw and read a few tokens in every slot. Gives the rollouts that have grown; those that
+        have ended leave their slots free."""
+        self._lengths = [length + self._steps for length in self._lengths]
+        self._caches.reserve(max(self._lengths, default=0))
+        ids_KB, logprobs_KB = [], []
+        for _ in range(self._steps):
+            logits_BV = self._model.logits(self._h_BD)
+            if temperature == 0:
+                ids_B = logits_BV.argmax(-1)
+            else:
+                uniforms_B = uniforms(self._streams_B, self._places_B)
+                ids_B = draw(logits_BV, temperature, top_p, uniforms_B)
+            ids_KB.append(ids_B)
+            logprobs_KB.append(log_probabilities(logits_BV, ids_B))
+            self._h_BD = self._model.decode(ids_B, self._caches)
+            self._places_B += 1
+        ids_BK, logprobs_BK = (torch.stack(t, 1).tolist() for t in (ids_KB, logprobs_KB))
+        for slot, rollout in enumerate(self.rollouts):
+            if rollout is None:
+                continue
+            for token, logprob in zip(ids_BK[slot], logprobs_BK[slot], strict=True):
+                _check_finite(logprob, len(rollout.ids) + 1)
+                rollout.ids.append(token)
+                rollout.logprobs.append(logprob)
+                if rollout.ended:
+                    self._leave(slot)
+                    break
+            yield rollout
+
+    def _leave(self, slot: int) -> None:
+        """Until another sample takes the slot, it is read on with the others, from length 0."""
+        self.rollouts[slot] = None
+        self._lengths[slot] = 0
+        self._caches.lengths_B[slot] = 0
+
+    def without_free(self) -> _Slots:
+        """Fewer slots, if half of them are free."""
+        live = [slot for slot, rollout in enumerate(self.rollouts) if rollout]
+        if 2 * len(live) > len(self.rollouts) or not self.rollouts:
+            return self
+        lengths = [self._lengths[slot] for slot in live]
+        fewer = _Slots(self._model, len(live), max(lengths, default=0))
+        fewer.rollouts, fewer._lengths = [self.rollouts[slot] for slot in live], lengths
+        live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
+        copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
+        fewer._h_BD = self._h_BD[live_N]
+        fewer._streams_B, fewer._places_B = self._streams_B[live_N], self._places_B[live_N]
+        return fewer
+
+
+def _check_finite(logprob: float, token: int) -> None:
+    if not math.isfinite(logprob):
+        raise UserError(
+            f"the logits of new token {token} are not finite, though the weights are: the model is "
+            "broken"
+        )
