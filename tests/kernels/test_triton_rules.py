@@ -43,9 +43,9 @@ TUNING = ("autotune", "heuristics")
 def launched() -> dict[str, dict[str, set[str]]]:
     """For each module the types under which tensors are given to its pointer arguments."""
     kinds: dict[str, dict[str, set[str]]] = {}
-    for (kernel, arguments, _), _ in kernel_launches.launches():
-        of_module = kinds.setdefault(kernel.fn.__module__, {})
-        for name, argument in zip(kernel.arg_names, arguments, strict=False):
+    for one, _ in kernel_launches.launches():
+        of_module = kinds.setdefault(one.kernel.fn.__module__, {})
+        for name, argument in zip(one.kernel.arg_names, one.arguments, strict=False):
             if isinstance(argument, torch.Tensor):
                 kind = str(argument.dtype).replace("torch.", "*")
                 of_module.setdefault(name, set()).add(kind)

@@ -76,7 +76,8 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
     with torch.cuda.device_of(out):
         grid = (E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
         operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
-        launch(_wgrad_kernel, grid, *operands, ends_E, out, M, N, **tile.options())
+        flop = 2 * M * N * a.shape[-1]
+        launch(_wgrad_kernel, grid, *operands, ends_E, out, M, N, flop=flop, **tile.options())
     return out
 
 
@@ -90,7 +91,8 @@ def _rows(a: Packed, b: Packed, ends_E: Tensor | None, dtype: torch.dtype) -> Te
         grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
         operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
         sizes = (M, N, K, 0 if ends_E is None else len(ends_E))
-        launch(_rows_kernel, grid, *operands, ends_E, out, *sizes, **tile.options())
+        flop = 2 * M * N * K
+        launch(_rows_kernel, grid, *operands, ends_E, out, *sizes, flop=flop, **tile.options())
     return out
 
 

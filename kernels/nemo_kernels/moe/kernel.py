@@ -216,17 +216,22 @@ def _empty_inner(routed: Routed) -> Tensor:
     return routed.x_TL.new_empty(len(routed.weight_R), routed.w_up_EFL.shape[1])
 
 
-def _over_tiles(kernel: Any, tiles: Tiles, tile: Tile, columns: int, *arguments: Any) -> None:
-    blocks = tiles.expert_M.numel() * triton.cdiv(columns, tile.n)
-    launch(kernel, (blocks,), *arguments, **tile.options())
+def _over_tiles(
+    kernel: Any, tiles: Tiles, tile: Tile, size: tuple[int, int, int], *arguments: Any
+) -> None:
+    """``size``: rows, columns and depth of the product."""
+    blocks = tiles.expert_M.numel() * triton.cdiv(size[1], tile.n)
+    launch(kernel, (blocks,), *arguments, flop=2 * prod(size), **tile.options())
 
 
 def up(tile: Tile, routed: Routed, h_RF: Tensor | None, act_RF: Tensor | None) -> None:
     """Write h and act, those that are given."""
     _, inner, width = routed.w_up_EFL.shape
     tiles, operands = routed.groups.tiles, (routed.x_TL, _tokens(routed), routed.up_EFL)
-    arguments = (*operands, routed.weight_R, h_RF, act_RF, *tiles, width, inner)
-    _over_tiles(expert_kernel.up_kernel, tiles, tile, inner, *arguments)
+    weight_R = None if act_RF is None else routed.weight_R
+    arguments = (*operands, weight_R, h_RF, act_RF, *tiles, width, inner)
+    size = (len(routed.weight_R), inner, width)
+    _over_tiles(expert_kernel.up_kernel, tiles, tile, size, *arguments)
 
 
 def product(
@@ -237,7 +242,8 @@ def product(
     if out_RO is None:
         out_RO = a_RD.new_empty(a_RD.shape[0], columns)
     arguments = (a_RD, b_EDO, out_RO, *tiles, depth, columns, *b_EDO.stride()[1:])
-    _over_tiles(expert_kernel.rows_kernel, tiles, tile, columns, *arguments)
+    size = (len(a_RD), columns, depth)
+    _over_tiles(expert_kernel.rows_kernel, tiles, tile, size, *arguments)
     return out_RO
 
 
@@ -251,7 +257,8 @@ def down_dgrad(
     parts_RN = h_RF.new_empty(len(h_RF), triton.cdiv(inner, tile.n), dtype=torch.float32)
     operands = (dy_TL, _tokens(routed), routed.down_ELF, weight_R, h_RF)
     arguments = (*operands, dh_RF, act_RF, parts_RN, *tiles, width, inner)
-    _over_tiles(expert_kernel.down_dgrad_kernel, tiles, tile, inner, *arguments)
+    size = (len(h_RF), inner, width)
+    _over_tiles(expert_kernel.down_dgrad_kernel, tiles, tile, size, *arguments)
     return dh_RF, act_RF, parts_RN.sum(1)
 
 
@@ -263,4 +270,5 @@ def wgrad(
     blocks = n_experts * triton.cdiv(inner, tile.m) * triton.cdiv(width, tile.n)
     operands = (row_RF, gathered_TL, token_R, end_E, out_EFL)
     sizes = (inner, width, *out_EFL.stride()[1:])
-    launch(expert_kernel.wgrad_kernel, (blocks,), *operands, *sizes, **tile.options())
+    flop = 2 * len(token_R) * inner * width
+    launch(expert_kernel.wgrad_kernel, (blocks,), *operands, *sizes, flop=flop, **tile.options())

@@ -64,14 +64,17 @@ def _sort(ids_R: Tensor, n_experts: int) -> Slots:
     order_R, inverse_R = torch.empty_like(ids_R), torch.empty_like(ids_R)
     # Row b: the slots of each expert in all blocks before b.
     before_BE = torch.empty(n_blocks + 1, n_experts, dtype=torch.int32, device=device)
+    counted = before_BE[1:].nbytes
     experts = padded(n_experts)
     if n_slots:
         sizes = {"SLOTS": _SLOTS, "EXPERTS": experts}
         table = (ids_R, before_BE, n_slots, n_experts)
-        launch(_count_kernel, (n_blocks,), *table, **sizes, **_OPTIONS)
+        moved = ids_R.nbytes + counted
+        launch(_count_kernel, (n_blocks,), *table, moved=moved, **sizes, **_OPTIONS)
     blocks, columns = _SCAN
     scan = (before_BE, counts_E, n_blocks, n_experts, blocks, columns)
-    launch(_scan_kernel, (triton.cdiv(n_experts, columns),), *scan, **_OPTIONS)
+    grid, moved = (triton.cdiv(n_experts, columns),), counted + before_BE.nbytes + counts_E.nbytes
+    launch(_scan_kernel, grid, *scan, moved=moved, **_OPTIONS)
     if n_slots:
         places = (ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts)
         launch(_place_kernel, (n_blocks,), *places, **sizes, COMPARED=_COMPARED, **_OPTIONS)

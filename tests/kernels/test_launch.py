@@ -1,0 +1,174 @@
+"""What launches declare that they move, against the loads and stores of Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from helpers.moe_inputs import draw_inputs
+from helpers.triton_env import DEVICE
+from nemo_kernels.launch import Launch, Tile, launch, noted, recorded
+from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
+from nemo_kernels.lowp.operand import Rounding
+from nemo_kernels.moe import expert_kernel, function, kernel, sort_kernel
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="counts in Triton's interpreter")
+TOKENS, EXPERTS, CHOICES, WIDTH, INNER = 15, 3, 2, 24, 20
+IDS_TK = torch.stack([torch.arange(TOKENS) % EXPERTS, (torch.arange(TOKENS) + 1) % EXPERTS], 1)
+"""Every expert has rows: what nobody needs is not read, but declared."""
+
+
+class Counter:
+    """Runs launches and counts the bytes that each reads and writes, every address once."""
+
+    def __init__(self) -> None:
+        self.read: dict[int, int] = {}
+        self.written: dict[int, int] = {}
+        self.found: list[tuple[str, int, int]] = []
+        """Kernel, bytes declared and counted."""
+
+    def run(self, one: Launch) -> None:
+        self.read, self.written = {}, {}
+        one.kernel[one.grid](*one.arguments, **one.options)
+        counted = sum(self.read.values()) + sum(self.written.values())
+        self.found.append((one.kernel.fn.__name__, one.moved, counted))
+
+    @staticmethod
+    def note(where: dict[int, int], pointers, mask) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        chosen = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        where.update(dict.fromkeys(chosen.ravel().tolist(), size))
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[str, int, int]]]:
+    counter = Counter()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
+
+    def loads(self, pointers, mask, *others, **named):
+        counter.note(counter.read, pointers, mask)
+        return load(self, pointers, mask, *others, **named)
+
+    def stores(self, pointers, value, mask, *others):
+        counter.note(counter.written, pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    def atomics(self, operation, pointers, value, mask, *others):
+        counter.note(counter.written, pointers, mask)  # in the cache, once
+        return atomic(self, operation, pointers, value, mask, *others)
+
+    instead = {
+        "create_masked_load": loads, "create_masked_store": stores, "create_atomic_rmw": atomics
+    }  # fmt: skip
+    with mock.patch.multiple(InterpreterBuilder, **instead), noted(counter.run):
+        yield counter.found
+
+
+def experts(dtype: torch.dtype, recompute: bool = False) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = draw_inputs(generator, TOKENS, CHOICES, EXPERTS, WIDTH, INNER, dtype)
+    x, weights, up, down = (t.requires_grad_() for t in inputs)
+    plan = kernel.TritonExperts(expert_kernel.Plan(*[Tile(16, 16, 16, 4, 2)] * 3))
+    moe_mlp = partial(function.moe_mlp, plan, sort=sort_kernel.sort_slots)
+    with mock.patch.multiple(sort_kernel, _SLOTS=32, _SCAN=(4, 8), _TILES=(16, 16)):
+        moe_mlp(x, IDS_TK, weights, up, down, recompute).sum().backward()
+
+
+def router() -> None:
+    x_TD, weight_ED = (torch.randn(n, 16, requires_grad=True) for n in (TOKENS, EXPERTS))
+    _, weights_TK, scores_TE = kernel.topk_router(x_TD, weight_ED, torch.zeros(EXPERTS), 2, 1.0)
+    (weights_TK.sum() + scores_TE.sum()).backward()
+
+
+def quantizers(packed: bool, rows: Rounding | None, columns: Rounding | None) -> None:
+    """Whole atoms of scales: what pads them is not written."""
+    x_1MN = torch.randn(1, 128, 128)
+    ends_E = torch.tensor([64, 128], dtype=torch.int32)
+    quantize_kernel.quantize(x_1MN, rows, columns, ends_E, packed=packed)
+
+
+def native_products() -> None:
+    def packed(*shape: int, experts: tuple[int, ...] = (2,)) -> layout.Packed:
+        *outer, rows, depth = shape
+        scale = torch.zeros(*outer, *layout.atoms(rows, depth), layout.ATOM_BYTES)
+        data = torch.zeros(*outer, rows, depth // 2, dtype=torch.uint8)
+        return layout.Packed(data, scale.to(torch.float8_e4m3fn), torch.ones(experts))
+
+    ends_E = torch.tensor([128, 256], dtype=torch.int32)
+    gemm_kernel.gemm(packed(128, 256, experts=()), packed(256, 256, experts=()), torch.bfloat16)
+    gemm_kernel.grouped_rows(packed(256, 128), packed(2, 128, 128), ends_E, torch.float32)
+    gemm_kernel.grouped_wgrad(packed(128, 256), packed(128, 256), ends_E, torch.float32)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "experts": partial(experts, torch.bfloat16),
+    "experts, recomputed": partial(experts, torch.float32, recompute=True),
+    "router": router,
+    "sort as shipped": partial(sort_kernel.sort_slots, IDS_TK, EXPERTS),
+    "packed": partial(quantizers, True, Rounding(), Rounding(rht=True)),
+    "decoded": partial(quantizers, False, Rounding((16, 16)), None),
+    "products": native_products,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_declared_bytes_are_those_of_loads_and_stores(name: str) -> None:
+    with counted() as found:
+        CALLS[name]()
+    assert found
+    assert [(kernel, declared) for kernel, declared, _ in found] == [
+        (kernel, size) for kernel, _, size in found
+    ]
+
+
+def test_the_count_notices_what_is_not_touched() -> None:
+    """The first row of the table belongs to the running sum."""
+    ids_R, table_BE = IDS_TK.flatten(), torch.zeros(4, EXPERTS, dtype=torch.int32)
+    with counted() as found:
+        arguments = (ids_R, table_BE, len(ids_R), EXPERTS)
+        launch(sort_kernel._count_kernel, (3,), *arguments, SLOTS=32, EXPERTS=128)
+    ((_, declared, size),) = found
+    assert declared - size == table_BE[0].nbytes
+
+
+def meta_inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, *others = draw_inputs(generator, TOKENS, CHOICES, EXPERTS, WIDTH, INNER, torch.bfloat16)
+    given = [t.detach().to("meta") for t in (x, IDS_TK, *others)]
+    return [t.requires_grad_(t.is_floating_point()) for t in given]
+
+
+def test_declared_flop_are_those_of_the_products() -> None:
+    """Of six products of rows with matrices [F, L], forward and backward, and of native ones."""
+    with recorded() as launches:
+        kernel.moe_mlp(*meta_inputs()).sum().backward()
+    product = 2 * TOKENS * CHOICES * INNER * WIDTH
+    assert [one.flop for one in launches if one.flop] == [product] * 6
+    assert {one.dtype for one in launches if one.flop} == {torch.bfloat16}
+    with recorded() as launches:
+        native_products()
+    assert [one.flop for one in launches] == [
+        2 * 128 * 256 * 256, 2 * 256 * 128 * 128, 2 * 128 * 128 * 256
+    ]  # fmt: skip
+    assert {one.dtype for one in launches} == {torch.uint8}
+
+
+def test_notes_of_notes() -> None:
+    """The innermost gets the launch, and afterwards the one around it does again."""
+    outer: list[Launch] = []
+    x: Tensor = torch.zeros(3)
+    with noted(outer.append):
+        with recorded() as inner:
+            launch(None, (1,), x, 5)
+        launch(None, (1,), x, x, moved=7)
+    assert [one.moved for one in inner] == [12]
+    assert [one.moved for one in outer] == [7]
