@@ -5,6 +5,7 @@ Field docstrings are the help texts of the command line, and field types declare
 
 from __future__ import annotations
 
+import re
 from dataclasses import field, fields
 from typing import Annotated, ClassVar, Literal
 
@@ -26,6 +27,7 @@ from nemo_hybrid.config.base import (
 )
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
+from nemo_hybrid.errors import UserError
 
 
 @dataclass(config=CHECKED)
@@ -278,6 +280,8 @@ class TrainingConfig(Options):
     track: Literal["none", "wandb", "trackio"] = "none"
     """Service that gets the curves too, beside TensorBoard: Weights & Biases, or trackio; none:
     nowhere."""
+    profile: str | None = None
+    """Steps that torch.profiler records in RUN_DIR/profile, as STEP or STEP:COUNT, such as 20:3."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: SequenceOptions = field(default_factory=SequenceOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -287,6 +291,21 @@ class TrainingConfig(Options):
     guard: GuardOptions = field(default_factory=GuardOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
 
+    def profiled_steps(self) -> range:
+        """What ``profile`` means, counted from 1. Raises UserError."""
+        if self.profile is None:
+            return range(0)
+        found = re.fullmatch(r"([1-9]\d{0,8})(?::([1-9]\d{0,4}))?", self.profile)
+        if found is None:
+            raise UserError(
+                f"profile must be STEP or STEP:COUNT, such as 20 or 20:3, got {self.profile}"
+            )
+        first, last = int(found[1]), self.train.max_steps
+        if 0 < last < first:
+            raise UserError(f"profile names step {first}, the run has {last} (train.max_steps)")
+        after = first + int(found[2] or 1)
+        return range(first, min(after, last + 1) if last else after)
+
     def validate(self, shape: ModelConfig | None = None) -> None:
         """Check everything that needs neither data nor processes. Raises UserError.
 
@@ -294,6 +313,7 @@ class TrainingConfig(Options):
         """
         m, zero = shape or self.model, self.parallel.zero
         m.validate()
+        self.profiled_steps()
         check_pattern(self.train.recompute, "train.recompute", "ME*-e", empty=True)
         refuse(
             (

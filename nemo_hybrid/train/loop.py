@@ -26,6 +26,7 @@ from nemo_hybrid.train.flops import peak_source, train_flops_per_token
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing, curves
 from nemo_hybrid.train.optim import learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
+from nemo_hybrid.train.profile import Profile
 from nemo_hybrid.train.progress import Progress
 from nemo_hybrid.train.resume import Saver, restore
 from nemo_hybrid.train.run import Outcome, Position, Recipe, Run
@@ -190,6 +191,10 @@ class Loop:
         self.saver = Saver(run)
         self.saved: Position | None = None
         self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
+        steps = run.config.profiled_steps() if display else range(0)
+        self.profile = Profile(steps, Path(run.config.run_dir), run.world.device)
+        if steps and steps.start <= position.step:
+            self._note(f"profile: step {steps.start} lies behind this start, nothing is recorded")
 
     def run_to_end(self) -> None:
         """Until train.max_steps. Raises TrainingError, Stopped, or UserError from writing."""
@@ -198,6 +203,7 @@ class Loop:
         while at.step < train.max_steps:
             self.watch.beat()
             began = time.monotonic()
+            self.profile.start_step(at.step + 1)
             batches = self.run.data.step(at.batch, self.run.share)
             waited = time.monotonic() - began
             lr = learning_rate(at.step, train)
@@ -217,6 +223,8 @@ class Loop:
             else:
                 at.step += 1
                 seconds = time.monotonic() - began
+                if recorded := self.profile.end_step(at.step):
+                    self._note(recorded)
                 self._record(lr, outcome, Timing(seconds, waited, before, self._heldout_if_due()))
                 before = None
                 self._save_if_due()

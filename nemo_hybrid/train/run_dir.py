@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "run_dir",
     "resume",
     "track",
+    "profile",
     "checkpoint",
     "guard",
     "kernels",

@@ -58,6 +58,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Unbroken:
         config.checkpoint.every = 4
         (out / "run.yaml").write_text(dump_config(config))
         words = ["pretrain", "--config", out / "run.yaml", "--run_dir", out / "run", *LAYOUT]
+        words += ["--profile", "3:2"]
         # As users start it, not as a fork: the runs compared with it are both.
         finished = run_python(["-m", "nemo_hybrid", *words], size=2, fresh=True)
         (out / "stdout").write_text(finished[0].stdout)

@@ -256,7 +256,8 @@ def test_a_copied_run_goes_on_in_its_own_place(unbroken: Unbroken, tmp_path: Pat
     moved = load_config([copy / "config.yaml"])
     assert moved.run_dir == str(copy)
     original = load_config([unbroken.config], LAYOUT)
-    assert replace(moved, run_dir=original.run_dir) == original
+    assert moved.profile == "3:2"
+    assert replace(moved, run_dir=original.run_dir, profile=None) == original
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "checkpoints/step_00000008/run.yaml"])

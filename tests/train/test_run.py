@@ -54,6 +54,15 @@ def test_learning_rate_warms_up_and_decays(unbroken: Unbroken) -> None:
     assert lr[-1] == pytest.approx(5e-5)
 
 
+def test_the_profile_holds_the_steps_that_were_asked_for(unbroken: Unbroken) -> None:
+    place = unbroken.run_dir / "profile/steps_3-4"
+    assert f"profile of steps 3 to 4: {place}" in unbroken.stdout
+    events = json.loads((place / "trace.json").read_text())["traceEvents"]
+    looked_up = [e for e in events if e.get("name", "").endswith(": EmbeddingBackward0")]
+    assert len(looked_up) == 2 * 2 * 3  # steps, micro-batches; the model and two MTP depths
+    assert "aten::mm" in (place / "operations.txt").read_text()
+
+
 def test_plots_and_tensorboard_are_there(unbroken: Unbroken) -> None:
     plots = sorted(unbroken.run_dir.glob("plots/*.png"))
     assert len(plots) >= 2
