@@ -40,7 +40,7 @@ step 'What it learned'
 python scripts/learning_report.py "$RUN_DIR" || echo 'A bar was missed; on a slower or other machine that can happen.'
 
 step 'Generating'
-python -m nemo_hybrid generate --from "$RUN_DIR" --prompt 'def '
+python -m nemo_hybrid generate --from "$RUN_DIR" --prompt 'def ' --temperature 0.8
 use_s=$SECONDS
 
 cat <<EOF

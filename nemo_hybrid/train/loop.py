@@ -24,7 +24,7 @@ from nemo_hybrid.train import track
 from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.flops import peak_source, train_flops_per_token
 from nemo_hybrid.train.metrics import Meter, MetricsWriter, Timing, curves
-from nemo_hybrid.train.optim import learning_rate
+from nemo_hybrid.train.optim import describe_schedule, learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.profile import Profile
 from nemo_hybrid.train.progress import Progress
@@ -328,7 +328,7 @@ def _announce(run: Run, checkpoint: Path | None) -> None:
         f"model {model.pattern}, hidden {model.hidden_size}, {model.n_routed_experts} experts of "
         f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths"
     )
-    print(*run.recipe.describe(run), sep="\n")
+    print(*run.recipe.describe(run), *describe_schedule(train), sep="\n")
     print(
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
         f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"

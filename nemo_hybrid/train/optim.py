@@ -81,6 +81,26 @@ def learning_rate(step: int, train: TrainOptions) -> float:
     return min_lr + (train.lr - min_lr) * coefficient
 
 
+def describe_schedule(train: TrainOptions) -> list[str]:
+    """What `learning_rate` will do, and a warning where a run never leaves its warm-up."""
+    peak = f"learning rate {train.lr:g} after {train.warmup_steps} steps of warm-up"
+    lowest = f"{train.min_lr_ratio * train.lr:g}"
+    later = {
+        "constant": "then constant",
+        "cosine": f"then down to {lowest} by a cosine",
+        "wsd": f"then constant, and over the last "
+        f"{min(train.decay_steps, max(0, train.max_steps - train.warmup_steps))} steps down to "
+        f"{lowest}",
+    }
+    if train.max_steps > train.warmup_steps:
+        return [f"{peak}, {later[train.schedule]}"]
+    reached = learning_rate(train.max_steps - 1, train)
+    return [
+        f"warning: {peak}, but the run ends after {train.max_steps}, at {reached:g}: "
+        "lower train.warmup_steps"
+    ]
+
+
 class LoadCounter:
     """Routed slots per expert and layer over one global batch, on all ranks."""
 

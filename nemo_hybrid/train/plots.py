@@ -43,7 +43,8 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     rows = read_metrics(run_dir / METRICS_FILE)
     if not rows:
         raise UserError(f"{run_dir / METRICS_FILE} holds no step yet: nothing to plot")
-    figures = {"losses.png": _losses(rows)}
+    name = run_dir.resolve().name
+    figures = {"losses.png": _losses(rows, name)}
     load_file = run_dir / EXPERT_LOAD_FILE
     steps, loads = read_expert_load(load_file) if load_file.exists() else ([], {})
     if loads:
@@ -80,7 +81,7 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
     return np.where(n > 0, (totals[last] - totals[first]) / np.maximum(n, 1), np.nan)
 
 
-def _losses(rows: list[StepMetrics]) -> Figure:
+def _losses(rows: list[StepMetrics], name: str) -> Figure:
     figure, (axes,) = _figure(1, height=5.0)
     steps = [m.step for m in rows]
     train = [[m.loss, *m.mtp_losses] for m in rows]
@@ -93,17 +94,17 @@ def _losses(rows: list[StepMetrics]) -> Figure:
         axes.plot(steps, values, color=color, lw=1.3 if k else 1.6, label=label)
         axes.plot(
             [step for step, _ in held_out], _column([losses for _, losses in held_out], k),
-            color=color, ls="none", marker="o", ms=5.5, mec="white", mew=0.8, zorder=4,
+            color=color, ls="none", marker="o", ms=6, mec=_INK, mew=1.0, zorder=4,
         )  # fmt: skip
     if held_out:
-        axes.plot([], [], color=_INK, ls="none", marker="o", ms=5, label="held-out")
+        axes.plot([], [], color="white", ls="none", marker="o", ms=6, mec=_INK, label="held-out")
         last = (held_out[-1][0], held_out[-1][1][0])
         axes.annotate(
             f"{last[1]:.3f}", last, xytext=(7, 0), textcoords="offset points", va="center",
             color=_INK, fontsize=9, annotation_clip=False,
         )  # fmt: skip
-    axes.set_title("Loss", loc="left", fontweight="bold")
-    axes.set_xlabel("step")
+    axes.set_title(f"Loss of {name}".replace("$", r"\$"), loc="left", fontweight="bold")
+    _count_steps(axes)
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False)
     return figure
@@ -131,7 +132,7 @@ def _learning_rate(rows: list[StepMetrics]) -> Figure:
         lower.yaxis.set_major_formatter("{x:g}")
         lower.yaxis.set_minor_formatter(NullFormatter())
     lower.set_title("Gradient norm before clipping", loc="left", fontweight="bold")
-    lower.set_xlabel("step")
+    _count_steps(lower)
     return figure
 
 
@@ -161,6 +162,13 @@ def _expert_load(steps: list[int], loads: dict[str, np.ndarray]) -> Figure:
     bar = figure.colorbar(image, ax=[upper, lower], shrink=0.6, extend="max")
     bar.set_label("tokens relative to the layer's mean")
     return figure
+
+
+def _count_steps(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _heat_map(

@@ -73,7 +73,9 @@ def test_no_metrics_is_a_clear_error(tmp_path):
 def test_losses_figure_draws_every_series():
     rows = [metrics(s, heldout=20.0 + s if s in (1, 5) else None) for s in range(1, 6)]
     rows[0].heldout_loss_before, rows[0].heldout_mtp_losses_before = 30.0, [31.0, 32.0]
-    axes = plots._losses(rows).axes[0]
+    axes = plots._losses(rows, "a$b$").axes[0]
+    assert axes.get_title(loc="left") == r"Loss of a\$b\$"  # without mathematics
+    assert all(tick == int(tick) for tick in axes.get_xticks())
     drawn = {line.get_label(): line for line in axes.get_lines()}
     np.testing.assert_allclose(drawn["train, next token"].get_ydata(), [9, 8, 7, 6, 5])
     depth_2 = drawn["train, MTP depth 2 (token t+3)"]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from nemo_hybrid.config.run import TrainOptions
-from nemo_hybrid.train.optim import learning_rate
+from nemo_hybrid.train.optim import describe_schedule, learning_rate
 
 
 def options(**changes: object) -> TrainOptions:
@@ -35,6 +35,25 @@ def test_wsd_decays_by_one_minus_the_square_root():
     assert lr[99] == pytest.approx(0.1)
     falls = [a - b for a, b in pairwise(lr[83:])]
     assert all(a > b > 0 for a, b in pairwise(falls))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "after 9 steps of warm-up, then constant, and over the last 16 steps down to 0.1"),
+        ({"max_steps": 20}, "over the last 11 steps down to 0.1"),
+        ({"schedule": "cosine"}, "then down to 0.1 by a cosine"),
+        ({"schedule": "constant"}, "learning rate 1 after 9 steps of warm-up, then constant"),
+        ({"max_steps": 9}, "warning: learning rate 1 after 9 steps of warm-up, but the run ends "
+                           "after 9, at 0.9: lower train.warmup_steps"),
+        ({"max_steps": 1, "warmup_steps": 0}, "learning rate 1 after 0 steps"),
+    ],
+)  # fmt: skip
+def test_the_start_says_what_the_rate_will_do(changes, said):
+    train = options(**changes)
+    (line,) = describe_schedule(train)
+    assert said in line
+    assert line.startswith("warning") == (train.max_steps <= train.warmup_steps)
 
 
 def test_wsd_without_decay_stays_at_the_peak():
