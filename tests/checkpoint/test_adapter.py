@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -46,8 +47,6 @@ from nemo_hybrid.commands.import_merge import MergeOptions, merge_command
 from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.lora import adapters, add_adapters, merge_adapters
-
-peft = pytest.importorskip("peft")
 
 TOLERANCE, GRADIENTS = 2e-5, 1e-4
 """Relative, in the norm: twice what rounding eight times as badly moves them."""
@@ -114,8 +113,13 @@ def write(directory: Path, options: LoraOptions, model: HybridLM, base: str = "b
     return directory
 
 
+def peft() -> ModuleType:
+    """Imported where it is needed: collecting the tests would take seconds longer."""
+    return pytest.importorskip("peft")
+
+
 def peft_model(model: HybridLM, directory: Path) -> nn.Module:
-    loaded: nn.Module = peft.PeftModel.from_pretrained(
+    loaded: nn.Module = peft().PeftModel.from_pretrained(
         transformers_twin(without_mtp(model)), directory, is_trainable=True
     )
     return loaded
@@ -163,14 +167,14 @@ def test_peft_loads_what_we_write(case: str, tmp_path: Path) -> None:
 def test_we_load_what_peft_writes(case: str, tmp_path: Path) -> None:
     options = CASES[case]
     ours = decided_model(SHAPE, IDS, MARGIN)
-    config = peft.LoraConfig(
+    config = peft().LoraConfig(
         r=options.rank,
         lora_alpha=options.scale * options.rank,
         target_modules=[name.replace("backbone", "model") for name in options.target_modules],
         target_parameters=[n.replace("backbone", "model") for n in options.target_parameters],
         init_lora_weights=False,
     )
-    theirs = peft.get_peft_model(transformers_twin(without_mtp(ours)), config)
+    theirs = peft().get_peft_model(transformers_twin(without_mtp(ours)), config)
     before = theirs(IDS, use_cache=False).logits
     randomize(theirs, seed=2)
     assert relative(theirs(IDS, use_cache=False).logits, before) > 3e-2

@@ -241,6 +241,7 @@ for action in (
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_shard(tmp_path) -> None:
     """Beyond the model itself, where one is made."""
     cfg = HybridConfig(

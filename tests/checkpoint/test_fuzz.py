@@ -213,6 +213,7 @@ def outcome(directory: Path, expected: dict[str, torch.Tensor]) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 def test_broken_files_are_refused_or_change_nothing(good, tmp_path) -> None:
     directory, expected = good
     outcomes: Counter[tuple[str, str]] = Counter()

@@ -148,6 +148,7 @@ def test_low_precision_is_close(saved: Path) -> None:
     assert 0 < found.kl_T.mean() < 0.1
 
 
+@pytest.mark.slow
 def test_transformers_agrees_but_for_its_limit(tmp_path: Path) -> None:
     """Where time steps are smaller than time_step_min, only the unlimited one agrees."""
     model_with(slow_steps).save_hf(str(tmp_path / "slow"))

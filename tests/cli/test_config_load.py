@@ -228,6 +228,7 @@ texts = st.sampled_from(
 anything = st.text(st.characters(exclude_categories=["Cs"]))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(lr=finite, seed=st.integers(), text=texts | anything, weights=st.lists(finite, max_size=3))
 def test_dumped_values_are_exact(

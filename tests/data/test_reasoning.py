@@ -155,6 +155,7 @@ def test_templates_fail_as_records(template: str, why: str, make_model: MakeMode
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 def test_a_template_that_takes_too_long(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +179,7 @@ def test_a_template_may_not_fill_the_memory(make_model: MakeModel) -> None:
     assert "MemoryError" in result.unusable[0].why
 
 
+@pytest.mark.slow
 def test_the_process_that_renders(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named where it does not start, started anew where it was killed, and not shared with
     forks."""

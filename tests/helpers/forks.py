@@ -1,8 +1,8 @@
 """Programs in processes forked from one that has imported what they import.
 
 Importing takes longer than most programs of the tests run. Each is a process all the same, with its
-own id, group, signals and exit status. Only what Python does at its very end differs: a fork leaves
-without the functions of ``atexit``.
+own id, group, signals and exit status. What Python does at its very end differs: a fork leaves
+without the functions of ``atexit``. And runs draw no plots, which takes longer than training does.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def _context() -> ForkServerContext:
 
 
 def _program(arguments: Sequence[str], environment: dict[str, str], output: Path) -> None:
+    from nemo_hybrid.train import loop  # not before: it takes seconds
+
     os.setsid()
     for number, suffix in ((1, ".out"), (2, ".err")):
         with output.with_suffix(suffix).open("wb") as file:
@@ -56,6 +58,7 @@ def _program(arguments: Sequence[str], environment: dict[str, str], output: Path
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    loop.write_plots = lambda run_dir: []
     first, *others = arguments
     if first == "-m":
         sys.argv = others

@@ -13,6 +13,7 @@ from helpers.processes import run_python
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
+@pytest.mark.slow
 def test_it_runs_through(tmp_path: Path) -> None:
     words = [FOLDER / "nvfp4.py", "--device", "cpu", "--tiny", "--out", tmp_path]
     (done,) = run_python(words)

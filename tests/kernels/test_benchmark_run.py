@@ -43,6 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
     return done.stdout, json.loads((folder / "moe.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_runs_and_reports(tiny: tuple[str, dict[str, Any]]) -> None:
     text, result = tiny
     assert "no time here says anything" in text
@@ -66,6 +67,7 @@ def test_it_runs_and_reports(tiny: tuple[str, dict[str, Any]]) -> None:
     assert layer["bytes"] == 2 * (6 * tokens + 2 * 3 * experts)
 
 
+@pytest.mark.slow
 def test_transformers_takes_part(tiny: tuple[str, dict[str, Any]]) -> None:
     pytest.importorskip("transformers")
     found = tiny[1]["rows"][0]["found"]
@@ -73,6 +75,7 @@ def test_transformers_takes_part(tiny: tuple[str, dict[str, Any]]) -> None:
     assert kept > found["grouped_mm"]["kept_bytes"]
 
 
+@pytest.mark.slow
 def test_routings_and_limits_are_as_named(tiny: tuple[str, dict[str, Any]]) -> None:
     rows = {(row["row"], row["routing"]): row for row in tiny[1]["rows"]}
     layer = "MoE layer forward"

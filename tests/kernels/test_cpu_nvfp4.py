@@ -21,6 +21,7 @@ def cpu_nvfp4() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_it_measures_operands_and_steps(
     cpu_nvfp4: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

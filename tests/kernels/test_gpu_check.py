@@ -141,6 +141,7 @@ def test_plain():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "gpu", "count", "summary"),
     [

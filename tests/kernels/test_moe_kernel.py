@@ -47,6 +47,7 @@ def run(
     return [t.cpu() for t in (y, *gradients)]
 
 
+@pytest.mark.slow
 @drawn(
     12,
     seed=st.integers(0, 2**31),
@@ -253,6 +254,7 @@ def test_the_comparison_notices(mistake: Callable[[Routed], Routed]) -> None:
         assert not deviation(run(ids_TK, inputs, dy), right) < 0.05  # also true for NaN
 
 
+@pytest.mark.slow
 def test_self_check() -> None:
     """In the interpreter of one plan's tiles; test_tiles_as_shipped has all."""
     assert DEVICE in kernel.DEVICE_TYPES

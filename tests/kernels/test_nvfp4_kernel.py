@@ -283,6 +283,7 @@ def test_differences_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.data != reference.quantize(x, **options).data).sum() > 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MULTIPLIES_FP4, reason="needs the interpreter or an sm_100 GPU")
 def test_native_products_of_packed_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(256, 48, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
@@ -315,6 +316,7 @@ def test_native_products_of_packed_operands(monkeypatch: pytest.MonkeyPatch) -> 
         multiplier(kernel, reference.operands(x, Rounding(), None)[0], weight)
 
 
+@pytest.mark.slow
 def test_self_check_passes_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.self_check(DEVICE) < 1e-5
     monkeypatch.setattr(quantize_kernel, "_side", without_seed(quantize_kernel._side))

@@ -77,6 +77,7 @@ def distance_from_ties(values: Tensor, table: np.ndarray) -> Tensor:
     return ((values[..., None] - ties).abs() / values[..., None]).amin(-1)
 
 
+@pytest.mark.slow
 @libraries
 def test_fp32_data_has_the_same_bytes(library) -> None:
     x = data(torch.float32)
@@ -87,6 +88,7 @@ def test_fp32_data_has_the_same_bytes(library) -> None:
         assert torch.allclose(ours.tensor_scale, theirs.tensor_scale, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 @libraries
 @pytest.mark.parametrize("ours", [quantize, quantize_modelopt], ids=lambda f: f.__name__)
 def test_every_difference_on_bf16_data_is_a_tie(library, ours) -> None:
@@ -116,6 +118,7 @@ def test_a_wrong_constant_is_no_tie() -> None:
     assert scales.float().mean() > 0.005
 
 
+@pytest.mark.slow
 def test_modelopt_has_the_same_bytes_at_ties() -> None:
     # Ties of scales come with some amax only, hence many tensors.
     for seed in range(64):
@@ -124,6 +127,7 @@ def test_modelopt_has_the_same_bytes_at_ties() -> None:
         assert (int(codes.sum()), int(scales.sum())) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modelopt_has_the_same_bytes_for_zero_and_tiny_blocks(dtype: torch.dtype) -> None:
     x = data(dtype, seed=9)
@@ -141,6 +145,7 @@ def test_modelopt_has_the_same_bytes_for_zero_and_tiny_blocks(dtype: torch.dtype
     assert codes[:8].any()
 
 
+@pytest.mark.slow
 def test_modelopt_with_a_common_amax() -> None:
     x = data(torch.float32, seed=1)
     amax = x.abs().max() * 1.3

@@ -133,6 +133,7 @@ def asked_to_end(process: subprocess.Popen[bytes], number: int, times: int) -> i
     return process.wait(HANG_S)
 
 
+@pytest.mark.slow
 def test_who_waits_in_a_library_ends() -> None:
     """Who waits for others to appear at the first signal, who waits in a collective of a run at the
     second; all at the same time."""

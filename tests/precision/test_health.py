@@ -149,6 +149,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[StepMetrics
     return found
 
 
+@pytest.mark.slow
 def test_a_run_records_its_samples_and_is_not_changed_by_them(rows):
     assert [row.low_precision for row in rows[0]] == [None, None]
     first, second = rows[2]

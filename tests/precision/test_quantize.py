@@ -80,6 +80,7 @@ def bytes_of(tensors: list[Tensor]) -> list[bytes]:
     return [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("search", RECIPES)
 def test_nvfp4_bytes_are_modelopts(modelopt, search: Search, dtype) -> None:
