@@ -41,6 +41,7 @@ def test_engines_read_what_is_written(exported: Made, kind: str) -> None:
     assert set(seen.formats.values()) == set(KINDS[kind].rules.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["by hand", "compressed_tensors", "modelopt"])
 def test_others_decode_the_same_weights(exported: Made, library: str) -> None:
     decode = naive_decode if library == "by hand" else decoder(library)

@@ -371,6 +371,7 @@ print(peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_shard_and_one_tensor(tmp_path) -> None:
     """Of one source file with everything, of which the largest tensor is 16 MB."""
     shape = tiny_config(

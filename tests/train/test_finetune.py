@@ -102,6 +102,7 @@ def is_router(name: str) -> bool:
     return ".gate." in name
 
 
+@pytest.mark.slow
 def test_what_comes_out(
     base: Path, chats: Path, tmp_path: Path, finetune: Finetune, commands: Commands
 ) -> None:
@@ -299,6 +300,7 @@ def test_an_adapter_is_all_that_is_trained_and_saved(
     assert (ours - logits).abs().max() < 1e-5 * logits.abs().max()
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_at_another_layout_but_not_beside_other_weights(
     base: Path, chats: Path, adapted: tuple[Path, list[Any]], tmp_path: Path, finetune: Finetune
 ) -> None:
@@ -360,6 +362,7 @@ def test_merging_with_other_weights_is_refused(
     assert ["beside other weights" in one.err + one.out for one in said] == [False, True]
 
 
+@pytest.mark.slow
 def test_frozen_experts_may_be_divided_too(
     base: Path, chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
