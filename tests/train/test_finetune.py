@@ -397,6 +397,7 @@ def test_frozen_experts_of_every_rank_keep_their_bytes(
     assert changed(base, tmp_path / "run/model") == trained
 
 
+@pytest.mark.slow
 def test_nvfp4_runs_with_and_without_adapters(
     chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
@@ -458,11 +459,12 @@ def test_a_mistake_is_named_and_nothing_is_left(
         assert word in ended.err
     left = {path.name for path in run.iterdir()} if run.exists() else set()
     assert left <= {"data", ".lock"}
-    # What is left does not stand in the way of the mended command.
-    mended = finetune(base, chats, "--run_dir", run, train={"max_steps": 1})
-    assert mended.status == 0, mended.err
+    if left:  # by the last four: it does not stand in the way of the mended command
+        mended = finetune(base, chats, "--run_dir", run, train={"max_steps": 1})
+        assert mended.status == 0, mended.err
 
 
+@pytest.mark.slow
 def test_answers_that_no_generation_would_end_are_warned_of(
     base: Path, chats: Path, tmp_path: Path, finetune: Finetune
 ) -> None:
@@ -479,6 +481,7 @@ def test_answers_that_no_generation_would_end_are_warned_of(
     assert saved == [TEMPLATE, template.read_text()]
 
 
+@pytest.mark.slow
 def test_prepared_samples_and_edited_conversations(
     base: Path, chats: Path, tmp_path: Path, finetune: Finetune, commands: Commands
 ) -> None:

@@ -188,6 +188,7 @@ def nvfp4_losses(store: Path) -> dict[int, float]:
     return {step: losses[0] for step, losses in in_plain_pytorch(config).items()}
 
 
+@pytest.mark.slow
 def test_nvfp4_stays_near_its_twin(store: Path) -> None:
     found = nvfp4_losses(store)
     print(f"\n{found}")
@@ -197,6 +198,7 @@ def test_nvfp4_stays_near_its_twin(store: Path) -> None:
     assert found[30] != pytest.approx(TWIN[30], rel=5e-3)  # it was quantized
 
 
+@pytest.mark.slow
 def test_a_transform_of_one_operand_alone_leaves_the_band(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
