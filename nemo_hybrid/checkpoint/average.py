@@ -29,7 +29,7 @@ from nemo_hybrid.checkpoint.convert import write_as_stored
 from nemo_hybrid.checkpoint.directory import STEP, new_directory, verify, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.names import OPTIMIZER_INDEX
-from nemo_hybrid.checkpoint.publish import CARD
+from nemo_hybrid.checkpoint.publish import CARD, card_head
 from nemo_hybrid.checkpoint.state import FREE, Masters
 from nemo_hybrid.checkpoint.steps import list_steps, saying_if_removed, step_of
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
@@ -211,7 +211,7 @@ def _card(sources: Sequence[Source], parts: Sequence[tuple[Path, float]], weight
     how = weights if weights in SCHEDULES else "given numbers"
     return "\n".join(
         [
-            "---\ntags: [nemotron_h, merge]\n---",
+            card_head(["merge"], parts[-1][0]),
             f"# Weighted mean of {len(rows)} checkpoints\n",
             f"Made by nemo_hybrid {__version__} (`average`, weights: {how}), summed in fp32 and "
             f"rounded once; where they lay stands in {REPORT}. The training state was not "

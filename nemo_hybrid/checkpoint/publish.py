@@ -1,18 +1,69 @@
-"""The model of a training checkpoint as a directory of its own, without the training state."""
+"""The model of a training checkpoint as a directory of its own, without the training state; and
+what model cards have in common."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
-from nemo_hybrid.checkpoint.directory import writing
+import yaml
+
+from nemo_hybrid.checkpoint.directory import STEP, writing
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import is_training_state
 from nemo_hybrid.files import sync
 
 CARD = "README.md"
+_LICENCE = ("license", "license_name", "license_link")
+_CACHED = "models--"
+_LONGEST = 200
+
+
+def origin_name(directory: Path) -> str:
+    """What to call the model of a directory: within the hub's cache the name that it has there,
+    such as ORGANISATION/NAME, else that of the directory."""
+    cached = next((part for part in directory.parts if part.startswith(_CACHED)), None)
+    return cached.removeprefix(_CACHED).replace("--", "/") if cached else directory.name
+
+
+def card_head(tags: Iterable[str], base: Path, library: str = "transformers") -> str:
+    """What the hub reads first of a model card, with the licence that the card of ``base`` names. A
+    run's checkpoint is no base model."""
+    head: dict[str, Any] = {"library_name": library}
+    if (name := origin_name(base)) and not STEP.fullmatch(name):
+        head["base_model"] = name
+    head |= {key: value for key, value in _head_of(base).items() if key in _LICENCE}
+    head["tags"] = ["nemotron_h", *tags]
+    # JSON is YAML, whatever stands in it.
+    return "\n".join(
+        ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]
+    )
+
+
+def code(text: str) -> str:
+    """A text of unknown origin as inline code that no character of it can end."""
+    shown = printable(text)[:_LONGEST]
+    shown = shown.replace("`", "'").replace("|", "\\|").strip() or "?"
+    return f"`{shown}`"
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _head_of(directory: Path) -> dict[str, Any]:
+    """Texts that a directory's card begins with; nothing where it has none that can be read."""
+    try:
+        text = (directory / CARD).read_text(encoding="utf-8")[:20_000]
+        content = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
+        return {}
+    found = content if isinstance(content, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def publish(checkpoint: Path, out: Path, card: str, left_out: Collection[str] = ()) -> None:

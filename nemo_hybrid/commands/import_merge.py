@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
+from nemo_hybrid import __version__
 from nemo_hybrid.commands.command import Command, check_paths
 from nemo_hybrid.config.base import CHECKED, CommandOptions
 from nemo_hybrid.errors import UserError
@@ -64,21 +65,34 @@ def merge_command(options: MergeOptions) -> None:
     from nemo_hybrid.checkpoint import adapter
     from nemo_hybrid.checkpoint.directory import new_directory
     from nemo_hybrid.checkpoint.load import load, save_model
+    from nemo_hybrid.checkpoint.publish import CARD
     from nemo_hybrid.checkpoint.steps import reading
 
     out = new_directory(options.out)
 
-    def read(directory: Path) -> tuple[HybridLM, Companions, str]:
+    def read(directory: Path) -> tuple[HybridLM, Companions, Path, Path]:
         if not adapter.is_adapter(directory):
             raise UserError(f"{directory} holds no {adapter.CONFIG}: it is a whole model already")
         base = adapter.base_directory(directory, options.base)
         if not options.force and (other := adapter.other_base(directory, base)):
             raise UserError(f"{other}. With --force true they are merged all the same")
-        return *load(directory, base=base), f"{base} with the adapter of {directory}"
+        return *load(directory, base=base), base, directory
 
-    model, companions, about = reading(options.from_, read, adapter.locate)
-    save_model(model, out, companions)
-    print(f"{out}: {about}")
+    model, companions, base, directory = reading(options.from_, read, adapter.locate)
+    card = {CARD: _merged_card(base, directory).encode()}
+    save_model(model, out, replace(companions, files={**companions.files, **card}))
+    print(f"{out}: {base} with the adapter of {directory}")
+
+
+def _merged_card(base: Path, adapter: Path) -> str:
+    from nemo_hybrid.checkpoint.publish import card_head, code, origin_name
+
+    name, added = code(origin_name(base)), code(origin_name(adapter))
+    return (
+        f"{card_head(['merge'], base)}\n# {name} with an adapter\n\n"
+        f"The weights of {name} with the LoRA adapter {added} added to them by nemo_hybrid "
+        f"{__version__}. The base model's licence and limits apply.\n"
+    )
 
 
 COMMANDS = {

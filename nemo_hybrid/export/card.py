@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.checkpoint.names import RUN_STATE
-from nemo_hybrid.checkpoint.publish import CARD
+from nemo_hybrid.checkpoint.publish import CARD, card_head, code, printable
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.decode import inside
@@ -76,7 +76,6 @@ without a warning; does not read ModelOpt's layout |
 - What has no number above was not measured, nor was what FP8 keys and values cost.
 """
 _LAYER = re.compile(r"(backbone|mtp)\.layers\.(\d+)\.(.+)")
-_LONGEST = 200
 _QUOTED = 4000  # characters of the source's own card
 
 
@@ -96,11 +95,11 @@ def card(
     HTML.
     """
     formats = sorted(set(facts.assignment.values()) - {"bf16"})
-    tags = ["nemotron_h", *dict.fromkeys(name.partition("_")[0] for name in formats)]
-    what = ", ".join(tag.upper() for tag in tags[1:]) or "BF16"
+    tags = list(dict.fromkeys(name.partition("_")[0] for name in formats))
+    what = ", ".join(tag.upper() for tag in tags) or "BF16"
     rows = {**_facts(options, facts), **origin.facts}
     sections = [
-        f"---\ntags: [{', '.join(tags)}]\n---\n# {_name(str(facts.source))} in {what}",
+        f"{card_head(tags, Path(facts.source), 'vllm')}\n# {_name(str(facts.source))} in {what}",
         "Licence and limits of the source apply.",
         _table(("", ""), [row for row in rows.items() if row[1]]),
         "## Formats",
@@ -112,7 +111,7 @@ def card(
     sections.append(_ENGINES)
     if origin.own:
         # Four spaces make it code, whatever it says.
-        lines = ["    " + _printable(line.expandtabs(4)) for line in origin.own.splitlines()]
+        lines = ["    " + printable(line.expandtabs(4)) for line in origin.own.splitlines()]
         sections += [f"## The beginning of the source's {CARD}", "\n".join(lines) + "\n"]
     return "\n\n".join(sections)
 
@@ -222,17 +221,6 @@ def _beginning(path: Path) -> str:
 def _count(value: object) -> str:
     """A whole number; empty: it is none, or absurdly large."""
     return f"{value:,}" if isinstance(value, int) and 0 <= value < 1 << 63 else ""
-
-
-def code(text: str) -> str:
-    """A text of unknown origin as inline code that no character of it can end."""
-    shown = _printable(text)[:_LONGEST]
-    shown = shown.replace("`", "'").replace("|", "\\|").strip() or "?"
-    return f"`{shown}`"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _codes(values: Iterable[object]) -> str:

@@ -82,7 +82,7 @@ class Distill(Finetune):
         distill = self.config.distill
         return [
             "",
-            f"Quantization-aware distillation: it learnt the probabilities of `{base}` while it "
+            f"Quantization-aware distillation: it learnt the probabilities of {base} while it "
             f"computed in the formats of `nemo-hybrid export --preset {distill.preset}`"
             f"{' and further ones' if distill.formats else ''}. Use it exported in these.",
         ]

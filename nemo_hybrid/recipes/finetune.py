@@ -14,7 +14,7 @@ from torch import nn
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.publish import publish
+from nemo_hybrid.checkpoint.publish import card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import step_of
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.data.loader import Stored
@@ -209,18 +209,17 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
     def _card(self, steps: int) -> str:
         """README.md of the model, in the form that the Hugging Face hub reads."""
         config, train = self.config, self.config.train
-        base = Path(str(config.model.from_hf)).name
+        origin = self.origin or Path(str(config.model.from_hf))
+        base = code(origin_name(origin))
         lines = [
-            "---",
-            f"library_name: {self.loaded_by}",
-            "tags: [nemotron_h, fine-tuned]",
-            "---",
+            card_head(["fine-tuned"], origin, self.loaded_by),
             f"# {base}, fine-tuned",
             "",
-            f"{self.trained_words} `{base}`, "
+            f"{self.trained_words} {base}, "
             f"trained with nemo_hybrid {__version__} for {steps} steps of "
             f"{train.global_batch_size} packs of {config.data.sequence_length} tokens, learning "
-            f"rate {train.lr:g}. The base model's licence and limits apply.",
+            f"rate {train.lr:g}, in {config.precision.recipe}. The base model's licence and limits "
+            "apply.",
             *self._further_card(base),
         ]
         found = evaluations(list(read_metrics(Path(config.run_dir) / METRICS_FILE)))

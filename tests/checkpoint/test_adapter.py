@@ -392,6 +392,7 @@ def test_merge_writes_a_whole_model(merged: tuple[HybridLM, Path, Path], tmp_pat
     ours, base, directory = merged
     out = tmp_path / "out"
     merge_command(MergeOptions(from_=str(directory), out=str(out)))
+    assert f"with the LoRA adapter `{directory.name}`" in (out / "README.md").read_text()
     assert relative(load_model(out)(IDS).logits, ours(IDS).logits) < TOLERANCE
     assert (out / "tokenizer.json").read_text() == "{}"
     assert (out / "chat_template.jinja").read_text() == "of the adapter"
