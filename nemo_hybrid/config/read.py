@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from nemo_hybrid.config.base import GLOBS, OptionError, Options, field_types
-from nemo_hybrid.config.run import RunConfig, TrainingConfig
+from nemo_hybrid.config.run import IN_STEPS, RunConfig, TrainingConfig
 from nemo_hybrid.config.words import Pairs, split_words, value_of
 from nemo_hybrid.errors import UserError, suggest
 
@@ -80,19 +80,31 @@ def merge(files: Iterable[str | Path], pairs: Pairs, kind: type[Config]) -> Conf
         given = [text for option, text in pairs if option == f"--{name}"]
         read += [(file, read_section(Path(file), name, kind)) for file in given]
     for file, found in read:
-        values |= found
+        _replace(values, found, file)
         origin |= dict.fromkeys(found, file)
     types = key_types(kind)
     for option, text in pairs:
         key = option[2:]
         if key in types:
-            values[key] = value_of(text, types[key])
+            _replace(values, {key: value_of(text, types[key])}, "")
             origin.pop(key, None)
     try:
-        return build(_resolve_paths(values, Path.cwd()), kind)
+        return build(_resolve_paths(values, Path.cwd()), kind).in_steps()
     except OptionError as error:
         where = f"{origin[error.key]}: " if error.key in origin else ""
         raise UserError(f"{where}{error}") from None
+
+
+def _replace(values: dict[str, Any], found: dict[str, Any], file: str | Path) -> None:
+    """Add what a file, or an option, gives: of steps and tokens the later one counts."""
+    for tokens, steps in IN_STEPS.items():
+        pair = {f"train.{tokens}", f"train.{steps}"}
+        given = [key for key in pair if found.get(key) is not None]
+        if len(given) == 2:
+            raise UserError(f"{file}: give train.{tokens} or train.{steps}, not both")
+        for other in pair.difference(given) if given else ():
+            values.pop(other, None)
+    values |= found
 
 
 def read_keys(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:

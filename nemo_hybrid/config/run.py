@@ -5,9 +5,10 @@ Field docstrings are the help texts of the command line, and field types declare
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import field, fields
-from typing import Annotated, ClassVar, Literal
+from dataclasses import field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from nemo_hybrid.config.base import (
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
 from nemo_hybrid.errors import UserError
+
+Self = TypeVar("Self", bound="TrainingConfig")
 
 
 @dataclass(config=CHECKED)
@@ -93,6 +96,13 @@ class TrainOptions(Options):
     """Steps of linear warm-up."""
     decay_steps: NotNegativeInt = 200
     """Last steps over which the wsd schedule decays; fewer if the warm-up leaves fewer."""
+    max_tokens: Annotated[float | None, POSITIVE] = None
+    """Tokens of the whole run, in place of max_steps: as many steps as hold them, as for the
+    following two."""
+    warmup_tokens: Annotated[float | None, NOT_NEGATIVE] = None
+    """Tokens of warm-up, in place of warmup_steps."""
+    decay_tokens: Annotated[float | None, NOT_NEGATIVE] = None
+    """Tokens of the wsd schedule's decay, in place of decay_steps."""
     weight_decay: NotNegativeFloat = 0.1
     """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
     beta1: BelowOne = 0.9
@@ -128,6 +138,14 @@ class TrainOptions(Options):
     def per_document(self, step: int) -> bool:
         """Whether the step after ``step`` averages documents' means instead of all targets."""
         return False
+
+
+IN_STEPS = {
+    "max_tokens": "max_steps",
+    "warmup_tokens": "warmup_steps",
+    "decay_tokens": "decay_steps",
+}
+"""Options of training that are counted in tokens, and what they stand for."""
 
 
 @dataclass(config=CHECKED)
@@ -290,6 +308,14 @@ class TrainingConfig(Options):
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     guard: GuardOptions = field(default_factory=GuardOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
+
+    def in_steps(self: Self) -> Self:
+        """The same with numbers of steps where tokens are counted."""
+        per_step = self.train.global_batch_size * self.data.sequence_length
+        tokens = {steps: getattr(self.train, name) for name, steps in IN_STEPS.items()}
+        changes: dict[str, Any] = dict.fromkeys(IN_STEPS)
+        changes |= {name: math.ceil(n / per_step) for name, n in tokens.items() if n is not None}
+        return replace(self, train=replace(self.train, **changes))
 
     def profiled_steps(self) -> range:
         """What ``profile`` means, counted from 1. Raises UserError."""

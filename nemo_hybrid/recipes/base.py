@@ -46,7 +46,7 @@ class StoreRecipe(Generic[C, R]):
 
     def __init__(self, config: C) -> None:
         """Raises UserError where model.from_hf cannot be read."""
-        self.config = config
+        self.config = config.in_steps()
         self.shape = model_shape(config.model)
         self.origin: Path | None = None  # directory of the weights that the run began with
         self._base: str | None = None  # their digest at the start, if they are needed

@@ -190,12 +190,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
 
     def _warnings(self, run: Run) -> Iterator[str]:
         """What a user may not have meant."""
-        config, train, rows = self.config, self.config.train, self.rows
-        if train.warmup_steps >= train.max_steps:
-            yield (
-                f"warning: the run ends after {train.max_steps} steps, before train.warmup_steps "
-                f"({train.warmup_steps}) have brought the learning rate to train.lr"
-            )
+        config, rows = self.config, self.rows
         known = read_companions(self.origin) if self.origin else Companions()
         ends = known.stop_ids or known.eos_token_ids or [run.model.config.eos_token_id]
         samples = map(rows.train.sample, range(min(_LOOKED_AT, len(rows.train.lengths))))

@@ -41,6 +41,33 @@ def test_files_merge_in_order_and_overrides_win(tmp_path: Path) -> None:
     assert load_config(files[::-1]).train.max_steps == 2
 
 
+def test_tokens_count_in_place_of_steps(tmp_path: Path) -> None:
+    """The later of the two counts; what is saved holds steps alone."""
+    text = (
+        "train: {max_tokens: 1e6, warmup_tokens: 0, decay_tokens: 250001, global_batch_size: 10}\n"
+        "data: {sequence_length: 100}"
+    )
+    config = load(tmp_path, text)
+    train = config.train
+    assert (train.max_steps, train.warmup_steps, train.decay_steps) == (1000, 0, 251)
+    assert (train.max_tokens, train.warmup_tokens, train.decay_tokens) == (None, None, None)
+    assert load(tmp_path, text, "--train.global_batch_size", "20").train.max_steps == 500
+    assert load(tmp_path, text, "--train.max_steps", "7").train.max_steps == 7
+    assert (
+        load(tmp_path, "train: {max_steps: 7}", "--train.max_tokens", "4097").train.max_steps == 2
+    )
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config([tmp_path / "saved.yaml"]).train == train
+    assert (
+        load_config([tmp_path / "saved.yaml"], ["--train.max_tokens", "3e6"]).train.max_steps
+        == 3000
+    )
+    assert "give train.max_tokens or train.max_steps, not both" in message(
+        tmp_path, "train: {max_steps: 7, max_tokens: 5}"
+    )
+    assert "train.max_tokens must be positive" in message(tmp_path, "train: {max_tokens: 0}")
+
+
 def test_section_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "run").mkdir()
