@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment with the development tools, check the style, the types and the kernels' code
-# for GPUs, run the tests: without an option all but long sweeps, with --fast those that take
-# seconds, with --all every one. Further arguments go to pytest: bash scripts/test.sh tests/cli -k help
+# for GPUs, run the tests: without an option all but long sweeps, with --fast those that take no
+# seconds and one architecture's code, with --all every one. Further arguments go to pytest: bash scripts/test.sh tests/cli -k help
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -10,8 +10,9 @@ source "$ROOT/scripts/environment.sh"
 cd "$ROOT"
 
 lane=(-m 'not sweep')
+archs=()
 case "${1:-}" in
-    --fast) lane=(-m 'not slow and not sweep') && shift ;;
+    --fast) lane=(-m 'not slow and not sweep') archs=(--arch 100) && shift ;;
     --all) lane=() && shift ;;
 esac
 
@@ -29,7 +30,7 @@ status=0
 "$bin/ruff" format --check . || status=1
 types="$(mktemp)"
 "$bin/mypy" >"$types" 2>&1 & # on one core of its own
-"$bin/python" scripts/compile_kernels.py || status=1
+"$bin/python" scripts/compile_kernels.py "${archs[@]}" || status=1
 wait $! || status=1
 cat "$types" && rm "$types"
 # Three at once: on two cores, as one of them often waits for processes of its own.

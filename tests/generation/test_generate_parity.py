@@ -52,7 +52,9 @@ def without_caches(model: HybridLM, prompt_BS: Tensor) -> tuple[Tensor, float]:
     return ids_BS[:, prompt_BS.shape[1] :], min(leads)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "deep" else ()) for case in CASES]
+)
 @torch.no_grad()
 def test_greedy_continuation_equals_that_of_transformers(case: str, tmp_path: Path) -> None:
     pattern, changes, seed = CASES[case]

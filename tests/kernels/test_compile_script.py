@@ -28,6 +28,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_good_kernels_pass_on_both_architectures() -> None:
     """One of three launches differs from another in a number alone, which is not compiled."""
     done = compile_kernels("good")

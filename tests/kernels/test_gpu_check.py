@@ -42,6 +42,7 @@ def pretender(tmp_path: Path) -> str:
     return str(python)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = gpu_check(sys.executable, str(tmp_path / "results"))

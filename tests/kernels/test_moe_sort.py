@@ -42,6 +42,7 @@ def assert_sorted(ids_TK: Tensor, n_experts: int) -> None:
         assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.slow
 @drawn(
     25,
     seed=st.integers(0, 2**31),

@@ -96,6 +96,7 @@ def run(
     return ended.status, ended.err
 
 
+@pytest.mark.slow
 def test_a_run_brings_the_quantized_model_back_to_its_teacher(
     commands: Commands, base: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_resumed_run_with_another_teacher_is_refused(
     assert "was written with base" in err
 
 
+@pytest.mark.slow
 def test_experts_divided_over_processes_learn_the_same(
     commands: Commands, base: Path, chats: Path, tmp_path: Path
 ) -> None:

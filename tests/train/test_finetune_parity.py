@@ -106,10 +106,13 @@ def packs(chats: Path, base: Path) -> int:
     ("averages", "options", "size"),
     [
         (["tokens"] * STEPS, {"loss": "tokens"}, 1),
-        (["tokens", "samples", "samples"], {"loss": "two_stage", "second_stage_step": 1}, 2),
+        pytest.param(
+            ["tokens", "samples", "samples"], {"loss": "two_stage", "second_stage_step": 1}, 2,
+            marks=pytest.mark.slow,
+        ),
         (["samples"] * STEPS, {"loss": "conversations"}, 1),
     ],
-)
+)  # fmt: skip
 def test_three_steps_are_those_of_plain_pytorch_on_transformers(
     base: Path,
     chats: Path,

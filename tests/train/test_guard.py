@@ -146,6 +146,7 @@ def test_a_passed_over_batch_leaves_no_trace(run: Callable[..., Any]) -> None:
     assert tensors(plain) != tensors(without)
 
 
+@pytest.mark.slow
 def test_bad_batches_in_a_row_send_the_run_back(run: Callable[..., Any]) -> None:
     """Batches 6 to 8 are bad: back to step 4, and on with batch 9; what 5 taught is forgotten."""
     back, finished = run("back", {"nan": [6, 7, 8]})
@@ -158,6 +159,7 @@ def test_bad_batches_in_a_row_send_the_run_back(run: Callable[..., Any]) -> None
     assert [row.step for row in rows] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_bad_gives_up_with_what_replays_it(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
