@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the environment with the development tools, check the style, the types and the kernels' code
-# for GPUs, run the tests: without an option all but long sweeps, with --fast those that take no
-# seconds and one architecture's code, with --all every one. Further arguments go to pytest: bash scripts/test.sh tests/cli -k help
+# for GPUs, run the tests: without an option all but long sweeps, with --fast the quick ones and the
+# code for one architecture, with --all every one. Further arguments go to pytest:
+# bash scripts/test.sh tests/cli -k help
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
