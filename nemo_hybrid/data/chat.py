@@ -24,6 +24,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _LEARNT = ("weight", "train", "trainable", "training", "loss")
 """Fields that say whether a turn is learnt."""
 _OF_CALLS = {"id", "type", "index"}
+_OF_PARTS = "content."
+"""Before the names of fields of a content's parts."""
 _MEDIA = re.compile("image|audio|video|media|file")
 _TEXT_ALONE = "only text can be learnt"
 _REFUSED = {
@@ -73,6 +75,8 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
             elif turn >= first:
                 learnt.append(turn)
         unread |= {n for n, v in message.items() if says_something(v) and not is_known(message, n)}
+        for name in [name for name in message if name.startswith(_OF_PARTS)]:
+            del message[name]  # which no template can ask for
     if not any(m["role"] == "assistant" for m in messages[first:]):
         raise BadRecord("there is no message of the assistant to learn from", "empty answers")
     if not learnt:
@@ -123,7 +127,7 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRecord(f"tools: entry {number} has no name")
-    return tools or None
+    return tools
 
 
 def refuse_fields(content: Mapping[str, Any], conversation: bool) -> None:
@@ -211,7 +215,7 @@ def _read_message(item: object, turn: int) -> Message:
         if others := others + sorted(filter(_MEDIA.search, keys)):
             why = f"turn {turn}: the content is not text, but holds {others[0]}: {_TEXT_ALONE}"
             raise BadRecord(why, "refused fields")
-        message |= {f"content.{key}": True for key in keys - {"type", "text"}}
+        message |= {f"{_OF_PARTS}{key}": True for key in keys - {"type", "text"}}
         parts = [p["text"] for p in content if isinstance(p.get("text"), str)]
         content = "".join(parts) if len(parts) == len(content) else content
     if isinstance(content, str):

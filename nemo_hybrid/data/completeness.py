@@ -69,7 +69,7 @@ class Marks:
                 return {**tool, "function": mark(tool["function"])}
             return {**tool, "name": self._instead(tool["name"], f"the tool {tool['name']}", None)}
 
-        return [mark(tool) for tool in tools] if tools else None
+        return None if tools is None else [mark(tool) for tool in tools]
 
     def _instead(self, text: str, what: str, turn: int | None) -> str:
         if not text.strip():

@@ -8,6 +8,7 @@ rewrites history, a pack.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
@@ -214,6 +215,8 @@ class SampleMaker:
             check_answers(given.messages, " without its reasoning")
         elif cut:
             given = given.changed(lambda i, m: self._cut_reasoning(m, f"{key}/{i}"))
+        if cut or self.options.reasoning == "mask":
+            _no_tags_in_calls(given)
         renderings, unread = template.split(given)
         made.unread = made.unread | {f"messages.{name}" for name in unread}
         return [self._encoded(r, cut) for r in renderings]
@@ -375,6 +378,15 @@ def _request(maker: SampleMaker, sources: dict[str, list[Source]]) -> dict[str, 
         },
         "seed": maker.seed,
     }
+
+
+def _no_tags_in_calls(given: Conversation) -> None:
+    """Raise BadRecord for tags of thinking in calls that are learnt, where reasoning is not: in a
+    rendered text they are like those of reasoning."""
+    for turn in given.learnt:
+        if TAG.search(json.dumps(given.messages[turn].get("tool_calls"), ensure_ascii=False)):
+            why = f"turn {turn + 1}: a tool call holds a tag of thinking"
+            raise BadRecord(f"{why}: reasoning can only be kept", "reasoning")
 
 
 def _text(value: object, name: str) -> str:

@@ -61,7 +61,7 @@ class ChatTemplate:
 
     def source(self, tools: Any = None) -> str:
         """The template that transformers takes. Raises BadRecord where there is none."""
-        name = TOOL_USE if tools and TOOL_USE in self.sources else DEFAULT
+        name = TOOL_USE if tools is not None and TOOL_USE in self.sources else DEFAULT
         if name not in self.sources:
             known = ", ".join(sorted(self.sources))
             raise BadRecord(f"{self.origin} has no default chat template, only {known}")
@@ -236,6 +236,9 @@ def _start() -> tuple[subprocess.Popen[str], IO[str]]:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # an interrupt is for whoever waits
         )
+    except BaseException:
+        os.close(read)
+        raise
     finally:
         os.close(write)
     return process, open(read, encoding="utf-8")

@@ -384,5 +384,7 @@ def test_other_fields_are_counted_by_name(make_model: MakeModel, tmp_path: Path)
         "source": 2, "url": 1,
     }  # fmt: skip
     assert "2 records: the field source" in str(summary)
+    keys = CHATML.replace("m.content", "(m.keys() | join(' ')) + m.content")
+    assert "content." not in text_of(make_model(keys, "keys"), records[0])
     read = make_store(make_model(named, "named"), tmp_path / "read", data)
     assert summary.unread.items() - read.unread.items() == {("messages.name", 1)}

@@ -149,6 +149,7 @@ def test_templates_for_tools(make_model: MakeModel, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(model)
     theirs.chat_template = both
     plain, tooled = chat("q", "a"), {"messages": LONG, "tools": [TOOL]}
+    toolless = {"messages": LONG, "tools": []}  # which are tools too, if none
     for layout in ("files", "list"):
         directory = tmp_path / layout
         theirs.save_pretrained(directory, save_jinja_files=layout == "files")
@@ -163,7 +164,7 @@ def test_templates_for_tools(make_model: MakeModel, tmp_path: Path) -> None:
         for place in (directory, out, copied):
             read = AutoTokenizer.from_pretrained(place)
             assert read.chat_template == both
-            for record in (plain, tooled):
+            for record in (plain, tooled, toolless):
                 expected = read.apply_chat_template(
                     record["messages"], tools=record.get("tools"), return_dict=False
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.conversations import TOOLS, answer, fault, learnt_texts, user
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data import template as templates
 from nemo_hybrid.data.reasoning import change_reasoning, learnt_parts, settle_reasoning
@@ -139,6 +141,28 @@ def test_samples_of_an_answer_that_thinks_twice(
     start, end = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
     assert maker.tokenizer.decode(sample.ids.tolist()) == start + text + end
     assert maker.tokenizer.decode(sample.ids[sample.targets].tolist()) == learnt + end
+
+
+def test_reasoning_is_not_looked_for_in_tool_calls(make_model: MakeModel) -> None:
+    """What a call writes into a file is learnt as it is, or the record is refused."""
+    model = make_model(TOOLS)
+    call = {"name": "write", "arguments": {"text": "a <think>b</think> c"}}
+    messages = [user("q"), answer("<think>r</think>x", tool_calls=[{"function": call}])]
+    record = {"messages": messages, "tools": [{"name": "write"}]}
+    ((learnt,),) = learnt_texts(model, record)
+    assert "<think>r</think>x" in learnt
+    assert call["arguments"]["text"] in learnt
+    for options in ({"reasoning": "mask"}, {"truncate_reasoning": 0.999}):
+        assert "turn 2: a tool call holds a tag" in fault(model, record, **options)
+    assert "a <think>b</think> c" in learnt_texts(model, record, reasoning="strip")[0][0]
+
+
+def test_a_process_that_cannot_start_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        Renderer().ask("{}")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
