@@ -44,7 +44,7 @@ def _open(
     """A token store, or samples for fine-tuning in packs that hold the longest of them; and the
     length of its rows."""
     from nemo_hybrid.checkpoint.companions import read_companions
-    from nemo_hybrid.data.loader import open_blend
+    from nemo_hybrid.data.loader import open_blend, require_tokenizer
     from nemo_hybrid.data.packing import PackedSamples, open_stores
     from nemo_hybrid.data.store import TRAIN, holds_samples
 
@@ -55,7 +55,9 @@ def _open(
         return open_blend(data, shape, ends, directory / "config.json"), length
     train, heldout = open_stores(Path(options.data))
     length = max(length, *(int(store.lengths.max()) for store in (train, heldout) if store))
-    return PackedSamples(train, heldout, length, shape.pad_token_id), length
+    rows = PackedSamples(train, heldout, length, shape.pad_token_id)
+    require_tokenizer(rows, directory)
+    return rows, length
 
 
 def eval_command(options: EvalOptions) -> None:
@@ -66,7 +68,7 @@ def eval_command(options: EvalOptions) -> None:
     from nemo_hybrid.checkpoint.adapter import locate
     from nemo_hybrid.checkpoint.load import load_model
     from nemo_hybrid.checkpoint.steps import reading
-    from nemo_hybrid.data.loader import heldout_batches, require_tokenizer
+    from nemo_hybrid.data.loader import heldout_batches
     from nemo_hybrid.objectives.next_token import NextToken
     from nemo_hybrid.parallel.world import World
     from nemo_hybrid.train.evaluate import heldout_losses
@@ -74,7 +76,6 @@ def eval_command(options: EvalOptions) -> None:
     def read(directory: Path) -> tuple[Path, HybridLM, Blend | PackedSamples, int]:
         model = load_model(directory)
         rows, length = _open(options, model.config, directory)
-        require_tokenizer(rows, directory)
         return directory, model, rows, length
 
     directory, model, rows, length = reading(options.from_, read, locate)

@@ -92,6 +92,9 @@ def prepare(
             if isinstance(item, Unusable):
                 summary.drop(item)
             elif len(item.content):
+                if given is not None and isinstance(item.content, np.ndarray):
+                    for kind in _unexpected_ends(item.content, given):
+                        summary.note(kind, item.key)
                 yield split_of(item.key, seed, heldout), item
             else:
                 summary.leave_out(_EMPTY, item.key)
@@ -122,6 +125,18 @@ def prepare(
         }
         summary.seconds = time.monotonic() - started
     return summary
+
+
+def _unexpected_ends(ids: np.ndarray, tokenizer: TextTokenizer) -> Iterator[str]:
+    """What tells that token ids were made with another token at the end of documents, or other
+    bounds of them."""
+    end = tokenizer.tokenizer.id_to_token(tokenizer.eos_id)
+    if (ids[:-1] == tokenizer.eos_id).any():
+        yield f"documents with {end} before their end: what stands behind it sees what is before"
+    if ids[-1] != tokenizer.eos_id:
+        last = tokenizer.tokenizer.id_to_token(int(ids[-1]))
+        if tokenizer.added_tokens.get(last):
+            yield f"documents that end with {last}: {end} stands behind it"
 
 
 def _encoded(

@@ -231,7 +231,8 @@ def open_blend(
 
     All stores must share one tokenizer, whose ids and end-of-sequence token fit the model, and
     hold at least one training sequence. ``ends``: ids that end a text beside model.eos_token_id;
-    ``config``: the file that the model's ids are written in, None for options.
+    ``config``: the file that the model's ids are written in, beside its tokenizer, which has to be
+    theirs; None for options.
     """
     weights = dict(data.blend) or {str(data.path): 1.0}
     train = [Store.open(Path(p) / TRAIN, verify=data.verify) for p in weights]
@@ -240,6 +241,9 @@ def open_blend(
         for p in weights
         if (Path(p) / HELDOUT).exists()
     ]
+    blend = Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
+    if config is not None:  # first: the numbers of another tokenizer mean nothing
+        require_tokenizer(blend, config.parent)
     first = train[0].info
     for store in train + heldout:
         info = store.info
@@ -267,8 +271,8 @@ def open_blend(
                 f"{store.path} holds {len(store)} tokens, too few for one sequence of "
                 f"sequence_length ({data.sequence_length}) + 1"
             )
-    quotas(tuple(weights.values()))
-    return Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
+    quotas(blend.weights)
+    return blend
 
 
 def require_tokenizer(data: Rows, directory: Path) -> None:

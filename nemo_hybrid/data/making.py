@@ -52,8 +52,10 @@ class Summary:
     """Records and samples that cannot be learnt from, by reason."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Other things that are no data, by what they are."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """Documents that were taken, and are not what one would expect."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first of either."""
+    """The first of each."""
     unread: dict[str, int] = field(default_factory=dict)
     """Records with a field that no rule knows, by its name."""
     truncated: int = 0
@@ -72,6 +74,10 @@ class Summary:
     def leave_out(self, kind: str, name: object) -> None:
         """Count something that is no data; ``kind``: in the plural."""
         self._count(self.left_out, kind, str(name))
+
+    def note(self, kind: str, name: object) -> None:
+        """Count something that is taken as it is; ``kind``: in the plural."""
+        self._count(self.noted, kind, str(name))
 
     def _count(self, counts: dict[str, int], kind: str, example: str) -> None:
         counts[kind] = counts.get(kind, 0) + 1
@@ -132,7 +138,8 @@ class Summary:
             line("unread", count, f"records: the field {name}")
         line("split", self.split_conversations, "conversations, into several samples each")
         line("cut", self.truncated, "over-long samples")
-        for word, counts in (("dropped", self.dropped), ("left out", self.left_out)):
+        of_words = {"dropped": self.dropped, "left out": self.left_out, "noted": self.noted}
+        for word, counts in of_words.items():
             for kind, count in counts.items():
                 line(word, count, kind)
                 lines += [f"    {example}" for example in self.examples[kind]]

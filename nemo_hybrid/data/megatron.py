@@ -65,8 +65,10 @@ def _open(path: Path) -> tuple[np.memmap, np.memmap, np.memmap, np.memmap]:
             )
         start = len(header)
         expected = start + sequences * 12 + documents * 8
-        if index.stat().st_size != expected or documents < 2:
+        if index.stat().st_size != expected:
             raise UserError(f"{index} is truncated or damaged: expected {expected} bytes")
+        if documents < 2 or not path.stat().st_size:
+            raise UserError(f"{path} and {index.name} hold no documents")
         lengths = np.memmap(index, "<i4", "r", start, (sequences,))
         offsets = np.memmap(index, "<i8", "r", start + 4 * sequences, (sequences,))
         bounds = np.memmap(index, "<i8", "r", start + 12 * sequences, (documents,))

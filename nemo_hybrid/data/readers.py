@@ -23,7 +23,7 @@ from nemo_hybrid.data.sources import (
     unpacked,
 )
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming, refuse_pointer
+from nemo_hybrid.files import naming, read_json, refuse_pointer
 
 _ROWS = 256  # of a table, read at once
 Done = Callable[[], float]
@@ -204,6 +204,8 @@ def _read_dataset(source: Source, columns: Sequence[str] | None) -> Iterator[Rec
 
     for file in content_files(source):
         refuse_pointer(file)
+    if read_json(source.path / "state.json").get("_data_files") == []:
+        return  # no rows: the library has written no file of them, and does not read that
     try:
         dataset = load_from_disk(str(source.path))
         _check_columns(source, dataset.column_names, columns)

@@ -295,6 +295,7 @@ def _shards_of(info: StoreInfo) -> int:
 def _read_info(path: Path, wanted: str) -> StoreInfo:
     name = path / "store.json"
     try:
+        refuse_pointer(name)
         content = name.read_bytes()
         raw = json.loads(content)
     except (FileNotFoundError, NotADirectoryError) as e:

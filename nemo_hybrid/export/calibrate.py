@@ -157,7 +157,6 @@ def _of_store(
     options = DataOptions(path=str(path), sequence_length=length)
     ends = read_companions(directory).ends
     blend, rows = open_blend(options, config, ends, directory / "config.json"), -(-tokens // length)
-    require_tokenizer(blend, directory)
     if split == "train":
         rows = min(rows, sum(store.windows(length) for store in blend.train))
         batches = iter([blend.rows(range(rows), length, seed=0)])

@@ -116,6 +116,9 @@ def test_in_a_store_and_in_a_configuration(
     shard = store / "train" / "tokens-00000.bin"
     shard.write_text(POINTER)
     refused(["eval", "--from", str(base), "--data", str(store)], shard, capsys)
+    (store / "train" / "store.json").write_text(POINTER)
+    words = ["pretrain", "--model.from_hf", str(base), "--data.path", str(store), "--run_dir"]
+    refused([*words, str(tmp_path / "run")], store / "train" / "store.json", capsys)
     config = tmp_path / "run.yaml"
     config.write_text(POINTER)
     refused(["pretrain", "--config", str(config), "--print_config", "true"], config, capsys)

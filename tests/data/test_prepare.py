@@ -224,6 +224,11 @@ def test_a_saved_hugging_face_dataset(folder: Path, tmp_path: Path) -> None:
         make([tmp_path / "dict"], tmp_path / "out2", text_field="body")
     make([tmp_path / "dict" / "test"], tmp_path / "out3", text_field="body")
     assert everything(tmp_path / "out3") == sorted(texts(20))
+    datasets.Dataset.from_dict({"body": []}).save_to_disk(tmp_path / "none")
+    with pytest.raises(UserError, match="there is nothing to learn from"):
+        make([tmp_path / "none"], tmp_path / "out2", text_field="body")
+    make([tmp_path / "none", tmp_path / "dict" / "test"], tmp_path / "out4", text_field="body")
+    assert everything(tmp_path / "out4") == sorted(texts(20))
     (tmp_path / "ds" / "state.json").write_text("{}")
     with pytest.raises(UserError, match="not a readable Hugging Face dataset"):
         make([tmp_path / "ds"], tmp_path / "out2", text_field="body")
@@ -280,6 +285,19 @@ def test_megatron_pairs_in_a_directory(folder: Path, tmp_path: Path) -> None:
         make([corpus], tmp_path / "out2", tokenizer=tmp_path / "tok", heldout=0.0)
 
 
+def test_megatron_documents_with_other_ends_are_noted(folder: Path, tmp_path: Path) -> None:
+    """They are taken as they are; <s> is token 1, </s> token 2."""
+    make([folder], tmp_path / "tok")
+    write_megatron(tmp_path / "m", [[[10, 2]], [[10, 2, 11]], [[10, 1]], [[2, 10]], [[11]]])
+    summary = make([tmp_path / "m"], tmp_path / "out", tokenizer=tmp_path / "tok", heldout=0.0)
+    inside, other = summary.noted
+    assert "</s> before their end" in inside
+    assert "end with <s>: </s> stands behind it" in other
+    assert list(summary.noted.values()) == [2, 1]
+    assert summary.examples == {inside: ["m#1", "m#3"], other: ["m#2"]}
+    assert "noted                 2 documents with </s>" in str(summary)
+
+
 def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
     make([folder], tmp_path / "tok")
     prefix = tmp_path / "m"
@@ -315,6 +333,9 @@ def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
     write_megatron(prefix, [[[10]], [[12]]])
     longer.write_bytes(tokens)
     assert "leave out the token that ends a document" in message()
+    for nothing in ([], [[[]]]):
+        write_megatron(prefix, nothing)
+        assert message().endswith("m.bin and m.idx hold no documents")
     write_megatron(prefix, [[[10, 11]], [[300]]])
     assert re.search(r"m\.bin document 1: token id 300 lies outside.* 300;", message())
     Path(f"{prefix}.idx").unlink()
