@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(130)
         return 130
     except ReaderGone:
-        return 1
+        return 0
     return status
 
 

@@ -16,8 +16,8 @@ from nemo_hybrid.errors import UserError
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class ReaderGone(BrokenPipeError):
-    """Who read our output has ended: `head` has seen enough."""
+class ReaderGone(Exception):
+    """Nobody reads the standard output any more: `head` has seen enough."""
 
 
 class _Stream(io.FileIO):
@@ -37,9 +37,7 @@ class _Stream(io.FileIO):
             if not self._needed:
                 if self.fileno() != 2:
                     print(f"{self._what}: {error.strerror}; going on without it", file=sys.stderr)
-            elif isinstance(error, BrokenPipeError):
-                raise ReaderGone from None
-            else:
+            elif not isinstance(error, BrokenPipeError):  # `head` has seen enough: so be it
                 raise UserError(f"{self._what}: {error.strerror}") from None
         return len(part) if self._failed else count
 
@@ -48,9 +46,9 @@ def open_streams(*, needed: bool) -> None:
     """Make streams of this process that can be written whatever they are: what is closed becomes
     /dev/null, characters that a stream does not have are escaped.
 
-    ``needed``: standard output is what the command is for, so that writing it raises UserError, or
-    `ReaderGone`; elsewhere it is a log, which says once that it cannot be written. For the first
-    thing that a program does.
+    ``needed``: standard output is what the command is for, so that writing it raises UserError
+    unless its reader has ended; elsewhere it is a log, which says once that it cannot be written.
+    For the first thing that a program does.
     """
     for number in range(3):
         try:
@@ -67,6 +65,14 @@ def open_streams(*, needed: bool) -> None:
             line_buffering=number == 2 or raw.isatty() or getattr(before, "write_through", False),
         )
         setattr(sys, name, stream)
+
+
+def check_reader() -> None:
+    """For what goes on as long as somebody reads it. Raises `ReaderGone`."""
+    asked = select.poll()
+    asked.register(1, 0)  # what is wrong with it is told unasked
+    if any(event & select.POLLERR for _, event in asked.poll(0)):
+        raise ReaderGone
 
 
 def table_text(

@@ -19,6 +19,7 @@ from nemo_hybrid.config.base import (
     Share,
 )
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.terminal import check_reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +118,7 @@ def generate_command(options: GenerateOptions) -> None:
 
     def show(rollout: Rollout) -> None:
         nonlocal shown
+        check_reader()
         for token in rollout.said[shown:]:
             sys.stdout.write(text.add(token))
         sys.stdout.flush()
@@ -134,4 +136,4 @@ def generate_command(options: GenerateOptions) -> None:
     print(f"[{shown} tokens in {seconds:.1f} s]", file=sys.stderr)
 
 
-COMMANDS = {"generate": Command(generate_command, GenerateOptions)}
+COMMANDS = {"generate": Command(generate_command, GenerateOptions, reads="from_")}

@@ -12,6 +12,7 @@ from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import Sample, SampleMaker
 from nemo_hybrid.data.sources import Unusable, find_samples
 from nemo_hybrid.data.tokenizer import TextTokenizer
+from nemo_hybrid.terminal import check_reader
 
 LEARNT, MASKED = "bold green", "dim"
 OPEN, CLOSE = "[[", "]]"
@@ -25,6 +26,7 @@ def preview(
     maker = SampleMaker(options, tokenizer, seed)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for where, item, unread in islice(_items(maker, paths), count):
+        check_reader()
         if isinstance(item, Unusable):
             print(f"{where}: unusable: {_visible(item.why)}\n")
             continue
