@@ -16,6 +16,7 @@ from types import FrameType
 from nemo_hybrid.errors import UserError
 
 _MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+_LAST_PORT = 65535
 _OTHER_LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_RANK",
@@ -53,7 +54,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
             f"{said}, which cannot meet without {' and '.join(missing)}: start them with "
             f"{_TORCHRUN}, or unset RANK and WORLD_SIZE"
         )
-    number_of(environment, "MASTER_PORT", 0)
+    if (port := number_of(environment, "MASTER_PORT", 0)) > _LAST_PORT:
+        raise UserError(f"MASTER_PORT is {port}, which is no port: use torchrun, or unset it")
     return rank, size
 
 

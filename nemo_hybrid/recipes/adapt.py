@@ -39,6 +39,7 @@ class Adapt(Finetune):
     """Adapters beside frozen weights, which are those of model.from_hf in every step."""
 
     needs_origin = True
+    origin_is = "the adapter is for"
     loaded_by = "peft"
     trained_words = "A LoRA adapter for"
 

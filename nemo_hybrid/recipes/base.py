@@ -13,8 +13,9 @@ from nemo_hybrid.checkpoint.adapter import base_digest, base_named, is_adapter
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.names import RUN_STATE
-from nemo_hybrid.checkpoint.steps import keeps, model_shape, resolve
+from nemo_hybrid.checkpoint.steps import keeps, list_steps, model_shape, resolve
 from nemo_hybrid.checkpoint.weights import load_weights
+from nemo_hybrid.config.read import CHECKPOINTS
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
 from nemo_hybrid.errors import UserError
@@ -34,6 +35,12 @@ C = TypeVar("C", bound=TrainingConfig)
 R = TypeVar("R", bound=Rows)
 
 
+def _base_of(checkpoint: Path) -> str | None:
+    """Digest of the weights that a run needs in all of its steps, as its checkpoint has it."""
+    state = checkpoint / RUN_STATE
+    return read_json(state).get("base") if state.is_file() else None
+
+
 class StoreRecipe(Generic[C, R]):
     """Learns next tokens out of stores, from new weights or those of model.from_hf."""
 
@@ -41,6 +48,7 @@ class StoreRecipe(Generic[C, R]):
     """What makes global batches of rows."""
     needs_origin = False
     """Whether the weights that the run began with have a part in all of its steps."""
+    origin_is = "every start of this run reads"
     rows: R
     """Known from `open_data` on."""
 
@@ -130,8 +138,8 @@ class StoreRecipe(Generic[C, R]):
 
     def _check_base(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that was trained beside other weights than those of this run."""
-        saved = (checkpoint / RUN_STATE).is_file() and read_json(checkpoint / RUN_STATE).get("base")
-        if (saved or None) == self._base:
+        saved = _base_of(checkpoint)
+        if saved == self._base:
             return
         if not (saved and self._base):
             beside, alone = ("it", "this run") if saved else ("this run", "it")
@@ -153,10 +161,9 @@ class StoreRecipe(Generic[C, R]):
     def _origin_warning(self) -> Iterator[str]:
         """Where the weights that the run began with may be gone when it starts again."""
         if self.origin is not None and (kept := keeps(self.origin)):
-            what = "the adapter is for" if self.needs_origin else "every start of this run reads"
             yield (
-                f"warning: {self.origin}, which {what}, is a checkpoint of a run that keeps its "
-                f"{kept} newest alone and removes it when it goes on: begin with a copy "
+                f"warning: {self.origin}, which {self.origin_is}, is a checkpoint of a run that "
+                f"keeps its {kept} newest alone and removes it when it goes on: begin with a copy "
                 f"(nemo-hybrid import {self.origin} --out DIR, model.from_hf DIR), or set "
                 "checkpoint.keep 0 there"
             )
@@ -169,6 +176,11 @@ class StoreRecipe(Generic[C, R]):
                 f"{directory} holds an adapter: add it to its weights first (nemo-hybrid merge "
                 f"--from {directory} --out DIR) and name the result"
             )
+        if self.needs_origin and checkpoint is not None and directory.parent.name == CHECKPOINTS:
+            # A run that is named may have gone on since.
+            saved = _base_of(checkpoint)
+            known = (d for d in list_steps(directory.parent) if base_digest(d) == saved)
+            return next(known, directory)
         return directory
 
     def _load(self, model: HybridLM, world: World) -> dict[str, Tensor]:

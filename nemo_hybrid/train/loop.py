@@ -309,9 +309,12 @@ class Loop:
         counters.in_a_row = counters.rollbacks_in_a_row = 0  # whoever replays it starts afresh
         before = Position(at.step, at.batch - 1)
         self.saver.save(run_dir / DIAGNOSIS, before, keep=1, wait=True)
+        advice = "Lower train.lr or look at the data"
+        if not at.step:  # which no rate has changed
+            advice = "The weights are those that the run began with: look at them and at the data"
         raise TrainingError(
-            f"batch {at.batch} after step {at.step}: {outcome.objection}, and {why}. Lower "
-            f"train.lr or look at the data. The state before that batch is in "
+            f"batch {at.batch} after step {at.step}: {outcome.objection}, and {why}. {advice}. "
+            f"The state before that batch is in "
             f"{run_dir / DIAGNOSIS}; a new run_dir with --resume of it meets the batch first"
         )
 
@@ -324,9 +327,12 @@ def _announce(run: Run, checkpoint: Path | None) -> None:
     config, world, model = run.config, run.world, run.model.config
     train = config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
+    experts = f", {model.n_routed_experts} experts of which {model.num_experts_per_tok} per token"
+    if "E" not in model.pattern + model.mtp_pattern * model.mtp_num_depths:
+        experts = ""
     print(
-        f"model {model.pattern}, hidden {model.hidden_size}, {model.n_routed_experts} experts of "
-        f"which {model.num_experts_per_tok} per token, {model.mtp_num_depths} MTP depths"
+        f"model {model.pattern}, hidden {model.hidden_size}{experts}, {model.mtp_num_depths} MTP "
+        "depths"
     )
     print(*run.recipe.describe(run), *describe_schedule(train), sep="\n")
     print(

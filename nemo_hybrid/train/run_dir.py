@@ -164,8 +164,8 @@ def _began_so(config: TrainingConfig) -> bool:
 
 
 def _nothing_lost(config: TrainingConfig) -> None:
-    """Raise UserError where there are no checkpoints, although rows of metrics say that there were:
-    a fresh start would cut those away.
+    """Raise UserError where there are no checkpoints, although the pointer to the newest one or the
+    rows of metrics say that there were: a fresh start would cut those away.
 
     A run that dies while its first checkpoint is being written has made the steps of an interval
     without one, and those of a second one if it writes beside them: the next save waits.
@@ -173,15 +173,18 @@ def _nothing_lost(config: TrainingConfig) -> None:
     run_dir = Path(config.run_dir)
     path = run_dir / METRICS_FILE
     rows = [row.step for row in read_metrics(path)] if path.is_file() else []
-    if not rows:
+    pointer = run_dir / CHECKPOINTS / steps.LATEST
+    if not rows and not pointer.exists():
         return
     # How often it saved, which may change now.
     saved = read_keys(run_dir / CONFIG_FILE, type(config))
     every = int(saved.get("checkpoint.every", 0))
-    if every and len(rows) > every * (2 if saved.get("checkpoint.asynchronous", True) else 1):
+    pending = every * (2 if saved.get("checkpoint.asynchronous", True) else 1)
+    if pointer.exists() or (every and len(rows) > pending):
+        holds = f"metrics up to step {rows[-1]}" if rows else pointer.name
         raise UserError(
-            f"run_dir {run_dir} holds metrics up to step {rows[-1]}, but no checkpoints: were they "
-            "moved, or is a disk missing? Bring them back, or use another run_dir"
+            f"run_dir {run_dir} holds {holds}, but no checkpoints: were they moved, or is a disk "
+            "missing? Bring them back, or use another run_dir"
         )
     log.warning(
         "%s holds metrics of %d steps, but no checkpoint: the run begins anew and replaces them",

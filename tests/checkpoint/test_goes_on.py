@@ -125,6 +125,19 @@ def test_a_removed_checkpoint_that_was_asked_for_is_said_to_be(
     assert "hub" not in str(refused.value)
 
 
+def test_a_link_to_a_checkpoint_is_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    """Its run may remove it, and what it leads to then is named."""
+    link = tmp_path / "best"
+    link.symlink_to(run.newest)
+    (run.root / "config.yaml").write_text("checkpoint: {keep: 2}")
+    assert steps.keeps(link) == 2
+    run.go_on()
+    with pytest.raises(UserError) as refused:
+        steps.resolve(link)
+    assert f"{link} is not there: a run that goes on removes" in str(refused.value)
+    assert f"{run.root} has {run.newest.name} now" in str(refused.value)
+
+
 def test_a_checkpoint_removed_while_a_path_is_resolved(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_what_a_launcher_says(environment: dict[str, str], found: tuple[int, int
         (TWO | MET | {"RANK": "x"}, "RANK is 'x'"),
         (TWO | MET | {"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         (TWO | MET | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        (TWO | MET | {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, which is no port"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE"),
         (MET | {"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE"),

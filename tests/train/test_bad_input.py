@@ -346,6 +346,10 @@ def test_every_checkpoint_damaged(
     message = capsys.readouterr().err.splitlines()[-1]
     assert "none of the 3 checkpoints" in message
     assert "Traceback" not in message
+    assert "bring a whole one back, or begin anew in another directory" in message
+    # Without them it would not begin anew here either.
+    (run_dir / "checkpoints").rename(tmp_path / "away")
+    assert pretrain("--config", unbroken.config, "--run_dir", run_dir) == 2
 
 
 def test_diverged_training_ends_with_status_3(store: Path, tmp_path: Path) -> None:

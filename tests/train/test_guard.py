@@ -193,6 +193,8 @@ def test_a_run_that_is_bad_from_the_start_gives_up_too(store: Path, tmp_path: Pa
     assert finished.status == 3, finished.stderr
     assert "batch 2 after step 0" in finished.stderr
     assert "there is no checkpoint to go back to" in finished.stderr
+    assert "Lower train.lr" not in finished.stderr  # no step has been taken at any rate
+    assert "The weights are those that the run began with" in finished.stderr
     dump = tmp_path / "run/diagnosis/step_00000000"
     assert f"The state before that batch is in {dump.parent}" in finished.stderr
     again = [FAULTY, json.dumps({"nan": [2, 3]}), *words, tmp_path / "again", "--resume", dump]

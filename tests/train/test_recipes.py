@@ -14,8 +14,9 @@ from helpers.corpus import EOS, TINY_MODEL, write_corpus
 from helpers.processes import TESTS
 from helpers.tiny_models import tiny_config
 from nemo_hybrid.agreement import OneProcess
+from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.commands import evaluate
-from nemo_hybrid.config.finetune import FinetuneConfig, LoraOptions
+from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig
 from nemo_hybrid.errors import UserError
@@ -28,10 +29,14 @@ from nemo_hybrid.recipes.pretrain import Pretrain
 ROWS = SimpleNamespace(digests=["d"], weights=[1.0], tokenizer_sha256="t", packs=range(64))
 
 
-def opened(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def opened(recipe: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: Path | None = None) -> Any:
     monkeypatch.setattr(type(recipe), "_open_rows", lambda self, world: ROWS)
-    recipe.open_data(OneProcess(), None)
+    recipe.open_data(OneProcess(), checkpoint)
     return recipe
+
+
+def distilled(model: ModelOptions) -> FinetuneConfig:
+    return FinetuneConfig(model=model, distill=DistillOptions(preset="nano"))
 
 
 def test_a_run_is_what_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +95,7 @@ def test_a_beginning_that_its_run_may_remove_is_warned_of(
     for config, what in (
         (FinetuneConfig(model=model, lora=LoraOptions(rank=2)), "which the adapter is for"),
         (FinetuneConfig(model=model), "which every start of this run reads"),
+        (distilled(model), "which every start of this run reads"),
         (RunConfig(model=model), "which every start of this run reads"),
     ):
         recipe = opened(recipe_of(config), monkeypatch)
@@ -99,6 +105,25 @@ def test_a_beginning_that_its_run_may_remove_is_warned_of(
         (warning,) = recipe._origin_warning()
         assert f"{checkpoint}, {what}, is a checkpoint of a run that keeps its 2 newest" in warning
         assert "nemo-hybrid import" in warning
+
+
+def test_a_run_that_needs_its_beginning_finds_it_where_more_has_been_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (tmp_path / "run/checkpoints" / steps.step_name(step) for step in (3, 6))
+    HybridLM(tiny_config("-")).save_hf(str(first))
+    config = distilled(ModelOptions(from_hf=str(tmp_path / "run")))
+    recipe = opened(recipe_of(config), monkeypatch)
+    assert recipe.origin == first
+    checkpoint = tmp_path / "distilled"
+    checkpoint.mkdir()
+    (checkpoint / "run_state.json").write_text(json.dumps({"base": recipe.identity()["base"]}))
+    HybridLM(tiny_config("-"), seed=1).save_hf(str(second))
+    assert opened(recipe_of(config), monkeypatch).origin == second
+    assert opened(recipe_of(config), monkeypatch, checkpoint).origin == first
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=rf"base weights that are not those in {second}"):
+        opened(recipe_of(config), monkeypatch, checkpoint)
 
 
 def test_an_adapter_is_no_beginning_of_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +161,9 @@ def test_texts_end_with_any_token_that_the_model_lists(listed: str | None, tmp_p
             read()
         assert f"ends documents with token {EOS}, the model ends them with 5: " in str(e.value)
         assert f"5: add it to eos_token_id in {base / 'config.json'}, or" in str(e.value)
+        # Of another tokenizer the number of a token says nothing.
+        known = (base / "tokenizer.json").read_text()
+        (base / "tokenizer.json").write_text(known.replace("<pad>", "<none>"))
+        with pytest.raises(UserError, match="was made with another tokenizer than that of"):
+            read()
+        (base / "tokenizer.json").write_text(known)

@@ -250,6 +250,23 @@ def test_lost_checkpoints_are_not_taken_for_a_fresh_start(
             assert f"holds metrics of {len(rows)} steps, but no checkpoint" in caplog.text
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_pointer_says_that_a_checkpoint_stood(
+    unbroken: Unbroken, tmp_path: Path, rows: int
+) -> None:
+    """However few steps were made."""
+    run_dir = unbroken.copy(tmp_path / "run", without=(4, 8, 12))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:rows]))
+    config = load_config([unbroken.config], ["--run_dir", str(run_dir), *LAYOUT])
+    holds = "metrics up to step 1" if rows else "latest"
+    with RunLock(config) as lock:
+        with pytest.raises(UserError, match=f"holds {holds}, but no checkpoints"):
+            open_run(config, lock)
+        (run_dir / "checkpoints/latest").unlink()
+        assert open_run(config, lock) is None
+
+
 def test_a_copied_run_goes_on_in_its_own_place(unbroken: Unbroken, tmp_path: Path) -> None:
     """By its own config.yaml, from whatever directory it is started."""
     copy = unbroken.copy(tmp_path / "copy")
