@@ -135,13 +135,14 @@ class Plan:
 def plan_command(config: RunConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
     from nemo_hybrid.checkpoint.steps import model_shape
-    from nemo_hybrid.train.build import check_precision
 
     config = deepcopy(config)
     if not config.data.path and not config.data.blend:
         config.data.path = "not needed"
     shape = model_shape(config.model)
     config.validate(shape)
+    from nemo_hybrid.train.build import check_precision  # which takes seconds
+
     check_precision(config, shape)
     config.validate_world(options.processes)
     found = make_plan(config, shape, options)
@@ -233,18 +234,16 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
     config, options = deepcopy(config), replace(options)
     at = make_plan(config, shape, options)
     for name, change in _candidates(config, shape, options):
-        tried, tried_options = deepcopy(config), replace(options)
-        for key, value in change.items():
-            section, _, field = key.partition(".")
-            target = tried_options if section == "plan" else getattr(tried, section)
-            setattr(target, field, value)
+        tried = deepcopy(config), replace(options)
+        _apply(change, *tried)
         try:
-            found = make_plan(tried, shape, tried_options)
+            found = make_plan(tried[0], shape, tried[1])
         except UserError:
             continue
         if found.needed > 0.98 * at.needed:
             continue
-        config, options, at = tried, tried_options, found
+        _apply(change, config, options)  # which the next candidates go on from
+        at = found
         yield f"{name}: {_gb(found.needed)}" + (", fits" if found.fits else "")
         if found.fits:
             return
@@ -260,6 +259,12 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
         "even so it does not fit, nor with a smaller data.sequence_length: take a device with more "
         "memory"
     )
+
+
+def _apply(change: dict[str, int | str], config: RunConfig, options: PlanOptions) -> None:
+    for key, value in change.items():
+        section, _, field = key.partition(".")
+        setattr(options if section == "plan" else getattr(config, section), field, value)
 
 
 def _candidates(
@@ -286,7 +291,7 @@ def _candidates(
             ep *= 2
             change["parallel.ep"] = ep
         words = f"{processes} processes, --parallel.ep {ep}"
-        if batch % (processes * micro):
+        if batch % (processes * config.train.micro_batch_size):
             batch *= 2
             change["train.global_batch_size"] = batch
             words += f", --train.global_batch_size {batch}"

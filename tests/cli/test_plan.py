@@ -261,6 +261,20 @@ def test_changes_lead_to_a_run_that_fits() -> None:
     assert "even so it does not fit, nor with a smaller data.sequence_length" in said
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_more_processes_are_told_of_however_many_rows_each_takes(rows: int) -> None:
+    """Also where fewer rows would not help, because weights take the memory."""
+    config = run(micro_batch_size=rows, length=32, zero=2)
+    config.train.global_batch_size = rows
+    config.train.recompute = "ME*-"
+    config.model = ModelOptions(**plan_memory.SHAPE | {"moe_intermediate_size": 1 << 14})
+    options = PlanOptions(processes=1, device="cpu", reserve_gb=0)
+    needed = make_plan(config, config.model, options).needed
+    said = list(changes(config, replace(options, memory_gb=0.3 * needed / 1e9), config.model))
+    assert said[-1].startswith("4 processes, --parallel.ep 4"), said
+    assert said[-1].endswith("fits")
+
+
 def test_where_nothing_else_helps_the_samples_are_too_long() -> None:
     """One row whose every layer is recomputed: all that is left to change is its length."""
     config = run(micro_batch_size=1, length=65536, zero=2)
