@@ -13,6 +13,7 @@ hashed and synced.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -95,7 +96,7 @@ def find_latest(checkpoints_dir: Path, deep: bool = True, world: Agreement = ALO
         if steps:
             raise UserError(
                 f"none of the {len(steps)} checkpoints in {checkpoints_dir} is valid (see the "
-                "warnings above); move them away to start afresh"
+                "warnings above): bring a whole one back, or begin anew in another directory"
             )
         return None
 
@@ -161,6 +162,20 @@ def remove_stale(checkpoints_dir: Path) -> None:
                 remove_directory(path)
 
 
+def require(path: str | Path) -> None:
+    """Raise UserError where nothing stands at a path that shall be read; see `resolve`."""
+    start = Path(path).expanduser()
+    if os.path.exists(start) or (start.name == LATEST and list_steps(start.parent)):
+        return
+    there = Path(os.path.realpath(start))  # where a link leads
+    if run := next((p.parent for p in there.parents if p.name == CHECKPOINTS), None):
+        raise UserError(f"{path} is not there: {_kept(run)}")
+    raise UserError(
+        f"{path} does not exist: give a local directory (what is on the Hugging Face hub has "
+        "to be downloaded first)"
+    )
+
+
 def resolve(path: str | Path) -> Path:
     """The directory with config.json that a user's path means.
 
@@ -178,13 +193,7 @@ def resolve(path: str | Path) -> Path:
             except UserError:
                 if found == list_steps(candidate):
                     raise  # else the run, which goes on, has removed some of them meanwhile
-    if not start.exists():
-        if run := next((p.parent for p in start.parents if p.name == CHECKPOINTS), None):
-            raise UserError(f"{path} is not there: {_kept(run)}")
-        raise UserError(
-            f"{path} does not exist: give a local directory (what is on the Hugging Face hub has "
-            "to be downloaded first)"
-        )
+    require(path)
     if (start / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no whole model: add it to its weights with nemo-hybrid "
@@ -220,6 +229,7 @@ def _kept(run: Path) -> str:
 def keeps(checkpoint: Path) -> int:
     """How many checkpoints the run keeps whose checkpoint this is, and removes it when as many are
     newer; 0: it stays, or is of no run."""
+    checkpoint = checkpoint.resolve()
     settings = checkpoint.parent.parent / CONFIG_FILE
     if checkpoint.parent.name != CHECKPOINTS or not settings.is_file():
         return 0

@@ -34,6 +34,8 @@ class Command(NamedTuple):
     options: type[CommandOptions] | None = None
     kind: type[TrainingConfig] | None = None
     """The kind of run whose configuration the command reads."""
+    reads: str | None = None
+    """The option that names models: they have to be there before anything heavy is imported."""
 
     def start(self, name: str, words: Sequence[str]) -> int:
         """Read the words that follow the command's name, and run it. Raises UserError."""
@@ -43,6 +45,7 @@ class Command(NamedTuple):
         if self.options is not None:
             given = [read_options(self.options, words)]
             given[0].validate()
+            self._look_for_models(given[0])
         elif words:
             raise UserError(f"{name} takes no options, got {' '.join(words)}")
         # Who is asked to end leaves nothing unfinished behind, as after Ctrl-C.
@@ -68,6 +71,14 @@ class Command(NamedTuple):
             check_home(files, config.run_dir)
         with ended_when_asked():
             return self.run(config, *beside) or 0
+
+    def _look_for_models(self, options: CommandOptions) -> None:
+        if self.reads:
+            from nemo_hybrid.checkpoint.steps import require
+
+            named = getattr(options, self.reads)
+            for path in [named] if isinstance(named, str) else named:
+                require(path)
 
     def help(self, prog: str, summary: str, statuses: str) -> str:
         """All options and their meaning."""

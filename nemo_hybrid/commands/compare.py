@@ -257,4 +257,4 @@ def _print(options: CompareOptions, a: Path, b: Path, text: Text, found: PerToke
         )
 
 
-COMMANDS = {"compare-logprobs": Command(compare_command, CompareOptions)}
+COMMANDS = {"compare-logprobs": Command(compare_command, CompareOptions, reads="paths")}

@@ -112,4 +112,4 @@ def eval_command(options: EvalOptions) -> None:
     print_table(("target", "held-out loss (nats per token)", "perplexity"), table)
 
 
-COMMANDS = {"eval": Command(eval_command, EvalOptions)}
+COMMANDS = {"eval": Command(eval_command, EvalOptions, reads="from_")}

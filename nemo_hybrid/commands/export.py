@@ -241,4 +241,4 @@ def _calibrated(
     return replace(calibration, unseen=unseen), assignment, reports
 
 
-COMMANDS = {"export": Command(export_command, ExportOptions)}
+COMMANDS = {"export": Command(export_command, ExportOptions, reads="from_")}

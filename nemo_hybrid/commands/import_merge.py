@@ -96,6 +96,6 @@ def _merged_card(base: Path, adapter: Path) -> str:
 
 
 COMMANDS = {
-    "import": Command(import_command, ImportOptions),
-    "merge": Command(merge_command, MergeOptions),
+    "import": Command(import_command, ImportOptions, reads="paths"),
+    "merge": Command(merge_command, MergeOptions, reads="from_"),
 }

@@ -286,4 +286,4 @@ def _size(count: int) -> str:
     return f"{count:.2f} {unit}" if unit != "bytes" else f"{count} bytes"
 
 
-COMMANDS = {"inspect": Command(inspect_command, InspectOptions)}
+COMMANDS = {"inspect": Command(inspect_command, InspectOptions, reads="paths")}

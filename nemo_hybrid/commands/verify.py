@@ -66,4 +66,4 @@ def verify_command(options: VerifyOptions) -> int:
     return 3
 
 
-COMMANDS = {"verify-export": Command(verify_command, VerifyOptions)}
+COMMANDS = {"verify-export": Command(verify_command, VerifyOptions, reads="paths")}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,7 @@ def in_place_of(
 ) -> None:
     """Let the commands of a module call another function."""
     for name, command in module.COMMANDS.items():
-        monkeypatch.setitem(module.COMMANDS, name, command._replace(run=function))
+        monkeypatch.setitem(module.COMMANDS, name, command._replace(run=function, reads=None))
 
 
 def python(*words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -79,6 +80,7 @@ OPTIONS = {"pydantic", "yaml"}
         (["pretrain", "--config", "gone.yaml"], 2, OPTIONS),
         (["export", "--from", "a"], 2, OPTIONS),
         (["generate", "--from", "a", "--prompt", "b", "--top_p", "2"], 2, OPTIONS),
+        (["generate", "--from", "gone", "--prompt", "b"], 2, OPTIONS),
     ],
 )
 def test_help_and_mistakes_are_quick(words: list[str], status: int, needed: set[str]) -> None:
@@ -95,6 +97,30 @@ def test_help_and_mistakes_are_quick(words: list[str], status: int, needed: set[
     assert min(seconds) < 1.2, seconds  # a third of it on an idle core
     modules = {m.split(".")[0] for m in done.stdout.split("MODULES")[1].split()}
     assert not modules & set(HEAVY) - needed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --from gone --prompt a",
+        "eval --from gone --data d",
+        "export --from gone --format bf16 --out o",
+        "merge --from gone --out o",
+        "import gone --out o",
+        "inspect gone",
+        "verify-export gone",
+        "compare-logprobs . gone --prompt a",
+    ],
+)
+def test_a_model_that_is_not_there_is_named_before_all_else(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = words.split()[0]
+    module = import_module(f"nemo_hybrid.commands.{cli.COMMANDS[name].module}")
+    begun = module.COMMANDS[name]._replace(run=lambda options: pytest.fail("it has begun"))
+    monkeypatch.setitem(module.COMMANDS, name, begun)
+    assert cli.main(words.split()) == 2
+    assert "error: gone does not exist: give a local directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -283,7 +309,7 @@ def test_closed_pipe_is_quiet() -> None:
         cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
@@ -292,7 +318,7 @@ def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
         "def wait(options):\n    import time\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "command = generate.COMMANDS['generate']\n"
         "generate.COMMANDS['generate'] = command._replace(run=wait)\n"
-        "sys.exit(cli.main(['generate', '--from', 'a', '--prompt', 'b']))"
+        "sys.exit(cli.main(['generate', '--from', '.', '--prompt', 'b']))"
     )
     # A shell's background job ignores Ctrl-C, and so would its children.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + program
