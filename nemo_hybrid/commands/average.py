@@ -63,4 +63,4 @@ def average_command(options: AverageOptions) -> None:
     print(f"written to {options.out}; compare it with the last one: nemo-hybrid eval --help")
 
 
-COMMANDS = {"average": Command(average_command, AverageOptions)}
+COMMANDS = {"average": Command(average_command, AverageOptions, reads="paths")}

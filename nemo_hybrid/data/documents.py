@@ -135,7 +135,7 @@ def _unexpected_ends(ids: np.ndarray, tokenizer: TextTokenizer) -> Iterator[str]
         yield f"documents with {end} before their end: what stands behind it sees what is before"
     if ids[-1] != tokenizer.eos_id:
         last = tokenizer.tokenizer.id_to_token(int(ids[-1]))
-        if tokenizer.added_tokens.get(last):
+        if last and tokenizer.added_tokens.get(last):
             yield f"documents that end with {last}: {end} stands behind it"
 
 

@@ -107,6 +107,7 @@ def test_help_and_mistakes_are_quick(words: list[str], status: int, needed: set[
         "export --from gone --format bf16 --out o",
         "merge --from gone --out o",
         "import gone --out o",
+        "average gone --out o",
         "inspect gone",
         "verify-export gone",
         "compare-logprobs . gone --prompt a",
