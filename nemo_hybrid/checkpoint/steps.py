@@ -182,6 +182,7 @@ def resolve(path: str | Path) -> Path:
     Accepts a Hugging Face directory, a checkpoint's step directory, RUN/checkpoints/latest,
     RUN/checkpoints, or RUN itself. Raises UserError saying what was looked for.
     """
+    require(path)
     start = Path(path).expanduser()
     if start.is_dir() and (start / "config.json").is_file():
         return start
@@ -193,7 +194,7 @@ def resolve(path: str | Path) -> Path:
             except UserError:
                 if found == list_steps(candidate):
                     raise  # else the run, which goes on, has removed some of them meanwhile
-    require(path)
+    require(path)  # a run may have removed it meanwhile
     if (start / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds an adapter and no whole model: add it to its weights with nemo-hybrid "

@@ -139,6 +139,9 @@ def _in_words(error: ValidationError, options: type[Options]) -> OptionError:
         return OptionError(key, f"{key} must be a finite number, got {got}")
     if "ctx" in first and {"gt", "ge", "lt", "le"} & first["ctx"].keys():
         return OptionError(key, f"{key} must {_bounds_in_words(options, name)}, got {got}")
+    given = first["input"]
+    if isinstance(given, str) and given.strip("+-").replace(".", "", 1).isdigit():
+        got = f"the text {given!r}"  # of a file; without quotes it would be what is expected
     return OptionError(key, f"{key}: expected {type_in_words(hints[name])}, got {got}")
 
 

@@ -138,6 +138,12 @@ def test_a_link_to_a_checkpoint_is_the_checkpoint(run: Run, tmp_path: Path) -> N
     assert f"{run.root} has {run.newest.name} now" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["gone", "a" * 300, "gone/checkpoints/latest"])
+def test_a_path_to_nothing_is_a_mistake(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name} (does not exist|is not there): "):
+        steps.resolve(name)
+
+
 def test_a_checkpoint_removed_while_a_path_is_resolved(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,7 @@ def test_null_and_bare_switch(tmp_path: Path) -> None:
         ("zzz: 3", "unknown key zzz"),
         ("train: {max_steps: many}", "train.max_steps: expected an integer, got many"),
         ("train: {max_steps: 1.5}", "train.max_steps: expected an integer, got 1.5"),
+        ("train: {max_steps: '5'}", "train.max_steps: expected an integer, got the text '5'"),
         ("train: {lr: null}", "train.lr: expected a number, got null"),
         ("train: {lr: .nan}", "train.lr must be a finite number"),
         ("train: {schedule: linear}", "expected one of wsd, cosine, constant, got linear"),
