@@ -256,8 +256,8 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
                 yield f"{shorter}, of which less is learnt: {_gb(found.needed)}, fits"
                 return
     yield (
-        "even so it does not fit, nor with a smaller data.sequence_length: take a device with more "
-        "memory"
+        "even so it does not fit, nor with a smaller data.sequence_length: take still more "
+        "processes, or a device with more memory"
     )
 
 
