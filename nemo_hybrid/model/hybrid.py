@@ -12,7 +12,7 @@ from torch.func import functional_call
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import After, Caches
-from nemo_hybrid.model.init import initialize
+from nemo_hybrid.model.init import Embedding, Head, initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
 from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.linear import fp32_product
@@ -41,7 +41,7 @@ class Backbone(nn.Module):
 
     def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embeddings = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = Layers(cfg.pattern, cfg, dispatcher)
         self.norm_f = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
 
@@ -68,7 +68,7 @@ class HybridLM(nn.Module):
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         self.owned_experts = dispatcher.owned
         self.backbone = Backbone(config, dispatcher)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTPBlock(config, dispatcher) if config.mtp_num_depths else None
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)

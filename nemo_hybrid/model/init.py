@@ -16,6 +16,22 @@ OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
 
 
+class Undrawn:
+    """Of torch's modules: they do not draw weights of their own, which `initialize` would replace.
+    That takes long, and on the meta device torch imports its compiler for it."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(Undrawn, nn.Embedding):
+    pass
+
+
+class Head(Undrawn, nn.Linear):
+    pass
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: int) -> None:
     """Draw all parameters of the model in place; buffers are left as built."""

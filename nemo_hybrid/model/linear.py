@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nemo_hybrid.model.init import Undrawn
+
 
 class Adapter(nn.Module):
     """scale * B A beside a weight [.., D_out, D_in] (LoRA, arXiv 2106.09685): A [.., r, D_in] and
@@ -38,7 +40,7 @@ class Adapter(nn.Module):
         return product.add_(weight).to(weight.dtype)
 
 
-class Linear(nn.Linear):
+class Linear(Undrawn, nn.Linear):
     """[.., D_in] -> [.., D_out], y = x W^T, plus what an adapter adds.
 
     ``low_precision``: what multiplies x by the weight instead, see ``nemo_hybrid.precision``; an

@@ -46,6 +46,14 @@ def test_a_part_of_the_experts_holds_exactly_their_weights(owned: range) -> None
     assert stacked == 2 * 3
 
 
+def test_no_module_draws_weights_that_are_drawn_again() -> None:
+    before = torch.get_rng_state()
+    HybridLM(CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)
+    nn.Embedding(2, 2)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_weights_depend_on_seed_and_name_only() -> None:
     first = tensors(HybridLM(CONFIG, seed=1))
     torch.manual_seed(99)
