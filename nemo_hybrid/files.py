@@ -141,15 +141,17 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
     return file.record
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Give path new content by way of a temporary file: readers see the old or the new one.
+def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Give path new content, or its parts in order, by way of a temporary file: readers see the old
+    or the new one.
 
     Raises UserError naming path.
     """
+    content = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(TEMPORARY + path.name)
     with naming("write", path):
         temporary.unlink(missing_ok=True)
-        write_file(temporary, [content.encode() if isinstance(content, str) else content])
+        write_file(temporary, [content] if isinstance(content, bytes) else content)
         os.replace(temporary, path)
         sync_directory(path.parent)
 
@@ -192,10 +194,10 @@ def whole_directory(
     with naming("write", final):
         make_directories(final.parent)
         if temporary.exists():
-            os.close(lock_directory(temporary, final))
+            os.close(lock(temporary, final))
             shutil.rmtree(temporary)
         temporary.mkdir()
-        lock = lock_directory(temporary, final)
+        held = lock(temporary, final)
         try:
             yield temporary
             sync_directory(temporary)
@@ -203,20 +205,20 @@ def whole_directory(
             sync_directory(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            os.close(lock)
+            os.close(held)
 
 
-def lock_directory(directory: Path, final: Path) -> int:
-    """A descriptor that holds the unfinished directory of ``final`` until it is closed, or the
-    process ends; where the file system has no locks, it holds nothing. Raises UserError if another
-    process holds the directory."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def lock(path: Path, final: Path) -> int:
+    """A descriptor that holds a file or directory, from which ``final`` comes to be, until it is
+    closed or the process ends; where the file system has no locks, it holds nothing. Raises
+    UserError if another process holds it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(
-            f"another process is writing {final}: wait for it, or name another directory"
+            f"another process is writing {final}: wait for it, or name another place"
         ) from None
     except OSError:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from nemo_hybrid.model.lora import merge_adapters
 
 log = logging.getLogger(__name__)
 
+Build = Callable[[HybridConfig], HybridLM]
+"""Makes a model, on the meta device, that may own a part of the experts."""
+
 
 def tensors_by_name(model: HybridLM) -> dict[str, Tensor]:
     """Everything a checkpoint holds of a model: parameters and router biases."""
@@ -41,7 +45,7 @@ def plan_model(
     dtype: torch.dtype | None = None,
     *,
     as_stored: bool = False,
-    build: type[HybridLM] = HybridLM,
+    build: Build = HybridLM,
 ) -> tuple[HybridLM, Plan]:
     """The model of a directory, without storage, in the dtype that it is to have; and the plan for
     its weights. ``dtype`` None and ``build``: see `load`; ``as_stored``: see `account`.
@@ -59,7 +63,7 @@ def plan_model(
     except RuntimeError:  # more elements than 64 bits can count
         raise UserError(f"{path} describes a model of impossible size") from None
     tensors, experts = tensors_by_name(model), config.n_routed_experts
-    return model, account(stored, tensors, None, experts, as_stored=as_stored)
+    return model, account(stored, tensors, model.owned_experts, experts, as_stored=as_stored)
 
 
 def _check_size(config: HybridConfig, stored: Stored) -> None:
@@ -98,7 +102,7 @@ def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
-    build: type[HybridLM] = HybridLM,
+    build: Build = HybridLM,
 ) -> tuple[HybridLM, Companions]:
     """``build`` the model of a run, checkpoint or Hugging Face directory and fill it, on the CPU;
     also gives what travels with its weights.
@@ -117,7 +121,7 @@ def load(
 
 
 def _load(
-    directory: Path, dtype: torch.dtype | None, base: Path | None, build: type[HybridLM]
+    directory: Path, dtype: torch.dtype | None, base: Path | None, build: Build
 ) -> tuple[HybridLM, Companions]:
     if is_adapter(directory):
         return _load_adapted(directory, dtype, base or base_directory(directory), build)
@@ -139,7 +143,7 @@ def _load(
 
 
 def _load_adapted(
-    directory: Path, dtype: torch.dtype | None, base: Path, build: type[HybridLM]
+    directory: Path, dtype: torch.dtype | None, base: Path, build: Build
 ) -> tuple[HybridLM, Companions]:
     if warning := other_base(directory, base):
         log.warning("%s", warning)

@@ -1,11 +1,12 @@
-"""`generate`: continue a prompt with a trained model."""
+"""`generate`: continue prompts with a trained model."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -17,26 +18,29 @@ from nemo_hybrid.config.base import (
     PositiveInt,
     Seed,
     Share,
+    refuse,
 )
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.terminal import check_reader
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from nemo_hybrid.checkpoint.load import Build
+    from nemo_hybrid.data.prompts import Prompt, PromptReader
     from nemo_hybrid.data.tokenizer import TextTokenizer
+    from nemo_hybrid.generation.batched import Rollout
     from nemo_hybrid.model.hybrid import HybridLM
 
 
 @dataclass(config=CHECKED)
 class GenerateOptions(CommandOptions):
-    """Continue a prompt with a trained model."""
+    """Continue prompts with a trained model."""
 
     from_: str
     """Run directory (its latest checkpoint) or checkpoint directory."""
-    prompt: str
+    prompt: str = ""
     """Text to continue; special tokens that it spells are special tokens."""
+    prompts: str | None = None
+    """File of several: rows of prompt (text, or messages to be answered) or input_ids."""
     max_new_tokens: PositiveInt = 100
     """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
     temperature: NotNegativeFloat = 0.0
@@ -45,26 +49,56 @@ class GenerateOptions(CommandOptions):
     """Draw only from the most probable tokens that together have this probability."""
     seed: Seed = 1234
     """Seed of the draws."""
+    slots: PositiveInt = 16
+    """Prompts that are continued at once; the texts do not depend on it."""
     chat: bool = False
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
     def validate(self) -> None:
+        several = self.prompts is not None
+        refuse(
+            (several and self.prompt, "give --prompt or --prompts, not both"),
+            (several and self.chat, "--chat is for --prompt: rows of --prompts say what they are"),
+        )
         check_text(self.prompt)
 
 
-def _chat_prompt(tokenizer: TextTokenizer, directory: Path, prompt: str) -> NDArray[np.int64]:
-    """Token ids that ask for an answer to a user's message."""
-    from nemo_hybrid.data.sources import BadRecord
-    from nemo_hybrid.data.template import load_template, need_template
+class Opened(NamedTuple):
+    """What is needed to generate. ``tokenizer``: None where the model has none."""
 
-    template = need_template(load_template(tokenizer, directory), directory)
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        template.check(messages)
-        text = template.render(messages, add_generation_prompt=True)
-    except BadRecord as e:
-        raise UserError(f"the prompt cannot be rendered: {e}") from e
-    return tokenizer.encode_chat(text)[0]
+    directory: Path
+    model: HybridLM
+    tokenizer: TextTokenizer | None
+    prompts: list[Prompt]
+    stops: frozenset[int]
+
+
+def open_model(
+    from_: str, new: int, ask: Callable[[PromptReader], list[Prompt]], build: Build | None = None
+) -> Opened:
+    """The model of a path and what ``ask`` wants of it, with room for ``new`` tokens more; prompts
+    are read before weights are. ``build``: see `load`. Raises UserError."""
+    from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
+    from nemo_hybrid.checkpoint.load import load
+    from nemo_hybrid.checkpoint.steps import reading
+    from nemo_hybrid.config.hf import read_config
+    from nemo_hybrid.data.prompts import PromptReader
+    from nemo_hybrid.data.tokenizer import load_tokenizer
+    from nemo_hybrid.model.hybrid import HybridLM
+
+    def read(given: Path) -> Opened:
+        base = base_directory(given) if is_adapter(given) else given
+        directory = given if (given / "tokenizer.json").is_file() else base
+        has_tokenizer = (directory / "tokenizer.json").is_file()
+        tokenizer = load_tokenizer(directory) if has_tokenizer else None
+        shape = read_config(base)
+        longest = shape.max_position_embeddings
+        prompts = ask(PromptReader(directory, tokenizer, shape.vocab_size, longest, new))
+        model, _ = load(given, build=build or HybridLM)
+        stops = frozenset(stop_ids(directory, shape.eos_token_id))
+        return Opened(given, model.eval(), tokenizer, prompts, stops)
+
+    return reading(from_, read, locate)
 
 
 def stop_ids(directory: Path, default: int) -> list[int]:
@@ -79,61 +113,84 @@ def stop_ids(directory: Path, default: int) -> list[int]:
 
 
 def generate_command(options: GenerateOptions) -> None:
-    """Print the prompt and its continuation as it appears, or the answer to it alone."""
+    """Print a prompt and its continuation as it appears, or the answer to it alone; of several, one
+    after the other."""
     import torch
 
-    from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
-    from nemo_hybrid.checkpoint.load import load_model
-    from nemo_hybrid.checkpoint.steps import reading
-    from nemo_hybrid.data.tokenizer import TextStream, load_tokenizer
-    from nemo_hybrid.generation.batched import Generator, Request, Rollout
+    from nemo_hybrid.data.chat import Conversation
+    from nemo_hybrid.data.prompts import Prompt
+    from nemo_hybrid.data.sources import BadRecord
+    from nemo_hybrid.generation.batched import Generator, Request
 
-    def read(given: Path) -> tuple[HybridLM, TextTokenizer, NDArray[np.int64], list[int]]:
-        directory = given
-        if is_adapter(given) and not (given / "tokenizer.json").is_file():
-            directory = base_directory(given)
-        if not (directory / "tokenizer.json").is_file():
-            raise UserError(f"{directory} has no tokenizer.json, so the prompt cannot be read")
-        tokenizer = load_tokenizer(directory)
-        model = load_model(given).eval()
-        if options.chat:
-            ids = _chat_prompt(tokenizer, directory, options.prompt)
-        else:
-            ids = tokenizer.encode_prompt(options.prompt)
-        return model, tokenizer, ids, stop_ids(directory, model.config.eos_token_id)
+    def ask(reader: PromptReader) -> list[Prompt]:
+        if options.prompts is not None:
+            return reader.read_file(options.prompts)
+        text = options.prompt
+        try:
+            if options.chat:
+                ids = reader.chat(Conversation([{"role": "user", "content": text}]))
+            else:
+                ids = reader.text(text)
+        except BadRecord as e:
+            raise UserError(f"--prompt: {e}") from e
+        return [Prompt(0, ids)]
 
-    model, tokenizer, ids, ends = reading(options.from_, read, locate)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    if not len(ids):
-        raise UserError("--prompt is empty: give at least one token to continue")
-    if ids.max() >= model.config.vocab_size:
-        raise UserError(
-            f"the prompt holds {tokenizer.decode([int(ids.max())])!r}, token {ids.max()} of the "
-            f"tokenizer, beyond the model's vocab_size {model.config.vocab_size}"
-        )
-
-    began = time.monotonic()
-    text, shown = TextStream(tokenizer), 0
-
-    def show(rollout: Rollout) -> None:
-        nonlocal shown
-        check_reader()
-        for token in rollout.said[shown:]:
-            sys.stdout.write(text.add(token))
-        sys.stdout.flush()
-        shown = len(rollout.said)
-
-    if not options.chat:
-        sys.stdout.write(options.prompt)
-    request = Request(0, ids.tolist(), options.max_new_tokens, stops=frozenset(ends))
+    opened = open_model(options.from_, options.max_new_tokens, ask)
+    model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     generator = Generator(
-        model, 1, temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
-    for _ in generator.run([request], show):
-        sys.stdout.write(text.finish() + "\n")
+        model, options.slots, temperature=options.temperature, top_p=options.top_p,
+        seed=options.seed,
+    )  # fmt: skip
+    most, stops = options.max_new_tokens, opened.stops
+    requests = [Request(p.number, p.ids, most, stops=stops) for p in opened.prompts]
+    began = time.monotonic()
+    heading = "" if options.chat else options.prompt
+    page = _Page(opened, None if options.prompts else heading)
+    for rollout in generator.run(requests, page.show):
+        page.end(rollout)
     seconds = time.monotonic() - began
-    print(f"[{shown} tokens in {seconds:.1f} s]", file=sys.stderr)
+    print(f"[{page.tokens} tokens in {seconds:.1f} s]", file=sys.stderr)
+
+
+class _Page:
+    """Standard output: one text after the other, the first that has not ended as it grows."""
+
+    def __init__(self, opened: Opened, heading: str | None) -> None:
+        """``heading``: what stands before the text of the only prompt."""
+        self._tokenizer, self._heading = opened.tokenizer, heading
+        self._left = [prompt.number for prompt in opened.prompts]
+        self._ended: dict[int | str, Rollout] = {}
+        self.tokens = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """The next text, if there is one."""
+        from nemo_hybrid.data.tokenizer import TextStream
+
+        self._shown = 0
+        self._stream = TextStream(self._tokenizer) if self._tokenizer else None
+        if self._left:
+            numbered = self._heading is None
+            sys.stdout.write(f"--- {self._left[0]}\n" if numbered else self._heading or "")
+
+    def show(self, rollout: Rollout) -> None:
+        """What is new of a text, if its turn has come."""
+        check_reader()
+        if rollout.request.prompt == self._left[0]:
+            for token in rollout.said[self._shown :]:
+                sys.stdout.write(self._stream.add(token) if self._stream else f"{token} ")
+            self._shown = len(rollout.said)
+            sys.stdout.flush()
+
+    def end(self, rollout: Rollout) -> None:
+        """The text is as long as it will be."""
+        self._ended[rollout.request.prompt] = rollout
+        self.tokens += len(rollout.said)
+        while self._left and self._left[0] in self._ended:
+            self.show(self._ended.pop(self._left[0]))
+            sys.stdout.write((self._stream.finish() if self._stream else "") + "\n")
+            self._left.pop(0)
+            self._begin()
 
 
 COMMANDS = {"generate": Command(generate_command, GenerateOptions, reads="from_")}

@@ -87,6 +87,23 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
             check_reasoning(messages[turn])
         except BadRecord as e:
             raise BadRecord(f"turn {turn + 1}: {e}", e.kind) from None
+    return _with_fields(messages, learnt, unread, content)
+
+
+def read_question(content: Mapping[str, Any], value: object) -> Conversation:
+    """The conversation of a record whose next turn the assistant is to say. ``content``: fields
+    that go with the messages. Raises BadRecord naming the turn, counted from 1."""
+    messages = _read_turns(value)
+    if (last := messages[-1]["role"]) not in ("user", "tool"):
+        raise BadRecord(f"the last turn is the {last}'s: nothing is to be answered", "wrong roles")
+    messages = [{k: v for k, v in m.items() if k not in _LEARNT} for m in messages]
+    messages = [settle_reasoning(m) if m["role"] == "assistant" else m for m in messages]
+    return _with_fields(messages, [], set(), content)
+
+
+def _with_fields(
+    messages: list[Message], learnt: list[int], unread: Set[str], content: Mapping[str, Any]
+) -> Conversation:
     system = content.get("system")
     if says_something(system):
         messages, shift = _with_system(messages, system)
@@ -100,7 +117,16 @@ def read_conversation(content: Mapping[str, Any], value: object, first: int = 0)
 
 
 def read_messages(value: object) -> list[Message]:
-    """Messages of a conversation, checked. Raises BadRecord naming the turn, counted from 1."""
+    """Messages of a whole conversation, checked. Raises BadRecord naming the turn, counted from
+    1."""
+    messages = _read_turns(value)
+    if (last := messages[-1]["role"]) != "assistant":
+        raise BadRecord(f"the last turn is the {last}'s and not the assistant's", "wrong roles")
+    return messages
+
+
+def _read_turns(value: object) -> list[Message]:
+    """Messages in an order that a conversation may have, at least one."""
     if not isinstance(value, list) or not value:
         raise BadRecord("the messages are no list, or an empty one")
     messages: list[Message] = []
@@ -113,8 +139,6 @@ def read_messages(value: object) -> list[Message]:
             raise BadRecord(f"turn {turn}: a message of the {role} must not {place}", "wrong roles")
         messages.append(message)
         previous, tools_called = role, bool(message.get("tool_calls"))
-    if previous != "assistant":
-        raise BadRecord(f"the last turn is the {previous}'s and not the assistant's", "wrong roles")
     return messages
 
 

@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemo_hybrid.data.megatron import read_megatron
 from nemo_hybrid.data.sources import (
     DAMAGED,
+    BadRecord,
     Document,
     Record,
     Source,
@@ -256,3 +260,24 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
         return value
 
     return {k: mended(v) for k, v in fields.items() if v is not None}
+
+
+def integers(value: object, name: str) -> NDArray[np.int64]:
+    """A field's list of whole numbers. Raises BadRecord."""
+    try:
+        array = np.asarray(value if isinstance(value, list) else None)
+        whole = array.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRecord(f"{name} is no list of whole numbers") from None
+    if array.ndim != 1 or array.dtype.kind not in "biuf" or not np.array_equal(array, whole):
+        raise BadRecord(f"{name} is no list of whole numbers")
+    return whole
+
+
+def plain_text(value: object, name: str) -> str:
+    """A field's text. Raises BadRecord."""
+    if not isinstance(value, str):
+        raise BadRecord(f"{name} is not text")
+    if not _is_unicode(value):
+        raise BadRecord(f"{name} holds half a surrogate pair")
+    return value

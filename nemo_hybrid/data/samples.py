@@ -38,7 +38,7 @@ from nemo_hybrid.data.making import (
     split_of,
     stands,
 )
-from nemo_hybrid.data.readers import read_records
+from nemo_hybrid.data.readers import integers, plain_text, read_records
 from nemo_hybrid.data.reasoning import (
     TAG,
     Message,
@@ -173,13 +173,13 @@ class SampleMaker:
             conversation = read_conversation(content, said, first)
             samples = self._conversation(record.key, conversation, made)
         elif kind == "text":
-            text = _text(value[0], self.options.text_field)
+            text = plain_text(value[0], self.options.text_field)
             self._no_reasoning(text)
             samples = [self._joined(np.empty(0, np.int64), text)]
         elif kind == "pack":
-            samples = self._unpacked(_integers(value[0], "input_ids"), *value[1:])
+            samples = self._unpacked(integers(value[0], "input_ids"), *value[1:])
         else:
-            prompt, completion = map(_text, value, self._kinds[PAIR])
+            prompt, completion = map(plain_text, value, self._kinds[PAIR])
             self._no_reasoning(completion)
             check_tags(prompt + completion)
             samples = [self._joined(self.tokenizer.encode([prompt])[0], completion)]
@@ -256,7 +256,7 @@ class SampleMaker:
     def _unpacked(self, ids: NDArray[np.int64], mask: Any, starts: Any) -> list[Sample]:
         """Samples of a pack; seq_start_id: where each begins."""
         vocab_size = self.tokenizer.vocab_size
-        learnt, begins = _integers(mask, "loss_mask"), _integers(starts, "seq_start_id")
+        learnt, begins = integers(mask, "loss_mask"), integers(starts, "seq_start_id")
         if len(learnt) != len(ids):
             raise BadRecord(f"{len(learnt)} entries of loss_mask for {len(ids)} of input_ids")
         if ((learnt != 0) & (learnt != 1)).any():
@@ -387,25 +387,3 @@ def _no_tags_in_calls(given: Conversation) -> None:
         if TAG.search(json.dumps(given.messages[turn].get("tool_calls"), ensure_ascii=False)):
             why = f"turn {turn + 1}: a tool call holds a tag of thinking"
             raise BadRecord(f"{why}: reasoning can only be kept", "reasoning")
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord(f"{name} is not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"{name} holds half a surrogate pair") from None
-    return value
-
-
-def _integers(value: object, name: str) -> NDArray[np.int64]:
-    """A list of whole numbers. Raises BadRecord."""
-    try:
-        array = np.asarray(value if isinstance(value, list) else None)
-        whole = array.astype(np.int64)
-    except (TypeError, ValueError, OverflowError):
-        raise BadRecord(f"{name} is no list of whole numbers") from None
-    if array.ndim != 1 or array.dtype.kind not in "biuf" or not np.array_equal(array, whole):
-        raise BadRecord(f"{name} is no list of whole numbers")
-    return whole

@@ -73,13 +73,19 @@ class ChatTemplate:
         request = {"messages": messages, "options": options}
         return self._known(self._ask(request, tools, {})["text"])
 
+    def ask(self, conversation: Conversation) -> str:
+        """Text that asks for the assistant's next turn. Raises BadRecord as `render` and `check`
+        do."""
+        _check_options(conversation)
+        self.check([conversation.messages, conversation.tools, conversation.options])
+        options = {**conversation.options, "add_generation_prompt": True}
+        return self.render(conversation.messages, conversation.tools, **options)
+
     def split(self, conversation: Conversation) -> tuple[list[Rendering], list[str]]:
         """Renderings in which every turn that is learnt is learnt once, and which of the unread
         fields of messages the template does not read either. Raises BadRecord where the template
         cannot be split, or leaves something out."""
-        if own := _OWN & conversation.options.keys():
-            why = f"chat_template_kwargs: {min(own)} is none that a record may set"
-            raise BadRecord(why, "refused fields")
+        _check_options(conversation)
         request = {
             "messages": conversation.messages,
             "turns": conversation.learnt,
@@ -269,6 +275,12 @@ def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatT
             f"tokenizer as {CHAT_TEMPLATE}, or name one (chat_template) where samples are made"
         )
     return template
+
+
+def _check_options(conversation: Conversation) -> None:
+    if own := _OWN & conversation.options.keys():
+        why = f"chat_template_kwargs: {min(own)} is none that a record may set"
+        raise BadRecord(why, "refused fields")
 
 
 def _strings(content: object) -> Iterator[str]:

@@ -38,7 +38,7 @@ class Request:
     """What is to follow the tokens ``ids``, at least one: ``samples`` are the numbers of those that
     are wanted, each of ``most`` tokens or fewer, where one of ``stops`` comes."""
 
-    prompt: int
+    prompt: int | str
     ids: Sequence[int]
     most: int
     samples: Sequence[int] = (0,)

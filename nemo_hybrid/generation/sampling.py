@@ -20,7 +20,7 @@ _LEAST = 1e-30
 """Temperatures below are this one, at which a division cannot fail."""
 
 
-def stream(seed: int, prompt: int, sample: int) -> int:
+def stream(seed: int, prompt: int | str, sample: int) -> int:
     """What the random numbers of a sample come from: 64 bits, signed."""
     digest = hashlib.blake2b(repr((seed, prompt, sample)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

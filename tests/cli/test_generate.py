@@ -98,7 +98,7 @@ def test_chat_asks_with_the_template_and_prints_the_answer_alone(
     assert expected[0] == 1
     assert expected.count(2) == 1
     assert capsys.readouterr().out == "yes\n"
-    with pytest.raises(UserError, match=r"the prompt cannot be rendered: .*</s>"):
+    with pytest.raises(UserError, match=r"--prompt: the text holds </s>"):
         generate_command(GenerateOptions(str(tmp_path / "model"), "a </s>", chat=True))
 
 
@@ -111,5 +111,5 @@ def test_a_token_that_the_model_has_no_row_for_is_named(tmp_path: Path) -> None:
     for name, data in tokenizer.files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "added_tokens.json").write_text('{"<tool>": 259}')
-    with pytest.raises(UserError, match=r"'<tool>', token 259 .* beyond the model"):
+    with pytest.raises(UserError, match=r"token 259 \('<tool>'\), beyond the model"):
         generate_command(GenerateOptions(str(tmp_path), "a <tool>"))

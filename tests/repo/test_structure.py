@@ -46,7 +46,8 @@ MAKERS = {
     "commands/prepare": {"documents", "preview", "samples"},
     "recipes/pretrain": {"documents"},
     "recipes/finetune": {"samples", "template"},
-    "commands/generate": {"template", "sources"},
+    "commands/generate": {"chat", "prompts", "sources"},
+    "commands/rollout": {"prompts"},
     "export/calibrate": {"sources"},
 }
 """Who may make data, or asks what a file is, and by which modules."""
