@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MORE = 64
+"""Tokens by which room grows at least."""
+
 
 class LayerCache(Protocol):
     """What one layer remembers, in attributes that are tensors with the rows first."""
@@ -49,7 +52,7 @@ class AttentionCache:
     def reserve(self, tokens: int) -> None:
         room = self.k_BTGP.shape[1]
         if tokens > room:
-            more = (0, 0, 0, 0, 0, max(tokens, 2 * room) - room)
+            more = (0, 0, 0, 0, 0, max(tokens, room + _MORE, room + room // 8) - room)
             self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
 
     def commit(self, state: None) -> None:
@@ -82,7 +85,9 @@ class Caches:
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in every row, padding that is read included. Where there is
-        less, at least twice the room there was, so that this is seldom; tensors are then others."""
+        less, there is then some more than that, so that this is seldom; tensors are then others.
+
+        Attention looks at all the room there is."""
         for cache in [*self.layers, *(self.mtp.layers if self.mtp else ())]:
             if cache is not None:
                 cache.reserve(tokens)

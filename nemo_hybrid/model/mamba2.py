@@ -82,10 +82,10 @@ class Mamba2(KeepsFp32):
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
     def new_cache(self, rows: int, tokens: int, like: Tensor) -> MambaCache:
-        conv = (rows, self.widths[1], self.conv1d.weight.shape[-1] - 1)
+        conv = (rows, self.conv1d.weight.shape[-1] - 1, self.widths[1])  # channels side by side
         ssm = (rows, self.heads, self.head_dim, self.state)
         wide = torch.promote_types(like.dtype, torch.float32)
-        return MambaCache(like.new_zeros(conv), like.new_zeros(ssm, dtype=wide))
+        return MambaCache(like.new_zeros(conv).mT, like.new_zeros(ssm, dtype=wide))
 
     def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaCache]:
         """Tokens that follow what the cache holds, and what it is to hold after them."""

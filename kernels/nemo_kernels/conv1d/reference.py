@@ -32,11 +32,11 @@ def causal_conv1d(
 def causal_conv1d_step(
     x_BC: Tensor, state_BCJ: Tensor, weight_CK: Tensor, bias_C: Tensor
 ) -> Tensor:
-    window_BCK = torch.cat((state_BCJ, x_BC[..., None].to(state_BCJ.dtype)), dim=-1)
-    y_BC = torch.addcmul(bias_C, window_BCK[..., 0], weight_CK[:, 0])
-    for k in range(1, weight_CK.shape[1]):
-        y_BC = torch.addcmul(y_BC, window_BCK[..., k], weight_CK[:, k])
-    state_BCJ.copy_(window_BCK[..., 1:])
+    inputs = [*state_BCJ.unbind(-1), x_BC]
+    y_BC = torch.addcmul(bias_C, x_BC, weight_CK[:, -1])
+    for k, input_BC in enumerate(inputs[:-1]):
+        y_BC = torch.addcmul(y_BC, input_BC, weight_CK[:, k])
+        input_BC.copy_(inputs[k + 1])
     return F.silu(y_BC).to(x_BC.dtype)
 
 

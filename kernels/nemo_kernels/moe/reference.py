@@ -56,12 +56,12 @@ class LoopExperts(Experts):
         x_RL, acc = routed.rows(routed.x_TL), accumulation_dtype(routed.x_TL)
         h_RF = x_RL.new_empty(x_RL.shape[0], routed.w_up_EFL.shape[1])
         y_RL = torch.empty_like(x_RL, dtype=acc)
-        rows = _split(routed, x_RL, routed.weight_R, h_RF, y_RL)
-        for (x, weight, h, y), up, down in zip(rows, routed.up_EFL, routed.down_ELF, strict=True):
-            _pre_activation(x, up, h)
-            act = h.to(acc).relu()
-            act.mul_(act).mul_(weight[:, None])
-            torch.mm(act, down.to(acc).t(), out=y)
+        for e, rows in _occupied(routed.groups):
+            _pre_activation(x_RL[rows], routed.w_up_EFL[e].to(x_RL.dtype), h_RF[rows])
+            act = h_RF[rows].to(acc).relu()
+            act.mul_(act).mul_(routed.weight_R[rows, None])
+            down = routed.w_down_ELF[e].to(x_RL.dtype).to(acc)
+            torch.mm(act, down.t(), out=y_RL[rows])
         return y_RL, h_RF
 
     def pre_activation(self, routed: Routed) -> Tensor:
@@ -93,6 +93,15 @@ class LoopExperts(Experts):
             if dup_EFL is not None:
                 torch.mm(dh.t(), x.to(acc), out=dup_EFL[e])
         return dx_RL, dweight_R, dup_EFL, ddown_ELF
+
+
+def _occupied(groups: list[int]) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, and which: when one token is generated most have none."""
+    start = 0
+    for e, count in enumerate(groups):
+        if count:
+            yield e, slice(start, start + count)
+        start += count
 
 
 def _split(routed: Routed, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
