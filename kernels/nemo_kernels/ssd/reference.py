@@ -85,7 +85,8 @@ def ssd_step(
     per_row = state_BHPN[:1].numel()
     rows = max(1, _STEP_BLOCK.get(x.device.type, _BLOCK_ELSEWHERE) // max(1, per_row))
     whole = (state_BHPN, torch.exp(dt_BH * A_H), x * dt_BH[..., None], B_BHN, C_BHN, y_BHP)
-    for state, decay, written, B, C, y in zip(*(t.split(rows) for t in whole), strict=True):
+    parts = zip(*(t.split(rows) for t in whole), strict=True) if rows < len(x) else [whole]
+    for state, decay, written, B, C, y in parts:
         state.mul_(decay[..., None, None]).addcmul_(written[..., None], B[..., None, :])
         # On CPUs several times as fast as the product of many small matrices and vectors.
         y.add_((state * C[..., None, :]).sum(-1))
