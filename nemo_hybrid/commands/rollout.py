@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -112,9 +112,16 @@ class Work:
         self._held = lock(self.about, self.out)
         return set(self._lines())
 
-    def finish(self, keys: Iterable[Key]) -> None:
-        """Make OUT of the lines of these samples, in this order. One process calls this."""
+    def finish(self, keys: Sequence[Key]) -> None:
+        """Make OUT of the lines of these samples, in this order. One process calls this. Raises
+        UserError where some are not to be seen from here."""
         lines = self._lines()
+        if missing := [key for key in keys if key not in lines]:
+            raise UserError(
+                f"{len(missing)} samples are missing, such as {missing[0]}: all processes have to "
+                f"write to one file system; collect what they wrote, {self.out}.part-*, in one "
+                "place and run the command again there"
+            )
         replace_file(self.out, _contents(lines[key] for key in keys))
         for part in self._parts():
             part.unlink()
@@ -259,7 +266,7 @@ def _line(rollout: Rollout, opened: Opened) -> str:
         "text": tokenizer.decode(rollout.said) if tokenizer else None,
         "ended": rollout.ended,
     }
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return json.dumps(content) + "\n"
 
 
 def _contents(lines: Iterable[Line]) -> Iterator[bytes]:

@@ -117,8 +117,8 @@ class Generator:
             passes = self._most(1 + bool(batch) * prompts.pieces if left else 0)
             if not passes:
                 return
-            # Who has none reads as many, of nobody: its experts are needed.
-            (prompts if batch else _Prompts(self._model, [])).read(passes - 1)
+            if passes > 1:  # of nobody, where others need the experts of this process
+                (prompts if batch else _Prompts(self._model, [])).read(passes - 1)
             slots.take(prompts, self._seed)
             for rollout in slots.step(self._temperature, self._top_p):
                 if watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from collections.abc import Iterator
@@ -262,3 +263,7 @@ def test_files_of_others_are_left_alone(
     Path(f"{out}.run.json").write_text(Path(f"{whole}.run.json").read_text())
     refused(f"{part} is damaged at byte 0: remove it")
     refused("is no directory, so", at=tmp_path / "gone" / "out.jsonl")
+    part.unlink()
+    with Path(f"{out}.run.json").open() as about:
+        fcntl.flock(about, fcntl.LOCK_EX)
+        refused(f"another process is writing {out}: wait for it")

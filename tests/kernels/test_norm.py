@@ -90,3 +90,16 @@ def test_a_slice_as_gate():
     torch.testing.assert_close(
         gated_rms_norm(x, wide[..., 4:12], weight, EPS, 4), gated_rms_norm(x, gate, weight, EPS, 4)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_inference_mode_other_steps_give_the_same(dtype):
+    """And rows stay what they are, whatever stands beside them."""
+    x, gate, weight = tensors(dtype)
+    for norm in (lambda *t: rms_norm(t[0], t[2], EPS), lambda *t: gated_rms_norm(*t, EPS, 4)):
+        with torch.inference_mode():
+            found = norm(x, gate, weight)
+            assert torch.equal(norm(x[1:2], gate[1:2], weight), found[1:2])
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, norm(x, gate, weight))
+        assert not torch.allclose(found, norm(x, gate, weight.flip(0)), rtol=1e-2)
