@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command, check_text
@@ -25,10 +26,14 @@ from nemo_hybrid.terminal import check_reader
 
 if TYPE_CHECKING:
     from nemo_hybrid.checkpoint.load import Build
+    from nemo_hybrid.commands.rollout import RolloutOptions
     from nemo_hybrid.data.prompts import Prompt, PromptReader
     from nemo_hybrid.data.tokenizer import TextTokenizer
     from nemo_hybrid.generation.batched import Rollout
     from nemo_hybrid.model.hybrid import HybridLM
+
+
+Drafts = Annotated[int, Field(ge=0, le=7)]
 
 
 @dataclass(config=CHECKED)
@@ -51,6 +56,8 @@ class GenerateOptions(CommandOptions):
     """Seed of the draws."""
     slots: PositiveInt = 16
     """Prompts that are continued at once; the texts do not depend on it."""
+    speculate: Drafts = 0
+    """Tokens that the MTP block drafts before each pass; at temperature 0 texts stay the same."""
     chat: bool = False
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
@@ -74,10 +81,12 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    from_: str, new: int, ask: Callable[[PromptReader], list[Prompt]], build: Build | None = None
+    options: GenerateOptions | RolloutOptions,
+    ask: Callable[[PromptReader], list[Prompt]],
+    build: Build | None = None,
 ) -> Opened:
-    """The model of a path and what ``ask`` wants of it, with room for ``new`` tokens more; prompts
-    are read before weights are. ``build``: see `load`. Raises UserError."""
+    """The model that is named, and what ``ask`` wants of it; prompts are read before weights are.
+    ``build``: see `load`. Raises UserError."""
     from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
     from nemo_hybrid.checkpoint.load import load
     from nemo_hybrid.checkpoint.steps import reading
@@ -93,12 +102,19 @@ def open_model(
         tokenizer = load_tokenizer(directory) if has_tokenizer else None
         shape = read_config(base)
         longest = shape.max_position_embeddings
+        refuse(
+            (
+                options.speculate and not shape.mtp_num_depths,
+                f"--speculate: {given} has no MTP block that could draft tokens",
+            )
+        )
+        new = options.max_new_tokens
         prompts = ask(PromptReader(directory, tokenizer, shape.vocab_size, longest, new))
         model, _ = load(given, build=build or HybridLM)
         stops = frozenset(stop_ids(directory, shape.eos_token_id))
         return Opened(given, model.eval(), tokenizer, prompts, stops)
 
-    return reading(from_, read, locate)
+    return reading(options.from_, read, locate)
 
 
 def stop_ids(directory: Path, default: int) -> list[int]:
@@ -135,21 +151,24 @@ def generate_command(options: GenerateOptions) -> None:
             raise UserError(f"--prompt: {e}") from e
         return [Prompt(0, ids)]
 
-    opened = open_model(options.from_, options.max_new_tokens, ask)
+    opened = open_model(options, ask)
     model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     generator = Generator(
         model, options.slots, temperature=options.temperature, top_p=options.top_p,
-        seed=options.seed,
+        seed=options.seed, drafts=options.speculate,
     )  # fmt: skip
     most, stops = options.max_new_tokens, opened.stops
     requests = [Request(p.number, p.ids, most, stops=stops) for p in opened.prompts]
     began = time.monotonic()
     heading = "" if options.chat else options.prompt
     page = _Page(opened, None if options.prompts else heading)
+    passes = []
     for rollout in generator.run(requests, page.show):
         page.end(rollout)
+        passes += rollout.passes
     seconds = time.monotonic() - began
-    print(f"[{page.tokens} tokens in {seconds:.1f} s]", file=sys.stderr)
+    each = f", {sum(passes) / len(passes):.2f} per pass" if passes else ""
+    print(f"[{page.tokens} tokens in {seconds:.1f} s{each}]", file=sys.stderr)
 
 
 class _Page:

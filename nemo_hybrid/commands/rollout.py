@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
+from nemo_hybrid.commands.generate import Drafts
 from nemo_hybrid.config.base import (
     CHECKED,
     CommandOptions,
@@ -67,6 +68,9 @@ class RolloutOptions(CommandOptions):
     """Draw only from the most probable tokens that together have this probability."""
     seed: Seed = 1234
     """Seed of the draws."""
+    speculate: Drafts = 0
+    """Tokens that the MTP block drafts before each pass; they change what is drawn, but not how
+    probable it is."""
     ep: PositiveInt = 1
     """Processes that divide the experts between them; must divide the number of processes."""
 
@@ -178,7 +182,7 @@ def rollout_command(options: RolloutOptions) -> None:
         dispatcher.join()
     generator = Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
-        top_p=options.top_p, seed=options.seed,
+        top_p=options.top_p, seed=options.seed, drafts=options.speculate,
         most=dispatcher.most if dispatcher else alone,
     )  # fmt: skip
     began, total = time.monotonic(), sum(len(request.samples) for request in requests)
@@ -203,7 +207,7 @@ def _open(options: RolloutOptions, world: World) -> tuple[Opened, AllToAllDispat
         return reader.read_file(options.data)
 
     if options.ep == 1:
-        return open_model(options.from_, options.max_new_tokens, read), None
+        return open_model(options, read), None
     from nemo_hybrid.model.hybrid import HybridLM
     from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
     from nemo_hybrid.parallel.engine import prepare_deepspeed
@@ -217,7 +221,7 @@ def _open(options: RolloutOptions, world: World) -> tuple[Opened, AllToAllDispat
         dispatchers.append(AllToAllDispatcher(config.n_routed_experts, options.ep, world.rank))
         return HybridLM(config, dispatcher=dispatchers[-1])
 
-    opened = open_model(options.from_, options.max_new_tokens, read, with_part)
+    opened = open_model(options, read, with_part)
     return opened, dispatchers[-1]
 
 
@@ -234,7 +238,7 @@ def _identity(options: RolloutOptions, opened: Opened) -> dict[str, Any]:
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "stops": sorted(opened.stops),
         **{n: getattr(options, n) for n in ("samples", "max_new_tokens", "temperature", "top_p",
-                                            "seed")},
+                                            "seed", "speculate")},
     }  # fmt: skip
 
 

@@ -17,9 +17,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.generation.sampling import draw, log_probabilities, stream, uniforms
+from nemo_hybrid.generation.sampling import (
+    log_probabilities,
+    pick,
+    probabilities,
+    stream,
+    uniforms,
+)
+from nemo_hybrid.generation.speculative import Speculation
 from nemo_hybrid.model.cache import commit, copy_rows
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -54,6 +62,8 @@ class Rollout:
     sample: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    """How many tokens each pass gave that verified drafts."""
 
     @property
     def ended(self) -> Literal["stop", "length"] | None:
@@ -78,7 +88,8 @@ def alone(number: int) -> int:
 
 
 class Generator:
-    """Generates with a model in ``slots`` rows or fewer.
+    """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
+    `speculative`.
 
     With ``most`` several processes make every pass together, and go on until none has a row left.
     """
@@ -91,10 +102,11 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        drafts: int = 0,
         most: Most = alone,
     ) -> None:
         self._model, self._slots, self._seed, self._most = model, slots, seed, most
-        self._temperature, self._top_p = temperature, top_p
+        self._temperature, self._top_p, self._drafts = temperature, top_p, drafts
 
     @torch.inference_mode()
     def run(
@@ -104,7 +116,12 @@ class Generator:
         has grown. Raises UserError where the model's logits are no numbers."""
         waiting = deque(request for request in requests if request.samples)
         rows = min(self._slots, sum(len(request.samples) for request in waiting))
-        slots, prompts = _Slots(self._model, rows), _Prompts(self._model, [])
+        speculation = None
+        if self._drafts:
+            speculation = Speculation(
+                self._model, rows, self._drafts, self._temperature, self._top_p, self._most
+            )
+        slots, prompts = _Slots(self._model, rows, speculation), self._prompts([])
         while True:
             free = len(slots.free)
             batch: list[Request] = []
@@ -112,13 +129,13 @@ class Generator:
                 while waiting and sum(len(request.samples) for request in batch) < free:
                     batch.append(waiting.popleft())
             if batch:
-                prompts = _Prompts(self._model, batch)
+                prompts = self._prompts(batch)
             left = prompts.samples or waiting or free < len(slots.rollouts)
             passes = self._most(1 + bool(batch) * prompts.pieces if left else 0)
             if not passes:
                 return
             if passes > 1:  # of nobody, where others need the experts of this process
-                (prompts if batch else _Prompts(self._model, [])).read(passes - 1)
+                (prompts if batch else self._prompts([])).read(passes - 1)
             slots.take(prompts, self._seed)
             for rollout in slots.step(self._temperature, self._top_p):
                 if watch:
@@ -128,11 +145,14 @@ class Generator:
             if not waiting and not prompts.samples:
                 slots = slots.without_free()
 
+    def _prompts(self, requests: Sequence[Request]) -> _Prompts:
+        return _Prompts(self._model, requests, mtp=self._drafts > 0)
+
 
 class _Prompts:
     """Prompts that are read together, and samples of them that wait for a slot."""
 
-    def __init__(self, model: HybridLM, requests: Sequence[Request]) -> None:
+    def __init__(self, model: HybridLM, requests: Sequence[Request], mtp: bool) -> None:
         like, chunk = model.lm_head.weight, model.config.chunk_size
         self.samples = deque(
             (Rollout(request, number), row)
@@ -150,7 +170,7 @@ class _Prompts:
         counts = [len(request.ids) for request in requests]
         self._counts_P = torch.tensor(counts, dtype=torch.int64, device=like.device)
         self._model = model
-        self.caches = model.new_caches(len(requests), self.longest + 1)
+        self.caches = model.new_caches(len(requests), self.longest + 1, mtp)
         self.h_PD = like.new_zeros(len(requests), model.config.hidden_size)
 
     def read(self, pieces: int) -> None:
@@ -164,6 +184,13 @@ class _Prompts:
             now_P = left_P.clamp(0, ids_PS.shape[1])
             h_PSD, after = self._model.read(ids_PS, now_P, self.caches)
             commit(self.caches, after)
+            if self.caches.mtp:  # which reads a token's state with the token after it
+                ahead_PS = torch.zeros_like(ids_PS)
+                known_PS = self._ids_PS[:, start + 1 : start + 1 + ids_PS.shape[1]]
+                ahead_PS[:, : known_PS.shape[1]] = known_PS
+                followed_P = (left_P - 1).clamp(0, ids_PS.shape[1])
+                _, after = self._model.read_mtp(h_PSD, ahead_PS, followed_P, self.caches)
+                commit(self.caches.mtp, after)
             last_PD = h_PSD[every_P, (now_P - 1).clamp(min=0)]
             self.h_PD = torch.where((left_P > 0)[:, None], last_PD, self.h_PD)
 
@@ -171,12 +198,14 @@ class _Prompts:
 class _Slots:
     """What goes on: rollouts by slot, what was read of them, and where their numbers come from."""
 
-    def __init__(self, model: HybridLM, rows: int, room: int = 0) -> None:
+    def __init__(
+        self, model: HybridLM, rows: int, speculation: Speculation | None, room: int = 0
+    ) -> None:
         like = model.lm_head.weight
-        self._model = model
+        self._model, self._speculation = model, speculation
         self.rollouts: list[Rollout | None] = [None] * rows
-        self._lengths = [0] * rows  # those of the caches, known without asking the device
-        self._caches = model.new_caches(rows, room)
+        self._lengths = [0] * rows  # at least those of the caches, without asking the device
+        self._caches = model.new_caches(rows, room, mtp=speculation is not None)
         self._h_BD = like.new_zeros(rows, model.config.hidden_size)
         self._streams_B, self._places_B = torch.zeros_like(self._caches.lengths_B).repeat(2, 1)
         self._steps = _STEPS.get(like.device.type, _STEPS_ELSEWHERE)
@@ -206,33 +235,68 @@ class _Slots:
         self._streams_B[to_N], self._places_B[to_N] = streams_N, 0
 
     def step(self, temperature: float, top_p: float) -> Iterator[Rollout]:
-        """Draw and read a few tokens in every slot. Gives the rollouts that have grown; those that
-        have ended leave their slots free."""
-        self._lengths = [length + self._steps for length in self._lengths]
-        self._caches.reserve(max(self._lengths, default=0))
+        """A few tokens in every slot. Gives the rollouts that have grown; those that have ended
+        leave their slots free."""
+        if self._speculation:
+            yield from self._speculate(self._speculation)
+            return
+        self._reserve(self._steps)
         ids_KB, logprobs_KB = [], []
         for _ in range(self._steps):
             logits_BV = self._model.logits(self._h_BD)
             if temperature == 0:
                 ids_B = logits_BV.argmax(-1)
             else:
-                uniforms_B = uniforms(self._streams_B, self._places_B)
-                ids_B = draw(logits_BV, temperature, top_p, uniforms_B)
+                numbers_B = uniforms(self._streams_B, self._places_B)
+                ids_B = pick(probabilities(logits_BV, temperature, top_p), numbers_B)
             ids_KB.append(ids_B)
             logprobs_KB.append(log_probabilities(logits_BV, ids_B))
             self._h_BD = self._model.decode(ids_B, self._caches)
             self._places_B += 1
-        ids_BK, logprobs_BK = (torch.stack(t, 1).tolist() for t in (ids_KB, logprobs_KB))
+        yield from self._grown(torch.stack(ids_KB, 1), torch.stack(logprobs_KB, 1))
+
+    def _speculate(self, speculation: Speculation) -> Iterator[Rollout]:
+        # A free slot's MTP block may have read more than its backbone.
+        self._reserve(2 * (speculation.drafts + 1))
+        if any(rollout and not rollout.ids for rollout in self.rollouts):
+            fresh_B = self._places_B == 0
+            ids_B, logprobs_B = speculation.begin(
+                self._h_BD, fresh_B, self._streams_B, self._places_B
+            )
+            self._places_B += fresh_B
+            yield from self._grown(ids_B[:, None], logprobs_B[:, None], fresh_B.long())
+        ids_BS, logprobs_BS, counts_B = speculation.round(
+            self._caches, self._streams_B, self._places_B
+        )
+        self._places_B += counts_B
+        yield from self._grown(ids_BS, logprobs_BS, counts_B)
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for so many more in every slot."""
+        self._lengths = [length + tokens for length in self._lengths]
+        self._caches.reserve(max(self._lengths, default=0))
+
+    def _grown(
+        self, ids_BK: Tensor, logprobs_BK: Tensor, counts_B: Tensor | None = None
+    ) -> Iterator[Rollout]:
+        """Give tokens to the rollouts: all, or the first ``counts_B``, of which drafts are some."""
+        ids, logprobs = ids_BK.tolist(), logprobs_BK.tolist()
+        counts = [len(row) for row in ids] if counts_B is None else counts_B.tolist()
         for slot, rollout in enumerate(self.rollouts):
-            if rollout is None:
+            if rollout is None or not counts[slot]:
                 continue
-            for token, logprob in zip(ids_BK[slot], logprobs_BK[slot], strict=True):
+            before = len(rollout.ids)
+            for token, logprob in zip(ids[slot][: counts[slot]], logprobs[slot], strict=False):
                 _check_finite(logprob, len(rollout.ids) + 1)
                 rollout.ids.append(token)
                 rollout.logprobs.append(logprob)
                 if rollout.ended:
-                    self._leave(slot)
                     break
+            if self._speculation and before:
+                rollout.passes.append(len(rollout.ids) - before)
+            self._lengths[slot] = len(rollout.request.ids) + len(rollout.ids)
+            if rollout.ended:
+                self._leave(slot)
             yield rollout
 
     def _leave(self, slot: int) -> None:
@@ -240,6 +304,8 @@ class _Slots:
         self.rollouts[slot] = None
         self._lengths[slot] = 0
         self._caches.lengths_B[slot] = 0
+        if self._caches.mtp:
+            self._caches.mtp.lengths_B[slot] = 0
 
     def without_free(self) -> _Slots:
         """Fewer slots, if half of them are free."""
@@ -247,9 +313,10 @@ class _Slots:
         if 2 * len(live) > len(self.rollouts) or not self.rollouts:
             return self
         lengths = [self._lengths[slot] for slot in live]
-        fewer = _Slots(self._model, len(live), max(lengths, default=0))
-        fewer.rollouts, fewer._lengths = [self.rollouts[slot] for slot in live], lengths
         live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
+        speculation = self._speculation and self._speculation.of_rows(live_N)
+        fewer = _Slots(self._model, len(live), speculation, max(lengths, default=0))
+        fewer.rollouts, fewer._lengths = [self.rollouts[slot] for slot in live], lengths
         copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
         fewer._h_BD = self._h_BD[live_N]
         fewer._streams_B, fewer._places_B = self._streams_B[live_N], self._places_B[live_N]

@@ -32,25 +32,29 @@ def uniforms(streams_B: Tensor, places_B: Tensor) -> Tensor:
     return ((words_B >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
-def draw(logits_BV: Tensor, temperature: float, top_p: float, uniforms_B: Tensor) -> Tensor:
-    """Next token ids [B], at a positive temperature: every token has a part of [0, 1) as large as
-    its probability, in the order of ids, and that is drawn in whose part the uniform number lies.
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Of the next token [.., V], at a positive temperature, from fp32 logits [.., V].
 
     ``top_p``: only of the fewest most probable tokens that together have at least this
     probability (Holtzman et al. 2020, arXiv 1904.09751); ties keep the smaller id.
     """
-    below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    parts_BV = (below_BV / max(temperature, _LEAST)).exp_()
-    if top_p < 1:
-        ordered_BV, order_BV = parts_BV.double().sort(dim=-1, descending=True, stable=True)
-        before_BV = ordered_BV.cumsum(-1) - ordered_BV
-        beyond_BV = before_BV >= top_p * ordered_BV.sum(-1, keepdim=True)
-        ordered_BV = ordered_BV.masked_fill_(beyond_BV, 0.0)
-        parts_BV = torch.zeros_like(ordered_BV).scatter_(-1, order_BV, ordered_BV)
+    below = logits - logits.amax(-1, keepdim=True)
+    parts = (below / max(temperature, _LEAST)).softmax(-1)
+    if top_p == 1:
+        return parts
+    ordered, order = parts.double().sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill_(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+    return torch.zeros_like(ordered).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
+
+
+def pick(parts_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Token ids [B]: every token has a part of [0, 1) that is as large as its share of the row, in
+    the order of ids, and that is picked in whose part the uniform number lies."""
     ends_BV = parts_BV.cumsum(-1, dtype=torch.float64)
-    drawn_B1 = (uniforms_B * ends_BV[:, -1])[:, None]
-    # Where a logit is no number there is no place; whoever reads the log-probability notices.
-    return torch.searchsorted(ends_BV, drawn_B1, right=True)[:, 0].clamp_(max=ends_BV.shape[1] - 1)
+    picked_B1 = (uniforms_B * ends_BV[:, -1])[:, None]
+    # Where a part is no number there is no place; whoever reads the log-probability notices.
+    found_B1 = torch.searchsorted(ends_BV, picked_B1, right=True)
+    return found_B1[:, 0].clamp_(max=ends_BV.shape[1] - 1)
 
 
 def log_probabilities(logits_BV: Tensor, ids_B: Tensor) -> Tensor:

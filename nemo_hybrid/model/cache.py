@@ -131,3 +131,5 @@ def copy_rows(source: Caches, from_N: Tensor, target: Caches, to_N: Tensor) -> N
             place = getattr(ours, name)
             both = min(held.shape[1], place.shape[1])  # of room; elsewhere they are the same
             place[to_N, :both] = held[from_N, :both]
+    if source.mtp and target.mtp:
+        copy_rows(source.mtp, from_N, target.mtp, to_N)

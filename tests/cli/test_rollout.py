@@ -37,6 +37,9 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 RENDERED = ["b </s> é", "<s>user:a b?<s>A:", None,
             "[t]<s>system:be<s>user:a<s>assistant:b<s>user:a<s>B:"]  # fmt: skip
+CONFIG = tiny_config(
+    "ME*", vocab_size=260, max_position_embeddings=60, mtp_num_depths=1, mtp_pattern="*E"
+)
 SAMPLES, NEW = 3, 5
 NUMBERS = [(prompt, sample) for prompt in range(len(ROWS)) for sample in range(SAMPLES)]
 
@@ -46,12 +49,11 @@ def tokenizer() -> TextTokenizer:
 
 
 def write_model(directory: Path) -> None:
-    config = tiny_config("ME*", vocab_size=260, max_position_embeddings=60)
-    loud_model(config).save_hf(str(directory / "model"))
+    loud_model(CONFIG).save_hf(str(directory / "model"))
     for name, data in tokenizer().files.items():
         (directory / "model" / name).write_bytes(data)
     (directory / "model/chat_template.jinja").write_text(TEMPLATE)
-    loud_model(config).save_hf(str(directory / "bare"))
+    loud_model(tiny_config("ME*", vocab_size=260)).save_hf(str(directory / "bare"))
     write_rows(directory / "prompts.jsonl", ROWS)
 
 
@@ -104,7 +106,7 @@ def test_what_stands_in_the_file(whole: Path, home: Path) -> None:
 
     rows, theirs = read_rows(whole), AutoTokenizer.from_pretrained(home / "model")
     assert [(row["prompt"], row["sample"]) for row in rows] == NUMBERS
-    model = loud_model(tiny_config("ME*", vocab_size=260))
+    model = loud_model(CONFIG)
     for row in rows:
         assert list(row) == [
             "prompt", "sample", "prompt_ids", "ids", "logprobs", "text", "ended"
@@ -187,6 +189,19 @@ def test_several_prompts_are_continued_one_after_the_other(home: Path, commands:
     ]
 
 
+def test_drafts_change_no_text_at_temperature_0(home: Path, commands: Commands) -> None:
+    given = ["generate", "--max_new_tokens", "12", "--prompt", "a b"]
+    plain = commands(*given, "--from", home / "model")
+    drafted = commands(*given, "--from", home / "model", "--speculate", "3")
+    assert (plain.status, drafted.status, drafted.out) == (0, 0, plain.out)
+    assert re.search(r"^\[\d+ tokens in [\d.]+ s, [1-4]\.\d\d per pass\]$", drafted.err)
+    assert "per pass" not in plain.err
+    refused = commands(*given, "--from", home / "bare", "--speculate", "3")
+    assert refused.err == (
+        f"error: --speculate: {home / 'bare'} has no MTP block that could draft tokens\n"
+    )
+
+
 def test_without_a_tokenizer_ids_are_answered_in_ids(
     home: Path, commands: Commands, tmp_path: Path
 ) -> None:
@@ -263,7 +278,9 @@ def test_files_of_others_are_left_alone(
     Path(f"{out}.run.json").write_text(Path(f"{whole}.run.json").read_text())
     refused(f"{part} is damaged at byte 0: remove it")
     refused("is no directory, so", at=tmp_path / "gone" / "out.jsonl")
-    part.unlink()
-    with Path(f"{out}.run.json").open() as about:
-        fcntl.flock(about, fcntl.LOCK_EX)
-        refused(f"another process is writing {out}: wait for it")
+    other = tmp_path / "other.jsonl"
+    about = Path(f"{other}.run.json")
+    about.write_text(Path(f"{whole}.run.json").read_text())
+    with about.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused(f"another process is writing {other}: wait for it", at=other)

@@ -1,7 +1,7 @@
 """What a process of the tests of expert parallelism does: ``python lockstep.py OUT``.
 
 Two processes hold half of the experts each and generate with them: the same prompts divided between
-them in three ways, of which one leaves process 1 without any.
+them in three ways, of which one leaves process 1 without any, plainly and with drafts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 
-PATTERN, SEED, PROMPTS = "ME*E", 3, 6
+SEED, PROMPTS, DRAFTS = 3, 6, (0, 2)
+CONFIG = tiny_config("ME*E", mtp_num_depths=1, mtp_pattern="*E")
 DIVISIONS = {"odd and even": lambda n: n % 2, "unequal": lambda n: n == 5, "one alone": lambda n: 0}
 
 
@@ -42,10 +43,9 @@ def texts(model: HybridLM, some: list[Request], **options: object) -> dict[str, 
 
 def divided(world: World) -> tuple[HybridLM, AllToAllDispatcher]:
     """The model of `loud_model`, of whose experts this process has its part."""
-    config = tiny_config(PATTERN)
-    dispatcher = AllToAllDispatcher(config.n_routed_experts, world.size, world.rank)
+    dispatcher = AllToAllDispatcher(CONFIG.n_routed_experts, world.size, world.rank)
     dispatcher.join()
-    model, whole = HybridLM(config, dispatcher=dispatcher), tensors_by_name(loud_model(config))
+    model, whole = HybridLM(CONFIG, dispatcher=dispatcher), tensors_by_name(loud_model(CONFIG))
     own = slice(dispatcher.owned.start, dispatcher.owned.stop)
     with torch.no_grad():
         for name, tensor in tensors_by_name(model).items():
@@ -60,7 +60,8 @@ def main(out: Path) -> None:
     found = {}
     for name, owner in DIVISIONS.items():
         some = [request for request in requests() if owner(request.prompt) == world.rank]
-        found[name] = texts(model, some, most=dispatcher.most)
+        for drafts in DRAFTS:
+            found[f"{name} {drafts}"] = texts(model, some, drafts=drafts, most=dispatcher.most)
     (out / f"{world.rank}.json").write_text(json.dumps(found))
     World.stop()
 

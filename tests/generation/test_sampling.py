@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_hybrid.generation.sampling import draw, log_probabilities, stream, uniforms
+from nemo_hybrid.generation.sampling import log_probabilities, pick, probabilities, stream, uniforms
 
 PROBABILITIES = [0.4, 0.25, 0.2, 0.1, 0.05]
 DRAWS = 20_000
+
+
+def draw(logits_BV: Tensor, temperature: float, top_p: float, uniforms_B: Tensor) -> Tensor:
+    return pick(probabilities(logits_BV, temperature, top_p), uniforms_B)
 
 
 def numbers(count: int, seed: int = 0) -> Tensor:
