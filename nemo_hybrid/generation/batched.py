@@ -204,7 +204,6 @@ class _Slots:
         like = model.lm_head.weight
         self._model, self._speculation = model, speculation
         self.rollouts: list[Rollout | None] = [None] * rows
-        self._lengths = [0] * rows  # at least those of the caches, without asking the device
         self._caches = model.new_caches(rows, room, mtp=speculation is not None)
         self._h_BD = like.new_zeros(rows, model.config.hidden_size)
         self._streams_B, self._places_B = torch.zeros_like(self._caches.lengths_B).repeat(2, 1)
@@ -223,7 +222,6 @@ class _Slots:
         streams = []
         for slot, (rollout, _) in zip(free, starting, strict=True):
             self.rollouts[slot] = rollout
-            self._lengths[slot] = len(rollout.request.ids)
             streams.append(stream(seed, rollout.request.prompt, rollout.sample))
         self._caches.reserve(prompts.longest)
         to_N, from_N, streams_N = (
@@ -272,9 +270,19 @@ class _Slots:
         yield from self._grown(ids_BS, logprobs_BS, counts_B)
 
     def _reserve(self, tokens: int) -> None:
-        """Room for so many more in every slot."""
-        self._lengths = [length + tokens for length in self._lengths]
-        self._caches.reserve(max(self._lengths, default=0))
+        """Room for so many more in every slot. Free ones are read on with the others, but begin
+        anew each time."""
+        if free := self.free:
+            free_N = torch.tensor(free, device=self._h_BD.device)
+            self._caches.lengths_B[free_N] = 0
+            if self._caches.mtp:
+                self._caches.mtp.lengths_B[free_N] = 0
+        self._caches.reserve(self._longest() + tokens)
+
+    def _longest(self) -> int:
+        """Tokens of the longest text: the caches have read no more, without asking the device."""
+        live = (rollout for rollout in self.rollouts if rollout)
+        return max((len(rollout.request.ids) + len(rollout.ids) for rollout in live), default=0)
 
     def _grown(
         self, ids_BK: Tensor, logprobs_BK: Tensor, counts_B: Tensor | None = None
@@ -294,29 +302,19 @@ class _Slots:
                     break
             if self._speculation and before:
                 rollout.passes.append(len(rollout.ids) - before)
-            self._lengths[slot] = len(rollout.request.ids) + len(rollout.ids)
             if rollout.ended:
-                self._leave(slot)
+                self.rollouts[slot] = None
             yield rollout
-
-    def _leave(self, slot: int) -> None:
-        """Until another sample takes the slot, it is read on with the others, from length 0."""
-        self.rollouts[slot] = None
-        self._lengths[slot] = 0
-        self._caches.lengths_B[slot] = 0
-        if self._caches.mtp:
-            self._caches.mtp.lengths_B[slot] = 0
 
     def without_free(self) -> _Slots:
         """Fewer slots, if half of them are free."""
         live = [slot for slot, rollout in enumerate(self.rollouts) if rollout]
         if 2 * len(live) > len(self.rollouts) or not self.rollouts:
             return self
-        lengths = [self._lengths[slot] for slot in live]
         live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
         speculation = self._speculation and self._speculation.of_rows(live_N)
-        fewer = _Slots(self._model, len(live), speculation, max(lengths, default=0))
-        fewer.rollouts, fewer._lengths = [self.rollouts[slot] for slot in live], lengths
+        fewer = _Slots(self._model, len(live), speculation, self._longest())
+        fewer.rollouts = [self.rollouts[slot] for slot in live]
         copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
         fewer._h_BD = self._h_BD[live_N]
         fewer._streams_B, fewer._places_B = self._streams_B[live_N], self._places_B[live_N]
