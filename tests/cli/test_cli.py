@@ -225,7 +225,6 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("generate --from a --prompts c --chat", "--chat is for --prompt"),
         ("generate --from a --prompt b --speculate 8", "speculate must lie in [0, 7], got 8"),
         ("rollout --from a --data b --out c --samples 0", "samples must be positive, got 0"),
-        ("rollout --from a --data b --out c --ep 2", "does not divide the number of processes, 1"),
         ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
         ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),
         ("generate --from a --prompt b --seed -1", "seed must lie in [0, 2**63), got -1"),
