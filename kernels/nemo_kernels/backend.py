@@ -20,9 +20,9 @@ at the first use and once per process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -68,6 +68,19 @@ def choose(**choices: str) -> None:
     _resolve.cache_clear()
 
 
+@contextmanager
+def choosing(**choices: str) -> Iterator[None]:
+    """`choose` for as long as this lasts."""
+    before = dict(_choices)
+    choose(**choices)
+    try:
+        yield
+    finally:
+        _choices.clear()
+        _choices.update(before)
+        _resolve.cache_clear()
+
+
 def path(op: str, device_type: str) -> Path:
     """The path of op on tensors of a device type ("cpu", "cuda").
 
@@ -84,6 +97,11 @@ def implementation(op: str, device_type: str, *what: Any) -> ModuleType:
     if may_leave and not module.supports(*what):
         return _reference(op)
     return module
+
+
+def importable(op: str) -> list[str]:
+    """The paths of op whose modules import here, best first. Raises ValueError: no such op."""
+    return [name for name, module in _declared(op).items() if not _probe(module)]
 
 
 def report(device_type: str) -> list[tuple[str, str, str]]:
@@ -127,7 +145,8 @@ def _resolve(op: str, device_type: str) -> tuple[Path, ModuleType]:
         return Path(choice, "chosen"), _reference(op)
     if choice != "auto":
         module = import_module(declared[choice])
-        if device_type not in module.DEVICE_TYPES:
+        # Tensors without data can ask any path what it would do.
+        if device_type not in (*module.DEVICE_TYPES, "meta"):
             names = ["auto", "reference", *(name for name in declared if name != choice)]
             raise ValueError(
                 f"path {choice} of op {op} does not run on {device_type} tensors, only on "

@@ -84,6 +84,6 @@ class _WideGradient(torch.autograd.Function):
 def fp32_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices, summed and left in fp32 (of fp64: in fp64)."""
     exact = torch.promote_types(a.dtype, torch.float32)
-    if a.is_cuda:
+    if not a.is_cpu:
         return torch.mm(a, b, out_dtype=exact)
     return torch.mm(a.to(exact), b.to(exact))

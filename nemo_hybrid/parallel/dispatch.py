@@ -7,6 +7,7 @@ expert.
 Shapes: T tokens, K experts per token, R = T*K routed slots, Q received slots, L latent, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,17 +25,17 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], exchange: Callable[..., None]
     ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send, ctx.receive, ctx.exchange = send, receive, exchange
         received = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(received, x.contiguous(), receive, send, group=group)
+        exchange(received, x.contiguous(), receive, send)
         return received
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         returned = grad.new_empty(sum(ctx.send), *grad.shape[1:])
-        dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        ctx.exchange(returned, grad.contiguous(), ctx.send, ctx.receive)
         return returned, None, None, None
 
 
@@ -69,19 +70,35 @@ class AllToAllDispatcher(nn.Module):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
 
+    def exchange(
+        self,
+        received: Tensor,
+        x: Tensor,
+        receive: list[int] | None = None,
+        send: list[int] | None = None,
+    ) -> None:
+        """All-to-all of so many rows from and to each process; None: as many from and to each."""
+        assert self.group is not None, "the dispatcher works only inside the engine"
+        dist.all_to_all_single(received, x, receive, send, group=self.group)
+
+    def rows(self, counts_E: Tensor) -> list[int]:
+        """Of each process, from the counts of all processes' experts. Waits for a GPU."""
+        rows: list[int] = counts_E.view(self.ep_size, -1).sum(1).tolist()
+        return rows
+
     def forward(
         self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
     ) -> Tensor:
-        assert self.group is not None, "the dispatcher works only inside the engine"
         top_k = topk_ids_TK.shape[1]
         order_R, inverse_R, counts_E = sort_slots(topk_ids_TK, self.num_experts)
         received_counts_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_counts_E, counts_E, group=self.group)
-        send = counts_E.view(self.ep_size, -1).sum(1).tolist()
-        receive = received_counts_E.view(self.ep_size, -1).sum(1).tolist()
+        self.exchange(received_counts_E, counts_E)
+        send, receive = self.rows(counts_E), self.rows(received_counts_E)
 
-        x_QL = _AllToAll.apply(x_TL[order_R // top_k], send, receive, self.group)
-        weights_Q = _AllToAll.apply(topk_weights_TK.flatten()[order_R], send, receive, self.group)
+        x_QL = _AllToAll.apply(x_TL[order_R // top_k], send, receive, self.exchange)
+        weights_Q = _AllToAll.apply(
+            topk_weights_TK.flatten()[order_R], send, receive, self.exchange
+        )
         # Rows arrive by source rank, then by expert; the experts want them by expert.
         arrived_SE = received_counts_E.view(self.ep_size, self.num_local_experts)
         local = torch.arange(self.num_local_experts, device=counts_E.device).repeat(self.ep_size)
@@ -90,7 +107,7 @@ class AllToAllDispatcher(nn.Module):
         by_expert_Q = owner_Q.argsort(stable=True)
         y_QL = grouped_mlp(x_QL[by_expert_Q], weights_Q[by_expert_Q], arrived_SE.sum(0), *experts)
         y_QL = y_QL[_inverse(by_expert_Q)]
-        y_RL = _AllToAll.apply(y_QL, receive, send, self.group)
+        y_RL = _AllToAll.apply(y_QL, receive, send, self.exchange)
         y_TKL = y_RL[inverse_R].view(-1, top_k, x_TL.shape[1])
         return y_TKL.sum(1, dtype=torch.float32).to(x_TL.dtype)
 

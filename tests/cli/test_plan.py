@@ -103,8 +103,8 @@ def in_place_of_a_group(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]
     """A real all-to-all dispatcher of a world of one, and the bytes of rows that it sends."""
     sent: list[int] = []
 
-    def exchange(out: torch.Tensor, x: torch.Tensor, *sizes: Any, group: Any) -> None:
-        if sizes:  # not the counts
+    def exchange(out: torch.Tensor, x: torch.Tensor, receive: Any, send: Any, group: Any) -> None:
+        if receive:  # not the counts
             sent.append(x.nbytes)
         out.copy_(x)
 

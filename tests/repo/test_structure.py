@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 # From bottom to top. A room imports those below it and itself; of rooms on one line none another.
 ROOMS = (
-    {"errors"},
+    {"errors", "chips"},
     {"files", "terminal", "globs", "meter", "agreement", "process"},
     {"config"},
     {"data", "model"},

@@ -40,7 +40,7 @@ def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) ->
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype != torch.float32:
+    if not a.is_cpu and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
 

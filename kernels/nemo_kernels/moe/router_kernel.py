@@ -114,7 +114,7 @@ class _Router(torch.autograd.Function):
 def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """In fp32. Products of bf16 numbers are exact there, so a GPU's matrix units serve as well: the
     order of the sums is all that differs."""
-    if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+    if not x_TD.is_cpu and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
         return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
     return torch.mm(x_TD.float(), weight_ED.float().t())
 

@@ -1,0 +1,195 @@
+"""The modelled step: against formulas, the whole model, and computations that cost more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.corpus import TINY_MODEL
+from nemo_hybrid.chips import DEVICES
+from nemo_hybrid.commands.memory import Layout, peak
+from nemo_hybrid.commands.step_time import OPS, Counted, count, paths_of, report
+from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.read import load_config
+from nemo_hybrid.meter import Meter
+from nemo_hybrid.objectives.next_token import NextToken
+from nemo_hybrid.train.flops import train_flops_per_token
+from nemo_kernels.attention import reference
+from nemo_kernels.ssd import ssd_scan
+
+MODELS = Path(__file__).parents[2] / "configs" / "model"
+TINY = HybridConfig(**TINY_MODEL)
+REFERENCE = paths_of("reference")
+H200 = DEVICES["h200"]
+
+
+def layout(cfg: Any = TINY, length: int = 64, **changed: Any) -> Layout:
+    given = {
+        "processes": 1, "ep": 1, "zero": 1, "width": 2, "rows": 1, "recompute": "",
+        "accumulation": 16, "cpu": False, "reference": (), "host_copy": False,
+    }  # fmt: skip
+    return Layout(cfg=cfg, length=length, **given | changed)
+
+
+def of_layer(counted: Counted, part: str, op: str | None = None) -> Counter[str]:
+    """Bytes and launches of one layer of a kind."""
+    found: Counter[str] = Counter()
+    for (work, scope), n in counted.micro_batch.items():
+        if scope.part == part and scope.op != "optimizer" and op in (None, scope.op):
+            found += {"bytes": n * work.bytes, "launches": n * work.launches}
+    layers = counted.at.cfg.pattern.count(part)
+    return Counter({name: total // layers for name, total in found.items()})
+
+
+@pytest.fixture(scope="module")
+def nano_3b() -> Counted:
+    """8192 tokens, by the paths that were there before this project had kernels for all of it."""
+    cfg = load_config([], ["--model", str(MODELS / "nano_3b.yaml")]).model.hybrid()
+    return count(layout(cfg, 8192), REFERENCE)
+
+
+def test_nano_3b_takes_what_a_review_estimated(nano_3b: Counted) -> None:
+    """Estimated by hand from traffic and FLOP: 70 to 72 us per token, of them 42 for the head in
+    fp32; MFU 11 %; 27 % of FLOP in fp32. Traffic of SSD, convolution and gated norm in kB per token
+    and layer, and launches of a Mamba layer, were counted then by another program."""
+    found = report(nano_3b, H200)
+    assert 70 * 0.9 < found["us_per_token"] < 72 * 1.1
+    assert sum(of["us"] for of in found["ops"].values()) == pytest.approx(found["us_per_token"])
+    assert set(found["ops"]) == set(OPS)
+    assert found["mfu"] == pytest.approx(0.11, rel=0.05)
+    assert found["fp32_matmul_flop_share"] == pytest.approx(0.27, abs=0.01)
+    assert found["ops"]["loss"]["us"] == pytest.approx(42.3 + 1.05, rel=0.02)
+    plain = of_layer(nano_3b, "E", "norm")["bytes"]
+    for op, expected in (("ssd", 2718), ("conv1d", 1450), ("norm", 738)):
+        size = of_layer(nano_3b, "M", op)["bytes"] - (plain if op == "norm" else 0)
+        assert size / 8192 / 1e3 == pytest.approx(expected, rel=0.03)
+    assert of_layer(nano_3b, "M")["launches"] == 427
+
+
+def test_flop_are_those_of_the_formula(nano_3b: Counted) -> None:
+    """But that attention's backward pass multiplies once more, and a chunk's products are whole."""
+    at = nano_3b.at
+    flop = sum(n * work.flop for (work, _), n in nano_3b.micro_batch.items()) / at.tokens
+    again = 2 * at.length * at.cfg.num_attention_heads * at.cfg.head_dim * at.cfg.pattern.count("*")
+    assert (flop - again / 2) == pytest.approx(train_flops_per_token(at.cfg, at.length), rel=0.01)
+
+
+def test_memory_is_that_of_the_plan(nano_3b: Counted) -> None:
+    """Which is estimated from other formulas, and adds buffers for the reduction."""
+    assert nano_3b.peak == pytest.approx(peak(nano_3b.at).device, rel=0.1)
+
+
+def test_one_row_of_a_scan_takes_gigabytes() -> None:
+    def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(1, *shape, dtype=dtype, device="meta", requires_grad=True)
+
+    rows, fp32 = leaf(8192, 64, 64), torch.float32
+    with Meter() as meter:
+        others = (leaf(8192, 8, 128), leaf(8192, 8, 128))
+        A_H, D_H = leaf(64, dtype=fp32)[0], leaf(64, dtype=fp32)[0]
+        y, _ = ssd_scan(rows, leaf(8192, 64, dtype=fp32), A_H, *others, D_H, 128)
+        y.sum().backward()
+    assert meter.peak == pytest.approx(3.19e9, rel=0.05)
+
+
+@pytest.mark.parametrize("changed", [{"recompute": "ME*-"}, {"ep": 4, "processes": 4}])
+def test_one_layer_of_each_kind_stands_for_all(changed: dict[str, Any]) -> None:
+    at = layout(**changed)
+    sample, whole = (count(at, REFERENCE, 2, all_of_it) for all_of_it in (False, True))
+    assert sum(sample.seconds(H200)) == pytest.approx(sum(whole.seconds(H200)), rel=0.01)
+    for op in ("ssd", "conv1d", "moe", "attention", "optimizer"):
+        found = [
+            sum(n * work.bytes for (work, scope), n in c.micro_batch.items() if scope.op == op)
+            for c in (sample, whole)
+        ]
+        assert found[0] == found[1] > 0
+    # The first layer keeps the documents' numbers for all.
+    assert sample.kept["M", "ssd"] == pytest.approx(whole.kept["M", "ssd"], rel=0.01)
+
+
+def test_recomputation_is_a_second_forward_pass() -> None:
+    def products(recompute: str) -> int:
+        found = count(layout(recompute=recompute), REFERENCE).micro_batch
+        return sum(n for (w, s), n in found.items() if s == ("M", "linear") and w.flop)
+
+    assert products("") == 2 * 6  # two layers, two matrices, three products of each
+    # The backward pass asks for nothing that the last product gives: torch stops before it.
+    assert products("M") == 2 * 7
+
+
+def test_experts_over_processes_move_rows_more_often() -> None:
+    """Every process has as many rows as without, but sorts them twice and asks for their number."""
+    alone, shared = count(layout(), REFERENCE), count(layout(ep=4, processes=4), REFERENCE)
+    moved = [of_layer(c, "E", "moe")["bytes"] for c in (alone, shared)]
+    assert moved[1] > 1.4 * moved[0]
+    passes = TINY.pattern.count("E") + TINY.mtp_num_depths * TINY.mtp_pattern.count("E")
+    assert shared.waits["values read"] - alone.waits["values read"] == 2 * passes
+
+
+def test_an_update_is_shared_by_more_micro_batches() -> None:
+    once, often = (count(layout(accumulation=n), REFERENCE, 1, False) for n in (1, 4))
+    assert once.seconds(H200) == often.seconds(H200)
+    us = [report(counted, H200)["us_per_token"] for counted in (once, often)]
+    assert us[0] - us[1] == pytest.approx(once.seconds(H200)[1] * 0.75 / 64 * 1e6)
+
+
+def test_a_head_in_fp32_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = NextToken._learn
+
+    def with_logits(self: NextToken, batch: Any, hidden: list[Tensor], targets: Any) -> Any:
+        with torch.no_grad():
+            hidden[0].flatten(0, 1).float() @ self.model.lm_head.weight.float().t()
+        return learn(self, batch, hidden, targets)
+
+    def fp32() -> float:
+        units = report(count(layout(), REFERENCE), H200)["units"]
+        return float(units["fp32, float32"]["flop_per_token"])
+
+    before = fp32()
+    monkeypatch.setattr(NextToken, "_learn", with_logits)
+    assert fp32() - before == pytest.approx(2 * TINY.vocab_size * TINY.hidden_size)
+
+
+def test_a_wait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = NextToken._learn
+
+    def asks(self: NextToken, *given: Any) -> Any:
+        loss, sums = learn(self, *given)
+        loss.item()
+        return loss, sums
+
+    before = report(count(layout(), REFERENCE), H200)["host_syncs_per_micro_batch"]
+    monkeypatch.setattr(NextToken, "_learn", asks)
+    after = report(count(layout(), REFERENCE), H200)["host_syncs_per_micro_batch"]
+    assert after == before + 1
+
+
+def test_a_dense_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bytes for each pair of tokens, kept in every attention layer, also the MTP block's."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, documents: Any = None) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mask = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    def kept() -> float:
+        ops = report(count(layout(length=512), REFERENCE), H200)["ops"]
+        return float(ops["attention"]["kept_bytes"])
+
+    before = kept()
+    monkeypatch.setattr(reference, "attention", masked)
+    layers = TINY.pattern.count("*") + TINY.mtp_num_depths * TINY.mtp_pattern.count("*")
+    assert kept() - before == pytest.approx(layers * 2 * 512**2, rel=0.01)
+
+
+def test_paths() -> None:
+    assert set(REFERENCE.values()) <= {"reference", "triton", "grouped_mm"}
+    assert {op for op, path in REFERENCE.items() if path != "reference"} == {"moe"}
+    assert paths_of("gpu")["moe"] == REFERENCE["moe"]
