@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass as options
 
+from nemo_hybrid.chips import DEVICES, Device
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.base import (
     CHECKED,
@@ -22,7 +24,6 @@ from nemo_hybrid.config.base import (
     NotNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Share,
 )
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import RunConfig
@@ -30,6 +31,7 @@ from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
     from nemo_hybrid.commands.memory import Layout, Memory
+    from nemo_hybrid.config.run import KernelOptions
 
 
 @options(config=CHECKED)
@@ -48,11 +50,9 @@ class PlanOptions(CommandOptions):
     reserve_gb: NotNegativeFloat = 4.0
     """Part of it that the driver, the communication library and fragmentation take: assumed."""
     matmul_tflops: Annotated[float | None, POSITIVE] = None
-    """Dense matmul rate of one device in bf16, in 1e12 operations per second."""
-    efficiency: Share = 0.4
-    """Share of that rate that a whole forward and backward pass reaches: assumed."""
+    """Dense matmul rate of one device in bf16, in 1e12 operations per second, by its data sheet."""
     memory_gb_s: Annotated[float | None, POSITIVE] = None
-    """Bandwidth of the device's memory in 1e9 bytes per second."""
+    """Bandwidth of the device's memory in 1e9 bytes per second, by its data sheet."""
     devices_per_node: Annotated[int | None, POSITIVE] = None
     """Devices that a fast link connects."""
     link_gb_s: Annotated[float | None, POSITIVE] = None
@@ -64,26 +64,6 @@ class PlanOptions(CommandOptions):
 _SHORTEST = 128
 """Tokens of a sample, below which shorter ones are no advice."""
 
-
-class Device(NamedTuple):
-    """Data-sheet figures of one device: GB are 1e9 bytes, rates per second and direction."""
-
-    memory_gb: float
-    matmul_tflops: float
-    memory_gb_s: float
-    devices_per_node: int
-    link_gb_s: float
-
-
-DEVICES = {
-    "h100": Device(80, 989, 3350, 8, 450),
-    "h200": Device(141, 989, 4800, 8, 450),
-    "b200": Device(180, 2250, 8000, 8, 900),
-    "gb200": Device(186, 2500, 8000, 72, 900),
-    "gb300": Device(279, 2500, 8000, 72, 900),
-    "cpu": Device(16, 0.05, 10, 1, 1),
-}
-"""NVIDIA's data sheets, SXM and NVL72 forms, dense bf16; `cpu` is a guess at one core."""
 
 _PUBLISHED = {
     123_611_012_096: "Super, Megatron-Bridge's performance summary: 2,789 tokens/s and 236 TFLOP/s "
@@ -107,15 +87,14 @@ class Plan:
     """What `plan` found for one layout."""
 
     at: Layout
-    tokens: int
-    """Tokens of a step on one process."""
     memory: Memory
     capacity: float
     """Bytes of the device that are left after the reserve."""
     flops: float
     """Useful operations per token; recomputation is not among them."""
-    device_flops: float
-    parts: dict[str, Part]
+    device: Device
+    network_gb_s: float
+    kernels: KernelOptions
 
     @property
     def needed(self) -> float:
@@ -125,6 +104,27 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.needed <= self.capacity
+
+    @property
+    def tokens(self) -> int:
+        """Of a step on one process."""
+        return self.at.tokens * self.at.accumulation
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Of a step, modelled by what one layer of each kind does, which takes a moment."""
+        from nemo_hybrid.commands.step_time import count, paths_of
+
+        paths = paths_of("reference" if self.at.cpu else "gpu")
+        for op, plain in paths_of("reference").items():  # libraries may be missing here
+            if vars(self.kernels).get(op) == "reference":
+                paths[op] = plain
+        micro_batch, update = count(self.at, paths, whole=False).seconds(self.device)
+        return {
+            "compute": Part(micro_batch * self.at.accumulation),
+            **_traffic(self.at, self.device, self.network_gb_s),
+            "optimizer": Part(update),
+        }
 
     @property
     def step_s(self) -> float:
@@ -152,39 +152,24 @@ def plan_command(config: RunConfig, options: PlanOptions) -> int:
 
 def make_plan(config: RunConfig, shape: ModelConfig, options: PlanOptions) -> Plan:
     """Plan a valid run. Raises UserError where it does not fit the number of processes."""
-    from nemo_hybrid.commands.memory import groups_of, layout_of, peak
-    from nemo_hybrid.train.flops import forward_flops_per_token, train_flops_per_token
+    from nemo_hybrid.commands.memory import layout_of, peak
+    from nemo_hybrid.train.flops import train_flops_per_token
 
     device = _device(options)
     at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
-    tokens = at.tokens * at.accumulation
-    flops = train_flops_per_token(shape, at.length)
-    layers = shape.pattern + shape.mtp_num_depths * shape.mtp_pattern
-    again = [letter for letter in layers if letter in at.recompute]
-    done = flops + forward_flops_per_token(shape, again, at.length)
-    if "e" in at.recompute:  # the experts' first product
-        expert = 2 * shape.num_experts_per_tok * shape.expert_size * shape.moe_intermediate_size
-        done += layers.count("E") * expert
-    rate = device.matmul_tflops * 1e12
-    # Adam reads and writes master and moments and reads the gradient, all of them in fp32.
-    moved = 28 * sum(g.part for g in groups_of(at))
     return Plan(
         at=at,
-        tokens=tokens,
         memory=peak(at),
         capacity=(device.memory_gb - options.reserve_gb) * 1e9,
-        flops=flops,
-        device_flops=rate,
-        parts={
-            "compute": Part(done * tokens / (rate * options.efficiency)),
-            **_traffic(at, device, options.network_gb_s),
-            "optimizer": Part(moved / (device.memory_gb_s * 1e9)),
-        },
+        flops=train_flops_per_token(shape, at.length),
+        device=device,
+        network_gb_s=options.network_gb_s,
+        kernels=config.kernels,
     )
 
 
 def _device(options: PlanOptions) -> Device:
-    given = {name: getattr(options, name) for name in Device._fields}
+    given = {name: getattr(options, name, None) for name in Device._fields}
     return DEVICES[options.device]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
@@ -330,17 +315,15 @@ def _lines(
     else:
         yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
         yield from (f"  {line}" for line in changes(config, options, shape))
-    yield "one step of one process, nothing overlapping:"
+    yield "one step of one process, modelled, not measured, nothing overlapping:"
     for name, (seconds, sent) in found.parts.items():
-        if name == "compute":
-            name += f" at {options.efficiency:.0%} of {found.device_flops / 1e12:g} TFLOP/s"
-        yield f"  {name:38} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
+        yield f"  {name:26} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
     rate = found.tokens / found.step_s
     yield (
         f"  together {found.step_s:.3f} s: {rate:,.0f} tokens/s and "
         f"{rate * found.flops / 1e12:.3g} TFLOP/s per process "
         f"({found.flops / 1e9:.4g} GFLOP per token), MFU "
-        f"{rate * found.flops / found.device_flops:.1%}"
+        f"{rate * found.flops / (found.device.matmul_tflops * 1e12):.1%}"
     )
     if counts.total in _PUBLISHED:
         yield f"published: {_PUBLISHED[counts.total]}"

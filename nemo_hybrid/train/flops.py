@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -123,15 +123,9 @@ def train_flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
     depths = cfg.mtp_num_depths
     head = cfg.vocab_size * cfg.hidden_size
     outside = head + depths * (head + 2 * cfg.hidden_size**2)  # MTP: eh_proj, and the head again
-    layers = cfg.pattern + depths * cfg.mtp_pattern
-    return 3 * (2 * outside + forward_flops_per_token(cfg, layers, sequence_length))
-
-
-def forward_flops_per_token(cfg: ModelConfig, layers: Iterable[str], sequence_length: int) -> float:
-    """FLOPs of a forward pass through layers of these letters, as `train_flops_per_token` counts
-    them."""
-    counts = Counter(layers)
-    return sum(n * _layer_flops(cfg, letter, sequence_length) for letter, n in counts.items())
+    layers = Counter(cfg.pattern + depths * cfg.mtp_pattern)
+    inside = sum(n * _layer_flops(cfg, letter, sequence_length) for letter, n in layers.items())
+    return 3 * (2 * outside + inside)
 
 
 def _layer_flops(cfg: ModelConfig, letter: str, sequence_length: int) -> float:

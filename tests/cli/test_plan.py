@@ -16,9 +16,11 @@ from torch import nn
 from cli import plan_memory
 from helpers.corpus import TINY_MODEL, write_corpus
 from helpers.processes import run_python
+from nemo_hybrid.chips import DEVICES
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
-from nemo_hybrid.commands.plan import DEVICES, Part, PlanOptions, changes, make_plan
+from nemo_hybrid.commands.plan import Part, PlanOptions, changes, make_plan
+from nemo_hybrid.commands.step_time import count, paths_of
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import ModelOptions, RunConfig
@@ -243,6 +245,21 @@ def test_recomputation_costs_a_forward_pass() -> None:
     assert plain < inner < layers
 
 
+def test_time_is_that_of_the_counted_step() -> None:
+    """Of all layers, where the plan counts one of each kind; also where references are asked for,
+    of which that of experts would have to know how many rows each gets."""
+    config = run()
+    found = make_plan(config, CONFIG, PlanOptions(device="h200"))
+    whole = count(found.at, paths_of("gpu")).seconds(DEVICES["h200"])
+    for op in vars(config.kernels):
+        setattr(config.kernels, op, "reference")
+    asked = make_plan(config, CONFIG, PlanOptions(device="h200"))
+    for plan in (found, asked):
+        compute, optimizer = plan.parts["compute"].seconds, plan.parts["optimizer"].seconds
+        assert compute == pytest.approx(whole[0] * found.at.accumulation, rel=0.01)
+        assert optimizer == whole[1]
+
+
 def test_changes_lead_to_a_run_that_fits() -> None:
     config = run(micro_batch_size=8, length=256, zero=1)
     config.model = ModelOptions(**plan_memory.SHAPE)
@@ -297,6 +314,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "123,611,012,096 parameters" in said
     assert "\nfits: " in said
     assert "2,789 tokens/s" in said
+    assert "modelled, not measured" in said
     assert main([*words, "--plan.device=h100", "--train.recompute", ""]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
@@ -311,7 +329,6 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan.processes 3", "train.global_batch_size (16) is not divisible by"),
         ("--plan.processes 0", "plan.processes must be positive, got 0"),
         ("--plan.processes many", "plan.processes: expected an integer, got many"),
-        ("--plan.efficiency 1.5", "plan.efficiency must lie in (0, 1], got 1.5"),
         ("--plan.reserve_gb -1", "plan.reserve_gb must be 0 or more, got -1"),
         ("--plan.devise cpu", "unknown option --plan.devise; did you mean --plan.device?"),
         ("--model.pattern MX", "unknown layer letter 'X'"),
