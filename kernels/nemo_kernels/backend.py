@@ -20,7 +20,7 @@ at the first use and once per process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -99,9 +99,11 @@ def implementation(op: str, device_type: str, *what: Any) -> ModuleType:
     return module
 
 
-def importable(op: str) -> list[str]:
-    """The paths of op whose modules import here, best first. Raises ValueError: no such op."""
-    return [name for name, module in _declared(op).items() if not _probe(module)]
+def importable(op: str, names: Collection[str]) -> list[str]:
+    """Of the paths of op that have these names those whose modules import here, best first. Raises
+    ValueError: no such op."""
+    declared = _declared(op).items()
+    return [name for name, module in declared if name in names and not _probe(module)]
 
 
 def report(device_type: str) -> list[tuple[str, str, str]]:

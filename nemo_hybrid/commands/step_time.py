@@ -55,6 +55,8 @@ _OPS: dict[type[nn.Module], str] = {
     NextToken: "loss",
 }
 """Of what a module does and no module within it."""
+_COUNTED = ("triton", "grouped_mm")
+"""Paths that tell of tensors without data what they would do; libraries' kernels need data."""
 _OWN = ("ssd", "conv1d", "norm", "attention", "moe", "loss")
 
 # What ZeRO-1 of DeepSpeed 0.19 does with each element of a process's share once per step: name,
@@ -108,10 +110,9 @@ class Counted:
 
 
 def paths_of(which: str) -> dict[str, str]:
-    """The path that each operation takes: ``gpu``, its best one that imports here, which libraries
-    for GPUs do not; ``reference``, but for experts, whose reference asks the device how many rows
-    each has."""
-    usable = {op: backend.importable(op) for op in _OWN}
+    """The path that each operation takes: ``gpu``, the best one that can be counted; ``reference``,
+    but for experts, whose reference asks the device how many rows each has."""
+    usable = {op: backend.importable(op, _COUNTED) for op in _OWN}
     if which == "reference":
         usable = {op: paths if op == "moe" else [] for op, paths in usable.items()}
     return {op: (paths or ["reference"])[0] for op, paths in usable.items()}

@@ -20,6 +20,7 @@ from nemo_hybrid.config.read import load_config
 from nemo_hybrid.meter import Meter
 from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.train.flops import train_flops_per_token
+from nemo_kernels import backend
 from nemo_kernels.attention import reference
 from nemo_kernels.ssd import ssd_scan
 
@@ -193,3 +194,13 @@ def test_paths() -> None:
     assert set(REFERENCE.values()) <= {"reference", "triton", "grouped_mm"}
     assert {op for op, path in REFERENCE.items() if path != "reference"} == {"moe"}
     assert paths_of("gpu")["moe"] == REFERENCE["moe"]
+
+
+def test_libraries_that_are_installed_are_not_asked(monkeypatch) -> None:
+    """Their kernels need data: on a machine that has them the same is counted as elsewhere."""
+    before = paths_of("gpu")
+    monkeypatch.setattr(backend, "_probe", lambda module: "")
+    assert {op: name for op, name in paths_of("gpu").items() if op != "moe"} == {
+        op: "reference" for op in before if op != "moe"
+    }
+    assert backend.importable("attention", ["flash_attn"]) == ["flash_attn"]
