@@ -87,6 +87,9 @@ class Ending:
 
     def __init__(self) -> None:
         self.patience_s = 5.0
+        self.leaving_s = 30.0
+        """For what is tidied up on the way out; a library that catches every exception while it is
+        imported may have taken the signal's, too."""
         self.noticed_at = 0.0
 
     def notice(self) -> None:
@@ -105,8 +108,8 @@ def ended_when_asked() -> Iterator[None]:
 
     Python's handlers run between two instructions of the main thread, and so not during a
     rendezvous or a collective. Another thread hears of every signal at once. It ends the process,
-    with 128 + the signal as status, if the main thread stands still for `Ending.patience_s`, or
-    until a second signal. For the main thread.
+    with 128 + the signal as status, if the main thread stands still for `Ending.patience_s`, has
+    not left after `Ending.leaving_s`, or at a second signal. For the main thread.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -128,16 +131,17 @@ def _listen(reader: int, main: int) -> None:
 
 
 def _wait_for(main: int, number: int, reader: int) -> None:
-    """Until the main thread has moved; else end the process."""
-    began, place = time.monotonic(), _place(main)
-    while _place(main) == place and ending.noticed_at < began - _SAME_S:
+    """Until the main thread has left, or a handler lets it go on; else end the process."""
+    began, place, moved = time.monotonic(), _place(main), False
+    while ending.noticed_at < began - _SAME_S:
+        moved = moved or _place(main) != place
         waited = time.monotonic() - began
         again = bool(select.select([reader], [], [], 0.05)[0]) and os.read(reader, 1)
         if again == b"":
             return
         second = again and again[0] in _ASKED and waited > _SAME_S
-        if second or waited > ending.patience_s:
-            os.write(2, b"interrupted while waiting\n")
+        if second or waited > (ending.leaving_s if moved else ending.patience_s):
+            os.write(2, b"interrupted\n" if moved else b"interrupted while waiting\n")
             os._exit(128 + number)
 
 

@@ -118,7 +118,10 @@ def _store(rank: int, size: int) -> dist.Store | None:
 def _saying_who_waits(rank: int, size: int) -> Iterator[None]:
     """Print a line if the others keep this process waiting."""
     where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    line = f"process {rank} of {size} waits for the others at {where}\n"
+    line = (
+        f"process {rank} of {size} waits for the others at {where}, "
+        f"{TIMEOUT.seconds // 60} minutes at most (if there are none: unset RANK and WORLD_SIZE)\n"
+    )
     timer = threading.Timer(_SILENT_S, sys.stderr.write, [line])
     timer.daemon = True
     timer.start()

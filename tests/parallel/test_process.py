@@ -154,6 +154,33 @@ def test_who_waits_in_a_library_ends() -> None:
             process.communicate()
 
 
+SWALLOWED = """
+import time
+from nemo_hybrid.process import ended_when_asked, ending
+ending.leaving_s = 1.0
+with ended_when_asked():
+    print("ready", flush=True)
+    try:
+        time.sleep(3000)
+    except BaseException:
+        pass
+    while True:
+        (lambda: time.sleep(0.01))()
+"""
+
+
+def test_who_does_not_leave_is_ended(tmp_path: Path) -> None:
+    """What swallows the exception of a signal, such as a library's import, does not go on."""
+    process = python(SWALLOWED, {})
+    try:
+        assert asked_to_end(process, signal.SIGINT, 1) == 130
+        assert process.stderr
+        assert process.stderr.read().endswith(b"interrupted\n")
+    finally:
+        process.kill()
+        process.communicate()
+
+
 ALONE = """
 from nemo_hybrid.parallel.engine import prepare_deepspeed
 from nemo_hybrid.parallel.world import World
