@@ -235,7 +235,10 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     if raw.get("model_type") is None:
         raise UserError("model_type is missing; expected 'nemotron_h'")
     if raw.get("quantization_config") is not None:
-        raise UserError("quantization_config is set; only unquantized checkpoints can be read")
+        raise UserError(
+            "quantization_config is set; only unquantized checkpoints can be read (exports by "
+            "verify-export)"
+        )
     for name, only in _FIXED.items():
         value = only if raw.get(name) is None else raw[name]
         # 1 == True in Python; in JSON they are different mistakes.

@@ -107,7 +107,7 @@ class Summary:
                 raise UserError(
                     f"none of the {total} {self.what} falls into the {split} split at heldout "
                     f"{heldout}: give more {self.what}, another heldout fraction or seed, or "
-                    "heldout 0 for no held-out split"
+                    "heldout 0 for no held-out split (and, in training, train.eval_sequences 0)"
                 )
 
     @property

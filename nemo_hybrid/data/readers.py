@@ -30,6 +30,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming, read_json, refuse_pointer
 
 _ROWS = 256  # of a table, read at once
+_OF_SAMPLES = {"messages", "conversations", "prompt"}
 Done = Callable[[], float]
 
 
@@ -50,7 +51,9 @@ def read_documents(
             continue
         text, why = record.content.get(text_field), None
         if not isinstance(text, str):
-            why = f"no text in field {text_field!r} (--text_field names another)"
+            samples = _OF_SAMPLES & record.content.keys()
+            hint = "--for finetune reads conversations" if samples else "--text_field names another"
+            why = f"no text in field {text_field!r} ({hint})"
         elif not _is_unicode(text):
             why = f"field {text_field!r} holds half a surrogate pair"
         yield Unusable(record.where, why) if why else Document(record.key, str(text), record.done)

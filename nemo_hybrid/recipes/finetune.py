@@ -20,7 +20,7 @@ from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, Sa
 from nemo_hybrid.data.loader import Stored
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.samples import prepare_samples
-from nemo_hybrid.data.store import RECORD, TRAIN
+from nemo_hybrid.data.store import RECORD, TRAIN, holds_samples
 from nemo_hybrid.data.template import stop_rendering
 from nemo_hybrid.data.template_files import read_sources
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE
@@ -110,6 +110,8 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         if is_prepared(data.path):
             self._no_sample_options()
             return
+        if not (data.heldout or data.heldout_path):
+            self._check_evaluation(None)
         if out.exists() and not (out / RECORD).is_file():
             raise UserError(
                 f"{out} holds something else than the samples of a run: choose another run_dir"
@@ -165,12 +167,15 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
                     f"{store.path} holds a sample of {longest} tokens: set data.sequence_length "
                     f"({data.sequence_length}) to at least that"
                 )
-        if config.train.eval_sequences and heldout is None:
+        self._check_evaluation(heldout)
+        return PackedSamples(train, heldout, data.sequence_length, shape.pad_token_id)
+
+    def _check_evaluation(self, heldout: object) -> None:
+        if self.config.train.eval_sequences and heldout is None:
             raise UserError(
                 "there are no held-out samples: set data.heldout above 0, name data.heldout_path, "
                 "or set train.eval_sequences to 0"
             )
-        return PackedSamples(train, heldout, data.sequence_length, shape.pad_token_id)
 
     def _count_steps(self) -> None:
         """Make the run as long as its epochs. Raises UserError where that does not fit other
@@ -233,7 +238,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
 
 def is_prepared(path: str | None) -> bool:
     """Whether a path names samples that `prepare --for finetune` made."""
-    return (Path(str(path)) / TRAIN / "store.json").is_file()
+    return holds_samples(Path(str(path)) / TRAIN)
 
 
 def freeze(model: nn.Module, train: FinetuneTrainOptions) -> None:

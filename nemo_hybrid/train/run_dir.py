@@ -139,7 +139,12 @@ def open_run(config: TrainingConfig, lock: RunLock) -> Path | None:
     if config.resume in ("auto", "never") or (own and (restarted or _began_so(config))):
         return None
     checkpoint = steps.resolve(Path(config.resume))
-    step = steps.step_of(checkpoint)
+    step, last = steps.step_of(checkpoint), config.train.max_steps
+    if not own and 0 < last <= step:
+        raise UserError(
+            f"{checkpoint} is behind the last step of this run: set train.max_steps ({last}) above "
+            f"{step}"
+        )
     if own and checkpoint.resolve().parent != (run_dir / CHECKPOINTS).resolve():
         raise UserError(
             f"run_dir {run_dir} holds checkpoints of its own, the newest {own[0].name}, and "

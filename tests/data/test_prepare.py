@@ -386,6 +386,12 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     ]
 
 
+def test_conversations_without_their_option_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
+    with pytest.raises(UserError, match=r"\(--for finetune reads conversations\)"):
+        make([tmp_path / "chats.jsonl"], tmp_path / "out")
+
+
 def test_bad_input_is_one_clear_message_and_leaves_nothing(tmp_path: Path) -> None:
     good = tmp_path / "good.txt"
     good.write_text("some text")

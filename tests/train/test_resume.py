@@ -209,6 +209,20 @@ def test_the_same_command_goes_on_and_another_runs_checkpoint_does_not_mix(
         open_run(config, lock)
 
 
+def test_a_checkpoint_behind_the_end_of_a_new_run_is_no_beginning(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    config = load_config([unbroken.config], ["--train.max_steps", "12"])
+    config.run_dir = str(tmp_path / "new")
+    config.resume = str(unbroken.run_dir / "checkpoints/step_00000012")
+    with RunLock(config) as lock:
+        with pytest.raises(UserError, match=r"set train.max_steps \(12\) above 12"):
+            open_run(config, lock)
+        config.train.max_steps = 13
+        assert open_run(config, lock) == Path(config.resume)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("asynchronous", "first", "last", "lost"),
     [
