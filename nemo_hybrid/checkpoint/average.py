@@ -65,7 +65,7 @@ def coefficients(weights: str, n: int) -> list[float]:
 def checkpoints_of(run: Path, first: int | None, last: int | None, every: int | None) -> list[Path]:
     """Checkpoints of a run from one step to another, the oldest first; the newest of these, and
     before it those that lie at least ``every`` steps apart. Raises UserError."""
-    there = list_steps(run / CHECKPOINTS)
+    there = list_steps(run / CHECKPOINTS) or list_steps(run)
     if not there:
         raise UserError(f"{run} is not a run with checkpoints")
     chosen: list[Path] = []

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.base import (
     CHECKED,
+    NOT_NEGATIVE,
+    POSITIVE,
     CommandOptions,
-    NotNegativeInt,
-    PositiveInt,
     refuse,
 )
 from nemo_hybrid.terminal import print_table
@@ -29,11 +30,11 @@ class AverageOptions(CommandOptions):
     weights: str = "minus_sqrt"
     """minus_sqrt: as if the learning rate had decayed by 1 - sqrt(fraction), the oldest counts
     most; linear: the plain mean; or numbers such as 1,2,1."""
-    from_: NotNegativeInt | None = None
+    from_: Annotated[int | None, NOT_NEGATIVE] = None
     """Of a run: the first step whose checkpoint may be taken; null: the oldest there is."""
-    to: NotNegativeInt | None = None
+    to: Annotated[int | None, NOT_NEGATIVE] = None
     """Of a run: the last one; null: the newest there is."""
-    every: PositiveInt | None = None
+    every: Annotated[int | None, POSITIVE] = None
     """Of a run: fewest steps between two checkpoints that are taken; null: all of them."""
 
     def validate(self) -> None:
@@ -50,6 +51,7 @@ class AverageOptions(CommandOptions):
 def average_command(options: AverageOptions) -> None:
     """Write the mean, and say what it is of."""
     from nemo_hybrid.checkpoint.average import average, checkpoints_of
+    from nemo_hybrid.checkpoint.directory import STEP
     from nemo_hybrid.checkpoint.steps import resolve
 
     if len(options.paths) == 1:
@@ -57,6 +59,9 @@ def average_command(options: AverageOptions) -> None:
         directories = checkpoints_of(run, options.from_, options.to, options.every)
     else:
         directories = [resolve(path) for path in options.paths]
+        names = [directory.name for directory in directories if STEP.fullmatch(directory.name)]
+        if names != sorted(names):
+            print("warning: the first is taken for the oldest, but the steps do not rise")
     parts = average(directories, options.weights, Path(options.out))
     rows = [(str(directory), f"{coefficient:.4f}") for directory, coefficient in parts]
     print_table(("checkpoint", "coefficient"), rows)

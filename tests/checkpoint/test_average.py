@@ -159,6 +159,7 @@ def test_which_checkpoints_of_a_run(run) -> None:
         ("", "two or more checkpoints, got none"),
         ("RUN RUN --every 10", "choose among the checkpoints of one run"),
         ("RUN --from 30", "an average takes two or more"),
+        ("RUN --every 0", "every must be positive, got 0"),
         ("RUN/checkpoints/step_00000010", "is not a run with checkpoints"),
         ("RUN --weights 1,2", "gives 2 numbers for 3 checkpoints"),
         ("RUN --weights 1,-1,1", "must be 0 or more"),
@@ -193,6 +194,14 @@ def test_mistakes_leave_nothing_behind(tmp_path, run, words, message, capsys) ->
     assert error.startswith("error: ") or "\nerror: " in error
     assert re.search(message, error), error
     assert not (tmp_path / "o").exists()
+
+
+def test_an_order_that_steps_contradict_is_warned_of(tmp_path, run, capsys) -> None:
+    places = [f"{run[0]}/checkpoints/{step_name(step)}" for step in (20, 10)]
+    for order, warned in ((places, True), (places[::-1], False)):
+        assert cli.main(["average", *order, "--out", f"{tmp_path}/{warned}"]) == 0
+        assert ("warning: the first is taken for the oldest" in capsys.readouterr().out) == warned
+    assert len(checkpoints_of(run[0] / "checkpoints", None, None, None)) == 3
 
 
 def test_a_directory_that_is_there_stays(tmp_path, run, capsys) -> None:
