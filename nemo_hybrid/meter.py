@@ -22,7 +22,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -105,7 +105,8 @@ class Meter(TorchDispatchMode):
     def __enter__(self) -> Meter:
         super().__enter__()
         self._stack.enter_context(_TensorsOfNumbers(self))
-        aten = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        # Not by the mode for functions, under which a recomputing backward pass does not run.
+        aten = self._stack.enter_context(library._scoped_library("aten", "IMPL"))
         aten.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
         self._stack.enter_context(noted(self._launched))
         hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
