@@ -276,13 +276,16 @@ def model_shape(options: ModelOptions) -> HybridConfig:
     """The shape that model.from_hf holds, or without it the one that the options give.
 
     Raises UserError where from_hf cannot be read, and for options that were given (they are not
-    the defaults) and say something else than it.
+    the defaults) and say something else than it. Of initializer_range released models have another
+    value than was trained with; no weight is drawn by it here.
     """
     if not options.from_hf:
         return options.hybrid()
     shape, default = reading(options.from_hf, read_config), ModelConfig()
     contrary = []
     for f in fields(ModelConfig):
+        if f.name == "initializer_range":
+            continue
         given, there = getattr(options, f.name), getattr(shape, f.name)
         if given not in (there, getattr(default, f.name)):
             contrary.append(f"model.{f.name} is {given!r} here, {there!r} there")

@@ -34,6 +34,8 @@ class Command(NamedTuple):
     options: type[CommandOptions] | None = None
     kind: type[TrainingConfig] | None = None
     """The kind of run whose configuration the command reads."""
+    kinds: Sequence[type[TrainingConfig]] = ()
+    """Further kinds, of which the one is taken that knows the keys."""
     reads: str | None = None
     """The option that names models: they have to be there before anything heavy is imported."""
 
@@ -57,11 +59,18 @@ class Command(NamedTuple):
             signal.signal(signal.SIGTERM, before)
 
     def _with_config(self, kind: type[TrainingConfig], words: Sequence[str]) -> int:
-        from nemo_hybrid.config.read import check_home, dump_config, merge, run_options
+        from nemo_hybrid.config.read import check_home, dump_config, kind_of, merge, run_options
 
-        own = options_of(self.options) if self.options else {}
-        pairs = split_words(words, options_of(RunWords) | run_options(kind) | own)
+        own = options_of(RunWords) | (options_of(self.options) if self.options else {})
+        known = dict(own)
+        for one in (*self.kinds, kind):
+            known |= run_options(one)
+        pairs = split_words(words, known)
         files = [text for option, text in pairs if option == "--config"]
+        if self.kinds:
+            given = {option for option, _ in pairs if option not in own}
+            kind = kind_of(files, given, (kind, *self.kinds))
+            split_words(words, run_options(kind) | own)  # again: no option of another kind
         config = merge(files, pairs, kind)
         beside = [from_pairs(self.options, pairs)] if self.options else []
         if from_pairs(RunWords, pairs).print_config:

@@ -11,13 +11,17 @@ F expert inner width, V vocabulary; b bytes of a weight, W processes.
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.run import RunConfig, TrainOptions
+from nemo_hybrid.config.run import TrainingConfig, TrainOptions
+from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 from nemo_hybrid.precision.policy import weight_dtype
 from nemo_hybrid.train.flops import layer_parameters, without_storage
@@ -78,13 +82,41 @@ class Layout:
     """Operations of ssd, conv1d and attention that take the reference path."""
     host_copy: bool
     """Checkpoints are copied to CPU memory before they are written."""
+    finetune: FinetuneConfig | None = None
+    """Which weights stay frozen, and what is held beside them; None: all are trained."""
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
+    @cached_property
+    def model(self) -> HybridLM:
+        """What one process trains, without storage; not to be changed."""
+        dtype = torch.float32 if self.width == 4 else torch.bfloat16
+        model = without_storage(self.cfg, self.ep, dtype)
+        if self.finetune is None:
+            return model
+        from nemo_hybrid.model.lora import add_adapters
+        from nemo_hybrid.recipes.finetune import freeze
 
-def layout_of(config: RunConfig, cfg: ModelConfig, processes: int, cpu: bool) -> Layout:
+        model = deepcopy(model)
+        if self.finetune.lora.rank:
+            add_adapters(model, self.finetune.lora, 0)
+        freeze(model, self.finetune.train)
+        return model
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of weights that are not trained, those of a teacher included."""
+        held = sum(
+            p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad
+        )
+        if self.finetune is not None and self.finetune.distill.preset != "none":
+            held += sum(p.numel() * self.width for p in self.model.parameters())
+        return held
+
+
+def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: bool) -> Layout:
     """The layout of a valid run. Raises UserError where it does not fit the number of processes."""
     kernels = vars(config.kernels)
     return Layout(
@@ -100,6 +132,7 @@ def layout_of(config: RunConfig, cfg: ModelConfig, processes: int, cpu: bool) ->
         cpu=cpu,
         reference=tuple(op for op, path in kernels.items() if cpu or path == "reference"),
         host_copy=config.checkpoint.asynchronous,
+        finetune=config if isinstance(config, FinetuneConfig) else None,
     )
 
 
@@ -130,8 +163,6 @@ class Memory:
 
 def groups_of(at: Layout) -> list[Group]:
     """The optimizer's parameter groups as one process holds them."""
-    dtype = torch.float32 if at.width == 4 else torch.bfloat16
-    model = without_storage(at.cfg, at.ep, dtype)
     return [
         Group(
             sizes=[p.numel() for p in group["params"]],
@@ -139,7 +170,7 @@ def groups_of(at: Layout) -> list[Group]:
             experts=group["experts"],
             ranks=at.processes // (at.ep if group["experts"] else 1),
         )
-        for group in parameter_groups(model, TrainOptions())
+        for group in parameter_groups(at.model, TrainOptions())
     ]
 
 
@@ -199,7 +230,7 @@ def moments(at: Layout) -> list[Memory]:
         sum(numbers) for numbers in zip(*((g.numel, g.part) for g in groups), strict=True)
     )
     base = Memory(
-        weights=sum(g.width * g.part * g.ranks for g in groups),
+        weights=at.frozen + sum(g.width * g.part * g.ranks for g in groups),
         optimizer=STATE_BYTES * share,
         host_copy=at.host_copy * (STATE_BYTES * share + sum(g.width * g.numel for g in groups)),
     )

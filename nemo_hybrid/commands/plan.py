@@ -6,11 +6,13 @@ No memory is taken and no device is asked: everything follows from the shapes an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass as options
@@ -25,8 +27,10 @@ from nemo_hybrid.config.base import (
     PositiveFloat,
     PositiveInt,
 )
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.run import RunConfig
+from nemo_hybrid.config.run import ModelOptions, RunConfig, TrainingConfig
 from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,25 +136,50 @@ class Plan:
         return sum(part.seconds for part in self.parts.values())
 
 
-def plan_command(config: RunConfig, options: PlanOptions) -> int:
+def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
-    from nemo_hybrid.checkpoint.steps import model_shape
-
     config = deepcopy(config)
-    if not config.data.path and not config.data.blend:
+    if not config.data.path and not getattr(config.data, "blend", None):
         config.data.path = "not needed"
-    shape = model_shape(config.model)
+    shape = shape_on_paper(config.model)
+    if isinstance(config, FinetuneConfig) and not config.model.from_hf:
+        config.model.from_hf = "not needed"
     config.validate(shape)
     from nemo_hybrid.train.build import check_precision  # which takes seconds
 
     check_precision(config, shape)
+    per_pass = config.train.micro_batch_size * options.processes
+    batch = config.train.global_batch_size
+    if "global_batch_size" not in config.train.changed() and batch % per_pass:
+        config.train.global_batch_size = math.ceil(batch / per_pass) * per_pass
+        print(
+            f"train.global_batch_size is its default, {batch}, which {options.processes} x "
+            f"train.micro_batch_size does not divide: planned with {config.train.global_batch_size}"
+        )
     config.validate_world(options.processes)
     found = make_plan(config, shape, options)
     print("\n".join(_lines(found, config, shape, options)))
     return 0
 
 
-def make_plan(config: RunConfig, shape: ModelConfig, options: PlanOptions) -> Plan:
+def shape_on_paper(options: ModelOptions) -> HybridConfig:
+    """The shape of the checkpoint to start from, or, where that is not on this disk, the one that
+    the options give. Raises UserError where they give none."""
+    from nemo_hybrid.checkpoint.steps import model_shape
+
+    origin = options.from_hf
+    if not origin or Path(origin).exists():
+        return model_shape(options)
+    shape = options.hybrid()
+    if shape == HybridConfig():
+        raise UserError(
+            f"model.from_hf: {origin} does not exist; to plan without it, give the shape of the "
+            "model: --model FILE, such as configs/model/nano.yaml"
+        )
+    return shape
+
+
+def make_plan(config: TrainingConfig, shape: ModelConfig, options: PlanOptions) -> Plan:
     """Plan a valid run. Raises UserError where it does not fit the number of processes."""
     from nemo_hybrid.commands.memory import layout_of, peak
     from nemo_hybrid.train.flops import train_flops_per_token
@@ -209,7 +238,7 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     }
 
 
-def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
+def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
     """What makes a run fit, one change after the other, each with the memory it leads to.
 
     Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
@@ -246,14 +275,14 @@ def changes(config: RunConfig, options: PlanOptions, shape: ModelConfig) -> Iter
     )
 
 
-def _apply(change: dict[str, int | str], config: RunConfig, options: PlanOptions) -> None:
+def _apply(change: dict[str, int | str], config: TrainingConfig, options: PlanOptions) -> None:
     for key, value in change.items():
         section, _, field = key.partition(".")
         setattr(options if section == "plan" else getattr(config, section), field, value)
 
 
 def _candidates(
-    config: RunConfig, shape: ModelConfig, options: PlanOptions
+    config: TrainingConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[tuple[str, dict[str, int | str]]]:
     if config.parallel.zero == 1:
         yield "--parallel.zero 2", {"parallel.zero": 2}
@@ -284,16 +313,19 @@ def _candidates(
 
 
 def _lines(
-    found: Plan, config: RunConfig, shape: ModelConfig, options: PlanOptions
+    found: Plan, config: TrainingConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[str]:
-    from nemo_hybrid.commands.memory import groups_of
     from nemo_hybrid.train.flops import parameter_counts
 
     at, memory = found.at, found.memory
     counts = parameter_counts(shape)
-    local = sum(g.numel for g in groups_of(at))
+    local = sum(p.numel() for p in at.model.parameters())
+    trained = sum(p.numel() for p in at.model.parameters() if p.requires_grad)
+    command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+    some = f" ({trained:,} of them trained)" if trained < local else ""
     yield (
-        f"{counts.total:,} parameters, {counts.active:,} active, {local:,} in each process; "
+        f"{command}: {counts.total:,} parameters, {counts.active:,} active, {local:,} in each "
+        f"process{some}; "
         f"{at.processes} x {options.device}, EP {at.ep}, ZeRO-{at.zero}, "
         f"{config.precision.recipe}{' (planned as bf16)' if config.precision.low else ''}, "
         f"recompute {at.recompute or 'nothing'}"
@@ -315,7 +347,8 @@ def _lines(
     else:
         yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
         yield from (f"  {line}" for line in changes(config, options, shape))
-    yield "one step of one process, modelled, not measured, nothing overlapping:"
+    whole = ", as if all weights were trained" if at.finetune else ""
+    yield f"one step of one process, modelled, not measured, nothing overlapping{whole}:"
     for name, (seconds, sent) in found.parts.items():
         yield f"  {name:26} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
     rate = found.tokens / found.step_s
@@ -335,4 +368,4 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
-COMMANDS = {"plan": Command(plan_command, PlanOptions, RunConfig)}
+COMMANDS = {"plan": Command(plan_command, PlanOptions, RunConfig, (FinetuneConfig,))}

@@ -71,6 +71,18 @@ def run_options(kind: type[TrainingConfig]) -> dict[str, Any]:
     return {f"--{name}": str for name in sections(kind)} | keys
 
 
+def kind_of(
+    files: Iterable[str | Path], options: Iterable[str], kinds: Sequence[type[TrainingConfig]]
+) -> type[TrainingConfig]:
+    """The kind of run that knows most of the keys in configuration files and options, such as
+    ``--train.lr``; of equals the first. Raises UserError for a file that cannot be read."""
+    keys = {option[2:] for option in options}
+    for file in files:
+        for key, value in _read_yaml(Path(file)).items():
+            keys |= {f"{key}.{name}" for name in value} if isinstance(value, dict) else {str(key)}
+    return min(kinds, key=lambda kind: len(keys - {*key_types(kind), *sections(kind)}))
+
+
 def merge(files: Iterable[str | Path], pairs: Pairs, kind: type[Config]) -> Config:
     """What load_config does, of pairs of option and text; other options are left alone."""
     values: dict[str, Any] = {"run_dir": kind().run_dir}

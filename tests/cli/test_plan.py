@@ -21,12 +21,14 @@ from nemo_hybrid.cli import main
 from nemo_hybrid.commands.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
 from nemo_hybrid.commands.plan import Part, PlanOptions, changes, make_plan
 from nemo_hybrid.commands.step_time import count, paths_of
+from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import ModelOptions, RunConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layers
+from nemo_hybrid.model.lora import add_adapters
 from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel import dispatch, engine
 from nemo_hybrid.train import flops
@@ -321,18 +323,66 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert '--train.recompute "E"' in said
 
 
+def test_a_batch_that_was_not_chosen_is_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--plan.processes", "3", "--plan.device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "planned with 24" in said
+    assert "1 micro-batches per step" in said
+
+
+def test_fine_tuning_is_known_by_its_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--model", str(MODELS / "tiny.yaml"), "--plan.device", "cpu"]
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {from_hf: gone}\nlora: {rank: 4}\n")
+    assert main(["plan", "--config", str(config), *shape]) == 0
+    said = capsys.readouterr().out
+    adapted = HybridLM(load_config([], shape[:2]).model.hybrid())
+    total = sum(p.numel() for p in adapted.parameters())
+    add_adapters(adapted, LoraOptions(rank=4), 0)
+    added = sum(p.numel() for p in adapted.parameters()) - total
+    assert re.search(f"^finetune: .* {total + added:,} in each process \\({added:,} of them", said)
+    assert "as if all weights were trained" in said
+
+    config.write_text("model: {from_hf: gone}\n")  # pretrain takes it too
+    assert main(["plan", "--config", str(config), *shape]) == 0
+    assert capsys.readouterr().out.startswith("pretrain: ")
+
+
+def test_memory_of_fine_tuning() -> None:
+    def at(**given: Any) -> Layout:
+        config = FinetuneConfig(model=ModelOptions(**TINY_MODEL), **given)
+        config.train = replace(config.train, mtp_loss_weight=0.0, global_batch_size=64)
+        return layout_of(config, CONFIG, 1, cpu=True)
+
+    model = HybridLM(CONFIG)
+    weights = {n: 2 * p.numel() for n, p in model.to(torch.bfloat16).named_parameters()}
+    kept = ("A_log", ".D", "dt_bias")  # in fp32
+    whole = sum(size * (2 if n.endswith(kept) else 1) for n, size in weights.items())
+    left = {n: size for n, size in weights.items() if n.startswith("mtp.") or ".gate." in n}
+    assert at().frozen == sum(left.values())
+    assert at(distill=DistillOptions(preset="super")).frozen == pytest.approx(
+        sum(left.values()) + whole, rel=1e-3
+    )
+    assert at(lora=LoraOptions(rank=4)).frozen == pytest.approx(whole, rel=1e-3)
+    assert peak(at()).weights == pytest.approx(whole, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("--parallel.ep 3", "model.n_routed_experts (16) is not divisible by parallel.ep (3)"),
         ("--parallel.ep 4 --plan.processes 6", "does not divide the number of processes (6)"),
-        ("--plan.processes 3", "train.global_batch_size (16) is not divisible by"),
+        ("--plan.processes 3 --train.global_batch_size 17", "train.global_batch_size (17) is not divisible by"),
         ("--plan.processes 0", "plan.processes must be positive, got 0"),
         ("--plan.processes many", "plan.processes: expected an integer, got many"),
         ("--plan.reserve_gb -1", "plan.reserve_gb must be 0 or more, got -1"),
         ("--plan.devise cpu", "unknown option --plan.devise; did you mean --plan.device?"),
         ("--model.pattern MX", "unknown layer letter 'X'"),
         ("--config gone.yaml", "cannot read configuration file gone.yaml"),
+        ("--model.from_hf gone", "gone does not exist; to plan without it, give the shape"),
+        ("--lora.rank 4 --data.blend {a:1}", "unknown option --lora.rank"),
     ],
 )
 def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
