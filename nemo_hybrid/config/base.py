@@ -36,6 +36,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """Some generators refuse others."""
 GLOBS = dict[str, str]
 """Globs over module names and their formats; a YAML file of them can be named instead."""
+PHASES = dict[float, dict[str, float]]
+"""Blends of stores and their weights, by the number of tokens from which on they are drawn."""
 
 
 class OptionError(UserError):
@@ -171,4 +173,6 @@ def type_in_words(hint: Any) -> str:
         return f"one of {', '.join(args)}"
     if hint == GLOBS:
         return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
+    if hint == PHASES:
+        return 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"'
     return "a mapping of paths to numbers"

@@ -29,7 +29,7 @@ PATH_KEYS = (
     "data.heldout_path",
     "data.chat_template",
 )
-"""Keys that hold a path. The keys inside data.blend are paths too."""
+"""Keys that hold a path. The keys inside data.blend and data.phases are paths too."""
 NOT_A_PATH = {"resume": ("auto", "never")}
 
 
@@ -192,9 +192,16 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
         value = flat.get(key)
         if isinstance(value, str) and value not in NOT_A_PATH.get(key, ()):
             out[key] = str(_resolve(value, base))
-    if isinstance(flat.get("data.blend"), dict):
-        blend = flat["data.blend"].items()
-        out["data.blend"] = {str(_resolve(str(k), base)): weight for k, weight in blend}
+
+    def stores(blend: Any) -> Any:
+        if not isinstance(blend, dict):
+            return blend
+        return {str(_resolve(str(store), base)): weight for store, weight in blend.items()}
+
+    if "data.blend" in flat:
+        out["data.blend"] = stores(flat["data.blend"])
+    if isinstance(flat.get("data.phases"), dict):
+        out["data.phases"] = {t: stores(blend) for t, blend in flat["data.phases"].items()}
     return out
 
 

@@ -16,6 +16,7 @@ from nemo_hybrid.config.base import (
     CHECKED,
     GLOBS,
     NOT_NEGATIVE,
+    PHASES,
     POSITIVE,
     BelowOne,
     NotNegativeFloat,
@@ -67,6 +68,9 @@ class DataOptions(SequenceOptions):
 
     blend: dict[str, float] = field(default_factory=dict)
     """Several stores and their weights, instead of path; they must share one tokenizer."""
+    phases: PHASES = field(default_factory=dict)
+    """Later blends: number of the run's tokens from which on each is drawn -> stores and their
+    weights. A store of several phases is read on where the phase before left it."""
     default_corpus: str | None = None
     """Place of the default corpus (this Python's standard library): it is made here when data.path
     names this place and nothing is there."""
@@ -387,7 +391,7 @@ class RunConfig(TrainingConfig):
     def validate(self, shape: ModelConfig | None = None) -> None:
         super().validate(shape)
         self.precision.validate(self.train.max_steps)
-        path, blend = self.data.path, self.data.blend
+        path, blend, phases = self.data.path, self.data.blend, self.data.phases
         refuse(
             (
                 (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight,
@@ -402,8 +406,17 @@ class RunConfig(TrainingConfig):
             *(
                 (
                     weight <= 0,
-                    f"data.blend: the weight of {store} must be positive, got {weight}",
+                    f"data.{name}: the weight of {store} must be positive, got {weight}",
                 )
-                for store, weight in blend.items()
+                for name, stores in [("blend", blend), *(("phases", p) for p in phases.values())]
+                for store, weight in stores.items()
+            ),
+            *(
+                (
+                    not 0 < tokens < math.inf or not stores,
+                    f"data.phases: {tokens:g} must be a number of tokens above 0, with a blend: "
+                    "the first one is data.blend or data.path",
+                )
+                for tokens, stores in phases.items()
             ),
         )

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -74,19 +76,19 @@ def permute(index: int, size: int, *key: int | str) -> int:
 @lru_cache(maxsize=8)
 def quotas(weights: tuple[float, ...]) -> tuple[int, ...]:
     """Samples of each store in a block of BLOCK, by largest remainder. Raises UserError if a
-    weight is too small to get one."""
+    weight above zero is too small to get one."""
     total = sum(weights)
     exact = [w / total * BLOCK for w in weights]
     counts = [int(e) for e in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_remainder[: BLOCK - sum(counts)]:
         counts[i] += 1
-    if 0 in counts:
-        weight = weights[counts.index(0)]
-        raise UserError(
-            f"data.blend: weight {weight} is less than 1/{BLOCK} of the sum {total}; raise it or "
-            "leave that store out"
-        )
+    for weight, n in zip(weights, counts, strict=True):
+        if weight and not n:
+            raise UserError(
+                f"data.blend: weight {weight} is less than 1/{BLOCK} of the sum {total}; raise it "
+                "or leave that store out"
+            )
     return tuple(counts)
 
 
@@ -103,23 +105,59 @@ def _block(quota: tuple[int, ...], seed: int, block: int) -> tuple[tuple[int, in
     return tuple(places)
 
 
+class Phase(NamedTuple):
+    """Samples that are drawn with the same weights."""
+
+    first: int
+    """Global number of the first of them."""
+    weights: tuple[float, ...]
+    """Of every store; 0: not drawn."""
+
+
+class _Begun(NamedTuple):
+    """A phase, and what was read before it."""
+
+    first: int
+    quota: tuple[int, ...]
+    before: tuple[int, ...]
+    """Samples of each store."""
+
+
+@lru_cache(maxsize=8)
+def _begun(phases: tuple[Phase, ...], seed: int) -> tuple[_Begun, ...]:
+    before = [0] * len(phases[0].weights)
+    out = []
+    for phase, after in zip_longest(phases, phases[1:]):
+        quota = quotas(phase.weights)
+        out.append(_Begun(phase.first, quota, tuple(before)))
+        if after is not None:
+            blocks, rest = divmod(after.first - phase.first, BLOCK)
+            for store, share in enumerate(quota):
+                before[store] += blocks * share
+            for store, _ in _block(quota, seed, blocks)[:rest]:
+                before[store] += 1
+    return tuple(out)
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """Sample order over stores of windows[i] windows each, drawn with the given weights.
+    """Sample order over stores of windows[i] windows each, drawn with the weights of phases, of
+    which the first begins at 0.
 
     Every store is read once in full, in an order of its own, before any of it is read again.
     """
 
     windows: tuple[int, ...]
-    weights: tuple[float, ...]
+    phases: tuple[Phase, ...]
     seed: int
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(store, window) of a global sample number."""
-        quota = quotas(self.weights)
-        block, place = divmod(sample, BLOCK)
+        begun = _begun(self.phases, self.seed)
+        first, quota, before = begun[bisect_right(begun, sample, key=itemgetter(0)) - 1]
+        block, place = divmod(sample - first, BLOCK)
         store, earlier = _block(quota, self.seed, block)[place]
-        number = block * quota[store] + earlier
+        number = before[store] + block * quota[store] + earlier
         epoch, position = divmod(number, self.windows[store])
         return store, permute(position, self.windows[store], self.seed, "epoch", epoch, store)
 
@@ -160,7 +198,11 @@ class Rows(Protocol):
 
     @property
     def weights(self) -> Sequence[float]:
-        """With which it is drawn."""
+        """With which it is drawn at first."""
+
+    @property
+    def later_weights(self) -> list[list[float]] | None:
+        """With which it is drawn later: tokens from which on, and then the weights."""
 
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
         """Training rows of global sample numbers."""
@@ -176,10 +218,11 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Blend:
-    """Open stores of a run; train[i] is drawn with weights[i]."""
+    """Open stores of a run; train[i] is drawn with weights[i] of a phase, from as many tokens on
+    as stand before them."""
 
     train: tuple[Store, ...]
-    weights: tuple[float, ...]
+    phases: tuple[tuple[float, tuple[float, ...]], ...]
     heldout: tuple[Store, ...]
     tokenizer_dir: Path
 
@@ -195,9 +238,18 @@ class Blend:
     def digests(self) -> list[str]:
         return [digest(store) for store in self.train]
 
+    @property
+    def weights(self) -> Sequence[float]:
+        return self.phases[0][1]
+
+    @property
+    def later_weights(self) -> list[list[float]] | None:
+        return [[tokens, *weights] for tokens, weights in self.phases[1:]] or None
+
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
         windows = tuple(s.windows(sequence_length) for s in self.train)
-        sampler = Sampler(windows, self.weights, seed)
+        phases = (Phase(math.ceil(n / sequence_length), weights) for n, weights in self.phases)
+        sampler = Sampler(windows, tuple(phases), seed)
         places = [(self.train[i], window) for i, window in map(sampler, samples)]
         return _batch(places, sequence_length, tuple(samples))
 
@@ -234,14 +286,16 @@ def open_blend(
     ``config``: the file that the model's ids are written in, beside its tokenizer, which has to be
     theirs; None for options.
     """
-    weights = dict(data.blend) or {str(data.path): 1.0}
-    train = [Store.open(Path(p) / TRAIN, verify=data.verify) for p in weights]
+    blends = {0.0: dict(data.blend) or {str(data.path): 1.0}, **dict(sorted(data.phases.items()))}
+    paths = list(dict.fromkeys(chain.from_iterable(blends.values())))
+    train = [Store.open(Path(p) / TRAIN, verify=data.verify) for p in paths]
     heldout = [
         Store.open(Path(p) / HELDOUT, verify=data.verify)
-        for p in weights
+        for p in paths
         if (Path(p) / HELDOUT).exists()
     ]
-    blend = Blend(tuple(train), tuple(weights.values()), tuple(heldout), train[0].tokenizer_dir)
+    phases = [(tokens, tuple(b.get(path, 0.0) for path in paths)) for tokens, b in blends.items()]
+    blend = Blend(tuple(train), tuple(phases), tuple(heldout), train[0].tokenizer_dir)
     if config is not None:  # first: the numbers of another tokenizer mean nothing
         require_tokenizer(blend, config.parent)
     first = train[0].info
@@ -271,7 +325,8 @@ def open_blend(
                 f"{store.path} holds {len(store)} tokens, too few for one sequence of "
                 f"sequence_length ({data.sequence_length}) + 1"
             )
-    quotas(blend.weights)
+    for _, weights in blend.phases:
+        quotas(weights)
     return blend
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Sampler, digest
+from nemo_hybrid.data.loader import Phase, Sampler, digest
 from nemo_hybrid.data.store import HELDOUT, TRAIN, Store, Verify
 
 
@@ -102,6 +102,10 @@ class PackedSamples:
     def weights(self) -> list[float]:
         return [1.0]
 
+    @property
+    def later_weights(self) -> None:
+        return None
+
     @cached_property
     def packs(self) -> Packs:
         """Of the training samples."""
@@ -120,7 +124,7 @@ class PackedSamples:
 
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
         """Every pack is read once before any is read again, in another order each time."""
-        sampler = Sampler((len(self.packs),), (1.0,), seed)
+        sampler = Sampler((len(self.packs),), (Phase(0, (1.0,)),), seed)
         return self._batch(self.train, self.packs, [sampler(n)[1] for n in samples], samples)
 
     def heldout_windows(self, sequence_length: int) -> int:

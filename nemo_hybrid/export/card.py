@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,7 +196,10 @@ def lineage(source: Path) -> Origin:
     manifest, own = content(MANIFEST, read_json), content(CARD, _beginning)
 
     blend, digests = inside(run, "data", "blend"), state.get("data")
-    data = [*(blend if isinstance(blend, dict) else ()), inside(run, "data", "path")]
+    phases = inside(run, "data", "phases")
+    blends = [blend, *(phases.values() if isinstance(phases, dict) else ())]
+    named = chain.from_iterable(stores for stores in blends if isinstance(stores, dict))
+    data = [*named, inside(run, "data", "path")]
     base, preset = inside(run, "model", "from_hf"), inside(run, "distill", "preset")
     facts = {
         "checkpoint": _name(str(source)),
@@ -206,7 +210,9 @@ def lineage(source: Path) -> Origin:
         "tokens per sequence": _count(inside(run, "data", "sequence_length")),
         "number formats of training": _codes([inside(run, "precision", "recipe")]) or "not known",
         "distilled for": "" if preset == "none" else _codes([preset]),
-        "training data": ", ".join(_name(path) for path in data if path and isinstance(path, str)),
+        "training data": ", ".join(
+            dict.fromkeys(_name(p) for p in data if p and isinstance(p, str))
+        ),
         "digests of the data": _codes(digests if isinstance(digests, list) else []),
         "could not be read": _codes(unread),
     }

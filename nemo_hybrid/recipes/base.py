@@ -88,6 +88,7 @@ class StoreRecipe(Generic[C, R]):
         return {
             "data": self.rows.digests,
             "weights": list(self.rows.weights),
+            "phases": self.rows.later_weights,
             "tokenizer": self.rows.tokenizer_sha256,
             "sequence_length": config.data.sequence_length,
             "global_batch_size": config.train.global_batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from nemo_hybrid.checkpoint.companions import read_companions
@@ -11,6 +12,7 @@ from nemo_hybrid.data.loader import Blend, open_blend
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.base import StoreRecipe
+from nemo_hybrid.train.run import Run
 
 
 class Pretrain(StoreRecipe[RunConfig, Blend]):
@@ -31,6 +33,18 @@ class Pretrain(StoreRecipe[RunConfig, Blend]):
                     "train.eval_sequences to 0"
                 )
         return blend
+
+    def describe(self, run: Run) -> list[str]:
+        """With the phases, in steps."""
+        per_step = self.config.train.global_batch_size * self.config.data.sequence_length
+        return [
+            *super().describe(run),
+            *(
+                f"from step {math.ceil(tokens / per_step) + 1} on data of another blend: "
+                + ", ".join(f"{store} {weight:g}" for store, weight in blend.items())
+                for tokens, blend in sorted(self.config.data.phases.items())
+            ),
+        ]
 
     def _make_default_corpus(self) -> None:
         path = self.config.data.path

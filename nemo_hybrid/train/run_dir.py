@@ -62,8 +62,9 @@ MAY_CHANGE = (
     "train.hang_timeout_s",
 )
 """Options that may differ when a run goes on; all others make it a different run. Data may move:
-checkpoints know it by its checksums. So of data.blend only the weights are compared; and of
-precision.recipe only the dtype of the weights, because all else of it leaves no trace in the state.
+checkpoints know it by its checksums. So of data.blend and data.phases only the weights are
+compared; and of precision.recipe only the dtype of the weights, because all else of it leaves no
+trace in the state.
 """
 
 
@@ -290,10 +291,12 @@ def _without_shape(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(content: dict[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]:
-    """Dotted keys; of data.blend the weights, of precision.recipe their dtype."""
+    """Dotted keys; of data.blend and data.phases the weights, of precision.recipe their dtype."""
     flat = flatten(content, kind)
     if recipe := flat.get("precision.recipe"):
         flat["precision.recipe"] = f"{'fp32' if recipe == 'fp32' else 'bf16'} weights"
     if isinstance(flat.get("data.blend"), dict):
         flat["data.blend"] = [*flat["data.blend"].values()]
+    if isinstance(flat.get("data.phases"), dict):
+        flat["data.phases"] = {t: [*blend.values()] for t, blend in flat["data.phases"].items()}
     return flat

@@ -91,9 +91,10 @@ def test_paths_resolve_from_the_file_that_names_them(
         run_dir: ../runs/a
         resume: ../runs/b/checkpoints/step_00000010
         model: {from_hf: weights}
-        data: {blend: {../data/x: 1, /abs/y: 2}}
+        data: {blend: {../data/x: 1, /abs/y: 2}, phases: {1e12: {../data/z: 3}}}
     """
     config = load(tmp_path / "configs", text)
+    assert config.data.phases == {1e12: {str(tmp_path / "data/z"): 3.0}}
     assert config.run_dir == str(tmp_path / "runs/a")
     assert config.resume == str(tmp_path / "runs/b/checkpoints/step_00000010")
     assert config.model.from_hf == str(tmp_path / "configs/weights")

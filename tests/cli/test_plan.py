@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,19 +375,28 @@ def test_memory_of_fine_tuning() -> None:
     [
         ("--parallel.ep 3", "model.n_routed_experts (16) is not divisible by parallel.ep (3)"),
         ("--parallel.ep 4 --plan.processes 6", "does not divide the number of processes (6)"),
-        ("--plan.processes 3 --train.global_batch_size 17", "train.global_batch_size (17) is not divisible by"),
+        (
+            "--plan.processes 3 --train.global_batch_size 17",
+            "train.global_batch_size (17) is not divisible by",
+        ),
         ("--plan.processes 0", "plan.processes must be positive, got 0"),
         ("--plan.processes many", "plan.processes: expected an integer, got many"),
         ("--plan.reserve_gb -1", "plan.reserve_gb must be 0 or more, got -1"),
         ("--plan.devise cpu", "unknown option --plan.devise; did you mean --plan.device?"),
         ("--model.pattern MX", "unknown layer letter 'X'"),
         ("--config gone.yaml", "cannot read configuration file gone.yaml"),
+        (
+            "--data.phases '{0: {a: 1}}'",
+            "phases: 0 must be a number of tokens above 0, with a",
+        ),
+        ("--data.phases '{5: {a: 0}}'", "data.phases: the weight of"),
+        ("--data.phases '{a: 1}'", "data.phases: expected a mapping of tokens to blends such as"),
         ("--model.from_hf gone", "gone does not exist; to plan without it, give the shape"),
         ("--lora.rank 4 --data.blend {a:1}", "unknown option --lora.rank"),
     ],
 )
 def test_mistakes(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *words.split()]) == 2
+    assert main(["plan", *shlex.split(words)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert expected in said

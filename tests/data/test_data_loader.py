@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ import torch
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Blend, Sampler, Share, Stored, heldout_batches, open_blend
+from nemo_hybrid.data.loader import (
+    Blend,
+    Phase,
+    Sampler,
+    Share,
+    Stored,
+    heldout_batches,
+    open_blend,
+)
 from nemo_hybrid.data.store import Store
 from nemo_hybrid.errors import UserError
 
@@ -78,7 +87,8 @@ def test_the_samples_of_a_step_do_not_depend_on_layout(
 
 
 def test_rows_hold_the_windows_that_the_sampler_names(blend: Blend) -> None:
-    sampler = Sampler(tuple(s.windows(S) for s in blend.train), blend.weights, seed=7)
+    phases = tuple(Phase(int(n), weights) for n, weights in blend.phases)
+    sampler = Sampler(tuple(s.windows(S) for s in blend.train), phases, seed=7)
     stores_seen = set()
     for step in run(blend, 0, 1, micro=4):
         for batch in step:
@@ -94,6 +104,25 @@ def test_rows_hold_the_windows_that_the_sampler_names(blend: Blend) -> None:
                 # eos ends every document, so it and nothing else is a masked position here.
                 assert (batch.ids_BS[i] == 2).tolist() == (~mask).tolist()
     assert stores_seen == {0, 1}
+
+
+def test_phases_begin_with_the_token_that_they_name(make_store: MakeStore) -> None:
+    root = make_store("a/train", documents(1, 2000)).parent.parent
+    make_store("b/train", documents(2, 700))
+    a, b = str(root / "a"), str(root / "b")
+    options = DataOptions(path=a, phases={5.0 * S - 3: {b: 1.0}, 9.0 * S: {a: 1.0, b: 1.0}})
+    options.sequence_length = S
+    phased, one = open_blend(options, MODEL), open_blend(replace(options, phases={}), MODEL)
+    assert phased.later_weights == [[5.0 * S - 3, 0, 1], [9.0 * S, 1, 1]]
+
+    def texts(blend: Blend, first: int, stop: int) -> list[list[int]]:
+        return blend.rows(range(first, stop), S, 7).ids_BS.tolist()
+
+    assert texts(phased, 0, 5) == texts(one, 0, 5)
+    second = Store.open(Path(b) / "train")
+    of_b = [second.read(w * S, w * S + S).tolist() for w in range(second.windows(S))]
+    assert all(row in of_b for row in texts(phased, 5, 9))
+    assert not any(row in of_b for row in texts(phased, 0, 5))
 
 
 def test_reading_ahead_follows_where_the_run_goes(blend: Blend) -> None:
@@ -116,7 +145,7 @@ def test_reading_ahead_stops_with_the_data_and_passes_errors_on(blend: Blend) ->
     for reader in readers:
         reader.join(timeout=60)
     assert not any(reader.is_alive() for reader in readers)
-    broken = Blend((_Broken(),), (1.0,), (), blend.tokenizer_dir)  # type: ignore[arg-type]
+    broken = Blend((_Broken(),), ((0.0, (1.0,)),), (), blend.tokenizer_dir)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="disk"):
         run(broken, 0, 1, 1, workers=2)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_hybrid.data.loader import BLOCK, Sampler, permute, quotas
+from nemo_hybrid.data.loader import BLOCK, Phase, Sampler, permute, quotas
 from nemo_hybrid.errors import UserError
 
 
@@ -40,17 +40,17 @@ def test_every_image_is_equally_likely(size: int) -> None:
 
 
 def test_one_store_is_read_once_per_epoch_in_a_new_order_each_time() -> None:
-    sampler = Sampler((1234,), (1.0,), seed=3)
+    sampler = Sampler((1234,), (Phase(0, (1.0,)),), seed=3)
     epochs = [[sampler(e * 1234 + i)[1] for i in range(1234)] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(1234))
     assert len({tuple(e) for e in epochs}) == 3
-    other = Sampler((1234,), (1.0,), seed=4)
+    other = Sampler((1234,), (Phase(0, (1.0,)),), seed=4)
     assert [other(i)[1] for i in range(1234)] != epochs[0]
 
 
 def test_a_blend_keeps_its_weights_and_each_store_its_epochs() -> None:
-    sampler = Sampler((50, 3000, 7), (0.25, 0.70, 0.05), seed=1)
+    sampler = Sampler((50, 3000, 7), (Phase(0, (0.25, 0.70, 0.05)),), seed=1)
     drawn = [sampler(n) for n in range(4 * BLOCK)]
     for block in range(4):
         counts = Counter(s for s, _ in drawn[block * BLOCK : (block + 1) * BLOCK])
@@ -63,6 +63,23 @@ def test_a_blend_keeps_its_weights_and_each_store_its_epochs() -> None:
     first_hundred = Counter(s for s, _ in drawn[:100])
     assert 10 <= first_hundred[0] <= 40
     assert 50 <= first_hundred[1] <= 88
+
+
+@pytest.mark.parametrize("border", [BLOCK, 2 * BLOCK + 137])
+def test_a_phase_has_its_own_weights_and_goes_on_where_stores_were_left(border: int) -> None:
+    one = Sampler((50, 3000, 7), (Phase(0, (3.0, 1.0, 0.0)),), seed=1)
+    two = Sampler((50, 3000, 7), (*one.phases, Phase(border, (0.0, 0.4, 0.6))), seed=1)
+    drawn = [two(n) for n in range(border + 2 * BLOCK)]
+    assert drawn[:border] == [one(n) for n in range(border)]
+    for block in range(2):
+        begin = border + block * BLOCK
+        assert Counter(s for s, _ in drawn[begin : begin + BLOCK]) == {1: 400, 2: 600}
+    windows = [w for s, w in drawn if s == 1]
+    assert len(set(windows)) == len(windows) > 800  # nothing twice before everything once
+    # From whatever number on, and in another process.
+    assert [Sampler(two.windows, two.phases, 1)(n) for n in range(border - 3, border + 3)] == drawn[
+        border - 3 : border + 3
+    ]
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,7 +102,7 @@ def test_a_weight_too_small_for_a_block_is_an_error() -> None:
 
 def test_the_order_never_changes() -> None:
     """Resuming a run with a newer version must continue the same order."""
-    sampler = Sampler((1000, 37), (3.0, 1.0), seed=1234)
+    sampler = Sampler((1000, 37), (Phase(0, (3.0, 1.0)),), seed=1234)
     assert [sampler(n) for n in (0, 1, 2, 3, 999, 1000, 10**9)] == [
         (0, 989),
         (0, 36),

@@ -180,7 +180,12 @@ def write_checkpoint(directory: Path, run: object, state: object, own: str) -> N
 def test_lineage_is_what_the_checkpoint_says(tmp_path: Path) -> None:
     run = {
         "model": {"from_hf": "/home/someone/runs/base/checkpoints/step_00000420"},
-        "data": {"path": None, "blend": {"/data/a": 0.3, "/data/b": 0.7}, "sequence_length": 256},
+        "data": {
+            "path": None,
+            "blend": {"/data/a": 0.3, "/data/b": 0.7},
+            "phases": {1e9: {"/data/b": 1.0, "/data/c": 1.0}},
+            "sequence_length": 256,
+        },
         "train": {"global_batch_size": 16},
         "precision": {"recipe": "nvfp4_super"},
         "distill": {"preset": "nano"},
@@ -197,7 +202,7 @@ def test_lineage_is_what_the_checkpoint_says(tmp_path: Path) -> None:
         "tokens per sequence": "256",
         "number formats of training": "`nvfp4_super`",
         "distilled for": "`nano`",
-        "training data": "`a`, `b`",
+        "training data": "`a`, `b`, `c`",
         "digests of the data": "`f00d`",
     }
     text = card(OPTIONS, facts(), found)

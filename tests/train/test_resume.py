@@ -146,14 +146,14 @@ def test_other_data_under_the_same_name_is_refused(
 def test_weights_of_a_blend_are_part_of_the_identity(store: Path) -> None:
     """They decide which samples come next."""
     blend = open_blend(DataOptions(path=str(store), sequence_length=32), tiny_run(store).model)
-    two = replace(blend, train=blend.train * 2, weights=(0.5, 0.5))
+    two = replace(blend, train=blend.train * 2, phases=((0.0, (0.5, 0.5)),))
     recipe = Pretrain(tiny_run(store))
 
     def identity(rows: Blend) -> dict[str, Any]:
         recipe.rows = rows
         return recipe.identity()
 
-    other = replace(two, weights=(0.7, 0.3))
+    other = replace(two, phases=((0.0, (0.7, 0.3)),))
     assert identity(two) == identity(replace(two))
     assert identity(two) != identity(other)
     assert identity(other)["weights"] == [0.7, 0.3]
@@ -370,4 +370,16 @@ def test_stores_of_a_blend_may_move_but_not_change_their_weights(tmp_path: Path)
     assert open_run(config, lock) is None
     config.data.blend = {"/a": 0.3, "/b": 0.7}
     with pytest.raises(UserError, match=r"data.blend: \[0.7, 0.3\] there, \[0.3, 0.7\] here"):
+        open_run(config, lock)
+
+
+def test_phases_are_part_of_a_run(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    config.data.path, config.data.phases = "/a", {100.0: {"/a": 0.7, "/b": 0.3}}
+    lock = RunLock(config)
+    claim_run(config, lock)
+    config.data.phases = {100.0: {"/c": 0.7, "/d": 0.3}}  # moved
+    assert open_run(config, lock) is None
+    config.data.phases = {200.0: {"/a": 0.7, "/b": 0.3}}
+    with pytest.raises(UserError, match=r"data.phases: \{100.0: \[0.7, 0.3\]\} there"):
         open_run(config, lock)
