@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pre-train on several nodes: sbatch scripts/slurm.sh --config FILE --run_dir DIR [--KEY VALUE ...]
-# Everything behind the script's name goes to `nemo-hybrid pretrain`. docs/multinode.md explains.
+# Run a command on several nodes: sbatch scripts/slurm.sh COMMAND [OPTIONS], such as
+#   sbatch --nodes=16 scripts/slurm.sh pretrain --config FILE --run_dir DIR [--KEY VALUE ...]
+# Everything behind the script's name goes to `nemo-hybrid`. docs/multinode.md explains.
 #
 # Set these to your cluster; sbatch options of the same names win over them.
 #SBATCH --job-name=nemo-hybrid
@@ -16,7 +17,9 @@
 #SBATCH --requeue
 set -euo pipefail
 
-[ $# -gt 0 ] || { echo "usage: sbatch $0 --config FILE --run_dir DIR [--KEY VALUE ...]" >&2; exit 2; }
+case "${1-}" in
+    '' | -*) echo "usage: sbatch $0 COMMAND [OPTIONS], such as: pretrain --config FILE" >&2; exit 2 ;;
+esac
 
 # Slurm runs a copy of this script, so the repository is where sbatch was called.
 cd "$SLURM_SUBMIT_DIR"
@@ -41,4 +44,4 @@ exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
     --rdzv-backend=c10d \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-endpoint="$FIRST_NODE:$PORT" \
-    -m nemo_hybrid pretrain "$@"
+    -m nemo_hybrid "$@"

@@ -149,6 +149,8 @@ class Memory:
     """Reduction buffers, and temporaries of the operation that runs."""
     host_copy: float = 0
     """Copy of weights and optimizer state for the checkpoint, in CPU memory."""
+    checkpoint: float = 0
+    """Weights and optimizer state of all processes, on disk."""
 
     @property
     def device(self) -> float:
@@ -232,6 +234,9 @@ def moments(at: Layout) -> list[Memory]:
     base = Memory(
         weights=at.frozen + sum(g.width * g.part * g.ranks for g in groups),
         optimizer=STATE_BYTES * share,
+        checkpoint=sum(
+            (g.width + STATE_BYTES) * g.numel * (at.ep if g.experts else 1) for g in groups
+        ),
         host_copy=at.host_copy * (STATE_BYTES * share + sum(g.width * g.numel for g in groups)),
     )
     # ZeRO-1 keeps all gradients until the last micro-batch; ZeRO-2 the share alone.

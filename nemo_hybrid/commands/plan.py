@@ -138,6 +138,14 @@ class Plan:
 
 def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
+    config, shape = ready(config, options)
+    print("\n".join(_lines(make_plan(config, shape, options), config, shape, options)))
+    return 0
+
+
+def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig, HybridConfig]:
+    """What is planned: a valid run, whatever of data and checkpoints is not on this disk, and the
+    shape of its model. Raises UserError."""
     config = deepcopy(config)
     if not config.data.path and not getattr(config.data, "blend", None):
         config.data.path = "not needed"
@@ -157,9 +165,7 @@ def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
             f"train.micro_batch_size does not divide: planned with {config.train.global_batch_size}"
         )
     config.validate_world(options.processes)
-    found = make_plan(config, shape, options)
-    print("\n".join(_lines(found, config, shape, options)))
-    return 0
+    return config, shape
 
 
 def shape_on_paper(options: ModelOptions) -> HybridConfig:
@@ -358,6 +364,16 @@ def _lines(
         f"({found.flops / 1e9:.4g} GFLOP per token), MFU "
         f"{rate * found.flops / (found.device.matmul_tflops * 1e12):.1%}"
     )
+    if steps := config.train.max_steps:
+        per_step = found.tokens * at.processes
+        hours = steps * found.step_s / 3600
+        kept = config.checkpoint.keep
+        yield (
+            f"the whole run, {steps:,} steps of {per_step:,} tokens: "
+            + (f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:,.3g} hours")
+            + f"; on disk {_gb(memory.checkpoint)} per checkpoint, "
+            + (f"{kept} of them, and one being written" if kept else "all of them")
+        )
     if counts.total in _PUBLISHED:
         yield f"published: {_PUBLISHED[counts.total]}"
 

@@ -351,6 +351,18 @@ def test_fine_tuning_is_known_by_its_keys(
     assert capsys.readouterr().out.startswith("pretrain: ")
 
 
+def test_size_of_a_checkpoint() -> None:
+    """Against one on disk: the tensors behind the headers."""
+    run = Path(__file__).parents[1] / "fixtures" / "last_version" / "run"
+    (directory,) = (run / "checkpoints").glob("step_*")
+    held = 0
+    for file in [*directory.glob("model-*"), *directory.glob("optimizer-*")]:
+        held += file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+    config = load_config([run / "config.yaml"])
+    found = peak(layout_of(config, config.model, 2, cpu=True)).checkpoint
+    assert found == pytest.approx(held, rel=0.01)
+
+
 def test_memory_of_fine_tuning() -> None:
     def at(**given: Any) -> Layout:
         config = FinetuneConfig(model=ModelOptions(**TINY_MODEL), **given)

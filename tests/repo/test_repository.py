@@ -2,23 +2,33 @@
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from nemo_hybrid.cli import COMMANDS
+from nemo_hybrid.commands.command import RunWords
 from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.read import key_types, load_config, read_section
+from nemo_hybrid.config.read import key_types, load_config, read_section, run_options
 from nemo_hybrid.config.run import RunConfig
+from nemo_hybrid.config.words import options_of, split_words
+from nemo_hybrid.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-RUNS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs/run").glob("*.yaml"))
+RUNS = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in (ROOT / "configs/run").glob("*.yaml")
+    if "nemo-hybrid plan" not in p.read_text(encoding="utf-8")  # test_run_files.py
+)
 MODELS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs/model").glob("*.yaml"))
 BENEATH = {"configs/run/pretrain_tiny_nvfp4.yaml": ["configs/run/pretrain_tiny_cpu.yaml"]}
 """Configurations that are given after others."""
@@ -67,6 +77,49 @@ def test_documented_options_exist() -> None:
     for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh")]:
         for option in re.findall(r"--[a-z]+\.[a-z0-9_]+\b", file.read_text(encoding="utf-8")):
             assert option in known, f"{file.name}: {option}"
+
+
+DOCUMENTS = sorted(
+    p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*")]
+)
+_CALL = re.compile(r"(?:^|\s)(?:nemo-hybrid|-m nemo_hybrid|scripts/slurm\.sh)\s+(\S.*)")
+
+
+def documented_calls(text: str) -> list[list[str]]:
+    """Command and words of every call in a document's blocks for a shell."""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    lines = [re.sub(r"\[[^]]*\]", "", line) for line in lines]  # what may be left out
+    calls = (_CALL.search(line) for line in lines)
+    return [shlex.split(call[1], comments=True) for call in calls if call]
+
+
+def read_call(words: list[str]) -> None:
+    """Read the words as the command would. Raises UserError for what it does not have."""
+    name, rest = words[0], words[1:]
+    command = import_module(f"nemo_hybrid.commands.{COMMANDS[name].module}").COMMANDS[name]
+    known = options_of(command.options) if command.options else {}
+    if command.kind is not None:
+        for kind in (command.kind, *command.kinds):
+            known |= run_options(kind)
+        known |= options_of(RunWords)
+    split_words(rest, known, None if command.kind else [])
+
+
+@pytest.mark.parametrize("file", DOCUMENTS)
+def test_documented_calls_are_read(file: str) -> None:
+    for call in documented_calls((ROOT / file).read_text(encoding="utf-8")):
+        if call[0] not in ("--help", "--version"):
+            read_call(call)
+
+
+def test_a_wrong_call_in_a_document_is_seen() -> None:
+    text = "```bash\ntorchrun -m nemo_hybrid eval --from DIR \\\n  --dat X  # both\n```\n"
+    (call,) = documented_calls(text)
+    assert call == ["eval", "--from", "DIR", "--dat", "X"]
+    with pytest.raises(UserError, match="unknown option --dat"):
+        read_call(call)
+    assert sum(len(documented_calls((ROOT / f).read_text())) for f in DOCUMENTS) > 50
 
 
 def _bash(script: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,130 @@
+"""Recipes of configs/run: each is planned as its header says, and holds what was published."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_hybrid.commands.plan import COMMANDS, Plan, make_plan, ready
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.run import RunConfig, TrainingConfig
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted(path.name for path in (ROOT / "configs" / "run").glob("*.yaml"))
+ON_A_CPU = ("finetune_tiny_cpu", "nvfp4_gap", "pretrain_tiny_cpu", "pretrain_tiny_nvfp4")
+REAL = [name for name in RUNS if name.removesuffix(".yaml") not in ON_A_CPU]
+
+
+def header(name: str) -> str:
+    """The comment that a recipe begins with, its continued lines joined."""
+    lines = (ROOT / "configs" / "run" / name).read_text(encoding="utf-8").splitlines()
+    beginning = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    return re.sub(r"\\\n\s*", "", "\n".join(line.removeprefix("#") for line in beginning))
+
+
+def command(name: str, beginning: str) -> list[str]:
+    (found,) = re.findall(rf"^\s+{beginning} (.*)$", header(name), re.MULTILINE)
+    return shlex.split(found)
+
+
+def planned(name: str) -> tuple[TrainingConfig, Plan]:
+    read: list[Any] = []
+    COMMANDS["plan"]._replace(run=lambda *given: read.extend(given)).start(
+        "plan", command(name, "nemo-hybrid plan")
+    )
+    options = read[1]
+    config, shape = ready(read[0], options)
+    return config, make_plan(config, shape, options)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_layout_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, plan = planned(name)
+    assert plan.fits, f"{plan.needed / 1e9:.4g} of {plan.capacity / 1e9:.4g} GB"
+    # Started with as many processes, as the same kind of run, from the same files.
+    text = header(name)
+    processes = plan.at.processes
+    slurm = r"sbatch --nodes=(\d+)(?: --gpus-per-node=(\d))? scripts/slurm.sh (\w+) (.*)"
+    if nodes := re.search(slurm, text):
+        assert int(nodes[1]) * int(nodes[2] or 8) == processes
+        started, words = nodes[3], nodes[4]
+        assert f" {nodes[1]} nodes of {nodes[2] or 8} " in text.replace("\n", "")
+    elif several := re.search(r"--nproc_per_node=(\d+) -m nemo_hybrid (\w+) (.*)", text):
+        assert int(several[1]) == processes
+        started, words = several[2], several[3]
+    else:
+        started, words = "pretrain", " ".join(command(name, "nemo-hybrid pretrain"))
+        assert processes == 1
+    assert started == ("finetune" if isinstance(config, FinetuneConfig) else "pretrain")
+    files = re.compile(r"--config (\S+)")
+    assert files.findall(words) == files.findall(" ".join(command(name, "nemo-hybrid plan")))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "pretrain_nano": {
+        "tokens": 25e12, "warmup": 8.4e9, "decay": 5e12, "lr": (1e-3, 1e-5), "phases": [23.5e12],
+    },
+    "pretrain_super": {
+        "tokens": 25e12, "warmup": 200e9, "decay": 5e12, "lr": (4.5e-4, 4.5e-6), "mtp": 0.3,
+        "phases": [20e12], "steps": (993_404, 7_949, 198_682), "recipe": "nvfp4_super",
+    },
+    "pretrain_ultra": {
+        "tokens": 20e12, "warmup": 200e9, "decay": 5e12, "lr": (2.5e-4, 2.5e-6), "mtp": 0.1,
+        "phases": [15e12], "steps": (794_728, 7_947, 198_682), "recipe": "nvfp4_ultra",
+    },
+    "sft_nano": {"tokens": 13_000 * 64 * 262_144, "step": 64 * 262_144},
+    "sft_super": {
+        "tokens": 80e9, "step": 64 * 262_144, "warmup": 30_000 * 262_144, "lr": (1e-5, None),
+        "mtp": 0.3, "loss": "two_stage",
+    },
+    "sft_ultra": {
+        "tokens": 204_800 * 294_912, "step": 64 * 294_912, "warmup": 9_600 * 294_912,
+        "lr": (1.5e-5, 1e-6), "mtp": 0.1,
+    },
+}  # fmt: skip
+"""Tokens, of the whole run or of a step; rates at the peak and at the end; steps: of the run, its
+warm-up and its decay, by Megatron's files."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    known = PUBLISHED[name]
+    config, _ = planned(f"{name}.yaml")
+    train = config.train
+    step = train.global_batch_size * config.data.sequence_length
+    assert step == known.get("step", 3072 * 8192)
+    if name.startswith("pretrain"):
+        assert (train.schedule, train.aux_loss_weight, train.router_bias_rate) == (
+            "wsd", 1e-4, 1e-3,
+        )  # fmt: skip
+        assert (train.beta1, train.beta2, train.eps) == (0.9, 0.95, 1e-8)
+        assert (train.weight_decay, train.clip_grad_norm) == (0.1, 1.0)
+        assert isinstance(config, RunConfig)
+        assert list(config.data.phases) == known["phases"]
+        assert config.precision.recipe == known.get("recipe", "bf16")
+    # Steps are whole ones, and Megatron's differ in their rounding.
+    counted = [("tokens", train.max_steps), ("warmup", train.warmup_steps)]
+    for what, steps in [*counted, ("decay", train.decay_steps)]:
+        if what in known:
+            assert abs(steps * step - known[what]) < step
+    if "steps" in known:
+        ours = (train.max_steps, train.warmup_steps, train.decay_steps)
+        assert all(
+            abs(a - b) <= max(2, 1e-5 * b) for a, b in zip(ours, known["steps"], strict=True)
+        )
+    peak, last = known.get("lr", (None, None))
+    if peak:
+        assert train.lr == peak
+    if last:
+        assert math.isclose(train.lr * train.min_lr_ratio, last, rel_tol=1e-5)
+    if "mtp" in known:
+        assert train.mtp_loss_weight == known["mtp"]
+        assert config.model.mtp_num_depths == 2
+    assert getattr(train, "loss", "tokens") == known.get("loss", "tokens")
