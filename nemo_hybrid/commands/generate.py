@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from nemo_hybrid.data.prompts import Prompt, PromptReader
     from nemo_hybrid.data.tokenizer import TextTokenizer
     from nemo_hybrid.generation.batched import Rollout
+    from nemo_hybrid.model.cache import StateFormat
     from nemo_hybrid.model.hybrid import HybridLM
 
 
 Drafts = Annotated[int, Field(ge=0, le=7)]
+StateDtype = Literal["float32", "float16"]
+StateRounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(config=CHECKED)
@@ -58,6 +61,10 @@ class GenerateOptions(CommandOptions):
     """Prompts that are continued at once; the texts do not depend on it."""
     speculate: Drafts = 0
     """Tokens that the MTP block drafts before each pass; at temperature 0 texts stay the same."""
+    ssm_cache: StateDtype = "float32"
+    """What Mamba states are kept in between tokens; they are calculated with in float32."""
+    ssm_rounding: StateRounding | None = None
+    """How float16 states are rounded; null: stochastic, which keeps what adds up slowly."""
     chat: bool = False
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
@@ -67,7 +74,19 @@ class GenerateOptions(CommandOptions):
             (several and self.prompt, "give --prompt or --prompts, not both"),
             (several and self.chat, "--chat is for --prompt: rows of --prompts say what they are"),
         )
+        check_rounding(self)
         check_text(self.prompt)
+
+
+def check_rounding(options: GenerateOptions | RolloutOptions) -> None:
+    """Raises UserError for rounding of what is not rounded."""
+    unrounded = options.ssm_rounding and options.ssm_cache == "float32"
+    refuse((unrounded, "--ssm_rounding is for --ssm_cache float16: float32 states are not rounded"))
+
+
+def state_format(options: GenerateOptions | RolloutOptions) -> StateFormat:
+    """What the generator is told of both options."""
+    return "float32" if options.ssm_cache == "float32" else options.ssm_rounding or "stochastic"
 
 
 class Opened(NamedTuple):
@@ -155,7 +174,7 @@ def generate_command(options: GenerateOptions) -> None:
     model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     generator = Generator(
         model, options.slots, temperature=options.temperature, top_p=options.top_p,
-        seed=options.seed, drafts=options.speculate,
+        seed=options.seed, drafts=options.speculate, states=state_format(options),
     )  # fmt: skip
     most, stops = options.max_new_tokens, opened.stops
     requests = [Request(p.number, p.ids, most, stops=stops) for p in opened.prompts]

@@ -19,7 +19,13 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
-from nemo_hybrid.commands.generate import Drafts
+from nemo_hybrid.commands.generate import (
+    Drafts,
+    StateDtype,
+    StateRounding,
+    check_rounding,
+    state_format,
+)
 from nemo_hybrid.config.base import (
     CHECKED,
     CommandOptions,
@@ -71,8 +77,15 @@ class RolloutOptions(CommandOptions):
     speculate: Drafts = 0
     """Tokens that the MTP block drafts before each pass; they change what is drawn, but not how
     probable it is."""
+    ssm_cache: StateDtype = "float32"
+    """What Mamba states are kept in between tokens; they are calculated with in float32."""
+    ssm_rounding: StateRounding | None = None
+    """How float16 states are rounded; null: stochastic, which keeps what adds up slowly."""
     ep: PositiveInt = 1
     """Processes that divide the experts between them; must divide the number of processes."""
+
+    def validate(self) -> None:
+        check_rounding(self)
 
 
 class Line(NamedTuple):
@@ -183,7 +196,7 @@ def rollout_command(options: RolloutOptions) -> None:
     generator = Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, drafts=options.speculate,
-        most=dispatcher.most if dispatcher else alone,
+        states=state_format(options), most=dispatcher.most if dispatcher else alone,
     )  # fmt: skip
     began, total = time.monotonic(), sum(len(request.samples) for request in requests)
     tokens = _write(work.part(rank), generator.run(requests), opened, total, show=not rank)
@@ -237,6 +250,7 @@ def _identity(options: RolloutOptions, opened: Opened) -> dict[str, Any]:
         "weights": " ".join(map(base_digest, weights)),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "stops": sorted(opened.stops),
+        "ssm_cache": state_format(options),
         **{n: getattr(options, n) for n in ("samples", "max_new_tokens", "temperature", "top_p",
                                             "seed", "speculate")},
     }  # fmt: skip

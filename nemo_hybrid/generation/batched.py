@@ -28,7 +28,7 @@ from nemo_hybrid.generation.sampling import (
     uniforms,
 )
 from nemo_hybrid.generation.speculative import Speculation
-from nemo_hybrid.model.cache import commit, copy_rows
+from nemo_hybrid.model.cache import StateFormat, commit, copy_rows, draw_from, keep_states
 from nemo_hybrid.model.hybrid import HybridLM
 
 _PIECE = 2048
@@ -89,7 +89,7 @@ def alone(number: int) -> int:
 
 class Generator:
     """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
-    `speculative`.
+    `speculative`; with Mamba states kept as ``states`` says. While prompts are read they are fp32.
 
     With ``most`` several processes make every pass together, and go on until none has a row left.
     """
@@ -103,9 +103,11 @@ class Generator:
         top_p: float = 1.0,
         seed: int = 0,
         drafts: int = 0,
+        states: StateFormat = "float32",
         most: Most = alone,
     ) -> None:
         self._model, self._slots, self._seed, self._most = model, slots, seed, most
+        self._states: StateFormat = states
         self._temperature, self._top_p, self._drafts = temperature, top_p, drafts
 
     @torch.inference_mode()
@@ -121,7 +123,7 @@ class Generator:
             speculation = Speculation(
                 self._model, rows, self._drafts, self._temperature, self._top_p, self._most
             )
-        slots, prompts = _Slots(self._model, rows, speculation), self._prompts([])
+        slots, prompts = _Slots(self._model, rows, speculation, self._states), self._prompts([])
         while True:
             free = len(slots.free)
             batch: list[Request] = []
@@ -199,12 +201,19 @@ class _Slots:
     """What goes on: rollouts by slot, what was read of them, and where their numbers come from."""
 
     def __init__(
-        self, model: HybridLM, rows: int, speculation: Speculation | None, room: int = 0
+        self,
+        model: HybridLM,
+        rows: int,
+        speculation: Speculation | None,
+        states: StateFormat,
+        room: int = 0,
     ) -> None:
         like = model.lm_head.weight
         self._model, self._speculation = model, speculation
+        self._states: StateFormat = states
         self.rollouts: list[Rollout | None] = [None] * rows
         self._caches = model.new_caches(rows, room, mtp=speculation is not None)
+        keep_states(self._caches, states)
         self._h_BD = like.new_zeros(rows, model.config.hidden_size)
         self._streams_B, self._places_B = torch.zeros_like(self._caches.lengths_B).repeat(2, 1)
         self._steps = _STEPS.get(like.device.type, _STEPS_ELSEWHERE)
@@ -228,6 +237,7 @@ class _Slots:
             torch.tensor(numbers, device=self._h_BD.device)
             for numbers in (free, [row for _, row in starting], streams)
         )
+        draw_from(self._caches, streams_N, to_N)
         copy_rows(prompts.caches, from_N, self._caches, to_N)
         self._h_BD[to_N] = prompts.h_PD[from_N]
         self._streams_B[to_N], self._places_B[to_N] = streams_N, 0
@@ -313,7 +323,7 @@ class _Slots:
             return self
         live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
         speculation = self._speculation and self._speculation.of_rows(live_N)
-        fewer = _Slots(self._model, len(live), speculation, self._longest())
+        fewer = _Slots(self._model, len(live), speculation, self._states, self._longest())
         fewer.rollouts = [self.rollouts[slot] for slot in live]
         copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
         fewer._h_BD = self._h_BD[live_N]

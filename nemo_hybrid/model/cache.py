@@ -14,12 +14,15 @@ key/value heads, P head dim, C conv channels, J = conv kernel - 1, H Mamba heads
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nemo_kernels.lowp.rounding import fp16_stochastically, fp16_to_nearest, random_words
 
 _MORE = 64
 """Tokens by which room grows at least."""
@@ -73,6 +76,46 @@ class MambaCache:
         self.conv_BCJ.copy_(state.conv_BCJ)
         self.ssm_BHPN.copy_(state.ssm_BHPN)
 
+    def state(self) -> Tensor:
+        """What is calculated with, and may be changed if it is given to `store` then."""
+        return self.ssm_BHPN
+
+    def store(self, ssm_BHPN: Tensor, before_B: Tensor) -> None:
+        """Remember the state after one token more than ``before_B``: here it is there already."""
+
+    def stored(self, ssm_BHPN: Tensor, read_B: Tensor) -> Tensor:
+        """A state after so many tokens of each row as `commit` wants it."""
+        return ssm_BHPN
+
+
+@dataclass
+class Fp16MambaCache(MambaCache):
+    """Has the state of the scan in fp16; it is calculated with in fp32, and rounded when it is
+    stored. ``keys_BR``, int64: what a row's random bits come from in this layer, R = 1; or R = 0:
+    rounded to the nearest."""
+
+    keys_BR: Tensor
+
+    def state(self) -> Tensor:
+        return self.ssm_BHPN.to(torch.promote_types(self.conv_BCJ.dtype, torch.float32))
+
+    def store(self, ssm_BHPN: Tensor, before_B: Tensor) -> None:
+        self.ssm_BHPN.copy_(self.stored(ssm_BHPN, before_B + 1))
+
+    def stored(self, ssm_BHPN: Tensor, read_B: Tensor) -> Tensor:
+        return _in_fp16(ssm_BHPN, read_B, self.keys_BR)
+
+
+def _in_fp16(ssm_BHPN: Tensor, read_B: Tensor, keys_BR: Tensor) -> Tensor:
+    """Rounded with random bits that are a function of key, number of tokens read, and place."""
+    ssm_BHPN = ssm_BHPN.float()
+    if not keys_BR.shape[1]:
+        return fp16_to_nearest(ssm_BHPN)
+    size = math.prod(ssm_BHPN.shape[1:])
+    words = torch.arange(-(-size // 4), device=keys_BR.device)
+    bits = random_words(words, random_words(read_B[:, None], keys_BR)).view(torch.int16)
+    return fp16_stochastically(ssm_BHPN, bits[:, :size].contiguous())
+
 
 @dataclass
 class Caches:
@@ -91,6 +134,32 @@ class Caches:
         for cache in [*self.layers, *(self.mtp.layers if self.mtp else ())]:
             if cache is not None:
                 cache.reserve(tokens)
+
+
+StateFormat = Literal["float32", "nearest", "stochastic"]
+"""How Mamba states are kept: in fp32, or in fp16, rounded in one of these ways."""
+
+
+def keep_states(caches: Caches, format: StateFormat) -> None:
+    """Have Mamba states that nothing was read into be kept so; stochastically, by random numbers of
+    a text that `draw_from` names. (In fp32 they are kept anyway.)"""
+    if format == "float32":
+        return
+    rows = len(caches.lengths_B)
+    for number, cache in enumerate(caches.layers):
+        if isinstance(cache, MambaCache):
+            keys_BR = caches.lengths_B.new_zeros(rows, int(format == "stochastic"))
+            half_BHPN = cache.ssm_BHPN.half()
+            caches.layers[number] = Fp16MambaCache(cache.conv_BCJ, half_BHPN, keys_BR)
+
+
+def draw_from(caches: Caches, streams_N: Tensor, to_N: Tensor) -> None:
+    """Have the rounding of rows use the random numbers of these streams (see
+    `generation.sampling`), of which it takes words in front of the first: one per layer."""
+    for number, cache in enumerate(caches.layers):
+        if isinstance(cache, Fp16MambaCache) and cache.keys_BR.shape[1]:
+            word_N = torch.full_like(streams_N, -2 - number)
+            cache.keys_BR[to_N, 0] = random_words(word_N, streams_N)
 
 
 class Reading(NamedTuple):
@@ -124,12 +193,16 @@ def commit(caches: Caches, after: After) -> None:
 
 
 def copy_rows(source: Caches, from_N: Tensor, target: Caches, to_N: Tensor) -> None:
-    """Have rows of ``target``, which has room for them, remember what rows of ``source`` do."""
+    """Have rows of ``target``, which has room for them, remember what rows of ``source`` do. States
+    of fp32 may become such of fp16."""
     target.lengths_B[to_N] = source.lengths_B[from_N]
     for theirs, ours in zip(source.layers, target.layers, strict=True):
         for name, held in vars(theirs).items() if theirs else ():
             place = getattr(ours, name)
             both = min(held.shape[1], place.shape[1])  # of room; elsewhere they are the same
-            place[to_N, :both] = held[from_N, :both]
+            rows = held[from_N, :both]
+            if isinstance(ours, Fp16MambaCache) and rows.dtype != place.dtype:
+                rows = _in_fp16(rows, source.lengths_B[from_N], ours.keys_BR[to_N])
+            place[to_N, :both] = rows
     if source.mtp and target.mtp:
         copy_rows(source.mtp, from_N, target.mtp, to_N)

@@ -94,12 +94,15 @@ class Mamba2(KeepsFp32):
         # A token of no time leaves the state as it is: so does what pads a row.
         dt_BSH = dt_BSH.masked_fill(~reading.real_BS[..., None], 0)
         operands = self._operands(xBC_BSC, dt_BSH)
-        y_BSHP, ssm_BHPN = ssd_scan(*operands, self.chunk, None, cache.ssm_BHPN)
+        y_BSHP, ssm_BHPN = ssd_scan(*operands, self.chunk, None, cache.state())
         y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
-        return y_BSD, MambaCache(conv_BCJ, ssm_BHPN)
+        read_B = reading.before_B + reading.counts_B
+        return y_BSD, MambaCache(conv_BCJ, cache.stored(ssm_BHPN, read_B))
 
     def decode(self, x_BD: Tensor, cache: MambaCache, before_B: Tensor) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)
         operands = self._operands(self.conv1d.decode(xBC_BC, cache.conv_BCJ), dt_BH)
-        y_BHP = ssd_step(*operands, cache.ssm_BHPN)
+        ssm_BHPN = cache.state()
+        y_BHP = ssd_step(*operands, ssm_BHPN)
+        cache.store(ssm_BHPN, before_B)
         return self.out_proj(self.norm(y_BHP.flatten(-2), z_BI))

@@ -224,6 +224,8 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("generate --from a --prompt b --prompts c", "give --prompt or --prompts, not both"),
         ("generate --from a --prompts c --chat", "--chat is for --prompt"),
         ("generate --from a --prompt b --speculate 8", "speculate must lie in [0, 7], got 8"),
+        ("generate --from a --prompt b --ssm_rounding nearest", "is for --ssm_cache float16"),
+        ("rollout --from a --data b --out c --ssm_rounding nearest", "is for --ssm_cache float16"),
         ("rollout --from a --data b --out c --samples 0", "samples must be positive, got 0"),
         ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
         ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),

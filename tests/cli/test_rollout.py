@@ -269,6 +269,7 @@ def test_files_of_others_are_left_alone(
 
     refused("seed is 7 there, 8 here; name another --out", "--seed", "8", at=whole)
     refused("samples is 3 there, 2 here", "--samples", "2", at=whole)
+    refused("ssm_cache is float32 there, stochastic here", "--ssm_cache", "float16", at=whole)
     refused("--ep 2 does not divide the number of processes, 1", "--ep", "2")
     out.write_text("mine")
     refused(f"{out} exists already, of another run")

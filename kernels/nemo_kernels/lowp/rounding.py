@@ -1,4 +1,4 @@
-"""Rounding to E2M1, to nearest or stochastically, and the random bits for the latter.
+"""Rounding to E2M1 and to fp16, to nearest or stochastically, and the random bits for the latter.
 
 Values are rounded as fp32 numbers, in place; nothing is encoded here. E2M1 holds 0, 0.5, 1, 1.5,
 2, 3, 4, 6 and their negatives. Its step at y is half of the power of two below |y|, of 1 at least:
@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 E2M1_MAX = 6.0
+FP16_MAX = 65504.0
+_FP16_BELOW = (1 << 13) - 1
+"""The bits of an fp32 number below those that fp16 keeps, from its smallest normal number on."""
+_FP16_NORMAL = 2.0**-14
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _EXPONENT = 0x7F800000
@@ -56,6 +60,30 @@ def round_stochastically_(y: Tensor, bits: Tensor) -> Tensor:
     return y.mul_(octave.view(torch.float32)).mul_(0.5)
 
 
+def fp16_to_nearest(x: Tensor) -> Tensor:
+    """x (fp32) in fp16, to the nearest, ties to even; what is beyond fp16 becomes its largest."""
+    return x.clamp(-FP16_MAX, FP16_MAX).half()
+
+
+def fp16_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """x (fp32) in fp16, as one of its two neighbours there; what is beyond becomes the largest.
+
+    13 random bits are added below the last bit that fp16 keeps, and what then stands there is cut
+    off: the neighbour further from 0 comes for a share of the 2^13 values of the bits that is x's
+    distance from the other one, in steps. Below 2^-14, where fp16 has one step, x is first rounded
+    to 2^-13 of that. NaN stays NaN.
+
+    Args:
+        bits: int16, as many as x has elements, of which the lower 13 count (:func:`random_bits`).
+    """
+    size = x.abs().clamp_(max=FP16_MAX)
+    # In the octave from 2^-14 on an fp32 number has its last bit 2^-13 steps of fp16's subnormals.
+    shift = (size < _FP16_NORMAL) * _FP16_NORMAL
+    code = size.add_(shift).view(torch.int32)
+    code.add_(bits.view(x.shape).bitwise_and(_FP16_BELOW)).bitwise_and_(~_FP16_BELOW)
+    return code.view(torch.float32).sub_(shift).copysign_(x).half()
+
+
 def random_bits(n: int, seed: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
     """16 random bits for each of the elements start to start + n - 1 of a tensor: int16 [n].
 
@@ -73,10 +101,10 @@ def random_words(i: Tensor, seed: int | Tensor) -> Tensor:
     """Word ``i`` (int64, any shape, from 0) of the generator of each seed: 64 random bits, int64.
 
     Args:
-        seed: 64 bits, a signed or unsigned number, or int64 that goes with ``i``.
+        seed: 64 bits, a signed or unsigned number, or int64 that is broadcast with ``i``.
     """
-    seed = seed if isinstance(seed, Tensor) else _signed(seed)
-    z = (i + 1).mul_(_signed(_GAMMA)).add_(seed)  # int64 wraps around
+    z = (i + 1).mul_(_signed(_GAMMA))  # int64 wraps around
+    z = z + seed if isinstance(seed, Tensor) else z.add_(_signed(seed))
     high = torch.empty_like(z)
     for shift, factor in _MIX:
         z.bitwise_xor_(_shifted(z, shift, high)).mul_(_signed(factor))
