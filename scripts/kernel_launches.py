@@ -4,7 +4,7 @@ The operations are called at sizes of published models, on tensors without data,
 what they launch. A new kernel needs a call here.
 
 Shapes: T tokens, D hidden, E experts, K experts per token, R routed slots, L width in which experts
-work, F expert inner width; M rows and N columns of a matrix.
+work, F expert inner width; V vocabulary; M rows and N columns of a matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_kernels.launch import Launch, recorded
+from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
 from nemo_kernels.lowp.operand import Operand, Rounding
@@ -61,6 +62,9 @@ def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
         yield BOTH, partial(emulated_experts, 4096, *ODD, dtype)
     for experts in (128, 256, 512, 1024):
         yield BOTH, partial(router_and_sort, 16384, 4096, experts)
+    for dtype in (BF16, FP32):
+        yield BOTH, partial(losses, 8192, 2688, 131072, dtype)
+        yield BOTH, partial(losses, 100, 48, 50, dtype)
     for dtype, n in itertools.product((BF16, FP32), (1024, 2688)):
         yield BLACKWELL, partial(native_products, 4096, n, 1024, 128, dtype)
     for dtype, sides in itertools.product((BF16, FP32), SIDES):
@@ -117,6 +121,16 @@ def router_and_sort(tokens: int, hidden: int, experts: int) -> None:
     ids_TK, weights_TK, scores_TE = kernel.topk_router(x_TD, weight_ED, bias_E, 8, 2.5, True)
     (weights_TK.sum() + scores_TE.sum()).backward()
     kernel.sort_slots(ids_TK, experts)
+
+
+def losses(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """With gradients and without."""
+    h_RD, weight_VD = leaf(rows, hidden, dtype=dtype), leaf(vocabulary, hidden, dtype=dtype)
+    labels_R, scale_R = meta(rows, dtype=torch.int64), meta(rows, dtype=FP32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            loss_kernel.linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R)
+            loss_kernel.linear_kl(h_RD, weight_VD, h_RD, weight_VD, scale_R)
 
 
 def native_products(m: int, n: int, k: int, experts: int, dtype: torch.dtype) -> None:

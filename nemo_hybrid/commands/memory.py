@@ -34,7 +34,9 @@ _REDUCTION_BYTES = 8
 _TEMPORARIES = {True: 2, False: 4}
 """Times what a layer keeps, that its backward pass takes in between: on CPU as measured, elsewhere
 as the grouped products of experts are expected to."""
-_LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}  # logits held at once: on CPU, elsewhere
+# Logits held at once: by the reference on CPU and elsewhere, by the kernels.
+_LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}
+_LOSS_CHUNK_KERNEL = 2 << 30
 
 
 class Group(NamedTuple):
@@ -79,7 +81,7 @@ class Layout:
     cpu: bool
     """Buffers that are never touched take no memory there, and the reference paths are taken."""
     reference: tuple[str, ...]
-    """Operations of ssd, conv1d and attention that take the reference path."""
+    """Operations of ssd, conv1d, attention and loss that take the reference path."""
     host_copy: bool
     """Checkpoints are copied to CPU memory before they are written."""
     finetune: FinetuneConfig | None = None
@@ -253,7 +255,12 @@ def moments(at: Layout) -> list[Memory]:
     kept = sum(saved(at, letter) for letter in cfg.pattern + depths * cfg.mtp_pattern)
     kept += (1 + 5 * depths) * stream
     held = (1 + depths) * stream  # gradients of the hidden states that the loss reads
-    logits = 2 * max(_LOSS_CHUNK[at.cpu], 16 * 4 * cfg.vocab_size)
+    if at.cpu or "loss" in at.reference:
+        logits = 2 * max(_LOSS_CHUNK[at.cpu], 16 * 4 * cfg.vocab_size)
+        logits += 4 * head * (b != 4)  # the head in fp32
+    else:  # with their gradient, in the model's dtype
+        rows = min((1 + depths) * at.tokens, _LOSS_CHUNK_KERNEL // (4 * cfg.vocab_size))
+        logits = (4 + b) * rows * cfg.vocab_size
     # One layer's backward pass: temporaries, gradients of its weights, what is made once more.
     work = {
         c: _TEMPORARIES[at.cpu] * _saved(at, c)
@@ -263,7 +270,7 @@ def moments(at: Layout) -> list[Memory]:
     }
     worst = max(work, key=work.__getitem__)
     return [
-        base.at("loss", before, kept, 2 * held + 4 * head * (1 + (b != 4)) + logits),
+        base.at("loss", before, kept, 2 * held + 4 * head + logits),
         base.at(
             f"{worst} backward",
             before + own * early,

@@ -15,11 +15,11 @@ from nemo_hybrid.model.cache import After, Caches
 from nemo_hybrid.model.init import Embedding, Head, initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
 from nemo_hybrid.model.layer import Layers
-from nemo_hybrid.model.linear import fp32_product
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_kernels.documents import Documents
+from nemo_kernels.products import fp32_product
 
 Stats = dict[str, RoutingStats]
 """Routing statistics by layer name, such as ``backbone.layers.1``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.model.init import Undrawn
+from nemo_kernels.products import fp32_product
 
 
 class Adapter(nn.Module):
@@ -79,11 +80,3 @@ class _WideGradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = fp32_product(dy.flatten(0, -2).t(), x.flatten(0, -2))
         return dx, dweight
-
-
-def fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, summed and left in fp32 (of fp64: in fp64)."""
-    exact = torch.promote_types(a.dtype, torch.float32)
-    if not a.is_cpu:
-        return torch.mm(a, b, out_dtype=exact)
-    return torch.mm(a.to(exact), b.to(exact))

@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 import helpers.triton_env  # noqa: F401  repairs the interpreter
 from helpers.moe_inputs import draw_inputs
 from nemo_kernels.launch import Launch, Tile, launch, noted, recorded
+from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.operand import Rounding
 from nemo_kernels.moe import expert_kernel, function, kernel, sort_kernel
@@ -89,6 +90,16 @@ def router() -> None:
     (weights_TK.sum() + scores_TE.sum()).backward()
 
 
+def losses() -> None:
+    """Every row counts."""
+    h_RD, teacher_RD = (torch.randn(TOKENS, 8, requires_grad=True) for _ in range(2))
+    weight_VD = torch.randn(40, 8, requires_grad=True)
+    options = {**loss_kernel._OPTIONS, "BLOCK": 16}
+    with mock.patch.multiple(loss_kernel, _COLUMNS=16, _OPTIONS=options):
+        loss_kernel.linear_cross_entropy(h_RD, weight_VD, IDS_TK[:, 0], torch.ones(TOKENS), 10)
+        loss_kernel.linear_kl(h_RD, weight_VD, teacher_RD, weight_VD, torch.ones(TOKENS), 10)
+
+
 def quantizers(packed: bool, rows: Rounding | None, columns: Rounding | None) -> None:
     """Whole atoms of scales: what pads them is not written."""
     x_1MN = torch.randn(1, 128, 128)
@@ -113,6 +124,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "experts": partial(experts, torch.bfloat16),
     "experts, recomputed": partial(experts, torch.float32, recompute=True),
     "router": router,
+    "losses": losses,
     "sort as shipped": partial(sort_kernel.sort_slots, IDS_TK, EXPERTS),
     "packed": partial(quantizers, True, Rounding(), Rounding(rht=True)),
     "decoded": partial(quantizers, False, Rounding((16, 16)), None),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_kernels import backend
-from nemo_kernels.loss import linear_cross_entropy
+from nemo_kernels.loss import linear_cross_entropy, linear_kl
 
 
 def draw(
@@ -159,6 +159,24 @@ def test_huge_logits_stay_finite() -> None:
     assert close(ce_R, oracle(h_RD * 1e4, weight_VD, labels_R, scale_R)[1], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_and_its_gradients_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    h_RD, weight_VD, _, scale_R = draw(8, 30, 16, 50, dtype)
+    teacher_RD, teacher_VD, _, _ = draw(9, 30, 12, 50, dtype)
+    h, weight = (t.detach().double().requires_grad_() for t in (h_RD, weight_VD))
+    p = F.softmax(teacher_RD.double() @ teacher_VD.double().t(), -1).detach()
+    q = F.softmax(h @ weight.t(), -1)
+    expected = (scale_R * (p * (p / q).log()).sum(-1)).sum()
+    loss = linear_kl(h_RD, weight_VD, teacher_RD, teacher_VD, scale_R, 7)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    for own, their in ((h_RD, h), (weight_VD, weight)):
+        # The head's gradient is rounded once, however many chunks there are.
+        torch.testing.assert_close(own.grad, their.grad.to(dtype), rtol=2e-2, atol=1e-5)
+    assert teacher_RD.grad is teacher_VD.grad is None
+
+
 def test_path_and_bad_input() -> None:
     assert backend.path("loss", "cpu").name == "reference"
     h_RD, weight_VD, labels_R, scale_R = draw(7, 5, 4, 9)
@@ -176,3 +194,16 @@ def test_path_and_bad_input() -> None:
         linear_cross_entropy(h_RD, weight_VD, torch.full((5,), 9), scale_R)
     with pytest.raises(ValueError, match="chunk_size: expected a positive number, got 0"):
         linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R, 0)
+    with pytest.raises(ValueError, match=r"labels_R: expected a tensor on cpu, got meta"):
+        linear_cross_entropy(h_RD, weight_VD, labels_R.to("meta"), scale_R)
+    teacher = (h_RD, weight_VD)
+    with pytest.raises(ValueError, match=r"teacher_RD: expected shape \[5, any\], got \[4, 4\]"):
+        linear_kl(h_RD, weight_VD, h_RD[:4], weight_VD, scale_R)
+    with pytest.raises(ValueError, match=r"teacher_VD: expected shape \[9, any\], got \[8, 4\]"):
+        linear_kl(h_RD, weight_VD, h_RD, weight_VD[:8], scale_R)
+    with pytest.raises(ValueError, match=r"teacher_VD: expected torch.float32, got torch.bfloat16"):
+        linear_kl(h_RD, weight_VD, h_RD, weight_VD.bfloat16(), scale_R)
+    with pytest.raises(ValueError, match=r"scale_R: expected shape \[5\], got \[4\]"):
+        linear_kl(h_RD, weight_VD, *teacher, scale_R[:4])
+    with pytest.raises(ValueError, match="chunk_size: expected a positive number, got -1"):
+        linear_kl(h_RD, weight_VD, *teacher, scale_R, -1)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in row chunks, plain PyTorch: the specification.
+"""Losses of a linear head in row chunks, plain PyTorch: the specification.
 
 Shapes: R rows, N rows with a non-zero scale, C rows of one chunk, D hidden, V vocabulary.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # Logits of one chunk: small enough to stay in a CPU's second-level caches between the passes over
 # them; on a GPU, large enough to fill it.
 _CHUNK_BYTES = {"cpu": 4 << 20}
 _CHUNK_BYTES_GPU = 256 << 20
+_KL_CHUNK_BYTES = 64 << 20  # of one model's logits
 
 
 def linear_cross_entropy(
@@ -32,7 +35,23 @@ def linear_cross_entropy(
     )
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class HeadLoss(torch.autograd.Function):
+    """A loss whose gradients for h and head, linear in its own, the forward pass has made."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _dce_R: Tensor) -> tuple[Tensor | None, ...]:
+        dh_RD, dweight_VD = ctx.saved_tensors
+        if dh_RD is not None:
+            dh_RD = torch.mul(dh_RD, dloss, out=torch.empty_like(dh_RD))
+        if dweight_VD is not None:
+            # The only rounding of the weight gradient.
+            rounded = torch.empty_like(dweight_VD, dtype=ctx.weight_dtype)
+            dweight_VD = torch.mul(dweight_VD, dloss, out=rounded)
+        return dh_RD, dweight_VD, None, None, None, None
+
+
+class LinearCrossEntropy(HeadLoss):
     """Loss, and in the same pass both gradients, which are linear in the loss's own gradient."""
 
     @staticmethod
@@ -74,14 +93,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(ce_R)
         return torch.dot(ce_R, scale_R.to(acc)), ce_R
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _dce_R: Tensor) -> tuple[Tensor | None, ...]:
-        dh_RD, dweight_VD = ctx.saved_tensors
-        if dh_RD is not None:
-            dh_RD = torch.mul(dh_RD, dloss, out=torch.empty_like(dh_RD))
-        if dweight_VD is not None:
-            # The only rounding of the weight gradient.
-            rounded = torch.empty_like(dweight_VD, dtype=ctx.weight_dtype)
-            dweight_VD = torch.mul(dweight_VD, dloss, out=rounded)
-        return dh_RD, dweight_VD, None, None, None, None
+
+def linear_kl(
+    h_RD: Tensor,
+    weight_VD: Tensor,
+    teacher_RD: Tensor,
+    teacher_VD: Tensor,
+    scale_R: Tensor,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """A chunk's logits are there at a time, and once more in the backward pass."""
+    chunk_size = chunk_size or max(1, _KL_CHUNK_BYTES // (4 * len(weight_VD)))
+    heads = weight_VD.float(), teacher_VD.float()
+    total = torch.zeros((), device=h_RD.device)
+    rows = zip(*(t.split(chunk_size) for t in (h_RD, teacher_RD, scale_R)), strict=True)
+    for part in rows:
+        total = total + checkpoint(
+            _chunk_kl, *part, *heads, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
+
+
+def _chunk_kl(
+    h_CD: Tensor, teacher_CD: Tensor, scale_C: Tensor, weight_VD: Tensor, teacher_VD: Tensor
+) -> Tensor:
+    q_CV, p_CV = (
+        F.linear(h.float(), head).log_softmax(-1)
+        for h, head in ((h_CD, weight_VD), (teacher_CD, teacher_VD))
+    )
+    return F.kl_div(q_CV, p_CV, log_target=True, reduction="none").sum(-1) @ scale_C
