@@ -22,6 +22,7 @@ from nemo_hybrid.config.base import (
     refuse,
 )
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.process import launched
 from nemo_hybrid.terminal import check_reader
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def open_model(
     from nemo_hybrid.config.hf import read_config
     from nemo_hybrid.data.prompts import PromptReader
     from nemo_hybrid.data.tokenizer import load_tokenizer
+    from nemo_hybrid.export.decode import is_quantized, read_export
     from nemo_hybrid.model.hybrid import HybridLM
 
     def read(given: Path) -> Opened:
@@ -119,21 +121,40 @@ def open_model(
         directory = given if (given / "tokenizer.json").is_file() else base
         has_tokenizer = (directory / "tokenizer.json").is_file()
         tokenizer = load_tokenizer(directory) if has_tokenizer else None
-        shape = read_config(base)
+        exported = given == base and is_quantized(base)
+        shape = read_export(base).config if exported else read_config(base)
         longest = shape.max_position_embeddings
         refuse(
             (
                 options.speculate and not shape.mtp_num_depths,
                 f"--speculate: {given} has no MTP block that could draft tokens",
-            )
+            ),
+            (exported and build, f"--ep: {given} is quantized, and every process reads all of it"),
         )
         new = options.max_new_tokens
         prompts = ask(PromptReader(directory, tokenizer, shape.vocab_size, longest, new))
-        model, _ = load(given, build=build or HybridLM)
+        model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
         stops = frozenset(stop_ids(directory, shape.eos_token_id))
         return Opened(given, model.eval(), tokenizer, prompts, stops)
 
     return reading(options.from_, read, locate)
+
+
+def _dequantized(directory: Path) -> HybridLM:
+    """Of an export; says what is rounded in it."""
+    from nemo_hybrid.export.decode import read_export
+    from nemo_hybrid.export.verify import load_exported
+
+    model = load_exported(directory)
+    if not launched()[0]:
+        scaled = read_export(directory).kv_cache
+        print(
+            f"{directory} is an export: its weights are dequantized to float32, inputs of products "
+            "are not rounded; keys and values are "
+            + ("cached in FP8, by its scales" if scaled else "not rounded"),
+            file=sys.stderr,
+        )
+    return model
 
 
 def stop_ids(directory: Path, default: int) -> list[int]:

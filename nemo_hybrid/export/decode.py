@@ -153,6 +153,11 @@ class Export:
                     yield [f"{module}.{part}" for module in modules]
 
 
+def is_quantized(directory: Path) -> bool:
+    """Whether the weights need `read_export`."""
+    return read_json(directory / "config.json").get("quantization_config") is not None
+
+
 def read_export(directory: Path) -> Export:
     """Read headers and configuration files. Raises UserError where they cannot be read, describe no
     model of the family, or the tensors have formats that no export gives them."""

@@ -186,8 +186,9 @@ def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> 
     """The model of an exported directory, its weights dequantized, rounded to dtype but for the
     fp32 list, on the CPU.
 
-    Activations and the KV cache are not quantized. Raises UserError unless the directory holds
-    exactly what its configuration says; values are not checked.
+    Where keys and values have scales its caches keep them in FP8; other activations are not
+    quantized, nor keys and values of a forward pass over the whole text. Raises UserError unless
+    the directory holds exactly what its configuration says; values are not checked.
     """
     export, result = read_export(Path(directory).expanduser()), Result()
     if not _check_tensors(export, result):
@@ -203,7 +204,11 @@ def _dequantized(export: Export, dtype: torch.dtype) -> HybridLM:
     targets = tensors_by_name(model)
     with Opened(export) as opened, torch.no_grad():
         for name, tensor in opened.others():
-            if not name.endswith(KV_SCALES):
+            if name.endswith(KV_SCALES):
+                projection, _, scale = from_hub(name)[0].rpartition(".")
+                layer = model.get_submodule(projection.rpartition(".")[0])
+                setattr(layer, scale, float(tensor))
+            else:
                 _part(targets, name).copy_(tensor)
         for module, parts in opened.modules():
             _part(targets, f"{module}.weight").copy_(decoded(parts))
