@@ -29,7 +29,7 @@ from nemo_hybrid.checkpoint.convert import write_as_stored
 from nemo_hybrid.checkpoint.directory import STEP, new_directory, verify, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.names import OPTIMIZER_INDEX
-from nemo_hybrid.checkpoint.publish import CARD, card_head
+from nemo_hybrid.checkpoint.publish import CARD, CLAMPED, card_head
 from nemo_hybrid.checkpoint.state import FREE, Masters
 from nemo_hybrid.checkpoint.steps import list_steps, saying_if_removed, step_of
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
@@ -218,6 +218,8 @@ def _card(sources: Sequence[Source], parts: Sequence[tuple[Path, float]], weight
             "averaged: a run cannot resume from this. Licence and limits of the sources apply.\n",
             "| checkpoint | read from | coefficient |\n| --- | --- | --- |",
             *rows,
+            "",
+            CLAMPED,
             "",
         ]
     )

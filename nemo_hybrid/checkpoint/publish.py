@@ -18,6 +18,12 @@ from nemo_hybrid.checkpoint.names import is_training_state
 from nemo_hybrid.files import sync
 
 CARD = "README.md"
+CLAMPED = (
+    "transformers keeps Mamba-2 time steps above `time_step_min`; Megatron-LM, SGLang and the "
+    "program that trained this model do not, so its probabilities differ from theirs. `nemo-hybrid "
+    "compare-logprobs DIR --backend transformers` measures by how much."
+)
+"""What every card says of its model."""
 _LICENCE = ("license", "license_name", "license_link")
 _CACHED = "models--"
 _LONGEST = 200

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.checkpoint.directory import (
@@ -31,7 +31,7 @@ from nemo_hybrid.checkpoint.directory import (
 )
 from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE
+from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE, flatten
 from nemo_hybrid.config.run import CheckpointOptions, ModelOptions
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
@@ -270,6 +270,17 @@ def saying_if_removed(directory: Path) -> Iterator[None]:
             raise
         run = directory.parent.parent
         raise UserError(f"{directory} was removed while it was read: {_kept(run)}") from None
+
+
+def remembered(checkpoint: Path) -> dict[str, Any]:
+    """Dotted keys of the run's configuration that a checkpoint of it holds; none for another
+    directory."""
+    from nemo_hybrid.checkpoint.names import RESOLVED  # which imports torch
+
+    try:
+        return flatten(read_yaml(checkpoint / RESOLVED))
+    except UserError:
+        return {}
 
 
 def model_shape(options: ModelOptions) -> HybridConfig:

@@ -8,7 +8,7 @@ Shapes: S tokens of one piece, T compared tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -47,10 +47,11 @@ class CompareOptions(CommandOptions):
     this program nor Megatron-LM does, so that small differences are to be expected;
     transformers_unclamped takes that limit away, so that only rounding should remain."""
     data: str | None = None
-    """UTF-8 text file to read with the checkpoints' tokenizer. Without data and prompt, random
-    token ids are taken."""
+    """UTF-8 text file to read with the checkpoints' tokenizer, or token store (its held-out part).
+    Without data and prompt: the held-out data of the run that wrote A, if that is still there, else
+    random token ids."""
     prompt: str | None = None
-    """Text to compare on, instead of a file."""
+    """Text to compare on, instead of data."""
     tokens: PositiveInt = 2048
     """Most tokens whose probabilities are compared."""
     sequence_length: PositiveInt = 512
@@ -194,9 +195,11 @@ def _text(options: CompareOptions, a: Path, b: Path) -> Text:
             f"vocab_size differs: {vocab_size} in {a}, {other} in {b}; only models with the same "
             "tokens can be compared"
         )
+    if options.data is None and options.prompt is None:
+        options = replace(options, data=heldout_of(a))
     readers = [place for place in (a, b) if (place / TOKENIZER).is_file()]
     tokenizers = [load_tokenizer(place) for place in readers]
-    encoded = [_encode(tokenizer, options) for tokenizer in tokenizers]
+    encoded = [_encode(*reader, options) for reader in zip(readers, tokenizers, strict=True)]
     if len(tokenizers) == 2 and (
         _vocabulary(tokenizers[0]) != _vocabulary(tokenizers[1]) or not torch.equal(*encoded)
     ):
@@ -222,13 +225,28 @@ def _text(options: CompareOptions, a: Path, b: Path) -> Text:
     return Text(ids, source, tokenizer)
 
 
-def _encode(tokenizer: TextTokenizer, options: CompareOptions) -> Tensor:
-    """The beginning of the file, or of the prompt if there is one."""
+def heldout_of(checkpoint: Path) -> str | None:
+    """The token store with a held-out part that a checkpoint's run was trained on, if it is still
+    there."""
+    from nemo_hybrid.checkpoint.steps import remembered
+    from nemo_hybrid.data.store import HELDOUT
+
+    path = remembered(checkpoint).get("data.path")
+    return path if isinstance(path, str) and (Path(path) / HELDOUT).is_dir() else None
+
+
+def _encode(place: Path, tokenizer: TextTokenizer, options: CompareOptions) -> Tensor:
+    """The beginning of the file, or of the prompt if there is one; of a store held-out sequences,
+    one behind the other."""
     import torch
 
-    from nemo_hybrid.export.calibrate import first_ids
+    from nemo_hybrid.export.calibrate import first_ids, read_pieces
 
     if options.data is not None:
+        if Path(options.data).is_dir():
+            length, shape = options.sequence_length, HybridConfig.from_hf(str(place))
+            found = read_pieces(options.data, place, shape, options.tokens + 1, "heldout", length)
+            return torch.cat(found, 1)[0, : options.tokens + 1]
         return first_ids(Path(options.data), tokenizer, options.tokens + 1)
     ids = tokenizer.encode([options.prompt or ""])[0]
     return torch.from_numpy(ids[: options.tokens + 1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
-from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt
+from nemo_hybrid.config.base import CHECKED, POSITIVE, CommandOptions, PositiveInt
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions, TrainOptions
 from nemo_hybrid.errors import UserError
@@ -34,8 +35,8 @@ class EvalOptions(CommandOptions):
     """Sequences to evaluate (fewer if the store holds fewer)."""
     micro_batch_size: PositiveInt = 8
     """Sequences per forward pass."""
-    sequence_length: PositiveInt = 256
-    """Tokens per sequence."""
+    sequence_length: Annotated[int | None, POSITIVE] = None
+    """Tokens per sequence; null: as many as the run that wrote the checkpoint took, or 256."""
 
 
 def _open(
@@ -44,11 +45,12 @@ def _open(
     """A token store, or samples for fine-tuning in packs that hold the longest of them; and the
     length of its rows."""
     from nemo_hybrid.checkpoint.companions import read_companions
+    from nemo_hybrid.checkpoint.steps import remembered
     from nemo_hybrid.data.loader import open_blend, require_tokenizer
     from nemo_hybrid.data.packing import PackedSamples, open_stores
     from nemo_hybrid.data.store import TRAIN, holds_samples
 
-    length = options.sequence_length
+    length = options.sequence_length or remembered(directory).get("data.sequence_length", 256)
     if not holds_samples(Path(options.data) / TRAIN):
         data = DataOptions(path=options.data, sequence_length=length)
         ends = read_companions(directory).ends
@@ -71,16 +73,17 @@ def eval_command(options: EvalOptions) -> None:
     from nemo_hybrid.data.loader import heldout_batches
     from nemo_hybrid.objectives.next_token import NextToken
     from nemo_hybrid.parallel.world import World
-    from nemo_hybrid.train.evaluate import heldout_losses
+    from nemo_hybrid.train.evaluate import heldout_losses, small_steps
 
     def read(directory: Path) -> tuple[Path, HybridLM, Blend | PackedSamples, int]:
-        model = load_model(directory)
-        rows, length = _open(options, model.config, directory)
-        return directory, model, rows, length
+        rows, length = _open(options, HybridConfig.from_hf(str(directory)), directory)
+        if not rows.heldout:
+            raise UserError(
+                f"{options.data} has no held-out part; prepare it with --heldout above 0"
+            )
+        return directory, load_model(directory), rows, length
 
     directory, model, rows, length = reading(options.from_, read, locate)
-    if not rows.heldout:
-        raise UserError(f"{options.data} has no held-out part; prepare it with --heldout above 0")
     world = World.start()
     if len(read_by := set(world.gather(directory))) > 1:
         raise UserError(
@@ -95,7 +98,9 @@ def eval_command(options: EvalOptions) -> None:
         world_size=world.size,
         limit=options.sequences,
     )
-    losses = heldout_losses(NextToken(model.to(world.device), TrainOptions()), batches, world)
+    objective = NextToken(model.to(world.device), TrainOptions())
+    with small_steps(model, world) as share:
+        losses, small = heldout_losses(objective, batches, world), share()
     World.stop()
     for name, loss in losses.items():
         if not math.isfinite(loss):
@@ -105,11 +110,18 @@ def eval_command(options: EvalOptions) -> None:
             )
     if world.rank:
         return
+    print(f"{options.data}: held-out sequences of {length} tokens")
     table = []
     for k, loss in enumerate(losses.values()):
         name = "next token" if k == 0 else f"token t + {1 + k} (MTP depth {k})"
         table.append((name, f"{loss:.4f}", f"{np.exp(loss):.1f}"))
     print_table(("target", "held-out loss (nats per token)", "perplexity"), table)
+    if found := small.get("small_time_steps"):
+        print(
+            f"{found:.2%} of the Mamba-2 time steps lie below time_step_min "
+            f"({model.config.time_step_min:g}): transformers, which raises them to it, computes "
+            "other probabilities (compare-logprobs --backend transformers)"
+        )
 
 
 COMMANDS = {"eval": Command(eval_command, EvalOptions, reads="from_")}

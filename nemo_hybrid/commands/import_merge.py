@@ -85,13 +85,13 @@ def merge_command(options: MergeOptions) -> None:
 
 
 def _merged_card(base: Path, adapter: Path) -> str:
-    from nemo_hybrid.checkpoint.publish import card_head, code, origin_name
+    from nemo_hybrid.checkpoint.publish import CLAMPED, card_head, code, origin_name
 
     name, added = code(origin_name(base)), code(origin_name(adapter))
     return (
         f"{card_head(['merge'], base)}\n# {name} with an adapter\n\n"
         f"The weights of {name} with the LoRA adapter {added} added to them by nemo_hybrid "
-        f"{__version__}. The base model's licence and limits apply.\n"
+        f"{__version__}. The base model's licence and limits apply.\n\n{CLAMPED}\n"
     )
 
 

@@ -307,10 +307,13 @@ def open_blend(
                 "one with the tokenizer of the other (--tokenizer DIR)"
             )
         if info.vocab_size > model.vocab_size:
-            raise UserError(
-                f"{store.path} has token ids up to {info.vocab_size - 1}: set model.vocab_size "
-                f"({model.vocab_size}) to at least {info.vocab_size}"
-            )
+            mend = f"set model.vocab_size ({model.vocab_size}) to at least {info.vocab_size}"
+            if config is not None:
+                mend = (
+                    f"the model of {config.parent} knows {model.vocab_size}: prepare the data with "
+                    "that model's tokenizer (--tokenizer DIR)"
+                )
+            raise UserError(f"{store.path} has token ids up to {info.vocab_size - 1}: {mend}")
         if info.eos_id not in (model.eos_token_id, *ends):
             known = ", ".join(map(str, dict.fromkeys((model.eos_token_id, *ends))))
             mend = f"add it to eos_token_id in {config}" if config else "set model.eos_token_id"

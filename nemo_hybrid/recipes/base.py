@@ -26,7 +26,7 @@ from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.train.build import check_precision
-from nemo_hybrid.train.evaluate import heldout_losses
+from nemo_hybrid.train.evaluate import heldout_losses, small_steps
 from nemo_hybrid.train.guard import Bands
 from nemo_hybrid.train.resume import WholeModel
 from nemo_hybrid.train.run import Run, Trained
@@ -129,7 +129,9 @@ class StoreRecipe(Generic[C, R]):
 
     def evaluate(self, run: Run) -> dict[str, float]:
         objective = NextToken(run.model, self.config.train)
-        return heldout_losses(objective, run.data.heldout(run.share), run.world)
+        with small_steps(run.model, run.world) as share:
+            losses = heldout_losses(objective, run.data.heldout(run.share), run.world)
+            return losses | share()
 
     def publish(self, last: Path) -> None:
         """Nothing: a checkpoint is a model's directory."""

@@ -14,7 +14,7 @@ from torch import nn
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.publish import card_head, code, origin_name, publish
+from nemo_hybrid.checkpoint.publish import CLAMPED, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import step_of
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.data.loader import Stored
@@ -221,6 +221,8 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
             f"rate {train.lr:g}, in {config.precision.recipe}. The base model's licence and limits "
             "apply.",
             *self._further_card(base),
+            "",
+            CLAMPED,
         ]
         found = evaluations(list(read_metrics(Path(config.run_dir) / METRICS_FILE)))
         if len(found) > 1:

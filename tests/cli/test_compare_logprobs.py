@@ -1,5 +1,6 @@
 """compare-logprobs against probabilities computed by hand, and what it must notice."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid import cli
 from nemo_hybrid.commands.compare import our_states, their_states
+from nemo_hybrid.data.store import Store
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.divergence import per_token
@@ -128,6 +130,35 @@ def test_printed_values(saved: Path, capsys: pytest.CaptureFixture[str]) -> None
     losses = [f"{-expected[name].mean():.4f}" for name in "ab"]
     assert f"loss: A {losses[0]}, B {losses[1]}" in shown.out
     assert "computing" in shown.err
+
+
+def test_heldout_data_of_the_run_is_taken(
+    readers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{TEXT} {i}"}) + "\n" for i in range(9)))
+    made = [str(texts), "--tokenizer", str(readers / "a"), "--heldout", "0.5"]
+    assert cli.main(["prepare", *made, "--out", str(tmp_path / "store")]) == 0
+    checkpoint = tmp_path / "step_00000001"
+    shutil.copytree(readers / "a", checkpoint)
+    (checkpoint / "run.yaml").write_text(f"data: {{path: {tmp_path / 'store'}}}\n")
+    words = ["compare-logprobs", str(checkpoint), str(readers / "b"), "--tokens", "40"]
+    words += ["--sequence_length", "16"]
+
+    def said(*more: str) -> str:
+        capsys.readouterr()
+        assert cli.main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    shown = said()
+    assert f"40 tokens of {tmp_path / 'store'}, in pieces of 16" in shown
+    assert said("--data", str(tmp_path / "store")) == shown
+    worst = re.findall(r"\(id (\d+) ", shown)
+    heldout = Store.open(tmp_path / "store" / "heldout")
+    tokens = heldout.read(0, len(heldout)).tolist()
+    assert {int(token) for token in worst} <= set(tokens)  # not random ones
+    shutil.rmtree(tmp_path / "store")
+    assert "40 tokens of random token ids" in said()
 
 
 @pytest.mark.parametrize(

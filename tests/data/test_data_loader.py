@@ -231,6 +231,10 @@ def test_open_blend_checks(make_store: MakeStore, tmp_path: Path) -> None:
         opened(blend={str(a): 1.0, str(b): 1.0})
     with pytest.raises(UserError, match=r"set model.vocab_size \(100\) to at least 101"):
         opened(path=str(c))
+    with pytest.raises(
+        UserError, match=r"model of m knows 100: prepare the data with that model's"
+    ):
+        open_blend(DataOptions(path=str(c), sequence_length=S), MODEL, (), Path("m/config.json"))
     with pytest.raises(UserError, match=r"ends them with 5: set model\.eos_token_id, or"):
         opened(HybridConfig(vocab_size=100, eos_token_id=5), path=str(a))
     with pytest.raises(UserError, match="too few for one sequence"):

@@ -382,10 +382,12 @@ def test_data_of_another_tokenizer(
     """The same ids would mean other text: neither measured nor trained on."""
     checkpoint = unbroken.copy(tmp_path / "run", without=(4, 8)) / "checkpoints/step_00000012"
     evaluation = ["eval", "--from", str(checkpoint), "--data", str(store)]
-    evaluation += ["--sequence_length", "32", "--sequences", "16"]
+    evaluation += ["--sequences", "16"]
     fresh = ["--config", unbroken.config, "--run_dir", tmp_path / "new"]
     fresh += ["--model.from_hf", checkpoint, "--train.max_steps", "1"]
+    capsys.readouterr()
     assert cli.main(evaluation) == 0
+    assert f"{store}: held-out sequences of 32 tokens" in capsys.readouterr().out  # as the run's
     with (checkpoint / "tokenizer.json").open("a") as file:
         file.write("\n")
     capsys.readouterr()

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.parts import ce_sums
 from helpers.processes import run_command
@@ -101,6 +102,12 @@ def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> N
     model = HybridLM.from_hf(str(unbroken.run_dir))
     data = DataOptions(path=str(store), sequence_length=32)
     objective = NextToken(model, TrainOptions())
+    steps: list[torch.Tensor] = []
+    for layer in model.backbone.layers:
+        if layer.letter == "M":
+            layer.mixer.register_forward_pre_hook(
+                lambda mixer, args: steps.append(mixer._project(args[0])[2].flatten())
+            )
     total, count = 0.0, 0
     for batch in heldout_batches(
         open_blend(data, model.config),
@@ -115,6 +122,10 @@ def test_checkpoint_is_the_trained_model(unbroken: Unbroken, store: object) -> N
         count += int(counts_N[0])
     last = read_metrics(unbroken.run_dir / "metrics.jsonl")[-1]
     assert total / count == pytest.approx(last.heldout_loss, rel=5e-3)
+    # Those that transformers would raise to the limit.
+    small = (torch.cat(steps) < model.config.time_step_min).double().mean()
+    assert 0 < small < 0.5
+    assert last.further["heldout_small_time_steps"] == pytest.approx(float(small), rel=0.05)
 
 
 def test_output_says_what_runs_and_where_it_is(unbroken: Unbroken) -> None:
