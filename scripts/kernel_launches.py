@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nemo_kernels.conv1d import kernel as conv1d_kernel
+from nemo_kernels.documents import Documents
 from nemo_kernels.launch import Launch, recorded
 from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
@@ -65,6 +67,9 @@ def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
     for dtype in (BF16, FP32):
         yield BOTH, partial(losses, 8192, 2688, 131072, dtype)
         yield BOTH, partial(losses, 100, 48, 50, dtype)
+    for dtype, parameters in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
+        for channels, packed in itertools.product((6144, 6150), (False, True)):
+            yield BOTH, partial(convolution, 8192, channels, dtype, parameters, packed)
     for dtype, n in itertools.product((BF16, FP32), (1024, 2688)):
         yield BLACKWELL, partial(native_products, 4096, n, 1024, 128, dtype)
     for dtype, sides in itertools.product((BF16, FP32), SIDES):
@@ -131,6 +136,25 @@ def losses(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> None:
         with torch.set_grad_enabled(grad):
             loss_kernel.linear_cross_entropy(h_RD, weight_VD, labels_R, scale_R)
             loss_kernel.linear_kl(h_RD, weight_VD, h_RD, weight_VD, scale_R)
+
+
+def documents(rows: int, tokens: int, packed: bool) -> Documents | None:
+    if not packed:
+        return None
+    cu_seqlens = meta(tokens, dtype=torch.int32)
+    return Documents(meta(rows, tokens, dtype=torch.int32), cu_seqlens, tokens, ())
+
+
+def convolution(
+    tokens: int, channels: int, dtype: torch.dtype, parameters: torch.dtype, packed: bool
+) -> None:
+    """Of a slice of a projection; forward, backward and one token."""
+    x_BSC = leaf(2, tokens, channels + 4160, dtype=dtype)[..., 4096 : 4096 + channels]
+    given = leaf(channels, 4, dtype=parameters), leaf(channels, dtype=parameters)
+    y_BSC = conv1d_kernel.causal_conv1d(x_BSC, *given, documents(2, tokens, packed))
+    y_BSC.sum().backward()
+    state_BCJ = meta(2, 3, channels, dtype=dtype).mT
+    conv1d_kernel.causal_conv1d_step(x_BSC[:, 0], state_BCJ, *given)
 
 
 def native_products(m: int, n: int, k: int, experts: int, dtype: torch.dtype) -> None:

@@ -280,7 +280,7 @@ class KernelOptions(Options):
 
     ssd: Literal["auto", "reference", "mamba_ssm"] = "auto"
     """Mamba-2 scan."""
-    conv1d: Literal["auto", "reference", "causal_conv1d"] = "auto"
+    conv1d: Literal["auto", "reference", "triton", "causal_conv1d"] = "auto"
     """Causal depthwise convolution."""
     attention: Literal["auto", "reference", "flash_attn"] = "auto"
     """Softmax attention (reference: torch's scaled_dot_product_attention)."""

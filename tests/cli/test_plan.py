@@ -252,15 +252,14 @@ def test_time_is_that_of_the_counted_step() -> None:
     """Of all layers, where the plan counts one of each kind; also where references are asked for,
     of which that of experts would have to know how many rows each gets."""
     config = run()
-    found = make_plan(config, CONFIG, PlanOptions(device="h200"))
-    whole = count(found.at, paths_of("gpu")).seconds(DEVICES["h200"])
-    for op in vars(config.kernels):
-        setattr(config.kernels, op, "reference")
-    asked = make_plan(config, CONFIG, PlanOptions(device="h200"))
-    for plan in (found, asked):
+    for paths in ("gpu", "reference"):
+        plan = make_plan(config, CONFIG, PlanOptions(device="h200"))
+        whole = count(plan.at, paths_of(paths)).seconds(DEVICES["h200"])
         compute, optimizer = plan.parts["compute"].seconds, plan.parts["optimizer"].seconds
-        assert compute == pytest.approx(whole[0] * found.at.accumulation, rel=0.01)
+        assert compute == pytest.approx(whole[0] * plan.at.accumulation, rel=0.01)
         assert optimizer == whole[1]
+        for op in vars(config.kernels):
+            setattr(config.kernels, op, "reference")
 
 
 def test_changes_lead_to_a_run_that_fits() -> None:

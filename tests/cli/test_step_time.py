@@ -92,6 +92,17 @@ def test_the_head_multiplies_in_bf16_and_does_not_wait(on_gpu: Counted) -> None:
     assert not on_gpu.waits["nonzero"]
 
 
+@pytest.mark.parametrize("documents", [1, 80])
+def test_a_mamba_layer_by_our_kernels(documents: int) -> None:
+    """However many documents the row holds."""
+    pytest.importorskip("triton")
+    cfg = load_config([], ["--model", str(MODELS / "nano_3b.yaml")]).model.hybrid()
+    found = count(layout(cfg, 8192), paths_of("gpu"), documents, whole=False)
+    convolution = of_layer(found, "M", "conv1d")
+    assert convolution["bytes"] / 8192 <= 100e3
+    assert convolution["launches"] == 4
+
+
 def test_flop_are_those_of_the_formula(nano_3b: Counted) -> None:
     """But that attention's backward pass multiplies once more, and a chunk's products are whole."""
     at = nano_3b.at

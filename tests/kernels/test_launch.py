@@ -15,6 +15,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import helpers.triton_env  # noqa: F401  repairs the interpreter
 from helpers.moe_inputs import draw_inputs
+from nemo_kernels.conv1d import kernel as conv1d_kernel
+from nemo_kernels.documents import Documents
 from nemo_kernels.launch import Launch, Tile, launch, noted, recorded
 from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
@@ -120,6 +122,16 @@ def native_products() -> None:
     gemm_kernel.grouped_wgrad(packed(128, 256), packed(128, 256), ends_E, torch.float32)
 
 
+def convolution() -> None:
+    """Whole tiles."""
+    x_BSC = torch.randn(2, 16, 40)[..., 4:36].requires_grad_()
+    given = torch.randn(32, 4, requires_grad=True), torch.randn(32, requires_grad=True)
+    documents = Documents.from_numbers((torch.arange(16) // 5).expand(2, -1))
+    with mock.patch.multiple(conv1d_kernel, _TOKENS=8, _CHANNELS=32):
+        conv1d_kernel.causal_conv1d(x_BSC, *given, documents).square().sum().backward()
+        conv1d_kernel.causal_conv1d_step(x_BSC[:, 0], torch.zeros(2, 32, 3), *given)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "experts": partial(experts, torch.bfloat16),
     "experts, recomputed": partial(experts, torch.float32, recompute=True),
@@ -129,6 +141,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "packed": partial(quantizers, True, Rounding(), Rounding(rht=True)),
     "decoded": partial(quantizers, False, Rounding((16, 16)), None),
     "products": native_products,
+    "convolution": convolution,
 }
 
 
