@@ -37,6 +37,9 @@ class Batch:
     """int32 position within the document, from 0."""
     sample_ids: tuple[int, ...] = ()
     """Global sample number of each row; -1 for a padding row."""
+    weight_BS: Tensor | None = None
+    """fp32: how often the next token's cross-entropy counts, of either sign; None: once. Targets
+    further ahead count once."""
 
     @property
     def packed(self) -> bool:

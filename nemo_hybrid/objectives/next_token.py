@@ -4,7 +4,8 @@ loss = CE + (lambda / D) * sum_k CE_k + mu * aux, where every cross-entropy is a
 global batch divided by the global count of its own valid targets, and aux, the sequence-wise
 balance loss, is the mean over the rows of the global batch. Fine-tuning may take the mean over
 documents (conversations) of each one's own mean instead; each depth then counts the documents, and
-the targets of each, that it has itself.
+the targets of each, that it has itself. A batch may say how often each next token counts: so a
+policy gradient is a cross-entropy too (see `policy`).
 
 Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, N = 1 + D losses.
 """
@@ -90,8 +91,10 @@ class NextToken(Objective):
         weights_N = torch.tensor(self.weights_N, device=labels_NBS.device)
         # max(1): a loss without any target in the global batch is zero, not 0/0.
         scale_N = weights_N / normalizer.counts_N.clamp(min=1)
-        per_document = self.per_document(normalizer.step)
-        return Targets(labels_NBS, _weights(batch, valid_NBS, per_document), scale_N)
+        weights_NT = _weights(batch, valid_NBS, self.per_document(normalizer.step))
+        if batch.weight_BS is not None:
+            weights_NT[0] *= batch.weight_BS.flatten()
+        return Targets(labels_NBS, weights_NT, scale_N)
 
     def _learn(
         self, batch: Batch, hidden: list[Tensor], targets: Targets
