@@ -28,6 +28,7 @@ from nemo_hybrid.generation.sampling import (
     uniforms,
 )
 from nemo_hybrid.generation.speculative import Speculation
+from nemo_hybrid.generation.thinking import Markers, Thinking
 from nemo_hybrid.model.cache import StateFormat, commit, copy_rows, draw_from, keep_states
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -44,24 +45,28 @@ reading one."""
 @dataclass(frozen=True)
 class Request:
     """What is to follow the tokens ``ids``, at least one: ``samples`` are the numbers of those that
-    are wanted, each of ``most`` tokens or fewer, where one of ``stops`` comes."""
+    are wanted, each of ``most`` tokens or fewer, where one of ``stops`` comes. ``budget``: the most
+    tokens of thinking, see `thinking`; ``thinks``: whether the prompt ends in it."""
 
     prompt: int | str
     ids: Sequence[int]
     most: int
     samples: Sequence[int] = (0,)
     stops: Set[int] = frozenset()
+    budget: int | None = None
+    thinks: bool = False
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sample: its tokens, that which stopped it included, and the model's own log-probability
-    of each (at temperature 1, of all tokens)."""
+    of each (at temperature 1, of all tokens). ``chosen``: False for tokens that a budget forced."""
 
     request: Request
     sample: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     """How many tokens each pass gave that verified drafts."""
 
@@ -90,6 +95,7 @@ def alone(number: int) -> int:
 class Generator:
     """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
     `speculative`; with Mamba states kept as ``states`` says. While prompts are read they are fp32.
+    ``markers`` are of its thinking: budgets need them.
 
     With ``most`` several processes make every pass together, and go on until none has a row left.
     """
@@ -104,26 +110,34 @@ class Generator:
         seed: int = 0,
         drafts: int = 0,
         states: StateFormat = "float32",
+        markers: Markers | None = None,
         most: Most = alone,
     ) -> None:
         self._model, self._slots, self._seed, self._most = model, slots, seed, most
         self._states: StateFormat = states
         self._temperature, self._top_p, self._drafts = temperature, top_p, drafts
+        self._markers = markers
 
     @torch.inference_mode()
     def run(
         self, requests: Iterable[Request], watch: Callable[[Rollout], None] | None = None
     ) -> Iterator[Rollout]:
         """The samples of all requests, each when it ends. ``watch`` is shown a rollout whenever it
-        has grown. Raises UserError where the model's logits are no numbers."""
+        has grown. Raises UserError where the model's logits are no numbers, and for a budget where
+        there are no markers."""
         waiting = deque(request for request in requests if request.samples)
+        if self._markers is None and any(request.budget is not None for request in waiting):
+            raise UserError("a budget of thinking needs the markers that open and close it")
         rows = min(self._slots, sum(len(request.samples) for request in waiting))
         speculation = None
         if self._drafts:
             speculation = Speculation(
                 self._model, rows, self._drafts, self._temperature, self._top_p, self._most
             )
-        slots, prompts = _Slots(self._model, rows, speculation, self._states), self._prompts([])
+        device = self._model.lm_head.weight.device
+        thinking = Thinking(self._markers, rows, device) if self._markers else None
+        slots = _Slots(self._model, rows, speculation, thinking, self._states)
+        prompts = self._prompts([])
         while True:
             free = len(slots.free)
             batch: list[Request] = []
@@ -205,11 +219,12 @@ class _Slots:
         model: HybridLM,
         rows: int,
         speculation: Speculation | None,
+        thinking: Thinking | None,
         states: StateFormat,
         room: int = 0,
     ) -> None:
         like = model.lm_head.weight
-        self._model, self._speculation = model, speculation
+        self._model, self._speculation, self._thinking = model, speculation, thinking
         self._states: StateFormat = states
         self.rollouts: list[Rollout | None] = [None] * rows
         self._caches = model.new_caches(rows, room, mtp=speculation is not None)
@@ -241,6 +256,9 @@ class _Slots:
         copy_rows(prompts.caches, from_N, self._caches, to_N)
         self._h_BD[to_N] = prompts.h_PD[from_N]
         self._streams_B[to_N], self._places_B[to_N] = streams_N, 0
+        if self._thinking:
+            requests = [rollout.request for rollout, _ in starting]
+            self._thinking.begin(to_N, [r.thinks for r in requests], [r.budget for r in requests])
 
     def step(self, temperature: float, top_p: float) -> Iterator[Rollout]:
         """A few tokens in every slot. Gives the rollouts that have grown; those that have ended
@@ -249,7 +267,7 @@ class _Slots:
             yield from self._speculate(self._speculation)
             return
         self._reserve(self._steps)
-        ids_KB, logprobs_KB = [], []
+        ids_KB, logprobs_KB, chosen_KB = [], [], []
         for _ in range(self._steps):
             logits_BV = self._model.logits(self._h_BD)
             if temperature == 0:
@@ -257,27 +275,32 @@ class _Slots:
             else:
                 numbers_B = uniforms(self._streams_B, self._places_B)
                 ids_B = pick(probabilities(logits_BV, temperature, top_p), numbers_B)
+            chosen_B = torch.ones_like(ids_B, dtype=torch.bool)
+            if self._thinking:
+                ids_B, chosen_B = self._thinking.decide(ids_B, chosen_B)
             ids_KB.append(ids_B)
+            chosen_KB.append(chosen_B)
             logprobs_KB.append(log_probabilities(logits_BV, ids_B))
             self._h_BD = self._model.decode(ids_B, self._caches)
             self._places_B += 1
-        yield from self._grown(torch.stack(ids_KB, 1), torch.stack(logprobs_KB, 1))
+        yield from self._grown(*(torch.stack(of, 1) for of in (ids_KB, logprobs_KB, chosen_KB)))
 
     def _speculate(self, speculation: Speculation) -> Iterator[Rollout]:
         # A free slot's MTP block may have read more than its backbone.
         self._reserve(2 * (speculation.drafts + 1))
         if any(rollout and not rollout.ids for rollout in self.rollouts):
             fresh_B = self._places_B == 0
-            ids_B, logprobs_B = speculation.begin(
-                self._h_BD, fresh_B, self._streams_B, self._places_B
+            drawn = speculation.begin(
+                self._h_BD, fresh_B, self._streams_B, self._places_B, self._thinking
             )
             self._places_B += fresh_B
-            yield from self._grown(ids_B[:, None], logprobs_B[:, None], fresh_B.long())
-        ids_BS, logprobs_BS, counts_B = speculation.round(
-            self._caches, self._streams_B, self._places_B
+            ids_B1, logprobs_B1, chosen_B1 = (of_B[:, None] for of_B in drawn)
+            yield from self._grown(ids_B1, logprobs_B1, chosen_B1, fresh_B.long())
+        ids_BS, logprobs_BS, chosen_BS, counts_B = speculation.round(
+            self._caches, self._streams_B, self._places_B, self._thinking
         )
         self._places_B += counts_B
-        yield from self._grown(ids_BS, logprobs_BS, counts_B)
+        yield from self._grown(ids_BS, logprobs_BS, chosen_BS, counts_B)
 
     def _reserve(self, tokens: int) -> None:
         """Room for so many more in every slot. Free ones are read on with the others, but begin
@@ -295,19 +318,24 @@ class _Slots:
         return max((len(rollout.request.ids) + len(rollout.ids) for rollout in live), default=0)
 
     def _grown(
-        self, ids_BK: Tensor, logprobs_BK: Tensor, counts_B: Tensor | None = None
+        self,
+        ids_BK: Tensor,
+        logprobs_BK: Tensor,
+        chosen_BK: Tensor,
+        counts_B: Tensor | None = None,
     ) -> Iterator[Rollout]:
         """Give tokens to the rollouts: all, or the first ``counts_B``, of which drafts are some."""
-        ids, logprobs = ids_BK.tolist(), logprobs_BK.tolist()
+        ids, logprobs, chosen = ids_BK.tolist(), logprobs_BK.tolist(), chosen_BK.tolist()
         counts = [len(row) for row in ids] if counts_B is None else counts_B.tolist()
         for slot, rollout in enumerate(self.rollouts):
             if rollout is None or not counts[slot]:
                 continue
             before = len(rollout.ids)
-            for token, logprob in zip(ids[slot][: counts[slot]], logprobs[slot], strict=False):
-                _check_finite(logprob, len(rollout.ids) + 1)
-                rollout.ids.append(token)
-                rollout.logprobs.append(logprob)
+            for place in range(counts[slot]):
+                _check_finite(logprobs[slot][place], len(rollout.ids) + 1)
+                rollout.ids.append(ids[slot][place])
+                rollout.logprobs.append(logprobs[slot][place])
+                rollout.chosen.append(chosen[slot][place])
                 if rollout.ended:
                     break
             if self._speculation and before:
@@ -323,7 +351,8 @@ class _Slots:
             return self
         live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
         speculation = self._speculation and self._speculation.of_rows(live_N)
-        fewer = _Slots(self._model, len(live), speculation, self._states, self._longest())
+        thinking = self._thinking and self._thinking.of_rows(live_N)
+        fewer = _Slots(self._model, len(live), speculation, thinking, self._states, self._longest())
         fewer.rollouts = [self.rollouts[slot] for slot in live]
         copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
         fewer._h_BD = self._h_BD[live_N]

@@ -8,7 +8,8 @@ them once more takes the others back. One more token comes of the last state tha
 At temperature 0 the texts are those without drafts. Else a draft d stays with probability
 min(1, p(d) / q(d)), and where it does not, a token is drawn from what p exceeds q by, which keeps
 the distribution p (Leviathan et al. 2023, arXiv 2211.17192). Texts then are others than without
-drafts, or with another number of them: they are made of other random numbers.
+drafts, or with another number of them: they are made of other random numbers. Where the end of
+thinking is forced no draft stays.
 
 Shapes: B rows, K drafts, S = K + 1, D hidden, V vocabulary.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nemo_hybrid.generation.sampling import log_probabilities, pick, probabilities, uniforms
+from nemo_hybrid.generation.thinking import FREE, Thinking
 from nemo_hybrid.model.cache import Caches, commit
 from nemo_hybrid.model.hybrid import HybridLM
 
@@ -56,22 +58,31 @@ class Speculation:
         return some
 
     def begin(
-        self, h_BD: Tensor, fresh_B: Tensor, streams_B: Tensor, places_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """First tokens [B] of the rows that begin, after the states ``h_BD``, and their
-        log-probabilities."""
+        self,
+        h_BD: Tensor,
+        fresh_B: Tensor,
+        streams_B: Tensor,
+        places_B: Tensor,
+        thinking: Thinking | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """First tokens [B] of the rows that begin, after the states ``h_BD``, their
+        log-probabilities, and whether they are the model's choice."""
         logits_BV = self._model.logits(h_BD)
         ids_B, _ = self._draw(logits_BV, streams_B, places_B, _REST)
+        chosen_B = torch.ones_like(fresh_B)
+        if thinking:
+            ids_B, chosen_B = thinking.decide(ids_B, fresh_B)
         self._h_BSD[:, 0] = torch.where(fresh_B[:, None], h_BD, self._h_BSD[:, 0])
         self._ids_BS[:, 0] = torch.where(fresh_B, ids_B, self._ids_BS[:, 0])
         self._counts_B = self._counts_B.masked_fill(fresh_B, 1)
-        return ids_B, log_probabilities(logits_BV, ids_B)
+        return ids_B, log_probabilities(logits_BV, ids_B), chosen_B
 
     def round(
-        self, caches: Caches, streams_B: Tensor, places_B: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next tokens [B, S] of every row, their log-probabilities, and how many of them are
-        real: at least one. ``places_B``: of the first of them."""
+        self, caches: Caches, streams_B: Tensor, places_B: Tensor, thinking: Thinking | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The next tokens [B, S] of every row, their log-probabilities, whether they are the
+        model's choice, and how many of them are real: at least one. ``places_B``: of the first of
+        them."""
         model, every_B = self._model, torch.arange(len(places_B), device=places_B.device)
         last_B = self._counts_B - 1
         u_BSD, after = model.read_mtp(self._h_BSD, self._ids_BS, self._counts_B, caches)
@@ -83,7 +94,8 @@ class Speculation:
         all_B = torch.full_like(last_B, self.drafts + 1)
         h_BSD, after = model.read(text_BS, all_B, caches)
         logits_BSV = model.logits(h_BSD)
-        accepted_B, next_B = self._verify(logits_BSV, drafts_BK, q_BKV, streams_B, places_B)
+        due_BS = thinking.due(drafts_BK) if thinking else torch.full_like(text_BS, FREE)
+        accepted_B, next_B = self._verify(logits_BSV, drafts_BK, q_BKV, due_BS, streams_B, places_B)
         self._counts_B = accepted_B + 1
         if self._most(int((accepted_B < self.drafts).any())):
             _, after = model.read(text_BS, self._counts_B, caches)
@@ -91,8 +103,10 @@ class Speculation:
         self._h_BSD = h_BSD
         self._ids_BS = torch.cat([drafts_BK, next_B[:, None]], dim=1)
         self._ids_BS[every_B, accepted_B] = next_B
+        if thinking:
+            thinking.read(self._ids_BS, self._counts_B)
         logprobs_R = log_probabilities(logits_BSV.flatten(0, 1), self._ids_BS.flatten())
-        return self._ids_BS, logprobs_R.view_as(self._ids_BS), self._counts_B
+        return self._ids_BS, logprobs_R.view_as(self._ids_BS), due_BS == FREE, self._counts_B
 
     def _draft(
         self, u_BD: Tensor, caches: Caches, streams_B: Tensor, places_B: Tensor
@@ -126,6 +140,7 @@ class Speculation:
         logits_BSV: Tensor,
         drafts_BK: Tensor,
         q_BKV: Tensor,
+        due_BS: Tensor,
         streams_B: Tensor,
         places_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -133,17 +148,23 @@ class Speculation:
         every_B = torch.arange(len(places_B), device=places_B.device)
         if self._temperature == 0:
             best_BS = logits_BSV.argmax(-1)
-            accepted_B = (drafts_BK == best_BS[:, :-1]).long().cumprod(1).sum(1)
-            return accepted_B, best_BS[every_B, accepted_B]
-        p_BSV = probabilities(logits_BSV, self._temperature, self._top_p)
-        places_BK = places_B[:, None] + torch.arange(self.drafts, device=places_B.device)
-        numbers_BK = uniforms(streams_B[:, None], _USES * places_BK + _ACCEPT)
-        stays_BK = accepts(p_BSV[:, :-1], q_BKV, drafts_BK, numbers_BK)
+            stays_BK = drafts_BK == best_BS[:, :-1]
+        else:
+            p_BSV = probabilities(logits_BSV, self._temperature, self._top_p)
+            places_BK = places_B[:, None] + torch.arange(self.drafts, device=places_B.device)
+            numbers_BK = uniforms(streams_B[:, None], _USES * places_BK + _ACCEPT)
+            stays_BK = accepts(p_BSV[:, :-1], q_BKV, drafts_BK, numbers_BK)
+        stays_BK = stays_BK & (due_BS[:, :-1] == FREE)
         accepted_B = stays_BK.long().cumprod(1).sum(1)
-        q_BSV = torch.cat([q_BKV, torch.zeros_like(p_BSV[:, :1])], dim=1)
-        rest_BV = remainder(p_BSV[every_B, accepted_B], q_BSV[every_B, accepted_B])
-        numbers_B = uniforms(streams_B, _USES * (places_B + accepted_B) + _REST)
-        return accepted_B, pick(rest_BV, numbers_B)
+        if self._temperature == 0:
+            next_B = best_BS[every_B, accepted_B]
+        else:
+            q_BSV = torch.cat([q_BKV, torch.zeros_like(p_BSV[:, :1])], dim=1)
+            rest_BV = remainder(p_BSV[every_B, accepted_B], q_BSV[every_B, accepted_B])
+            numbers_B = uniforms(streams_B, _USES * (places_B + accepted_B) + _REST)
+            next_B = pick(rest_BV, numbers_B)
+        due_B = due_BS[every_B, accepted_B]
+        return accepted_B, torch.where(due_B == FREE, next_B, due_B)
 
 
 def accepts(p: Tensor, q: Tensor, drafts: Tensor, numbers: Tensor) -> Tensor:

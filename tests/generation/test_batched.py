@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.generated import Texts, full_pass, requests_of, texts
 from helpers.tiny_models import CHUNK, CONV, loud_model, smallest_routing_margin, tiny_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.generation import batched
@@ -29,7 +30,6 @@ from nemo_hybrid.model.hybrid import HybridLM
 PATTERN, SEED, CLOSE = "ME*-ME", 11, 2e-5
 LENGTHS = [1, CONV - 1, CONV, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 2]
 STOPS = frozenset({7, 8, 9, 10})
-Texts = dict[tuple[int, int], tuple[list[int], str | None]]
 
 
 @cache
@@ -38,28 +38,13 @@ def model() -> HybridLM:
 
 
 def requests(samples: Iterable[int] = range(2)) -> list[Request]:
-    """Prompts of all lengths, of which some end early, some after one token, and none like
-    another."""
-    draw = random.Random(0)
-    return [
-        Request(
-            prompt=number,
-            ids=[draw.randrange(1, 61) for _ in range(LENGTHS[number % len(LENGTHS)])],
-            most=draw.choice([1, 4, 9, 17]),
-            samples=tuple(samples),
-            stops=STOPS if number % 2 else frozenset(),
-        )
-        for number in range(2 * len(LENGTHS))
-    ]
+    """Prompts of all lengths, of which some end early, some after one token."""
+    return requests_of(2 * len(LENGTHS), LENGTHS, [1, 4, 9, 17], STOPS, samples=samples)
 
 
 def rollouts(slots: int, some: Iterable[Request] | None = None) -> list[Rollout]:
     generator = Generator(model(), slots, temperature=1.0, seed=SEED)
     return list(generator.run(requests() if some is None else some))
-
-
-def texts(found: Iterable[Rollout]) -> Texts:
-    return {(r.request.prompt, r.sample): (r.ids, r.ended) for r in found}
 
 
 @cache
@@ -71,12 +56,6 @@ def some_slots() -> list[Rollout]:
 def alone() -> Texts:
     """Every sample for itself, one after the other."""
     return texts(rollouts(1))
-
-
-def full_pass(of: HybridLM, rollout: Rollout) -> Tensor:
-    """Logits [n, V] before each of a rollout's tokens, by the forward pass over the whole text."""
-    text = torch.tensor([[*rollout.request.ids, *rollout.ids]])
-    return of(text).logits[0, len(rollout.request.ids) - 1 : -1]
 
 
 def test_samples_are_what_the_full_pass_and_their_own_numbers_say() -> None:

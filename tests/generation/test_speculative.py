@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.generated import Texts, requests_of, texts
 from helpers.tiny_models import CHUNK, CONV, loud_model, smallest_routing_margin, tiny_config
 from nemo_hybrid.generation import speculative
 from nemo_hybrid.generation.batched import Generator, Request, Rollout
@@ -32,16 +33,7 @@ def model() -> HybridLM:
 
 
 def requests() -> list[Request]:
-    draw = random.Random(2)
-    return [
-        Request(
-            prompt=number,
-            ids=[draw.randrange(1, 61) for _ in range(LENGTHS[number % len(LENGTHS)])],
-            most=draw.choice([1, 20, 25, 33]),
-            stops=STOPS if number % 2 else frozenset(),
-        )
-        for number in range(10)
-    ]
+    return requests_of(10, LENGTHS, [1, 20, 25, 33], STOPS, seed=2)
 
 
 def rollouts(drafts: int, slots: int = 4, temperature: float = 0.0) -> list[Rollout]:
@@ -49,12 +41,8 @@ def rollouts(drafts: int, slots: int = 4, temperature: float = 0.0) -> list[Roll
     return list(generator.run(requests()))
 
 
-def texts(found: list[Rollout]) -> dict[int | str, tuple[list[int], str | None]]:
-    return {r.request.prompt: (r.ids, r.ended) for r in found}
-
-
 @cache
-def plain() -> dict[int | str, tuple[list[int], str | None]]:
+def plain() -> Texts:
     return texts(rollouts(0))
 
 
@@ -62,7 +50,7 @@ def parrot(
     self: Speculation, u_BD: Tensor, caches: Caches, streams_B: Tensor, places_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Drafts of which most are what the text without drafts goes on with."""
-    known = {stream(SEED, prompt, 0): ids for prompt, (ids, _) in plain().items()}
+    known = {stream(SEED, *key): ids for key, (ids, _) in plain().items()}
     draw, drafts = random.Random(int(places_B.sum())), []
     for one, place in zip(streams_B.tolist(), places_B.tolist(), strict=True):
         ahead = [*known.get(one, []), *[1] * 99][place : place + self.drafts]
@@ -75,7 +63,7 @@ def test_texts_without_drafts_are_clear() -> None:
     only then have they to be equal."""
     exact = loud_model(model().config).double()
     for request in requests():
-        ids, _ = plain()[request.prompt]
+        ids, _ = plain()[request.prompt, 0]
         text = torch.tensor([[*request.ids, *ids]])
         best_S2 = exact(text).logits[0, len(request.ids) - 1 : -1].topk(2).values
         assert (best_S2[:, 0] - best_S2[:, 1]).min() > CLOSE
@@ -110,9 +98,9 @@ def test_the_comparison_notices_a_state_that_is_not_taken_back() -> None:
 
     with patch.object(Speculation, "_draft", parrot), patch.object(HybridLM, "read", forgetful):
         found = texts(rollouts(3, slots=1))
-    long = [prompt for prompt, (ids, _) in plain().items() if len(ids) > 9]
+    long = [key for key, (ids, _) in plain().items() if len(ids) > 9]
     assert len(long) >= 3
-    assert all(found[prompt] != plain()[prompt] for prompt in long)
+    assert all(found[key] != plain()[key] for key in long)
 
 
 def test_the_first_draft_is_that_of_the_full_pass_of_the_mtp_block() -> None:
@@ -128,7 +116,7 @@ def test_the_first_draft_is_that_of_the_full_pass_of_the_mtp_block() -> None:
             self, u_BD, caches, streams_B, places_B
         )  # fmt: skip
 
-    request = max(requests(), key=lambda request: len(plain()[request.prompt][0]))
+    request = max(requests(), key=lambda request: len(plain()[request.prompt, 0][0]))
     with patch.object(Speculation, "_draft", watched):
         (rollout,) = Generator(model(), 1, seed=SEED, drafts=1).run([request])
     text = torch.tensor([[*request.ids, *rollout.ids]])
