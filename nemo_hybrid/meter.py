@@ -48,7 +48,10 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_
 _GATHERS = {"index_select", "gather", "index", "embedding"}
 _SCATTERS = {"scatter_add", "scatter", "index_add", "index_put", "_index_put_impl", "index_copy"}
 _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
-_LAUNCHES = {"nonzero": 3, "sort": 4, "topk": 2, "embedding_dense_backward": 6}
+_LAUNCHES = {
+    "nonzero": 3, "sort": 4, "topk": 2, "embedding_dense_backward": 6,
+    "_fused_rms_norm_backward": 2,
+}  # fmt: skip
 """Of operations that are several kernels on a GPU (read off torch's sources, about)."""
 _LAUNCHES |= {name: 3 for name in _ATTENTION if name.endswith("backward")}
 _BACKWARD = 2.5
@@ -108,6 +111,7 @@ class Meter(TorchDispatchMode):
         # Not by the mode for functions, under which a recomputing backward pass does not run.
         aten = self._stack.enter_context(library._scoped_library("aten", "IMPL"))
         aten.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+        aten.impl("rms_norm", _norm, "AutogradMeta")
         self._stack.enter_context(noted(self._launched))
         hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._stack.enter_context(hooks)
@@ -296,6 +300,29 @@ def _attention(
     plain = aten._scaled_dot_product_attention_math
     given = (mask, dropout, causal, None)
     return plain(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+class _Norm(torch.autograd.Function):
+    """A GPU's own kernels for rms_norm. Layer norm's, which makes a number more per row, stands for
+    the forward one, of which there is no form without data."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, _, r = torch.ops.aten.native_layer_norm(x, weight.shape, weight, None, eps)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        wanted = (dy, x, weight.shape, r, weight, [True, True])
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(*wanted)
+        return dx, dweight, None
+
+
+def _norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = _Norm.apply(x, weight, eps)
+    return y
 
 
 def _grouped(a: Tensor, b: Tensor, ends_E: Tensor, *_: Any) -> Tensor:

@@ -73,6 +73,7 @@ step code 4 "$CODE_S" "$PYTHON" scripts/compile_kernels.py
 files=(
     tests/kernels/test_moe_*.py
     tests/kernels/test_loss_kernel.py
+    tests/kernels/test_norm_kernel.py
     tests/model/test_moe_paths.py
     tests/kernels/test_triton_env.py
     tests/kernels/test_benchmark_run.py

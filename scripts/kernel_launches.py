@@ -24,6 +24,7 @@ from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
 from nemo_kernels.lowp.operand import Operand, Rounding
 from nemo_kernels.moe import kernel
+from nemo_kernels.norm import kernel as norm_kernel
 
 BOTH, HOPPER, BLACKWELL = (90, 100), (90,), (100,)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -67,6 +68,10 @@ def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
     for dtype in (BF16, FP32):
         yield BOTH, partial(losses, 8192, 2688, 131072, dtype)
         yield BOTH, partial(losses, 100, 48, 50, dtype)
+        # Groups of Nano, Super and the most that there may be, behind a wider projection.
+        for size, inner, width in ((512, 4096, 10304), (1024, 8192, 18560), (4096, 4096, 10304)):
+            yield BOTH, partial(gated_norm, 8192, size, inner, width, dtype)
+        yield BOTH, partial(gated_norm, 7, 12, 36, 41, dtype)
     for dtype, parameters in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
         for channels, packed in itertools.product((6144, 6150), (False, True)):
             yield BOTH, partial(convolution, 8192, channels, dtype, parameters, packed)
@@ -155,6 +160,15 @@ def convolution(
     y_BSC.sum().backward()
     state_BCJ = meta(2, 3, channels, dtype=dtype).mT
     conv1d_kernel.causal_conv1d_step(x_BSC[:, 0], state_BCJ, *given)
+
+
+def gated_norm(rows: int, size: int, inner: int, width: int, dtype: torch.dtype) -> None:
+    """Of groups of ``size`` channels, gated by a part of what is ``width`` wide."""
+    x_RD, wide_RW = leaf(rows, inner, dtype=dtype), leaf(rows, width, dtype=dtype)
+    y_RD = norm_kernel.gated_rms_norm(
+        x_RD, wide_RW[:, :inner], leaf(inner, dtype=dtype), 1e-5, size
+    )
+    y_RD.backward(meta(rows, inner, dtype=dtype))
 
 
 def native_products(m: int, n: int, k: int, experts: int, dtype: torch.dtype) -> None:

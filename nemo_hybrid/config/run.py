@@ -286,6 +286,8 @@ class KernelOptions(Options):
     """Softmax attention (reference: torch's scaled_dot_product_attention)."""
     moe: Literal["auto", "reference", "triton", "grouped_mm"] = "auto"
     """Router, sorting of routed slots, and experts; triton: Hopper GPUs and newer."""
+    norm: Literal["auto", "reference", "triton"] = "auto"
+    """RMSNorm; triton: the gated one by this project's kernel, the plain one by torch's."""
     loss: Literal["auto", "reference", "triton"] = "auto"
     """Head with cross-entropy, or divergence from a teacher; triton: products in bf16."""
     nvfp4: Literal["auto", "reference", "triton", "transformer_engine"] = "auto"

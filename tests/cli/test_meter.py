@@ -147,6 +147,21 @@ def test_attention(kind: str) -> None:
         assert kept - own == pytest.approx(2 * tokens**2 if mask is not None else 0, abs=64)
 
 
+def test_a_norm_is_one_kernel_and_two_backward() -> None:
+    """It keeps its input and, with layer norm's in its place, a number per row."""
+    x, weight = meta(4, 8, dtype=BF16, grad=True), meta(8, dtype=BF16, grad=True)
+    with Meter() as meter:
+        meter.owned("", [weight])
+        F.rms_norm(x, weight.shape, weight, 1e-5).sum().backward()
+    found = {work.name: work for work, _ in meter.works}
+    back = found["_fused_rms_norm_backward"]
+    assert back.launches == 2
+    # dy, x, dx; 1 / rms; the weight and its gradient
+    assert back.bytes == 2 + 64 + 64 + 4 * 4 + 16 + 16  # dy is a number
+    assert found["native_layer_norm"].bytes == 64 + 64 + 16 + 2 * 4 * 4
+    assert sum(meter.kept.values()) == x.nbytes + 4 * 4
+
+
 def test_attention_is_recomputed_as_it_was() -> None:
     q = meta(1, 2, 32, 16, dtype=BF16, grad=True)
 

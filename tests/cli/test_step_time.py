@@ -76,6 +76,7 @@ def test_nano_3b_takes_what_a_review_estimated(nano_3b: Counted) -> None:
 @pytest.fixture(scope="module")
 def on_gpu() -> Counted:
     """A layer of each kind, by the paths that a GPU takes."""
+    pytest.importorskip("triton")
     cfg = load_config([], ["--model", str(MODELS / "nano_3b.yaml")]).model.hybrid()
     return count(layout(cfg, 8192), paths_of("gpu"), whole=False)
 
@@ -101,6 +102,19 @@ def test_a_mamba_layer_by_our_kernels(documents: int) -> None:
     convolution = of_layer(found, "M", "conv1d")
     assert convolution["bytes"] / 8192 <= 100e3
     assert convolution["launches"] == 4
+
+
+def test_the_gated_norm_passes_over_its_tensors_once_in_each_direction(on_gpu: Counted) -> None:
+    """x, gate and output forward; these inputs, the gradient of the output and theirs backward."""
+    found = {
+        work.name: (n, work.bytes) for (work, scope), n in on_gpu.micro_batch.items()
+        if work.name.startswith("gated_norm")
+    }  # fmt: skip
+    cfg, tokens = on_gpu.at.cfg, on_gpu.at.tokens
+    assert {n for n, _ in found.values()} == {cfg.pattern.count("M")}
+    size = sum(size for _, size in found.values()) / tokens
+    assert size == pytest.approx(8 * 2 * cfg.mamba_inner_size, rel=0.03)
+    assert size < 110e3
 
 
 def test_flop_are_those_of_the_formula(nano_3b: Counted) -> None:

@@ -22,6 +22,7 @@ from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.operand import Rounding
 from nemo_kernels.moe import expert_kernel, function, kernel, sort_kernel
+from nemo_kernels.norm import kernel as norm_kernel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 TOKENS, EXPERTS, CHOICES, WIDTH, INNER = 15, 3, 2, 24, 20
@@ -102,6 +103,13 @@ def losses() -> None:
         loss_kernel.linear_kl(h_RD, weight_VD, teacher_RD, weight_VD, torch.ones(TOKENS), 10)
 
 
+def norms() -> None:
+    """With several steps of the backward pass."""
+    x, gate, weight = (torch.randn(*n, requires_grad=True) for n in ((9, 36), (9, 36), (36,)))
+    with mock.patch.multiple(norm_kernel, _TILE=32, _PROGRAMS=8):
+        norm_kernel.gated_rms_norm(x, gate, weight, 1e-5, 12).sum().backward()
+
+
 def quantizers(packed: bool, rows: Rounding | None, columns: Rounding | None) -> None:
     """Whole atoms of scales: what pads them is not written."""
     x_1MN = torch.randn(1, 128, 128)
@@ -137,6 +145,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "experts, recomputed": partial(experts, torch.float32, recompute=True),
     "router": router,
     "losses": losses,
+    "norms": norms,
     "sort as shipped": partial(sort_kernel.sort_slots, IDS_TK, EXPERTS),
     "packed": partial(quantizers, True, Rounding(), Rounding(rht=True)),
     "decoded": partial(quantizers, False, Rounding((16, 16)), None),

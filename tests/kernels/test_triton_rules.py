@@ -30,6 +30,7 @@ MODULES = (
     "nemo_kernels.lowp.gemm_kernel",
     "nemo_kernels.lowp.quantize_kernel",
     "nemo_kernels.loss.softmax_kernel",
+    "nemo_kernels.norm.gated_kernel",
 )
 NARROW = ("bfloat16", "float16", "float8e4nv", "float8e5")
 EXACT_CAST = {"tl.float32", "tl.int1", "tl.int32", "tl.int64"}

@@ -1,0 +1,124 @@
+"""The norms on GPUs: the plain one by torch's own kernel, the gated one in Triton.
+
+Both compute in fp32 and round once. The backward passes keep inputs and 1 / rms alone. Sums over
+rows are made in an order that the shape alone determines.
+
+Shapes: R rows, D channels, G groups, g channels of a group, K shares of the weight's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.launch import launch
+from nemo_kernels.norm import gated_kernel, reference
+
+DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+"""CPU tensors only in Triton's interpreter."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_GROUP = 4096
+_TILE = 2048  # channels of all rows that a program has at a time, where a group has no more
+_PROGRAMS = 512  # of the backward pass, about: four per processor of a GPU
+_CHECKED_ROWS = 2100  # more than eight steps of the backward pass
+
+
+def supports(dtype: torch.dtype, weight_dtype: torch.dtype, group_size: int | None = None) -> bool:
+    """Of the plain norm (no group size) torch's kernel wants one dtype for all."""
+    if group_size is None:
+        return dtype == weight_dtype
+    return dtype in _DTYPES and group_size <= MAX_GROUP
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight_D, eps)
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight_D: Tensor, eps: float, group_size: int
+) -> Tensor:
+    """``nemo_kernels.norm.gated_rms_norm``.
+
+    Raises:
+        ValueError: x is neither bf16, fp16 nor fp32, or a group has more than 4096 channels.
+    """
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected one of {_DTYPES}, got {x.dtype}")
+    if group_size > MAX_GROUP:
+        raise ValueError(f"group_size: expected at most {MAX_GROUP}, got {group_size}")
+    with torch.cuda.device_of(x):
+        return _GatedRMSNorm.apply(x, gate, weight_D, eps, group_size)
+
+
+def self_check(device_type: str) -> float:
+    """Largest deviation of both norms from the reference, in groups as Nano has them."""
+    x, gate, weight = draw(device_type, *[(_CHECKED_ROWS, 4096)] * 2, (4096,))
+    gated = relative_deviation(
+        lambda norm, *t: norm(*t, 1e-5, 512),
+        (gated_rms_norm, reference.gated_rms_norm),
+        (x, gate, weight),
+    )
+    plain = relative_deviation(
+        lambda norm, *t: norm(*t, 1e-5), (rms_norm, reference.rms_norm), (x, weight)
+    )
+    return max(gated, plain)
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, weight_D: Tensor, eps: float, group_size: int
+    ) -> Tensor:
+        x_RD, gate_RD, groups = _rows(x), _rows(gate), len(weight_D) // group_size
+        y_RD = torch.empty(x_RD.shape, dtype=x.dtype, device=x.device)
+        r_RG = torch.empty((len(x_RD), groups), dtype=torch.float32, device=x.device)
+        options = _options(groups, group_size)
+        tensors = (x_RD, gate_RD, weight_D.contiguous(), y_RD, r_RG)
+        sizes = (len(x_RD), x_RD.stride(0), gate_RD.stride(0), eps, group_size)
+        blocks = triton.cdiv(len(x_RD), options["ROWS"])
+        if blocks:
+            launch(gated_kernel.gated_norm_kernel, (blocks * groups,), *tensors, *sizes, **options)
+        ctx.save_for_backward(x, gate, weight_D, r_RG)
+        ctx.group_size = group_size
+        return y_RD.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, gate, weight_D, r_RG = ctx.saved_tensors
+        x_RD, gate_RD, dy_RD, (rows, groups) = _rows(x), _rows(gate), _rows(dy), r_RG.shape
+        dx_RD = torch.empty(x_RD.shape, dtype=x.dtype, device=x.device)
+        dgate_RD = torch.empty(x_RD.shape, dtype=gate.dtype, device=x.device)
+        options = _options(groups, ctx.group_size)
+        blocks = triton.cdiv(rows, options["ROWS"])
+        steps = max(1, triton.cdiv(blocks, max(1, _PROGRAMS // groups)))
+        shape = (triton.cdiv(blocks, steps), len(weight_D))
+        dweight_KD = torch.empty(shape, dtype=torch.float32, device=x.device)
+        tensors = (x_RD, gate_RD, weight_D.contiguous(), r_RG, dy_RD, dx_RD, dgate_RD, dweight_KD)
+        strides = (x_RD.stride(0), gate_RD.stride(0), dy_RD.stride(0))
+        sizes, grid = (rows, *strides, ctx.group_size, steps), (len(dweight_KD) * groups,)
+        if blocks:
+            launch(gated_kernel.gated_norm_backward_kernel, grid, *tensors, *sizes, **options)
+        dweight_D = dweight_KD.sum(0).to(weight_D.dtype)
+        return dx_RD.view(x.shape), dgate_RD.view(gate.shape), dweight_D, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[R, D], a view where a row's channels lie side by side."""
+    t_RD = t.reshape(-1, t.shape[-1])
+    return t_RD if t_RD.stride(1) == 1 else t_RD.contiguous()
+
+
+def _options(groups: int, group_size: int) -> dict[str, Any]:
+    """Sixteen channels for a thread."""
+    channels = triton.next_power_of_2(group_size)
+    rows = max(1, _TILE // channels)
+    warps = max(1, min(16, rows * channels // 512))
+    sizes = {"GROUPS": groups, "ROWS": rows, "CHANNELS": channels}
+    return {**sizes, "num_warps": warps, "num_stages": 2}
