@@ -72,6 +72,7 @@ step code 4 "$CODE_S" "$PYTHON" scripts/compile_kernels.py
 # The files that run something on the GPU, this project's kernels first; then their specification.
 files=(
     tests/kernels/test_moe_*.py
+    tests/kernels/test_conv1d_kernel.py
     tests/kernels/test_loss_kernel.py
     tests/kernels/test_norm_kernel.py
     tests/model/test_moe_paths.py
