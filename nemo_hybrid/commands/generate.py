@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from nemo_hybrid.commands.command import Command, check_text
 from nemo_hybrid.config.base import (
     CHECKED,
+    NOT_NEGATIVE,
     CommandOptions,
     NotNegativeFloat,
     PositiveInt,
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from nemo_hybrid.commands.rollout import RolloutOptions
     from nemo_hybrid.data.prompts import Prompt, PromptReader
     from nemo_hybrid.data.tokenizer import TextTokenizer
-    from nemo_hybrid.generation.batched import Rollout
+    from nemo_hybrid.generation.batched import Request, Rollout
+    from nemo_hybrid.generation.thinking import Markers
     from nemo_hybrid.model.cache import StateFormat
     from nemo_hybrid.model.hybrid import HybridLM
 
@@ -40,8 +42,31 @@ StateDtype = Literal["float32", "float16"]
 StateRounding = Literal["nearest", "stochastic"]
 
 
+@dataclass(config=CHECKED, kw_only=True)
+class ThinkingOptions(CommandOptions):
+    """Options of whoever lets models think."""
+
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether chat templates are told to ask for thinking; auto: they are told nothing."""
+    thinking_budget: Annotated[int | None, NOT_NEGATIVE] = None
+    """Most tokens of thinking, after which its closing marker is forced and the answer follows."""
+    thinking_markers: str | None = None
+    """What opens and what closes thinking, with a blank between: by default <think> and </think>,
+    if the chat template writes them."""
+
+    def validate(self) -> None:
+        words = (self.thinking_markers or "a b").split()
+        refuse(
+            (
+                len(words) != 2 or words[0] == words[1],
+                f"--thinking_markers: give two with a blank between, such as '<think> </think>', "
+                f"got {self.thinking_markers!r}",
+            )
+        )
+
+
 @dataclass(config=CHECKED)
-class GenerateOptions(CommandOptions):
+class GenerateOptions(ThinkingOptions):
     """Continue prompts with a trained model."""
 
     from_: str
@@ -70,10 +95,15 @@ class GenerateOptions(CommandOptions):
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
     def validate(self) -> None:
+        super().validate()
         several = self.prompts is not None
         refuse(
             (several and self.prompt, "give --prompt or --prompts, not both"),
             (several and self.chat, "--chat is for --prompt: rows of --prompts say what they are"),
+            (
+                self.thinking != "auto" and not (several or self.chat),
+                "--thinking is for conversations: give --chat, or --prompts",
+            ),
         )
         check_rounding(self)
         check_text(self.prompt)
@@ -98,6 +128,17 @@ class Opened(NamedTuple):
     tokenizer: TextTokenizer | None
     prompts: list[Prompt]
     stops: frozenset[int]
+    markers: Markers | None
+    """Of thinking, where a prompt has a budget."""
+
+    def requests(self, most: int) -> list[Request]:
+        """A sample of ``most`` tokens of every prompt."""
+        from nemo_hybrid.generation.batched import Request
+
+        return [
+            Request(p.number, p.ids, most, (0,), self.stops, p.budget, p.thinks)
+            for p in self.prompts
+        ]
 
 
 def open_model(
@@ -114,6 +155,7 @@ def open_model(
     from nemo_hybrid.data.prompts import PromptReader
     from nemo_hybrid.data.tokenizer import load_tokenizer
     from nemo_hybrid.export.decode import is_quantized, read_export
+    from nemo_hybrid.generation.thinking import Markers
     from nemo_hybrid.model.hybrid import HybridLM
 
     def read(given: Path) -> Opened:
@@ -131,11 +173,19 @@ def open_model(
             ),
             (exported and build, f"--ep: {given} is quantized, and every process reads all of it"),
         )
-        new = options.max_new_tokens
-        prompts = ask(PromptReader(directory, tokenizer, shape.vocab_size, longest, new))
+        switch = None if options.thinking == "auto" else options.thinking == "on"
+        words = options.thinking_markers and options.thinking_markers.split()
+        reader = PromptReader(
+            directory, tokenizer, shape.vocab_size, longest, options.max_new_tokens,
+            switch, options.thinking_budget, (words[0], words[1]) if words else None,
+        )  # fmt: skip
+        prompts = ask(reader)
+        budgets = any(prompt.budget is not None for prompt in prompts)
+        refuse((words and not budgets, "--thinking_markers are for budgets, and there is none"))
+        markers = Markers(*map(tuple, reader.marker_ids)) if budgets else None
         model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
         stops = frozenset(stop_ids(directory, shape.eos_token_id))
-        return Opened(given, model.eval(), tokenizer, prompts, stops)
+        return Opened(given, model.eval(), tokenizer, prompts, stops, markers)
 
     return reading(options.from_, read, locate)
 
@@ -174,9 +224,8 @@ def generate_command(options: GenerateOptions) -> None:
     import torch
 
     from nemo_hybrid.data.chat import Conversation
-    from nemo_hybrid.data.prompts import Prompt
     from nemo_hybrid.data.sources import BadRecord
-    from nemo_hybrid.generation.batched import Generator, Request
+    from nemo_hybrid.generation.batched import Generator
 
     def ask(reader: PromptReader) -> list[Prompt]:
         if options.prompts is not None:
@@ -184,26 +233,23 @@ def generate_command(options: GenerateOptions) -> None:
         text = options.prompt
         try:
             if options.chat:
-                ids = reader.chat(Conversation([{"role": "user", "content": text}]))
-            else:
-                ids = reader.text(text)
+                return [reader.chat(Conversation([{"role": "user", "content": text}]))]
+            return [reader.text(text)]
         except BadRecord as e:
             raise UserError(f"--prompt: {e}") from e
-        return [Prompt(0, ids)]
 
     opened = open_model(options, ask)
     model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     generator = Generator(
         model, options.slots, temperature=options.temperature, top_p=options.top_p,
         seed=options.seed, drafts=options.speculate, states=state_format(options),
+        markers=opened.markers,
     )  # fmt: skip
-    most, stops = options.max_new_tokens, opened.stops
-    requests = [Request(p.number, p.ids, most, stops=stops) for p in opened.prompts]
     began = time.monotonic()
     heading = "" if options.chat else options.prompt
     page = _Page(opened, None if options.prompts else heading)
     passes = []
-    for rollout in generator.run(requests, page.show):
+    for rollout in generator.run(opened.requests(options.max_new_tokens), page.show):
         page.end(rollout)
         passes += rollout.passes
     seconds = time.monotonic() - began

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +24,12 @@ from nemo_hybrid.commands.generate import (
     Drafts,
     StateDtype,
     StateRounding,
+    ThinkingOptions,
     check_rounding,
     state_format,
 )
 from nemo_hybrid.config.base import (
     CHECKED,
-    CommandOptions,
     NotNegativeFloat,
     PositiveInt,
     Seed,
@@ -53,7 +54,7 @@ Key = tuple[int | str, int]
 
 
 @dataclass(config=CHECKED)
-class RolloutOptions(CommandOptions):
+class RolloutOptions(ThinkingOptions):
     """Write samples of what a model says to prompts."""
 
     from_: str
@@ -85,6 +86,7 @@ class RolloutOptions(CommandOptions):
     """Processes that divide the experts between them; must divide the number of processes."""
 
     def validate(self) -> None:
+        super().validate()
         check_rounding(self)
 
 
@@ -172,7 +174,7 @@ def rollout_command(options: RolloutOptions) -> None:
     rank, size = launched()
     if size % options.ep:
         raise UserError(f"--ep {options.ep} does not divide the number of processes, {size}")
-    from nemo_hybrid.generation.batched import Generator, Request, alone
+    from nemo_hybrid.generation.batched import Generator, alone
     from nemo_hybrid.parallel.world import World
 
     work, world = Work(Path(options.out)), World.start()
@@ -187,16 +189,17 @@ def rollout_command(options: RolloutOptions) -> None:
             print(f"{work.out} is complete: {len(keys):,} samples")
         return World.stop()
     requests = [
-        Request(prompt.number, prompt.ids, options.max_new_tokens, left, opened.stops)
-        for prompt in opened.prompts
-        if (left := [n for n in range(options.samples) if (prompt.number, n) not in done])
+        replace(request, samples=left)
+        for request in opened.requests(options.max_new_tokens)
+        if (left := [n for n in range(options.samples) if (request.prompt, n) not in done])
     ][rank::size]
     if dispatcher:
         dispatcher.join()
     generator = Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, drafts=options.speculate,
-        states=state_format(options), most=dispatcher.most if dispatcher else alone,
+        states=state_format(options), markers=opened.markers,
+        most=dispatcher.most if dispatcher else alone,
     )  # fmt: skip
     began, total = time.monotonic(), sum(len(request.samples) for request in requests)
     tokens = _write(work.part(rank), generator.run(requests), opened, total, show=not rank)
@@ -245,14 +248,17 @@ def _identity(options: RolloutOptions, opened: Opened) -> dict[str, Any]:
     weights = [opened.directory]
     if is_adapter(opened.directory):
         weights.append(base_directory(opened.directory))
-    prompts = json.dumps([(prompt.number, prompt.ids) for prompt in opened.prompts])
+    prompts = json.dumps(
+        [(p.number, p.ids, p.budget)[: 2 + (p.budget is not None)] for p in opened.prompts]
+    )
     return {
         "weights": " ".join(map(base_digest, weights)),
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "stops": sorted(opened.stops),
         "ssm_cache": state_format(options),
+        "markers": opened.markers and [[*ids] for ids in vars(opened.markers).values()],
         **{n: getattr(options, n) for n in ("samples", "max_new_tokens", "temperature", "top_p",
-                                            "seed", "speculate")},
+                                            "seed", "speculate", "thinking_budget")},
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
     }  # fmt: skip
 
 
@@ -280,6 +286,7 @@ def _line(rollout: Rollout, opened: Opened) -> str:
         "sample": rollout.sample,
         "prompt_ids": rollout.request.ids,
         "ids": rollout.ids,
+        "chosen": rollout.chosen,
         "logprobs": [float(f"{x:.9g}") for x in rollout.logprobs],  # all that fp32 holds
         "text": tokenizer.decode(rollout.said) if tokenizer else None,
         "ended": rollout.ended,

@@ -114,7 +114,8 @@ def help_text(
     parser = argparse.ArgumentParser(prog, usage, summary, epilog, add_help=False)
     for title, options in groups.items():
         group, described = parser.add_argument_group(title), descriptions(options)
-        for f in fields(options):  # type: ignore[arg-type]
+        shared_last = sorted(fields(options), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]
+        for f in shared_last:
             hint = field_types(options)[f.name]
             if is_dataclass(hint):
                 continue

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 from nemo_hybrid.data.chat import Conversation, read_question, refuse_fields
 from nemo_hybrid.data.readers import integers, plain_text, read_records
+from nemo_hybrid.data.reasoning import END_OF_THINKING, THINK
 from nemo_hybrid.data.sources import BadRecord, Record, Unusable, find_samples
 from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import TextTokenizer
 from nemo_hybrid.errors import UserError
 
 _KINDS = ("prompt", "messages", "input_ids")
+_BUDGET = "thinking_budget"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """``number``: what tells it from the others, in whatever order they stand: its id, or without
-    one its place in the file, from 0."""
+    one its place in the file, from 0. ``budget``: the most tokens of thinking after it, if there is
+    a limit; ``thinks``: whether it then ends in thinking."""
 
     number: int | str
     ids: list[int]
+    budget: int | None = None
+    thinks: bool = False
 
 
 @dataclass(frozen=True)
 class PromptReader:
     """Reads prompts for a model that knows ``vocab_size`` tokens and texts of ``longest`` tokens,
-    of which ``new`` are to be generated. ``directory``: the tokenizer's."""
+    of which ``new`` are to be generated. ``directory``: the tokenizer's. ``switch``: whether the
+    template is to ask for thinking; ``budget``: of prompts that name none; ``markers``: texts
+    that open and close thinking, where they are not those of the template."""
 
     directory: Path
     tokenizer: TextTokenizer | None
     vocab_size: int
     longest: int
     new: int
+    switch: bool | None = None
+    budget: int | None = None
+    markers: tuple[str, str] | None = None
 
     def read_file(self, path: str) -> list[Prompt]:
         """All prompts of a file. Raises UserError for the first that is none."""
@@ -57,14 +67,32 @@ class PromptReader:
             raise UserError(f"{path} holds no prompts")
         return list(found.values())
 
-    def text(self, text: str) -> list[int]:
-        """Ids of a text that is to be continued. Raises BadRecord."""
-        return self._checked(self._needed.encode_prompt(text).tolist())
+    def text(self, text: str, number: int | str = 0, budget: int | None = None) -> Prompt:
+        """A text that is to be continued. Raises BadRecord."""
+        return self._made(number, self._needed.encode_prompt(text).tolist(), budget)
 
-    def chat(self, conversation: Conversation) -> list[int]:
-        """Ids that ask for the next answer in a conversation. Raises BadRecord."""
+    def chat(
+        self, conversation: Conversation, number: int | str = 0, budget: int | None = None
+    ) -> Prompt:
+        """What asks for the next answer in a conversation. Raises BadRecord."""
+        if self.switch is not None:
+            name = self._template.thinking_switch(conversation.tools)
+            options = {name: self.switch, **conversation.options}
+            conversation = replace(conversation, options=options)
         text = self._template.ask(conversation)
-        return self._checked(self._needed.encode_chat(text)[0].tolist())
+        return self._made(number, self._needed.encode_chat(text)[0].tolist(), budget, asked=text)
+
+    @cached_property
+    def marker_ids(self) -> tuple[list[int], list[int]]:
+        """Tokens that open and that close thinking. Raises UserError where it is not known which
+        they are, or the tokenizer has them not."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{_BUDGET}: {self.directory} has no tokenizer.json, so nothing says which tokens "
+                "open and close thinking"
+            )
+        opening, closing = self._marker_texts
+        return self._marker(opening, self.tokenizer), self._marker(closing, self.tokenizer)
 
     def _prompt(self, record: Record, place: int) -> Prompt:
         content = {k: v for k, v in record.content.items() if v is not None}
@@ -75,14 +103,19 @@ class PromptReader:
         number = content.get("id", place)
         if not isinstance(number, int | str) or isinstance(number, bool):
             raise BadRecord(f"the id {number!r} is neither a whole number nor text")
+        budget = content.get(_BUDGET)
+        if budget is not None and (type(budget) is not int or budget < 0):
+            raise BadRecord(f"{_BUDGET} {budget!r} is no whole number of 0 or more")
         value = content[kinds[0]]
         talk = kinds[0] == "messages" or (kinds[0] == "prompt" and isinstance(value, list))
         refuse_fields(content, conversation=talk)
         if talk:
-            return Prompt(number, self.chat(read_question(content, value)))
+            return self.chat(read_question(content, value), number, budget)
+        if self.switch is not None:
+            raise BadRecord("--thinking is for conversations, this is none")
         if kinds[0] == "input_ids":
-            return Prompt(number, self._checked(integers(value, "input_ids").tolist()))
-        return Prompt(number, self.text(plain_text(value, "prompt")))
+            return self._made(number, integers(value, "input_ids").tolist(), budget)
+        return self.text(plain_text(value, "prompt"), number, budget)
 
     @property
     def _needed(self) -> TextTokenizer:
@@ -95,6 +128,50 @@ class PromptReader:
     @cached_property
     def _template(self) -> ChatTemplate:
         return need_template(load_template(self._needed, self.directory), self.directory)
+
+    @property
+    def _marker_texts(self) -> tuple[str, str]:
+        if self.markers:
+            return self.markers
+        template = load_template(self._needed, self.directory)
+        sources = "".join(template.sources.values()) if template else ""
+        if THINK not in sources or END_OF_THINKING not in sources:
+            raise UserError(
+                f"{_BUDGET}: no chat template in {self.directory} writes {THINK} and "
+                f"{END_OF_THINKING}: name what opens and closes the model's thinking "
+                "(--thinking_markers), if it thinks"
+            )
+        return THINK, END_OF_THINKING
+
+    def _marker(self, text: str, tokenizer: TextTokenizer) -> list[int]:
+        """Other tokens could be merged with what stands beside them: text has no marker then."""
+        ids: list[int] = tokenizer.encode_chat(text)[0].tolist()
+        ends = [tokenizer.decode([token]) for token in (ids[:1] + ids[-1:])]
+        if not ids or any(end not in tokenizer.added_tokens for end in ends):
+            raise UserError(
+                f"{_BUDGET}: the tokenizer of {self.directory} has no tokens of its own (added "
+                f"tokens) that {text} begins and ends with, so it would not be recognised"
+            )
+        if max(ids) >= self.vocab_size:
+            raise UserError(
+                f"{_BUDGET}: {text} is token {max(ids)}, beyond the model's vocab_size "
+                f"{self.vocab_size}"
+            )
+        return ids
+
+    def _made(
+        self, number: int | str, ids: list[int], budget: int | None, asked: str | None = None
+    ) -> Prompt:
+        """``asked``: the text that a template wrote."""
+        ids, budget = self._checked(ids), self.budget if budget is None else budget
+        if budget is None:
+            return Prompt(number, ids)
+        opening, closing = self.marker_ids
+        if asked is not None:  # what was said before may hold markers too
+            thinks = asked.rstrip().endswith(self._marker_texts[0])
+        else:
+            thinks = _last(opening, ids) > _last(closing, ids)
+        return Prompt(number, ids, budget, thinks)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not ids:
@@ -113,3 +190,9 @@ class PromptReader:
                 f"exceeds the {self.longest} that the model is made for (max_position_embeddings)"
             )
         return list(ids)
+
+
+def _last(some: Sequence[int], ids: Sequence[int]) -> int:
+    """Where some tokens begin for the last time; -1: nowhere."""
+    places = range(len(ids) - len(some), -1, -1)
+    return next((place for place in places if ids[place : place + len(some)] == some), -1)

@@ -16,6 +16,9 @@ Span = tuple[int, int]
 """From and to which character."""
 
 THINK, END_OF_THINKING = "<think>", "</think>"
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates are told whether to ask for reasoning: of Qwen and Nemotron, and of
+DeepSeek and Granite."""
 _BLOCK = re.compile(f"{THINK}.*?(?={END_OF_THINKING})", re.DOTALL)
 TAG = re.compile(f"({THINK}|{END_OF_THINKING})")
 _FAULT = "reasoning"

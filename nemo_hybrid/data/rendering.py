@@ -36,7 +36,7 @@ from nemo_hybrid.data.completeness import (
     shorten,
     with_text_arguments,
 )
-from nemo_hybrid.data.reasoning import THINK, Message, Span
+from nemo_hybrid.data.reasoning import THINK, THINKING_SWITCHES, Message, Span
 from nemo_hybrid.data.sources import BadRecord
 from nemo_hybrid.errors import UserError
 
@@ -45,7 +45,7 @@ Rendered = tuple[str, list[Span]]
 
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 """Marks around answers, by an extension of transformers."""
-_SWITCH = "enable_thinking"
+_SWITCH = THINKING_SWITCHES[0]
 _EXACT = 16  # messages before a turn, up to which all of them are rendered for it
 _MEMORY = 4 << 30  # bytes that a template may use
 
@@ -287,6 +287,8 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
     """Renderings, or what is wrong with a record or with the template."""
     template = Template(**request["template"])
     try:
+        if "messages" not in request:
+            return {"taken": list(filter(template.reads_variable, request["variables"]))}
         if "turns" in request:
             messages = request["messages"]
             for name in request["variables"]:

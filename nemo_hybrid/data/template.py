@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_hybrid.data.chat import Conversation
-from nemo_hybrid.data.reasoning import Message, Span
+from nemo_hybrid.data.reasoning import THINKING_SWITCHES, Message, Span
 from nemo_hybrid.data.sources import BadRecord
 from nemo_hybrid.data.template_files import DEFAULT, FURTHER, read_sources, read_template
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE, CONFIG, TextTokenizer
@@ -81,6 +81,15 @@ class ChatTemplate:
         options = {**conversation.options, "add_generation_prompt": True}
         return self.render(conversation.messages, conversation.tools, **options)
 
+    def thinking_switch(self, tools: Any = None) -> str:
+        """The variable by which the template is told whether to ask for thinking. Raises BadRecord
+        where it takes none."""
+        taken: list[str] = self._ask({"variables": THINKING_SWITCHES}, tools, {})["taken"]
+        if not taken:
+            names = " or ".join(THINKING_SWITCHES)
+            raise BadRecord(f"the chat template {self.origin} takes no {names}: it has no switch")
+        return taken[0]
+
     def split(self, conversation: Conversation) -> tuple[list[Rendering], list[str]]:
         """Renderings in which every turn that is learnt is learnt once, and which of the unread
         fields of messages the template does not read either. Raises BadRecord where the template
@@ -142,7 +151,7 @@ class ChatTemplate:
         if answer is None:
             why = (
                 f"the chat template {self.origin} takes longer than {_LONGEST_S:g} s for a "
-                f"conversation of {len(request['messages'])} messages"
+                f"conversation of {len(request.get('messages', ()))} messages"
             )
             self._late.append(why)
             if len(self._late) > _LATE:

@@ -109,7 +109,7 @@ def test_what_stands_in_the_file(whole: Path, home: Path) -> None:
     model = loud_model(CONFIG)
     for row in rows:
         assert list(row) == [
-            "prompt", "sample", "prompt_ids", "ids", "logprobs", "text", "ended"
+            "prompt", "sample", "prompt_ids", "ids", "chosen", "logprobs", "text", "ended"
         ]  # fmt: skip
         text = RENDERED[row["prompt"]]
         asked = [5, 6, 7] if text is None else theirs(text)["input_ids"]
