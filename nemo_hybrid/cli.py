@@ -49,6 +49,7 @@ COMMANDS = {
     "pretrain": Word("train", "Train a model from its first step, or resume.", True),
     "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume.", True),
     "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
+    "launch": Word("launch", "Start a command in several processes of this machine."),
     "eval": Word("evaluate", "Measure a trained model's losses on held-out data.", True),
     "generate": Word("generate", "Continue prompts with a trained model."),
     "rollout": Word("rollout", "Write samples of what a model says to prompts, to a file.", True),
