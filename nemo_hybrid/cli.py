@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.errors import Stopped, TrainingError, UserError, suggest
+from nemo_hybrid.process import TOGETHER
 from nemo_hybrid.terminal import ReaderGone, open_streams
 
 PROG = "nemo-hybrid"
@@ -38,21 +39,19 @@ class Word(NamedTuple):
     module: str
     """Of nemo_hybrid.commands."""
     summary: str
-    together: bool = False
-    """Whether several processes may run it together, as torchrun starts them."""
 
 
 COMMANDS = {
     "prepare": Word(
         "prepare", "Turn text into a token store, or conversations into samples for fine-tuning."
     ),
-    "pretrain": Word("train", "Train a model from its first step, or resume.", True),
-    "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume.", True),
+    "pretrain": Word("train", "Train a model from its first step, or resume."),
+    "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume."),
     "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
     "launch": Word("launch", "Start a command in several processes of this machine."),
-    "eval": Word("evaluate", "Measure a trained model's losses on held-out data.", True),
+    "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
     "generate": Word("generate", "Continue prompts with a trained model."),
-    "rollout": Word("rollout", "Write samples of what a model says to prompts, to a file.", True),
+    "rollout": Word("rollout", "Write samples of what a model says to prompts, to a file."),
     "import": Word("import_merge", "Copy a Hugging Face checkpoint into our layout."),
     "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
     "average": Word("average", "Average the weights of several checkpoints of a run."),
@@ -66,8 +65,6 @@ COMMANDS = {
     ),
     "doctor": Word("doctor", "Show what is installed and which path each operation takes."),
 }
-
-TOGETHER = {name for name, word in COMMANDS.items() if word.together}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +110,7 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {kind} {name}{suggest(name, [*COMMANDS, *TOP_OPTIONS])}")
-    module, summary, _ = COMMANDS[name]
+    module, summary = COMMANDS[name]
     command = import_module(f"nemo_hybrid.commands.{module}").COMMANDS[name]
     if {"-h", "--help"} & set(rest):
         print(command.help(f"{PROG} {name}", summary, STATUSES), end="")

@@ -19,10 +19,10 @@ from types import FrameType
 
 from pydantic.dataclasses import dataclass
 
-from nemo_hybrid.cli import TOGETHER
 from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt
 from nemo_hybrid.config.words import help_text, read_options
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.process import TOGETHER
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _GRACE_S = 30.0
@@ -47,12 +47,12 @@ class Launch:
         at = next((i for i, word in enumerate(words) if word in TOGETHER), len(words))
         nproc = read_options(LaunchOptions, words[:at]).nproc
         if at == len(words):
-            raise UserError(f"{name} needs a command: {', '.join(sorted(TOGETHER))}")
+            raise UserError(f"{name} needs a command: {', '.join(TOGETHER)}")
         return launch(nproc, [sys.executable, "-m", "nemo_hybrid", *words[at:]])
 
     def help(self, prog: str, summary: str, statuses: str) -> str:
         """All options and their meaning."""
-        usage = f"{prog} --nproc N {{{','.join(sorted(TOGETHER))}}} [OPTIONS OF THE COMMAND]"
+        usage = f"{prog} --nproc N {{{','.join(TOGETHER)}}} [OPTIONS OF THE COMMAND]"
         return help_text(prog, summary, {"options": LaunchOptions}, statuses, usage)
 
 

@@ -19,7 +19,7 @@ from nemo_hybrid.commands.launch import launch
 STOPS = """
 import os, signal, sys, time
 def stop(number, frame):
-    print("rank", os.environ["RANK"], "got", signal.Signals(number).name, flush=True)
+    os.write(1, f"rank {os.environ['RANK']} got {signal.Signals(number).name}\\n".encode())
     sys.exit(4)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
@@ -87,7 +87,7 @@ def test_a_lost_process_is_named_and_ends_the_others(
     ("words", "expected"),
     [
         ([], "missing: --nproc"),
-        (["--nproc", "2"], "launch needs a command: eval, finetune, pretrain, rollout"),
+        (["--nproc", "2"], "launch needs a command: pretrain, finetune, eval, rollout"),
         (["--nproc", "2", "pretrian"], "unexpected words on the command line: pretrian"),
         (["--nproc", "0", "pretrain"], "nproc must be positive, got 0"),
     ],
