@@ -41,7 +41,7 @@ _PRODUCTS = {
 _ATTENTION = {
     f"{name}{direction}"
     for name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
-                 "_varlen_attn")
+                 "_scaled_dot_product_efficient_attention", "_varlen_attn")
     for direction in ("", "_backward")
 }  # fmt: skip
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -287,7 +287,8 @@ def _attention(
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Of tensors without data what torch chooses on a Hopper GPU: flash without a mask, with one
-    cuDNN, to which it is added; plain products where neither takes it."""
+    cuDNN, to which it is added; in fp32 without mask and groups of heads a kernel that keeps no
+    probabilities either; plain products where none of them takes it."""
     aten = torch.ops.aten
     if q.dtype.itemsize == 2 and mask is None:
         flash = aten._scaled_dot_product_flash_attention
@@ -297,6 +298,9 @@ def _attention(
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -torch.inf)
         cudnn = aten._scaled_dot_product_cudnn_attention
         return cudnn(q, k, v, bias, True, dropout, causal, scale=scale)[0]
+    if mask is None and q.shape[-3] == k.shape[-3]:
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, None, True, dropout, causal, scale=scale)[0]
     plain = aten._scaled_dot_product_attention_math
     given = (mask, dropout, causal, None)
     return plain(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)[0]
@@ -365,7 +369,7 @@ def _product(name: str, named: dict[str, Any]) -> tuple[int, str, str]:
         causal = named.get("is_causal") or tuple(named.get("window_size") or ()) == (-1, 0)
         forward = 4 * q.numel() * seen // (2 if causal else 1)
         flop = int(_BACKWARD * forward) if "backward" in name else forward
-        return flop, _name(q.dtype), "attention"
+        return flop, _name(q.dtype), "attention" if q.dtype.itemsize == 2 else "fp32 batched"
     if name.rstrip("_") not in _PRODUCTS:
         return 0, "", ""
     a, b = (named[operand] for operand in _PRODUCTS[name.rstrip("_")])

@@ -55,7 +55,7 @@ _OPS: dict[type[nn.Module], str] = {
     NextToken: "loss",
 }
 """Of what a module does and no module within it."""
-_COUNTED = ("triton", "grouped_mm")
+_COUNTED = ("triton", "grouped_mm", "varlen", "by_document")
 """Paths that tell of tensors without data what they would do; libraries' kernels need data."""
 _OWN = ("ssd", "conv1d", "norm", "attention", "moe", "loss")
 

@@ -282,8 +282,9 @@ class KernelOptions(Options):
     """Mamba-2 scan."""
     conv1d: Literal["auto", "reference", "triton", "causal_conv1d"] = "auto"
     """Causal depthwise convolution."""
-    attention: Literal["auto", "reference", "flash_attn"] = "auto"
-    """Softmax attention (reference: torch's scaled_dot_product_attention)."""
+    attention: Literal["auto", "reference", "varlen", "flash_attn", "by_document"] = "auto"
+    """Softmax attention (reference: torch's scaled_dot_product_attention, with a mask where a row
+    holds several documents; varlen: torch's kernel for such rows)."""
     moe: Literal["auto", "reference", "triton", "grouped_mm"] = "auto"
     """Router, sorting of routed slots, and experts; triton: Hopper GPUs and newer."""
     norm: Literal["auto", "reference", "triton"] = "auto"

@@ -175,10 +175,15 @@ def test_attention_is_recomputed_as_it_was() -> None:
     assert found == {forward: 2, f"{forward}_backward": 1}
 
 
-def test_attention_without_a_kernel_for_it_is_taken_apart() -> None:
+def test_attention_in_fp32_is_taken_apart_where_heads_are_in_groups() -> None:
+    """Else a kernel takes it, also with half of the pairs, and keeps none of them."""
     q = meta(1, 2, 32, 16, grad=True)
-    found = works(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
-    assert sum(work.flop for work in found if work.unit == "fp32 batched") == 4 * 2 * 32 * 32 * 16
+    product = 4 * 2 * 32 * 32 * 16
+    for k, flop in ((q[:, :1], product), (q, product // 2)):
+        attend = partial(F.scaled_dot_product_attention, q, k, k, is_causal=True, enable_gqa=True)
+        found = works(attend)
+        assert sum(work.flop for work in found if work.unit == "fp32 batched") == flop
+        assert (len(found) == 1) == (flop < product)
 
 
 class Recomputed(nn.Sequential):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_the_gated_norm_passes_over_its_tensors_once_in_each_direction(on_gpu: C
     size = sum(size for _, size in found.values()) / tokens
     assert size == pytest.approx(8 * 2 * cfg.mamba_inner_size, rel=0.03)
     assert size < 110e3
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_keeps_nothing_for_pairs_of_tokens(deterministic: bool) -> None:
+    """Of a packed row of 8192 its operands and result, and a number per token and head."""
+    cfg = load_config([], ["--model", str(MODELS / "nano_3b.yaml")]).model.hybrid()
+    cfg = replace(cfg, pattern="*")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = count(layout(cfg, 8192), paths_of("gpu"), 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    heads = 2 * cfg.num_attention_heads + 2 * cfg.num_key_value_heads
+    own = 2 * 8192 * heads * cfg.head_dim
+    assert 0 < found.kept["*", "attention"] - own < 2e6
 
 
 def test_flop_are_those_of_the_formula(nano_3b: Counted) -> None:

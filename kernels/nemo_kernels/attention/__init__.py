@@ -8,9 +8,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from nemo_kernels import backend
+from nemo_kernels.checks import expect, expect_device
 from nemo_kernels.documents import Documents
 
-PATHS = {"flash_attn": "nemo_kernels.attention.external"}
+PATHS = {
+    "varlen": "nemo_kernels.attention.varlen",
+    "flash_attn": "nemo_kernels.attention.external",
+    "by_document": "nemo_kernels.attention.by_document",
+}
 
 
 def attention(
@@ -19,7 +24,17 @@ def attention(
     """softmax(q k^T / sqrt(P)) v over earlier tokens of the same document: [B,S,H,P].
 
     Query head h reads key/value head h // (H/G).
+    Raises ValueError: shapes, dtypes or devices do not fit together.
     """
+    expect("q_BSHP", q_BSHP, (None, None, None, None))
+    batch, length, heads, width = q_BSHP.shape
+    for name, t in (("k_BSGP", k_BSGP), ("v_BSGP", v_BSGP)):
+        expect(name, t, (batch, length, k_BSGP.shape[-2], width), dtype=q_BSHP.dtype)
+    if heads % k_BSGP.shape[2]:
+        raise ValueError(f"k_BSGP: expected a divisor of {heads} (heads), got {k_BSGP.shape[2]}")
+    expect_device(q_BSHP, k_BSGP=k_BSGP, v_BSGP=v_BSGP)
+    if documents is not None:
+        expect("documents.seq_idx_BS", documents.seq_idx_BS, (batch, length))
     impl = backend.implementation("attention", q_BSHP.device.type)
     return impl.attention(q_BSHP, k_BSGP, v_BSGP, documents)
 
