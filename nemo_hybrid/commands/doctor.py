@@ -31,6 +31,7 @@ OPTIONAL = {
     "causal-conv1d": "causal_conv1d",
     "flash-attn": "flash_attn",
     "transformer-engine": "transformer_engine",
+    "math-verify": "math_verify",
     "wandb": "wandb",
     "trackio": "trackio",
 }

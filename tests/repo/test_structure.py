@@ -31,7 +31,13 @@ ROOMS = (
 )
 MODEL_MAY_IMPORT = {"config", "errors", "model"}
 DISTRIBUTED = ("torch.distributed", "deepspeed")
-OPTIONAL_LIBRARIES = ("mamba_ssm", "causal_conv1d", "flash_attn", "transformer_engine")
+OPTIONAL_LIBRARIES = (
+    "mamba_ssm",
+    "causal_conv1d",
+    "flash_attn",
+    "transformer_engine",
+    "math_verify",
+)
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib")
 FORBIDDEN_CALLS = ("torch.load", "eval", "exec", "os.system")
 FORBIDDEN_TRUE = ("trust_remote_code", "allow_pickle", "shell")
