@@ -52,6 +52,9 @@ COMMANDS = {
     "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
     "generate": Word("generate", "Continue prompts with a trained model."),
     "rollout": Word("rollout", "Write samples of what a model says to prompts, to a file."),
+    "eval-mtp": Word(
+        "eval_mtp", "Measure how many drafts of the MTP block stay, and what they gain."
+    ),
     "import": Word("import_merge", "Copy a Hugging Face checkpoint into our layout."),
     "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
     "average": Word("average", "Average the weights of several checkpoints of a run."),

@@ -169,7 +169,7 @@ def open_model(
         refuse(
             (
                 options.speculate and not shape.mtp_num_depths,
-                f"--speculate: {given} has no MTP block that could draft tokens",
+                f"{given} has no MTP block that could draft tokens",
             ),
             (exported and build, f"--ep: {given} is quantized, and every process reads all of it"),
         )
