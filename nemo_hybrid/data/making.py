@@ -29,7 +29,7 @@ class Item(Protocol):
 
 Read = TypeVar("Read", bound=Item)
 NAMED = 5
-"""Examples of every kind of fault."""
+"""Examples of every kind of fault, and places of each of them."""
 
 
 @dataclass
@@ -67,9 +67,19 @@ class Summary:
     reused: bool = False
     """True where existing stores of the same request were taken as they are."""
 
+    def __post_init__(self) -> None:
+        self._places: dict[str, dict[str, list[str]]] = {}  # by kind of fault, and by reason
+
     def drop(self, fault: Unusable) -> None:
-        """Count a record or sample that cannot be learnt from."""
-        self._count(self.dropped, fault.kind, f"{fault.where}: {fault.why}")
+        """Count a record or sample that cannot be learnt from. A reason that repeats is told
+        once, with its first places."""
+        self.dropped[fault.kind] = self.dropped.get(fault.kind, 0) + 1
+        reasons = self._places.setdefault(fault.kind, {})
+        if fault.why in reasons or len(reasons) < NAMED:
+            places = reasons.setdefault(fault.why, [])
+            if len(places) < NAMED:
+                places.append(fault.where)
+            self.examples[fault.kind] = [f"{_listed(p)}: {why}" for why, p in reasons.items()]
 
     def leave_out(self, kind: str, name: object) -> None:
         """Count something that is no data; ``kind``: in the plural."""
@@ -113,12 +123,15 @@ class Summary:
     @property
     def _faults(self) -> str:
         """Everything dropped or left out, counted by reason and named."""
-        return "\n".join(
-            f"  {count:,} {reason}: "
-            + "; ".join(self.examples[reason])
-            + (f"; and {count - NAMED:,} more" if count > NAMED else "")
-            for reason, count in (self.dropped | self.left_out).items()
-        )
+        lines = []
+        for kind, count in (self.dropped | self.left_out).items():
+            places = self._places.get(kind, {}).values()
+            more = count - (sum(map(len, places)) or len(self.examples[kind]))
+            named = [*self.examples[kind], *([f"and {more:,} more"] if more else [])]
+            several = len(self.examples[kind]) > 1 and kind in self.dropped
+            between, begin = ("\n    ", "\n    ") if several else ("; ", " ")
+            lines.append(f"  {count:,} {kind}:{begin}{between.join(named)}")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {'reused, ' if self.reused else ''}vocabulary {self.vocab_size:,}"]
@@ -144,6 +157,16 @@ class Summary:
                 line(word, count, kind)
                 lines += [f"    {example}" for example in self.examples[kind]]
         return "\n".join(lines)
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Places, of the same file by their numbers alone: ``a.jsonl line 1, 2; b.jsonl line 1``."""
+    out, before = "", None
+    for place in places:
+        source, _, number = place.rpartition(" ")
+        out += f", {number}" if source == before else f"; {place}" if out else place
+        before = source
+    return out
 
 
 def draw(seed: int, key: str) -> float:

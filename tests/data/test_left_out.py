@@ -40,6 +40,7 @@ LONG = [
     {"role": "tool", "content": '{"found": "4\\n5"}'}, answer("four"), user("how much?"),
     answer("five"),
 ]  # fmt: skip
+OURS = Path(__file__).parents[2] / "configs" / "chat_template_tools.jinja"
 LOSSES = {
     "tools": ("{%- if tools %}", "{%- if false %}", "the tool add"),
     "one tool": ("for t in tools", "for t in tools[1:]", "the tool add"),
@@ -260,3 +261,18 @@ def test_a_trace_whose_turns_are_numbered_is_rendered_exactly(
     monkeypatch.setattr(rendering.Template, "_place", noting)
     assert learnt_texts(model, {"messages": messages}) == expected
     assert set(found) == {None}
+
+
+def test_our_template_for_tools_writes_everything(make_model: MakeModel) -> None:
+    """And what is learnt of it is what the assistant says, thinks and calls."""
+    model = make_model()
+    thought = answer("seven", reasoning_content="two, and five")
+    record = {"messages": [*LONG, user("why?"), thought], "tools": [TOOL]}
+    (text,) = learnt_texts(model, record, chat_template=str(OURS))
+    call = '{"name": "add", "arguments": {"a": 17, "b": ["x y", {"c": null}], "d": true}}'
+    assert text == [
+        f"<tool_call>{call}</tool_call></s>\n",
+        "four</s>\n",
+        "five</s>\n",
+        "<think>\ntwo, and five\n</think>\nseven</s>\n",
+    ]

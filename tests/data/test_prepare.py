@@ -367,11 +367,12 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     with pytest.raises(UserError) as e:
         make([folder], tmp_path / "out")
     message = str(e.value)
-    assert message.startswith("9 records or documents cannot be learnt from:\n  9 malformed: ")
-    assert "bad.txt line 2: not UTF-8" in message
-    assert "z.jsonl line 2: no text in field 'text' (--text_field names another)" in message
-    assert "z.jsonl line 3: not JSON" in message
-    assert "and 4 more" in message
+    assert message.startswith("9 records or documents cannot be learnt from:\n  9 malformed:\n")
+    # Each reason once, with all of its places.
+    assert re.search(r"bad\.txt line 2; \S*z\.jsonl line 6: not UTF-8\n", message)
+    assert re.search(r"z\.jsonl line 2, 4; \S*z\.parquet row 1: no text in field 'text'", message)
+    assert re.search(r"z\.jsonl line 3, 8: not JSON\n", message)
+    assert " more" not in message
     assert "skip_bad true" in message
     assert not (tmp_path / "out").exists()
 
@@ -381,9 +382,19 @@ def test_unusable_records_are_counted_named_and_skipped_on_request(
     assert Store.open(tmp_path / "out" / "train").info.sources["unusable"] == 9
     assert "9 malformed" in str(summary)
     assert [s.split("/")[-1] for s in summary.examples["malformed"]][:2] == [
-        "bad.txt line 2: not UTF-8",
-        "z.jsonl line 2: no text in field 'text' (--text_field names another)",
+        "z.jsonl line 6: not UTF-8",
+        "z.parquet row 1: no text in field 'text' (--text_field names another)",
     ]
+
+
+def test_a_reason_that_repeats_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + '{"txt": 1}\n' * 9)
+    with pytest.raises(UserError) as e:
+        make([tmp_path / "a.jsonl"], tmp_path / "out")
+    assert str(e.value).splitlines()[1] == (
+        f"  9 malformed: {tmp_path}/a.jsonl line 2, 3, 4, 5, 6: no text in field 'text' "
+        "(--text_field names another); and 4 more"
+    )
 
 
 def test_conversations_without_their_option_are_recognised(tmp_path: Path) -> None:

@@ -186,9 +186,8 @@ def test_many_bad_records(make_model: MakeModel, tmp_path: Path) -> None:
         make(make_model(), tmp_path / "out", data)
     message = str(e.value)
     assert "9 records or samples cannot" in message
-    assert re.search(r"7 malformed: .*line 5: not JSON; and 2 more", message)
-    assert re.search(r"2 empty answers: .* line 8: .*; .* line 9: ", message)
-    assert "line 6" not in message
+    assert re.search(r"7 malformed: .* line 1, 2, 3, 4, 5: not JSON; and 2 more", message)
+    assert re.search(r"2 empty answers: .* line 8, 9: ", message)
 
 
 def test_nothing_to_learn(make_model: MakeModel, tmp_path: Path) -> None:
