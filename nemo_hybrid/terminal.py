@@ -67,6 +67,12 @@ def open_streams(*, needed: bool) -> None:
         setattr(sys, name, stream)
 
 
+def say_phase(text: str) -> None:
+    """Say at once on stderr what begins that may take a while: the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
 def check_reader() -> None:
     """For what goes on as long as somebody reads it. Raises `ReaderGone`."""
     asked = select.poll()

@@ -8,6 +8,7 @@ from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.process import launched
+from nemo_hybrid.terminal import say_phase
 
 
 def train_command(config: TrainingConfig) -> None:
@@ -18,6 +19,7 @@ def train_command(config: TrainingConfig) -> None:
 
     config.validate(model_shape(config.model))
     config.validate_world(launched()[1])
+    say_phase(f"{config.run_dir}: loading libraries")
     from nemo_hybrid.recipes import recipe_of
     from nemo_hybrid.train.loop import train
 

@@ -19,7 +19,7 @@ from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.process import launched
-from nemo_hybrid.terminal import print_table
+from nemo_hybrid.terminal import print_table, say_phase
 from nemo_hybrid.train import track
 from nemo_hybrid.train.build import build_run
 from nemo_hybrid.train.flops import peak_source, train_flops_per_token
@@ -56,6 +56,7 @@ def train(recipe: Recipe, launcher: int) -> None:
 
 def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
     world = _start(recipe.config)
+    say_phase("looking for checkpoints, and opening the data")
     checkpoint = _find_checkpoint(world, recipe.config, lock)
     data = None
     if not _finished(recipe, checkpoint):
@@ -68,7 +69,10 @@ def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
         return
     if checkpoint:  # `restore` checks it too, but after the model was built
         world.from_rank_0(check_resumable, checkpoint, recipe.shape, recipe.identity())
+    say_phase("building the model")
     run = build_run(recipe, world, data, checkpoint)
+    if checkpoint:
+        say_phase(f"reading {checkpoint}")
     position = restore(checkpoint, run) if checkpoint else Position()
     world.from_rank_0(claim_run, recipe.config, lock)
     with ExitStack() as stack:

@@ -63,6 +63,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Unbroken:
         finished = run_python(["-m", "nemo_hybrid", *words], size=2, fresh=True)
         (out / "stdout").write_text(finished[0].stdout)
         assert finished[1].stdout == ""
+        phases = [
+            [line for line in f.stderr.splitlines() if line.endswith(" ...")] for f in finished
+        ]
+        begin, *others = phases[0]
+        assert begin == f"{out / 'run'}: loading libraries ..."
+        assert len(others) == 2
+        assert phases[1] == []
 
     made = once(tmp_path_factory, "unbroken", make)
     return Unbroken(made / "run", made / "run.yaml", (made / "stdout").read_text())
