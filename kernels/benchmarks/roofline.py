@@ -96,7 +96,7 @@ def lines(
         f"{found['mfu']:.1%}; {found['fp32_matmul_flop_share']:.1%} of matrix FLOP in fp32; "
         f"{found['peak_bytes'] / 1e9:.1f} GB alive at most"
     )
-    waits = ", ".join(f"{n} x {what}" for what, n in found["waits"].items())
+    waits = ", ".join(f"{n} x {what}" for what, n in found["waits"].items()) or "nowhere"
     yield f"the host waits {found['host_syncs_per_micro_batch']} times per micro-batch: {waits}"
     yield ""
     yield row("operation", "us/token", "share", "kB/token", "launches", "kept, MB")

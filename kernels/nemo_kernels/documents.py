@@ -57,7 +57,18 @@ class Documents:
         """The same documents with the tensors on device."""
         return replace(
             self,
-            seq_idx_BS=self.seq_idx_BS.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            real_BS=None if self.real_BS is None else self.real_BS.to(device, non_blocking=True),
+            seq_idx_BS=to_device(self.seq_idx_BS, device),
+            cu_seqlens=to_device(self.cu_seqlens, device),
+            real_BS=None if self.real_BS is None else to_device(self.real_BS, device),
         )
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. The host waits for no GPU: it copies into pinned memory, out of which
+    the GPU fetches when it comes to it. On "meta" there is nothing to fetch."""
+    kind = torch.device(device).type
+    if kind == "meta":
+        return torch.empty_like(tensor, device=device)
+    if kind == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

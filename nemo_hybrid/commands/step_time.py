@@ -68,8 +68,6 @@ _UPDATE = (
     ("fused AdamW", 28, False),
     ("rounded to weights", 6, False),
 )
-_ENGINE_WAITS = 2
-"""Per micro-batch: DeepSpeed's throughput timer synchronizes before a forward pass and in step."""
 
 
 class Even(AllToAllDispatcher):
@@ -141,7 +139,6 @@ def count(at: Layout, paths: Mapping[str, str], documents: int = 1, whole: bool 
             normalizer = Normalizer(counts_N, at.rows * at.accumulation * at.processes)
             objective(batch, normalizer).loss.backward()
         del state
-    meter.waits["timer of the engine"] += _ENGINE_WAITS
     times = Counter("" if whole else at.cfg.pattern)
     return Counted(
         at=at,

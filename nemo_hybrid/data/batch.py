@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_kernels.documents import Documents
+from nemo_kernels.documents import Documents, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on device."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: to_device(value, device)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

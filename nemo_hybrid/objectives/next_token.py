@@ -53,7 +53,7 @@ class NextToken(Objective):
         # Without a weight the MTP block is not run at all: fine-tuning leaves it as it is.
         self.depths = model.config.mtp_num_depths if train.mtp_loss_weight else 0
         self.names = ["ce", *(f"mtp_{k}" for k in range(1, self.depths + 1))]
-        self.weights_N = [1.0] + [train.mtp_loss_weight / max(1, self.depths)] * self.depths
+        self.depth_weight = train.mtp_loss_weight / max(1, self.depths)
         self.aux_weight = train.aux_loss_weight
         self.per_document = per_document
 
@@ -88,7 +88,9 @@ class NextToken(Objective):
 
     def _targets(self, batch: Batch, normalizer: Normalizer) -> Targets:
         labels_NBS, valid_NBS = labels_and_validity(batch, self.depths)
-        weights_N = torch.tensor(self.weights_N, device=labels_NBS.device)
+        # Made where they are needed: a copy from the host would wait for the device.
+        weights_N = torch.full((len(self.names),), self.depth_weight, device=labels_NBS.device)
+        weights_N[:1].fill_(1.0)
         # max(1): a loss without any target in the global batch is zero, not 0/0.
         scale_N = weights_N / normalizer.counts_N.clamp(min=1)
         weights_NT = _weights(batch, valid_NBS, self.per_document(normalizer.step))

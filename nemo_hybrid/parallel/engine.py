@@ -212,4 +212,5 @@ def _deepspeed_config(config: TrainingConfig, accumulation: int, largest: int) -
             "reduce_bucket_size": max(REDUCE_BUCKET, largest),
         },
         "steps_per_print": 10**12,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice per batch
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_hybrid.agreement import Agreement
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.process import launched, torchrun_listens
+from nemo_kernels.products import sum_in_fp32
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another process."""
@@ -64,6 +65,7 @@ class World(Agreement):
         else:
             device, backend = torch.device("cpu"), "gloo"
             _keep_freed_memory()
+        sum_in_fp32()
         if not dist.is_initialized():
             with _saying_who_waits(rank, size):
                 dist.init_process_group(

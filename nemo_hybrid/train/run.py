@@ -142,7 +142,7 @@ class Outcome:
     """The parts of the loss, and ``loss``; see `Objective.means`."""
     grad_norm: float
     loads: dict[str, Tensor]
-    """Layer name -> routed slots per expert, on this device."""
+    """Layer name -> routed slots per expert, on the host."""
     sample_hash: int
     objection: str | None
     """Why the guard passed the batch over; None: the weights were updated."""

@@ -55,6 +55,8 @@ def train_step(
         engine.update(lr)
         update_router_bias(run.model, loads, train.router_bias_rate)
     samples, stops = totals[-2:].tolist()
+    if loads:  # by one transfer: each waits for the device
+        loads = dict(zip(loads, torch.stack([*loads.values()]).cpu(), strict=True))
     return Outcome(means, grad_norm, loads, samples, objection, stops > 0, health)
 
 

@@ -91,7 +91,20 @@ def test_the_head_multiplies_in_bf16_and_does_not_wait(on_gpu: Counted) -> None:
     assert flop == 3 * 2 * cfg.vocab_size * cfg.hidden_size
     us = sum(n * work.seconds(rates(H200)) for work, n in found) * 1e6 / tokens
     assert us < 1.2 * flop / rates(H200).flop_per_s["library"] * 1e6
-    assert not on_gpu.waits["nonzero"]
+
+
+def test_no_micro_batch_waits_for_the_device(on_gpu: Counted) -> None:
+    assert not +on_gpu.waits
+
+
+def test_the_router_multiplies_in_bf16(on_gpu: Counted) -> None:
+    """Forward once, backward each of two products as the sum of two."""
+    works = [(w, n) for (w, s), n in on_gpu.micro_batch.items() if s.op == "moe" and w.flop]
+    assert {work.unit for work, _ in works} == {"library", "grouped"}
+    cfg, tokens = on_gpu.at.cfg, on_gpu.at.tokens
+    flop = sum(n * work.flop for work, n in works if work.unit == "library") / tokens
+    layers = cfg.pattern.count("E")
+    assert flop == layers * 5 * 2 * cfg.n_routed_experts * cfg.hidden_size
 
 
 @pytest.mark.parametrize("documents", [1, 80])

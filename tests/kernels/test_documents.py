@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from nemo_kernels.documents import Documents
+from nemo_kernels.documents import Documents, to_device
 
 
 def naive(starts_BS):
@@ -45,3 +47,15 @@ def test_any_numbers_that_change_make_the_same_documents():
     documents = Documents.from_numbers(numbers_BS)
     assert documents.seq_idx_BS.tolist() == [[0, 0, 1, 2], [0, 1, 1, 1]]
     assert documents.spans == ((0, 0, 2), (0, 2, 3), (0, 3, 4), (1, 0, 1), (1, 1, 4))
+
+
+def test_a_gpu_fetches_from_pinned_memory():
+    """Else the host would wait, whether it is told to or not."""
+    tensor = mock.Mock(is_cpu=True)
+    assert to_device(tensor, "cuda:1") is tensor.pin_memory().to.return_value
+    tensor.pin_memory().to.assert_called_once_with("cuda:1", non_blocking=True)
+    tensor.to.assert_not_called()
+    there = mock.Mock(is_cpu=False)
+    assert to_device(there, "cuda") is there.to.return_value
+    assert to_device(torch.ones(2), "cpu").eq(1).all()
+    assert to_device(torch.ones(2, dtype=torch.int32), "meta").dtype == torch.int32

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import nemo_hybrid.parallel
+from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.parallel import deepspeed_private as private
-from nemo_hybrid.parallel.engine import first_state
+from nemo_hybrid.parallel.engine import _deepspeed_config, first_state
 
 ROOM = Path(nemo_hybrid.parallel.__file__).parent
 PRIVATE = re.compile(
@@ -84,3 +85,11 @@ def test_changed_group_functions_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr(private.groups, "_get_expert_parallel_group")
     with pytest.raises(RuntimeError, match="lacks _get_expert_parallel_group in its groups"):
         private.check_library()
+
+
+def test_its_timer_does_not_wait_for_the_device() -> None:
+    """As it reads the configuration that the engine is given; by itself it would."""
+    from deepspeed.utils.config import get_timers_config
+
+    assert get_timers_config({}).enabled
+    assert not get_timers_config(_deepspeed_config(RunConfig(), 1, 1)).enabled

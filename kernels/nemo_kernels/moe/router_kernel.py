@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_kernels.launch import launch
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, padded
+from nemo_kernels.products import fp32_product, split_product
 
 MAX_CHOICES = 32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,17 +106,17 @@ class _Router(torch.autograd.Function):
             launch(_router_backward_kernel, grid, *tensors, *sizes, *choices, **_OPTIONS)
         dx_TD = dweight_ED = None
         if ctx.needs_input_grad[0]:
-            dx_TD = torch.mm(dlogits_TE, weight_ED.float()).to(x_TD.dtype)
+            dx_TD = split_product(dlogits_TE, weight_ED).to(x_TD.dtype)
         if ctx.needs_input_grad[1]:
-            dweight_ED = torch.mm(dlogits_TE.t(), x_TD.float()).to(weight_ED.dtype)
+            dweight_ED = split_product(dlogits_TE.t(), x_TD).to(weight_ED.dtype)
         return dx_TD, dweight_ED, None, None, None, None
 
 
 def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """In fp32. Products of bf16 numbers are exact there, so a GPU's matrix units serve as well: the
     order of the sums is all that differs."""
-    if not x_TD.is_cpu and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
-        return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+    if x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        return fp32_product(x_TD, weight_ED.t())
     return torch.mm(x_TD.float(), weight_ED.float().t())
 
 
