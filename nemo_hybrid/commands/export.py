@@ -226,6 +226,11 @@ def _calibrated(
     inputs = assign.with_inputs(assignment)
     if budget is not None:
         inputs = [place for place in assignment if groups.family(place) in sensitivity.SPENT_ON]
+    if options.kv_cache == "fp8":  # engines take one dtype for all caches, the MTP block's too
+        inputs = [
+            *inputs,
+            *(p for p in assignment if p.startswith("mtp.") and p.endswith("k_proj")),
+        ]
     model = divergence.ready(load_model(source))
     calibration = calibrate.calibrate(model, pieces, options.percentile, inputs, show=True)
     if budget is not None:

@@ -63,8 +63,8 @@ trtllm-serve DIR
 | vLLM, drafting with the multi-token-prediction block | `--speculative-config \
 '{"method": "mtp", "num_speculative_tokens": 1}'`; misread weights show in its acceptance alone |
 | SGLang 0.5.23, TensorRT-LLM 1.2.1 | not tried |
-| transformers 5.23 | loads `bf16`; of `compressed-tensors` with experts it computes wrong values, \
-without a warning; does not read ModelOpt's layout |
+| transformers 5.23 | loads `bf16`; of all other formats it **computes wrong values without an \
+error**: of `compressed-tensors` with experts, and of ModelOpt's layout, whose scales it ignores |
 
 ## Not checked
 

@@ -101,7 +101,13 @@ def test_what_is_exported_is_verified(files, tmp_path, capsys, changes) -> None:
     }
     inputs = [n for n in written if "input" in n.rpartition(".")[2]]
     assert bool(inputs) == bool(data)
-    assert any(n.endswith("k_scale") for n in written) == ("kv_cache" in changes)
+    layers = [
+        n.rpartition(".")[0] for n in written if n.endswith(("k_proj.weight", "v_proj.weight"))
+    ]
+    scales = {f"{n}.{n.rpartition('.')[2][0]}_scale" for n in layers}  # the MTP block's, too
+    assert any(n.startswith("mtp.") for n in scales)
+    found = {n for n in written if n.endswith(("k_scale", "v_scale"))}
+    assert found == (scales if "kv_cache" in changes else set())
     assert ("no token reached" in said) == (data == "text")
     assert ("warning: calibrated on" in said) == bool(data)  # few tokens
     assert (f"with {changes.get('scales')}, " in said) == ("scales" in changes)
