@@ -7,10 +7,12 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
@@ -40,7 +42,7 @@ class EvalMtpOptions(CommandOptions):
     """File of prompts: rows of prompt (text, or messages to be answered) or input_ids."""
     depths: str = "1..7"
     """Drafts per pass to try, such as 3, 1..7 or 1,3,7."""
-    max_new_tokens: PositiveInt = 128
+    max_new_tokens: Annotated[int, Field(ge=2)] = 128
     """Most tokens after a prompt; a text ends earlier at the end-of-sequence token."""
     slots: PositiveInt = 8
     """Prompts that are continued at once: the fewer, the more drafts gain."""
@@ -124,8 +126,8 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
     import torch
 
     depths = depths_of(options.depths)
-    out = options.out and Path(options.out)
-    refuse((out and out.exists(), f"{out} exists already: name another --out"))
+    out = options.out
+    refuse((out and Path(out).exists(), f"{out} exists already: name another --out"))
     asked = GenerateOptions(
         options.from_, prompts=options.data, max_new_tokens=options.max_new_tokens,
         speculate=depths[-1],
@@ -134,28 +136,34 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
     model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     requests = opened.requests(options.max_new_tokens)
     runs = [(t, k) for t in TEMPERATURES for k in (0, *depths)]
-    measured = []
-    with progress_bar(f"measuring {len(runs)} times", len(runs), show=True) as progress:
-        for temperature, drafts in runs:
-            measured.append(_measure(model, requests, options, temperature, drafts))
-            progress(len(measured))
-    _show(measured)
-    if out:
-        content = {
-            "from": str(opened.directory), "prompts": len(requests), "slots": options.slots,
-            "max_new_tokens": options.max_new_tokens, "seed": options.seed,
-            "device": model.lm_head.weight.device.type, "threads": torch.get_num_threads(),
-            "runs": [
-                m._asdict()
-                | {"by_depth": [depth._asdict() for depth in m.by_depth]}
-                | {"tokens_per_second": m.rate, "acceptance_length": m.acceptance_length}
-                for m in measured
-            ],
-        }  # fmt: skip
-        with whole_directory(out) as place:
+    # What cannot be written is found before it is measured.
+    with whole_directory(Path(out)) if out else nullcontext() as place:
+        measured = []
+        with progress_bar(f"measuring {len(runs)} times", len(runs), show=True) as progress:
+            for temperature, drafts in runs:
+                measured.append(_measure(model, requests, options, temperature, drafts))
+                progress(len(measured))
+        _show(measured)
+        if place:
+            content = {
+                "from": str(opened.directory), "prompts": len(requests), "slots": options.slots,
+                "max_new_tokens": options.max_new_tokens, "seed": options.seed,
+                "device": model.lm_head.weight.device.type, "threads": torch.get_num_threads(),
+                "runs": list(map(_as_json, measured)),
+            }  # fmt: skip
             write_file(place / TABLE_FILE, [json.dumps(content, indent=1).encode()])
             write_file(place / PLOT_FILE, [_plot(measured)])
+    if out:
         print(f"written to {out}")
+
+
+def _as_json(measured: Measured) -> dict[str, Any]:
+    return {
+        **measured._asdict(),
+        "by_depth": [depth._asdict() for depth in measured.by_depth],
+        "tokens_per_second": measured.rate,
+        "acceptance_length": measured.acceptance_length,
+    }
 
 
 def _measure(

@@ -55,10 +55,10 @@ class ThinkingOptions(CommandOptions):
     if the chat template writes them."""
 
     def validate(self) -> None:
-        words = (self.thinking_markers or "a b").split()
+        words = None if self.thinking_markers is None else self.thinking_markers.split()
         refuse(
             (
-                len(words) != 2 or words[0] == words[1],
+                words is not None and (len(words) != 2 or words[0] == words[1]),
                 f"--thinking_markers: give two with a blank between, such as '<think> </think>', "
                 f"got {self.thinking_markers!r}",
             )
@@ -100,6 +100,7 @@ class GenerateOptions(ThinkingOptions):
         refuse(
             (several and self.prompt, "give --prompt or --prompts, not both"),
             (several and self.chat, "--chat is for --prompt: rows of --prompts say what they are"),
+            (self.chat and not self.prompt.strip(), "--chat: give what the user says as --prompt"),
             (
                 self.thinking != "auto" and not (several or self.chat),
                 "--thinking is for conversations: give --chat, or --prompts",

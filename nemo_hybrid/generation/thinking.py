@@ -52,7 +52,7 @@ class Thinking:
     def begin(self, to_N: Tensor, thinks: Sequence[bool], budgets: Sequence[int | None]) -> None:
         """Rows begin anew: whether their prompts end in thinking, and the most tokens of it."""
         states = [self._first * inside for inside in thinks]
-        left = [_NO_BUDGET if budget is None else budget for budget in budgets]
+        left = [_NO_BUDGET if b is None else min(b, _NO_BUDGET) for b in budgets]
         self._state_B[to_N] = torch.tensor(states, device=self._device)
         self._left_B[to_N] = torch.tensor(left, device=self._device)
 

@@ -61,7 +61,7 @@ def test_what_a_budget_makes_of_rollouts(
         [
             {"prompt": ASK},
             {"prompt": ASK, "thinking_budget": 0},
-            {"prompt": ASK, "thinking_budget": 40},
+            {"prompt": ASK, "thinking_budget": 10**30},
             {"prompt": "<think>a</think> b"},
             {"prompt": "</think>a<think> b"},
             {"input_ids": [5, OPENING, 6]},
@@ -126,6 +126,8 @@ def test_other_markers_and_the_switch(home: Path, commands: Commands) -> None:
         ("thinks", "--thinking maybe", "expected one of auto, on, off, got maybe"),
         ("thinks", "--thinking on", "--thinking is for conversations"),
         ("thinks", "--thinking_markers <think>", "give two with a blank between"),
+        ("thinks", "--thinking_markers=", "give two with a blank between"),
+        ("thinks", "--chat --prompt=", "--chat: give what the user says"),
         ("thinks", "--thinking_markers <a>_<a>", "give two with a blank between"),
         ("thinks", "--thinking_markers <a>_</a>", "are for budgets, and there is none"),
         ("thinks", "--thinking_budget 1 --thinking_markers <a>_</a>",
