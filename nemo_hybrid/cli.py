@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from nemo_hybrid import __version__
@@ -30,7 +32,7 @@ STATUSES = (
     "torchrun ends with 1 whatever its processes end with."
 )
 OTHER_RANKS_WAIT_S = 3.0
-TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version."}
+TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version, and the commit."}
 
 
 class Word(NamedTuple):
@@ -108,7 +110,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name == "--version":
-        print(f"{PROG} {__version__}")
+        print(f"{PROG} {__version__}{_commit()}")
         return 0
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
@@ -119,6 +121,19 @@ def _dispatch(words: list[str]) -> int:
         print(command.help(f"{PROG} {name}", summary, STATUSES), end="")
         return 0
     return int(command.start(name, rest))
+
+
+def _commit() -> str:
+    """The commit that a clone stands at, and whether it was changed, in brackets; else nothing."""
+    clone = Path(__file__).parents[1]
+    if not (clone / ".git").exists():
+        return ""
+    words = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f" ({done.stdout.strip()})"
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The command line: help, dispatch, messages and exit statuses."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,7 +150,13 @@ def test_top_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{name} " in shown for name in cli.COMMANDS)
     assert "130 interrupted" in shown
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"nemo-hybrid {__version__}\n"
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf"nemo-hybrid {re.escape(__version__)}( \([0-9a-f]+(-dirty)?\))?\n", said)
+    if ".git" in os.listdir(ROOT):
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert head.stdout.startswith(said.split("(")[1].rstrip(")\n").removesuffix("-dirty"))
 
 
 def test_pretrain_gets_the_merged_configuration(called: list[Any]) -> None:

@@ -12,7 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
+from nemo_hybrid import __version__
 from nemo_hybrid.cli import COMMANDS
 from nemo_hybrid.commands.command import RunWords
 from nemo_hybrid.commands.plan import PlanOptions
@@ -80,7 +82,7 @@ def test_documented_options_exist() -> None:
 
 
 DOCUMENTS = sorted(
-    p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*")]
+    p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 )
 _CALL = re.compile(r"(?:^|\s)(?:nemo-hybrid|-m nemo_hybrid|scripts/slurm\.sh)\s+(\S.*)")
 
@@ -215,3 +217,9 @@ def test_a_folder_of_the_project_s_name_does_not_hide_it(tmp_path: Path) -> None
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_citation_is_of_this_version() -> None:
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert said["version"] == __version__
+    assert said["license"] in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
