@@ -75,6 +75,7 @@ files=(
     tests/kernels/test_conv1d_kernel.py
     tests/kernels/test_loss_kernel.py
     tests/kernels/test_norm_kernel.py
+    tests/kernels/test_ssd_kernel.py
     tests/model/test_moe_paths.py
     tests/kernels/test_triton_env.py
     tests/kernels/test_benchmark_run.py

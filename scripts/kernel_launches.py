@@ -25,6 +25,7 @@ from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
 from nemo_kernels.lowp.operand import Operand, Rounding
 from nemo_kernels.moe import kernel
 from nemo_kernels.norm import kernel as norm_kernel
+from nemo_kernels.ssd import kernel as ssd_kernel
 
 BOTH, HOPPER, BLACKWELL = (90, 100), (90,), (100,)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -75,6 +76,10 @@ def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
     for dtype, parameters in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
         for channels, packed in itertools.product((6144, 6150), (False, True)):
             yield BOTH, partial(convolution, 8192, channels, dtype, parameters, packed)
+    for dtype, packed in itertools.product((BF16, FP32), (False, True)):
+        for heads in (64, 128):
+            yield BOTH, partial(scan, 8192, heads, 8, 64, 128, dtype, packed)
+        yield BOTH, partial(scan, 100, 3, 1, 40, 72, dtype, packed)
     for dtype, n in itertools.product((BF16, FP32), (1024, 2688)):
         yield BLACKWELL, partial(native_products, 4096, n, 1024, 128, dtype)
     for dtype, sides in itertools.product((BF16, FP32), SIDES):
@@ -169,6 +174,24 @@ def gated_norm(rows: int, size: int, inner: int, width: int, dtype: torch.dtype)
         x_RD, wide_RW[:, :inner], leaf(inner, dtype=dtype), 1e-5, size
     )
     y_RD.backward(meta(rows, inner, dtype=dtype))
+
+
+def scan(
+    tokens: int, heads: int, groups: int, width: int, state: int, dtype: torch.dtype, packed: bool
+) -> None:
+    """Slices of the convolution; forward, backward (packed: without a state) and one token."""
+    widths = [heads * width, groups * state, groups * state]
+    parts = leaf(2, tokens, sum(widths), dtype=dtype).split(widths, dim=-1)
+    x_BSHP = parts[0].unflatten(-1, (heads, width))
+    B_BSGN, C_BSGN = (t.unflatten(-1, (groups, state)) for t in parts[1:])
+    dt_BSH = leaf(2, tokens, heads, dtype=FP32)
+    A_H, D_H = leaf(heads, dtype=FP32), leaf(heads, dtype=FP32)
+    initial_BHPN = None if packed else leaf(2, heads, width, state, dtype=FP32)
+    given = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, 128, documents(2, tokens, packed))
+    y_BSHP, state_BHPN = ssd_kernel.ssd_scan(*given, initial_BHPN)
+    (y_BSHP.sum() if packed else y_BSHP.sum() + state_BHPN.sum()).backward()
+    token = (x_BSHP[:, 0], dt_BSH[:, 0], A_H, B_BSGN[:, 0], C_BSGN[:, 0], D_H)
+    ssd_kernel.ssd_step(*token, state_BHPN.detach())
 
 
 def native_products(m: int, n: int, k: int, experts: int, dtype: torch.dtype) -> None:

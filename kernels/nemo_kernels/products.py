@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 def fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, summed and left in fp32 (of fp64: in fp64)."""
+    """a @ b of matrices or batches of them, summed and left in fp32 (of fp64: in fp64)."""
     exact = torch.promote_types(a.dtype, torch.float32)
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
     if not a.is_cpu:
-        return torch.mm(a, b, out_dtype=exact)
-    return torch.mm(a.to(exact), b.to(exact))
+        return multiply(a, b, out_dtype=exact)
+    return multiply(a.to(exact), b.to(exact))
 
 
 def add_fp32_product(total: Tensor, a: Tensor, b: Tensor) -> None:

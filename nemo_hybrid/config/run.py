@@ -278,7 +278,7 @@ class KernelOptions(Options):
 
     section: ClassVar[str] = "kernels."
 
-    ssd: Literal["auto", "reference", "mamba_ssm"] = "auto"
+    ssd: Literal["auto", "reference", "triton", "mamba_ssm"] = "auto"
     """Mamba-2 scan."""
     conv1d: Literal["auto", "reference", "triton", "causal_conv1d"] = "auto"
     """Causal depthwise convolution."""

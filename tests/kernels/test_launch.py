@@ -23,6 +23,8 @@ from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.operand import Rounding
 from nemo_kernels.moe import expert_kernel, function, kernel, sort_kernel
 from nemo_kernels.norm import kernel as norm_kernel
+from nemo_kernels.ssd import kernel as ssd_kernel
+from nemo_kernels.ssd import passes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 TOKENS, EXPERTS, CHOICES, WIDTH, INNER = 15, 3, 2, 24, 20
@@ -140,6 +142,18 @@ def convolution() -> None:
         conv1d_kernel.causal_conv1d_step(x_BSC[:, 0], torch.zeros(2, 32, 3), *given)
 
 
+def scan() -> None:
+    """Whole chunks and tiles, of several heads per group."""
+    x, B, C = (torch.randn(1, 32, n, 16, requires_grad=True) for n in (2, 1, 1))
+    dt, A = torch.rand(1, 32, 2, requires_grad=True), -torch.rand(2).requires_grad_()
+    D, state = torch.randn(2, requires_grad=True), torch.randn(1, 2, 16, 16, requires_grad=True)
+    documents = Documents.from_numbers((torch.arange(32) // 9).expand(1, -1))
+    with mock.patch.multiple(passes, _ROWS=8, _BLOCK=128):
+        y, final = ssd_kernel.ssd_scan(x, dt, A, B, C, D, 16, documents, state)
+        (y.square().sum() + final.square().sum()).backward()
+    ssd_kernel.ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.detach())
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "experts": partial(experts, torch.bfloat16),
     "experts, recomputed": partial(experts, torch.float32, recompute=True),
@@ -151,6 +165,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "decoded": partial(quantizers, False, Rounding((16, 16)), None),
     "products": native_products,
     "convolution": convolution,
+    "scan": scan,
 }
 
 

@@ -23,6 +23,7 @@ from nemo_kernels import launch
 
 PACKAGE = Path(launch.__file__).parent
 MODULES = (
+    "nemo_kernels.ssd.chunk_kernel",
     "nemo_kernels.conv1d.tap_kernel",
     "nemo_kernels.moe.sort_kernel",
     "nemo_kernels.moe.router_kernel",

@@ -162,7 +162,7 @@ def test_kernels_that_cannot_be_used(
     finally:
         backend.choose(ssd="auto")
     assert "kernels: path mamba_ssm of op ssd" in message
-    assert ("not installed" if missing else "choose auto or reference") in message
+    assert ("not installed" if missing else "choose auto, reference or triton") in message
 
 
 def test_layout_that_does_not_fit_the_processes(
