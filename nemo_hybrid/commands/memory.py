@@ -290,3 +290,27 @@ def moments(at: Layout) -> list[Memory]:
 def peak(at: Layout) -> Memory:
     """The moment with most memory on the device; on CPU the checkpoint's copy lies there too."""
     return max(moments(at), key=lambda m: m.device)
+
+
+class SequenceMemory(NamedTuple):
+    """Bytes that generating holds of one text between tokens: of Mamba-2 layers, however long it
+    is, and of keys and values per token."""
+
+    fixed: int
+    token: int
+
+    def at(self, tokens: int) -> int:
+        """Of a text of so many tokens, the prompt included."""
+        return self.fixed + self.token * tokens
+
+
+def sequence_memory(
+    cfg: ModelConfig, width: int, *, state: int = 4, cached: int | None = None, drafts: bool = False
+) -> SequenceMemory:
+    """Of a model whose weights have ``width`` bytes. ``state``: bytes of a number of Mamba states;
+    ``cached``: of keys and values, None: ``width``; ``drafts``: the MTP block keeps some, too."""
+    conv = width * (cfg.conv_kernel - 1) * cfg.conv_channels
+    layer = conv + state * cfg.mamba_inner_size * cfg.ssm_state_size
+    heads = cfg.pattern.count("*") + drafts * cfg.mtp_pattern.count("*")
+    pair = 2 * (cached or width) * cfg.num_key_value_heads * cfg.head_dim
+    return SequenceMemory(cfg.pattern.count("M") * layer, heads * pair)

@@ -374,8 +374,21 @@ def _lines(
             + f"; on disk {_gb(memory.checkpoint)} per checkpoint, "
             + (f"{kept} of them, and one being written" if kept else "all of them")
         )
+    yield _generating(at)
     if counts.total in _PUBLISHED:
         yield f"published: {_PUBLISHED[counts.total]}"
+
+
+def _generating(at: Layout) -> str:
+    from nemo_hybrid.commands.memory import sequence_memory
+
+    wide = sequence_memory(at.cfg, at.width)
+    narrow = sequence_memory(at.cfg, at.width, state=2, cached=1)
+    return (
+        f"generating holds {wide.fixed:,} bytes of each text ({narrow.fixed:,} with --ssm_cache "
+        f"float16) and {wide.token:,} of each of its tokens ({narrow.token:,} with an export's FP8 "
+        f"cache): {_gb(wide.at(at.length))} at {at.length:,} tokens"
+    )
 
 
 def _gb(size: float) -> str:

@@ -153,6 +153,8 @@ class Generator:
             if passes > 1:  # of nobody, where others need the experts of this process
                 (prompts if batch else self._prompts([])).read(passes - 1)
             slots.take(prompts, self._seed)
+            if not prompts.samples:
+                prompts = self._prompts([])  # their caches are not needed any more
             for rollout in slots.step(self._temperature, self._top_p):
                 if watch:
                     watch(rollout)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from nemo_kernels.lowp.rounding import fp16_stochastically, fp16_to_nearest, random_words
 
-_MORE = 64
-"""Tokens by which room grows at least."""
+_MORE, _SHARE = 64, 32
+"""Room grows by so many tokens at least, and by one part in so many of what there is. Attention
+looks at all of it for every token, so that a copy after so many of them costs little."""
 
 
 class LayerCache(Protocol):
@@ -55,7 +56,7 @@ class AttentionCache:
     def reserve(self, tokens: int) -> None:
         room = self.k_BTGP.shape[1]
         if tokens > room:
-            more = (0, 0, 0, 0, 0, max(tokens, room + _MORE, room + room // 8) - room)
+            more = (0, 0, 0, 0, 0, max(tokens, room + _MORE, room + room // _SHARE) - room)
             self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
 
     def commit(self, state: None) -> None:

@@ -317,6 +317,14 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nfits: " in said
     assert "2,789 tokens/s" in said
     assert "modelled, not measured" in said
+    shape = load_config([], words[1:3]).model
+    layers, pairs = shape.pattern.count("M"), shape.pattern.count("*")
+    conv, state = 2 * 3 * (8192 + 2 * 8 * 128), 128 * 64 * 128
+    assert (
+        f"generating holds {layers * (conv + 4 * state):,} bytes of each text "
+        f"({layers * (conv + 2 * state):,} with --ssm_cache float16) and {pairs * 1024:,} of each "
+        f"of its tokens ({pairs * 512:,} with an export's FP8 cache): "
+    ) in said
     assert main([*words, "--plan.device=h100", "--train.recompute", ""]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said
