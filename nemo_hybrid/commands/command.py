@@ -86,7 +86,7 @@ class Command(NamedTuple):
             from nemo_hybrid.checkpoint.steps import require
 
             named = getattr(options, self.reads)
-            for path in [named] if isinstance(named, str) else named:
+            for path in [named] if isinstance(named, str) else named or ():
                 require(path)
 
     def help(self, prog: str, summary: str, statuses: str) -> str:

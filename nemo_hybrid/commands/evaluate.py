@@ -1,4 +1,4 @@
-"""`eval`: losses of a trained model on held-out data."""
+"""`eval`: losses of a trained model on held-out data, or exact matches of its samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
-from nemo_hybrid.config.base import CHECKED, POSITIVE, CommandOptions, PositiveInt
+from nemo_hybrid.config.base import CHECKED, POSITIVE, CommandOptions, PositiveInt, refuse
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions, TrainOptions
@@ -25,18 +25,30 @@ if TYPE_CHECKING:
 
 @dataclass(config=CHECKED)
 class EvalOptions(CommandOptions):
-    """Measure a trained model's losses on held-out data."""
+    """Measure a trained model's losses on held-out data, or how many of its samples are right."""
 
-    from_: str
-    """Run directory (its latest checkpoint) or checkpoint directory."""
     data: str
-    """Prepared token store, or samples for fine-tuning, whose held-out part is used."""
+    """Prepared token store, or samples for fine-tuning, whose held-out part is used; of --rollouts
+    the prompts, rows that have the field answer."""
+    from_: str | None = None
+    """Run directory (its latest checkpoint) or checkpoint directory."""
+    rollouts: str | None = None
+    """File that `rollout` wrote, whose samples are compared with the answers; no model is read."""
+    json: bool = False
+    """Print what --rollouts gives as JSON."""
     sequences: PositiveInt = 256
     """Sequences to evaluate (fewer if the store holds fewer)."""
     micro_batch_size: PositiveInt = 8
     """Sequences per forward pass."""
     sequence_length: Annotated[int | None, POSITIVE] = None
     """Tokens per sequence; null: as many as the run that wrote the checkpoint took, or 256."""
+
+    def validate(self) -> None:
+        refuse(
+            (self.from_ and self.rollouts, "give --from or --rollouts, not both"),
+            (not self.from_ and not self.rollouts, "missing: --from, or --rollouts"),
+            (self.json and not self.rollouts, "--json is for --rollouts"),
+        )
 
 
 def _open(
@@ -63,7 +75,11 @@ def _open(
 
 
 def eval_command(options: EvalOptions) -> None:
-    """Print the held-out losses of a checkpoint, as a table."""
+    """Print the held-out losses of a checkpoint, or the exact matches of samples, as a table."""
+    if options.from_ is None:
+        from nemo_hybrid.commands.exact_match import print_exact_match
+
+        return print_exact_match(Path(options.rollouts or ""), options.data, options.json)
     launched()  # what cannot be is refused before anything is loaded
     import numpy as np
 

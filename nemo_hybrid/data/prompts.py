@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from nemo_hybrid.data.chat import Conversation, read_question, refuse_fields
 from nemo_hybrid.data.readers import integers, plain_text, read_records
@@ -16,6 +17,7 @@ from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import TextTokenizer
 from nemo_hybrid.errors import UserError
 
+T = TypeVar("T")
 _KINDS = ("prompt", "messages", "input_ids")
 _BUDGET = "thinking_budget"
 
@@ -30,6 +32,43 @@ class Prompt:
     ids: list[int]
     budget: int | None = None
     thinks: bool = False
+
+
+def read_answers(path: str) -> dict[int | str, str | None]:
+    """The field ``answer``, a text or a whole number, of every prompt of a file by its number; None
+    where there is none. Raises UserError for the first that is neither."""
+
+    def answer(record: Record, number: int | str) -> str | None:
+        found = record.content.get("answer")
+        if found is not None and (not isinstance(found, int | str) or isinstance(found, bool)):
+            raise BadRecord(f"the answer {found!r} is neither text nor a whole number")
+        return None if found is None else str(found)
+
+    return _by_number(path, answer)
+
+
+def _by_number(path: str, read: Callable[[Record, int | str], T]) -> dict[int | str, T]:
+    """What ``read`` makes of every prompt of a file and its number. Raises UserError for the first
+    of which it raises BadRecord, and for ids that are none or come twice."""
+    found: dict[int | str, T] = {}
+    sources = find_samples([path]).sources
+    records = chain.from_iterable(read_records(source, "prompt") for source in sources)
+    for place, record in enumerate(records):
+        try:
+            if isinstance(record, Unusable):
+                raise BadRecord(record.why)
+            number = record.content.get("id")
+            number = place if number is None else number
+            if not isinstance(number, int | str) or isinstance(number, bool):
+                raise BadRecord(f"the id {number!r} is neither a whole number nor text")
+            if number in found:
+                raise BadRecord(f"two prompts have the id {number!r}")
+            found[number] = read(record, number)
+        except BadRecord as e:
+            raise UserError(f"{record.where}: {e}") from e
+    if not found:
+        raise UserError(f"{path} holds no prompts")
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,22 +89,7 @@ class PromptReader:
 
     def read_file(self, path: str) -> list[Prompt]:
         """All prompts of a file. Raises UserError for the first that is none."""
-        found: dict[int | str, Prompt] = {}
-        sources = find_samples([path]).sources
-        records = chain.from_iterable(read_records(source, "prompt") for source in sources)
-        for place, record in enumerate(records):
-            try:
-                if isinstance(record, Unusable):
-                    raise BadRecord(record.why)
-                prompt = self._prompt(record, place)
-            except BadRecord as e:
-                raise UserError(f"{record.where}: {e}") from e
-            if prompt.number in found:
-                raise UserError(f"{record.where}: two prompts have the id {prompt.number!r}")
-            found[prompt.number] = prompt
-        if not found:
-            raise UserError(f"{path} holds no prompts")
-        return list(found.values())
+        return list(_by_number(path, self._prompt).values())
 
     def text(self, text: str, number: int | str = 0, budget: int | None = None) -> Prompt:
         """A text that is to be continued. Raises BadRecord."""
@@ -94,15 +118,12 @@ class PromptReader:
         opening, closing = self._marker_texts
         return self._marker(opening, self.tokenizer), self._marker(closing, self.tokenizer)
 
-    def _prompt(self, record: Record, place: int) -> Prompt:
+    def _prompt(self, record: Record, number: int | str) -> Prompt:
         content = {k: v for k, v in record.content.items() if v is not None}
         kinds = [kind for kind in _KINDS if kind in content]
         if len(kinds) != 1:
             what = " and ".join(kinds) or ", ".join(content) or "nothing"
             raise BadRecord(f"a prompt has one of the fields {', '.join(_KINDS)}, this has {what}")
-        number = content.get("id", place)
-        if not isinstance(number, int | str) or isinstance(number, bool):
-            raise BadRecord(f"the id {number!r} is neither a whole number nor text")
         budget = content.get(_BUDGET)
         if budget is not None and (type(budget) is not int or budget < 0):
             raise BadRecord(f"{_BUDGET} {budget!r} is no whole number of 0 or more")

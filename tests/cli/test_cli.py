@@ -199,7 +199,7 @@ def test_generate_and_eval(called: list[Any]) -> None:
     assert cli.main(["eval", "--from=runs/a", "--data", "d", "--sequences", "7"]) == 0
     generated, evaluated = called
     assert generated == generate.GenerateOptions("runs/a", "def ", top_p=0.9)
-    assert evaluated == evaluate.EvalOptions("runs/a", "d", sequences=7)
+    assert evaluated == evaluate.EvalOptions("d", "runs/a", sequences=7)
 
 
 @pytest.mark.parametrize("prompt", ["null", "1e-3", "[1, 2]", "a: b", "# c", " x\n", "", "true"])
@@ -239,6 +239,8 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("generate --from a --prompt b --seed -1", "seed must lie in [0, 2**63), got -1"),
         ("generate --from a --prompt \udcff", "the prompt is not text"),
         ("eval --from a", "missing: --data"),
+        ("eval --data d", "missing: --from, or --rollouts"),
+        ("eval --data d --from a --rollouts b", "give --from or --rollouts, not both"),
         ("eval --from a --data d --sequence 3", "did you mean --sequences?"),
         ("doctor now", "doctor takes no options"),
     ],

@@ -54,6 +54,7 @@ MAKERS = {
     "recipes/finetune": {"samples", "template"},
     "commands/generate": {"chat", "prompts", "sources"},
     "commands/rollout": {"prompts"},
+    "commands/exact_match": {"prompts", "reasoning"},
     "export/calibrate": {"sources"},
 }
 """Who may make data, or asks what a file is, and by which modules."""
