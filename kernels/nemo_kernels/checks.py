@@ -33,6 +33,13 @@ def expect_device(x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor on {x.device}, got {other.device}")
 
 
+def span(x: Tensor) -> int:
+    """Elements of memory from the first one of x to its last, also those in between."""
+    if not x.numel():
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def may_read(x: Tensor) -> bool:
     """Whether a check may look at x's values; see above."""
     return x.device.type == "cpu" or os.environ.get("NEMO_KERNELS_DEBUG") == "1"

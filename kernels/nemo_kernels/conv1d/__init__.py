@@ -23,7 +23,7 @@ def causal_conv1d(
 
     Inputs before the sequence count as zero. With documents no tap reaches into another one.
     """
-    impl = backend.implementation("conv1d", x_BSC.device.type, x_BSC.dtype, weight_CK.shape[1])
+    impl = backend.implementation("conv1d", x_BSC.device.type, x_BSC, weight_CK)
     return impl.causal_conv1d(x_BSC, weight_CK, bias_C, documents)
 
 
@@ -32,5 +32,5 @@ def causal_conv1d_step(
 ) -> Tensor:
     """One token of :func:`causal_conv1d`: [B,C]. ``state_BCJ``, the J inputs before it, moves on in
     place."""
-    impl = backend.implementation("conv1d", x_BC.device.type, x_BC.dtype, weight_CK.shape[1])
+    impl = backend.implementation("conv1d", x_BC.device.type, x_BC, weight_CK)
     return impl.causal_conv1d_step(x_BC, state_BCJ, weight_CK, bias_C)

@@ -1,7 +1,6 @@
 """Causal depthwise convolution by the causal-conv1d library (1.6 interface).
 
-Not run on a GPU yet. Its kernels take K from 2 to 4 and C a multiple of 8; other shapes raise
-RuntimeError there, and ``choose(conv1d="reference")`` serves them.
+Not run on a GPU yet. Its kernels take K from 2 to 4, C a multiple of 8, and have 32-bit offsets.
 
 Shapes: as in reference.py.
 """
@@ -17,12 +16,32 @@ from nemo_kernels.conv1d import reference
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
+MAX_OFFSET = 2**32
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 causal_conv1d_step = reference.causal_conv1d_step
+
+
+def supports(x: Tensor, weight_CK: Tensor) -> bool:
+    """Whether the library's kernels take x, once it lies in one piece, and such a weight."""
+    channels, taps = weight_CK.shape
+    fits = channels % 8 == 0 and 2 <= taps <= 4
+    return fits and x.dtype in _DTYPES and x.numel() <= MAX_OFFSET
 
 
 def causal_conv1d(
     x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Documents | None = None
 ) -> Tensor:
+    """``nemo_kernels.conv1d.causal_conv1d``.
+
+    Raises:
+        ValueError: dtype or shape that the library does not take.
+    """
+    if not supports(x_BSC, weight_CK):
+        raise ValueError(
+            f"x_BSC, weight_CK: expected one of {_DTYPES}, at most {MAX_OFFSET} elements, channels "
+            f"a multiple of 8 and 2 to 4 taps, got {x_BSC.dtype}, {list(x_BSC.shape)} and "
+            f"{list(weight_CK.shape)} (path causal_conv1d of op conv1d); choose triton"
+        )
     # With seq_idx the library wants channels last in memory: exactly the transpose of [B,S,C].
     seq_idx_BS = None if documents is None else documents.seq_idx_BS.contiguous()
     y_BCS = causal_conv1d_fn(

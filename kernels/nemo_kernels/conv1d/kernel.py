@@ -79,9 +79,9 @@ def causal_conv1d_step(
     return y_BC
 
 
-def supports(dtype: torch.dtype, taps: int) -> bool:
-    """Whether the kernels take x of this dtype and so many taps."""
-    return dtype in _DTYPES and taps <= MAX_TAPS
+def supports(x: Tensor, weight_CK: Tensor) -> bool:
+    """Whether the kernels take x's dtype and so many taps."""
+    return x.dtype in _DTYPES and weight_CK.shape[1] <= MAX_TAPS
 
 
 def self_check(device_type: str) -> float:

@@ -32,7 +32,7 @@ def ssd_scan(
     of them; an initial state then belongs to the first one of its row. chunk_size changes speed
     and memory, not results.
     """
-    impl = backend.implementation("ssd", x_BSHP.device.type, x_BSHP.dtype)
+    impl = backend.implementation("ssd", x_BSHP.device.type, x_BSHP, B_BSGN, chunk_size)
     return impl.ssd_scan(
         x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size, documents, initial_state_BHPN
     )
@@ -48,5 +48,5 @@ def ssd_step(
     state_BHPN: Tensor,
 ) -> Tensor:
     """One token of :func:`ssd_scan`: y [B,H,P] in x's dtype. The state moves on in place."""
-    impl = backend.implementation("ssd", x_BHP.device.type, x_BHP.dtype)
+    impl = backend.implementation("ssd", x_BHP.device.type, x_BHP)
     return impl.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, state_BHPN)

@@ -1,23 +1,50 @@
 """Mamba-2 scan by the mamba-ssm library (mamba_ssm.ops.triton.ssd_combined, 2.3 interface).
 
 Not run on a GPU yet. The library differences one cumulative sum across documents, so packed
-documents are separate within tolerance, not bit for bit.
+documents are separate within tolerance, not bit for bit. Its kernels have 32-bit offsets.
 
 Shapes: as in reference.py.
 """
 
 from __future__ import annotations
 
+import inspect
+from math import prod
+from typing import Any
+
 import torch
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
 from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.checks import span
 from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import reference
 
 DEVICE_TYPES = ("cuda",)
+MAX_OFFSET = 2**31
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Not in a release up to 2.3.2; there the last state is fp32 anyway.
+_LATER = {"state_dtype": torch.float32}
+_ARGUMENTS: dict[str, Any] = {
+    name: value
+    for name, value in _LATER.items()
+    if name in inspect.signature(mamba_chunk_scan_combined).parameters
+}
 ssd_step = reference.ssd_step
+
+
+def supports(x: Tensor, B: Tensor | None = None, chunk_size: int = 1) -> bool:
+    """Whether the library's kernels take x, and reach all of it and of the states of chunks. (A
+    step is the reference's.)"""
+    return x.dtype in _DTYPES and (B is None or _largest(x, B, chunk_size) <= MAX_OFFSET)
+
+
+def _largest(x_BSHP: Tensor, B_BSGN: Tensor, chunk_size: int) -> int:
+    rows, length, heads, head_dim = x_BSHP.shape
+    states = rows * -(-length // chunk_size) * heads * head_dim * B_BSGN.shape[3]
+    scores = rows * length * B_BSGN.shape[2] * chunk_size
+    return max(span(x_BSHP), span(B_BSGN), prod(x_BSHP.shape), states, scores)
 
 
 def ssd_scan(
@@ -31,6 +58,17 @@ def ssd_scan(
     documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """``nemo_kernels.ssd.ssd_scan``.
+
+    Raises:
+        ValueError: dtype or size that the library does not take.
+    """
+    if not supports(x_BSHP, B_BSGN, chunk_size):
+        largest = _largest(x_BSHP, B_BSGN, chunk_size)
+        raise ValueError(
+            f"x: expected one of {_DTYPES} and offsets below {MAX_OFFSET}, got {x_BSHP.dtype} and "
+            f"{largest} (path mamba_ssm of op ssd); choose triton"
+        )
     y_BSHP, state_BHPN = mamba_chunk_scan_combined(
         x_BSHP,
         dt_BSH,
@@ -42,7 +80,7 @@ def ssd_scan(
         initial_states=initial_state_BHPN,
         seq_idx=None if documents is None else documents.seq_idx_BS.contiguous(),
         return_final_states=True,
-        state_dtype=torch.float32,
+        **_ARGUMENTS,
     )
     return y_BSHP, state_BHPN
 

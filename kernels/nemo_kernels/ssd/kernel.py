@@ -112,9 +112,9 @@ def ssd_step(
     return y_BHP
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels take x of this dtype. In fp16 states could overflow."""
-    return dtype in _DTYPES
+def supports(x: Tensor, *_: Any) -> bool:
+    """Whether the kernels take x. In fp16 states could overflow."""
+    return x.dtype in _DTYPES
 
 
 def self_check(device_type: str) -> float:
