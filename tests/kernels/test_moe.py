@@ -14,7 +14,14 @@ from torch import Tensor
 
 from helpers.bands import SABOTAGE, band
 from helpers.drawn import drawn, st
-from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
+from helpers.moe_inputs import (
+    deviation,
+    draw_ids,
+    draw_inputs,
+    naive_moe,
+    oracle,
+    with_gradients,
+)
 from nemo_kernels import backend
 from nemo_kernels.moe import grouped_mlp, grouped_mm, moe_mlp, reference, sort_slots, topk_router
 
@@ -49,6 +56,32 @@ def test_moe_mlp_equals_a_loop_over_tokens(
     dy = torch.randn(inputs[0].shape, generator=generator)
     ours = with_gradients(lambda x, w, u, d: path.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
     assert deviation(ours, oracle(ids_TK, inputs, dy)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", [3, 4])
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 24])
+def test_without_gradients_it_equals_the_loop_too(unit: int, n_tokens: int) -> None:
+    """Few tokens, and widths that let all experts be multiplied at once or not."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    ids_TK = draw_ids(generator, n_tokens, 7, 2, 0.5)
+    x, weights, up, down = draw_inputs(generator, n_tokens, 2, 7, 2 * unit, 5 * unit)
+    right = naive_moe(x.double(), ids_TK, weights.double(), up.double(), down.double())
+
+    def off() -> float:
+        y = moe_mlp(x, ids_TK, weights, up, down)
+        return float((y - right).norm() / right.norm().clamp(min=1e-30))
+
+    bound = band(torch.float32, 2 * unit) + band(torch.float32, 5 * unit)
+    with mock.patch.object(reference, "_at_once", wraps=reference._at_once) as at_once:
+        assert off() < bound
+    assert at_once.called == (unit == 4 and n_tokens > 0)
+    if at_once.called:
+        real = reference._at_once
+        with mock.patch.object(
+            reference, "_at_once", lambda x, r: real(x, r._replace(groups=r.groups[::-1]))
+        ):
+            assert off() > SABOTAGE * bound
 
 
 @pytest.mark.parametrize("path", PATHS, ids=IDS)

@@ -86,34 +86,47 @@ class Experts:
         return F.embedding_bag(inverse_TK, y_RL, mode="sum")
 
 
+def _computed(
+    experts: Experts,
+    x_TL: Tensor,
+    weights: Tensor,
+    slots: Slots | None,
+    counts_E: Tensor,
+    w_up_EFL: Tensor,
+    w_down_ELF: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Routed, Tensor | None, Tensor | None]:
+    """The output; and what it was made of, the places of each token's slots, and what was kept."""
+    token_R = inverse_TK = None
+    weight_R = weights
+    if slots is not None:
+        token_R = slots.order_R.div(weights.shape[1], rounding_mode="floor").int()
+        inverse_TK = slots.inverse_R.view(weights.shape)
+        weight_R = weights.reshape(-1).index_select(0, slots.order_R)
+    groups = experts.groups(counts_E, weights.numel())
+    routed = Routed(x_TL, token_R, weight_R, groups, w_up_EFL, w_down_ELF)
+    y_RL, h_RF = experts.forward(routed, keep)
+    return _combined(experts, y_RL, inverse_TK).to(x_TL.dtype), routed, inverse_TK, h_RF
+
+
+def _apply(experts: Experts, *inputs: Any) -> Tensor:
+    """Without what autograd takes for itself, where there is none."""
+    if torch.is_grad_enabled():
+        return _ExpertMLP.apply(experts, *inputs)
+    return _computed(experts, *inputs)[0]
+
+
 class _ExpertMLP(torch.autograd.Function):
     """Keeps its inputs (not their K-fold gather), the sort and, if asked, the pre-activation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        experts: Experts,
-        x_TL: Tensor,
-        weights: Tensor,
-        slots: Slots | None,
-        counts_E: Tensor,
-        w_up_EFL: Tensor,
-        w_down_ELF: Tensor,
-        keep: bool,
-    ) -> Tensor:
-        token_R = inverse_TK = None
-        weight_R = weights
-        if slots is not None:
-            token_R = slots.order_R.div(weights.shape[1], rounding_mode="floor").int()
-            inverse_TK = slots.inverse_R.view(weights.shape)
-            weight_R = weights.reshape(-1).index_select(0, slots.order_R)
-        groups = experts.groups(counts_E, weights.numel())
-        routed = Routed(x_TL, token_R, weight_R, groups, w_up_EFL, w_down_ELF)
-        y_RL, h_RF = experts.forward(routed, keep)
-        ctx.experts, ctx.groups = experts, groups
-        kept = h_RF if keep else None
+    def forward(ctx: Any, experts: Experts, x_TL: Tensor, *inputs: Any) -> Tensor:
+        output_TL, routed, inverse_TK, h_RF = _computed(experts, x_TL, *inputs)
+        ctx.experts, ctx.groups = experts, routed.groups
+        kept = h_RF if inputs[-1] else None
+        _, token_R, weight_R, _, w_up_EFL, w_down_ELF = routed
         ctx.save_for_backward(x_TL, token_R, weight_R, w_up_EFL, w_down_ELF, inverse_TK, kept)
-        return _combined(experts, y_RL, inverse_TK).to(x_TL.dtype)
+        return output_TL
 
     @staticmethod
     @once_differentiable
@@ -148,7 +161,7 @@ def grouped_mlp(
 ) -> Tensor:
     """``nemo_kernels.moe.grouped_mlp`` by an implementation of the experts."""
     keep = _keeps(recompute, x_RL, weights_R, w_up_EFL, w_down_ELF)
-    return _ExpertMLP.apply(experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, keep)
+    return _apply(experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, keep)
 
 
 def moe_mlp(
@@ -165,9 +178,7 @@ def moe_mlp(
     """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts."""
     slots = sort(topk_ids_TK, w_up_EFL.shape[0])
     keep = _keeps(recompute, x_TL, topk_weights_TK, w_up_EFL, w_down_ELF)
-    return _ExpertMLP.apply(
-        experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, keep
-    )
+    return _apply(experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, keep)
 
 
 def _keeps(recompute: bool, *inputs: Tensor) -> bool:

@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Slots, Wanted
 
 __all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+
+_FEW = 1 << 17  # numbers of all experts together that stay in a CPU's second-level cache
 
 
 def topk_router(
@@ -55,6 +58,8 @@ class LoopExperts(Experts):
     def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
         x_RL, acc = routed.rows(routed.x_TL), accumulation_dtype(routed.x_TL)
         h_RF = x_RL.new_empty(x_RL.shape[0], routed.w_up_EFL.shape[1])
+        if not keep and _may_be_at_once(x_RL, routed.w_up_EFL):
+            return _at_once(x_RL, routed), h_RF
         y_RL = torch.empty_like(x_RL, dtype=acc)
         for e, rows in _occupied(routed.groups):
             _pre_activation(x_RL[rows], routed.w_up_EFL[e].to(x_RL.dtype), h_RF[rows])
@@ -93,6 +98,23 @@ class LoopExperts(Experts):
             if dup_EFL is not None:
                 torch.mm(dh.t(), x.to(acc), out=dup_EFL[e])
         return dx_RL, dweight_R, dup_EFL, ddown_ELF
+
+
+def _may_be_at_once(x_RL: Tensor, w_up_EFL: Tensor) -> bool:
+    """Few rows, of what grouped_mm takes: fp32, and strides of whole vectors."""
+    rows, aligned = len(x_RL), not any(width % 4 for width in w_up_EFL.shape[1:])
+    fp32 = x_RL.dtype == w_up_EFL.dtype == torch.float32
+    return x_RL.is_cpu and fp32 and aligned and 0 < rows * w_up_EFL.shape[1] <= _FEW
+
+
+def _at_once(x_RL: Tensor, routed: Routed) -> Tensor:
+    """The output, by one operation for all experts: with few rows each takes longer than what it
+    does."""
+    ends_E = torch.tensor(routed.groups, dtype=torch.int32, device=x_RL.device)
+    ends_E = ends_E.cumsum(0, dtype=torch.int32)
+    act_RF = F.grouped_mm(x_RL, routed.w_up_EFL.mT, offs=ends_E).relu_()
+    act_RF.mul_(act_RF).mul_(routed.weight_R[:, None])
+    return F.grouped_mm(act_RF, routed.w_down_ELF.mT, offs=ends_E)
 
 
 def _occupied(groups: list[int]) -> Iterator[tuple[int, slice]]:
