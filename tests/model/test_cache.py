@@ -210,14 +210,16 @@ def test_ids_that_pad_change_no_bit(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["M", "*", "-", "E", "M*-M", "ME*-ME"])
 def test_other_rows_change_no_bit(pattern: str) -> None:
     """Other texts in the other rows, and other numbers of their tokens; experts then work on other
-    tokens together, whose sums may be ordered otherwise."""
+    tokens together, whose sums may be ordered otherwise: both results are draws of the same error,
+    that of one MoE layer 2e-7, which FACTOR keeps below 1e-6 (found between them: 8e-8)."""
     case, pieces = case_of(pattern), division(2)
     other_BS = random_ids(case.model.config, ROWS, LENGTH, seed=1)
     other_BS[1] = case.ids_BS[1]
     elsewhere = [[counts[2], counts[1], counts[0]] for counts in pieces]
     ours_BSD, _ = read_in_pieces(case.model, case.ids_BS, pieces)
     theirs_BSD, _ = read_in_pieces(case.model, other_BS, elsewhere)
-    assert off(theirs_BSD[1], case.truth_BSD[1]) <= case.allowed <= 1e-5
+    assert off(theirs_BSD[1], case.truth_BSD[1]) <= case.allowed
+    assert off(theirs_BSD[1], ours_BSD[1]) <= case.allowed <= (1e-6 if pattern == "E" else 1e-5)
     assert "E" in pattern or torch.equal(theirs_BSD[1], ours_BSD[1])
     assert off(theirs_BSD[0], ours_BSD[0]) > NOTICED
 
