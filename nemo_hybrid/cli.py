@@ -52,6 +52,7 @@ COMMANDS = {
     "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
     "launch": Word("launch", "Start a command in several processes of this machine."),
     "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
+    "harness": Word("harness", "Score a model on tasks of lm-eval."),
     "generate": Word("generate", "Continue prompts with a trained model."),
     "rollout": Word("rollout", "Write samples of what a model says to prompts, to a file."),
     "eval-mtp": Word(

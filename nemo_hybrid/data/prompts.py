@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from nemo_hybrid.data.chat import Conversation, read_question, refuse_fields
 from nemo_hybrid.data.readers import integers, plain_text, read_records
-from nemo_hybrid.data.reasoning import END_OF_THINKING, THINK
+from nemo_hybrid.data.reasoning import END_OF_THINKING, THINK, Message
 from nemo_hybrid.data.sources import BadRecord, Record, Unusable, find_samples
 from nemo_hybrid.data.template import ChatTemplate, load_template, need_template
 from nemo_hybrid.data.tokenizer import TextTokenizer
@@ -137,6 +137,15 @@ class PromptReader:
         if kinds[0] == "input_ids":
             return self._made(number, integers(value, "input_ids").tolist(), budget)
         return self.text(plain_text(value, "prompt"), number, budget)
+
+    @property
+    def template_text(self) -> str:
+        """The chat template. Raises UserError where there is none."""
+        return self._template.source()
+
+    def written(self, messages: Sequence[Message], **options: bool) -> str:
+        """What the chat template makes of messages. Raises UserError where there is none."""
+        return self._template.render(messages, **options)
 
     @property
     def _needed(self) -> TextTokenizer:

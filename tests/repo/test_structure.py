@@ -37,6 +37,7 @@ OPTIONAL_LIBRARIES = (
     "flash_attn",
     "transformer_engine",
     "math_verify",
+    "lm_eval",
 )
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib")
 FORBIDDEN_CALLS = ("torch.load", "eval", "exec", "os.system")
@@ -55,6 +56,8 @@ MAKERS = {
     "commands/generate": {"chat", "prompts", "sources"},
     "commands/rollout": {"prompts"},
     "commands/exact_match": {"prompts", "reasoning"},
+    "commands/harness": {"prompts"},
+    "generation/harness": {"prompts"},
     "export/calibrate": {"sources"},
 }
 """Who may make data, or asks what a file is, and by which modules."""
