@@ -132,7 +132,7 @@ class Generator:
         speculation = None
         if self._drafts:
             speculation = Speculation(
-                self._model, rows, self._drafts, self._temperature, self._top_p, self._most
+                self._model, rows, self._drafts, self._temperature, self._top_p
             )
         device = self._model.lm_head.weight.device
         thinking = Thinking(self._markers, rows, device) if self._markers else None

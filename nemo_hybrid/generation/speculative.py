@@ -2,8 +2,8 @@
 
 A round begins with a token in every row that is drawn but not read. The MTP block reads what the
 last round verified, from the backbone's states, and then its own drafts, which it forgets again.
-The backbone reads the token and the drafts, and those stay that it would have drawn itself; reading
-them once more takes the others back. One more token comes of the last state that counts.
+The backbone reads the token and the drafts, and those stay that it would have drawn itself; the
+others are taken back. One more token comes of the last state that counts.
 
 At temperature 0 the texts are those without drafts. Else a draft d stays with probability
 min(1, p(d) / q(d)), and where it does not, a token is drawn from what p exceeds q by, which keeps
@@ -15,8 +15,6 @@ Shapes: B rows, K drafts, S = K + 1, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,10 +38,9 @@ class Speculation:
         drafts: int,
         temperature: float,
         top_p: float,
-        most: Callable[[int], int],
     ) -> None:
         like = model.lm_head.weight
-        self._model, self.drafts, self._most = model, drafts, most
+        self._model, self.drafts = model, drafts
         self._temperature, self._top_p = temperature, top_p
         # Verified tokens that the MTP block has not read: states before them, and how many.
         self._h_BSD = like.new_zeros(rows, drafts + 1, model.config.hidden_size)
@@ -52,7 +49,7 @@ class Speculation:
 
     def of_rows(self, rows_N: Tensor) -> Speculation:
         """The same of some rows alone."""
-        some = Speculation(self._model, 0, self.drafts, self._temperature, self._top_p, self._most)
+        some = Speculation(self._model, 0, self.drafts, self._temperature, self._top_p)
         some._h_BSD, some._ids_BS = self._h_BSD[rows_N], self._ids_BS[rows_N]
         some._counts_B = self._counts_B[rows_N]
         return some
@@ -92,14 +89,12 @@ class Speculation:
 
         text_BS = torch.cat([self._ids_BS[every_B, last_B][:, None], drafts_BK], dim=1)
         all_B = torch.full_like(last_B, self.drafts + 1)
-        h_BSD, after = model.read(text_BS, all_B, caches)
+        h_BSD, after = model.read(text_BS, all_B, caches, revisable=True)
         logits_BSV = model.logits(h_BSD)
         due_BS = thinking.due(drafts_BK) if thinking else torch.full_like(text_BS, FREE)
         accepted_B, next_B = self._verify(logits_BSV, drafts_BK, q_BKV, due_BS, streams_B, places_B)
         self._counts_B = accepted_B + 1
-        if self._most(int((accepted_B < self.drafts).any())):
-            _, after = model.read(text_BS, self._counts_B, caches)
-        commit(caches, after)
+        commit(caches, model.revise(after, self._counts_B, caches))
         self._h_BSD = h_BSD
         self._ids_BS = torch.cat([drafts_BK, next_B[:, None]], dim=1)
         self._ids_BS[every_B, accepted_B] = next_B

@@ -3,7 +3,7 @@
 Texts are read in pieces, of other lengths in every row, and nothing that is read counts before
 ``commit``: until then Mamba states stay what they were, and keys and values stand behind a row's
 length, where they are scratch. So tokens are taken back by not committing, and by reading those
-that are to stay once more.
+that are to stay once more, or by `HybridLM.revise`.
 
 Every tensor has the rows as its first dimension and is written in place, so that addresses stay
 until ``reserve`` has to make room; lengths stay on the device, so that nothing waits for it.
@@ -63,6 +63,15 @@ class AttentionCache:
         """Nothing: what counts of it, a row's length says."""
 
 
+class MambaState(NamedTuple):
+    """What a `MambaCache` is to hold; ``inputs``: of the convolution and the scan [B, S, C], and
+    time steps [B, S, H], if that may be revised."""
+
+    conv_BCJ: Tensor
+    ssm_BHPN: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor] | None
+
+
 @dataclass
 class MambaCache:
     """The last inputs of the convolution, and the state of the scan, in fp32."""
@@ -73,7 +82,7 @@ class MambaCache:
     def reserve(self, tokens: int) -> None:
         """Nothing: a state has one size."""
 
-    def commit(self, state: MambaCache) -> None:
+    def commit(self, state: MambaState) -> None:
         self.conv_BCJ.copy_(state.conv_BCJ)
         self.ssm_BHPN.copy_(state.ssm_BHPN)
 
@@ -170,18 +179,22 @@ class Reading(NamedTuple):
     counts_B: Tensor  # tokens of the row's S that are real: the first ones
     real_BS: Tensor  # bool: which these are
     real_R: Tensor  # their places among B*S
+    revisable: bool  # whether states are to keep what `revise` of a mixer needs
 
 
-def reading(counts_B: Tensor, tokens: int, caches: Caches) -> Reading:
+def reading(counts_B: Tensor, tokens: int, caches: Caches, revisable: bool = False) -> Reading:
     """Waits for a GPU, once: how many tokens are real decides how many the experts see."""
     real_BS = torch.arange(tokens, device=counts_B.device) < counts_B[:, None]
-    return Reading(caches.lengths_B, counts_B, real_BS, real_BS.flatten().nonzero()[:, 0])
+    real_R = real_BS.flatten().nonzero()[:, 0]
+    return Reading(caches.lengths_B, counts_B, real_BS, real_R, revisable)
 
 
 class After(NamedTuple):
-    """What `commit` makes count: tokens per row, and states after them."""
+    """What `commit` makes count: tokens per row, of so many that were read, and states after
+    them."""
 
     counts_B: Tensor
+    tokens: int
     states: list[Any]
 
 

@@ -130,16 +130,25 @@ class HybridLM(nn.Module):
         return caches
 
     @torch.no_grad()
-    def read(self, ids_BS: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
+    def read(
+        self, ids_BS: Tensor, counts_B: Tensor, caches: Caches, revisable: bool = False
+    ) -> tuple[Tensor, After]:
         """Read on: hidden states [B, S, D] after the final norm, and what `commit` needs.
 
         The first ``counts_B`` tokens of each row follow what the caches hold; ids behind them, and
         hidden states there, mean nothing. The caches need room for all S. The results are those of
-        `forward_hidden` over the whole text, however it is divided, up to rounding.
+        `forward_hidden` over the whole text, however it is divided, up to rounding. With
+        ``revisable`` the inputs of all states are kept, so that `revise` can take tokens back.
         """
         x_BSD = self.backbone.embeddings(ids_BS)
-        x_BSD, after = self.backbone.layers.read(x_BSD, counts_B, caches)
+        x_BSD, after = self.backbone.layers.read(x_BSD, counts_B, caches, revisable)
         return self.backbone.norm_f(x_BSD), after
+
+    @torch.no_grad()
+    def revise(self, after: After, counts_B: Tensor, caches: Caches) -> After:
+        """What `commit` needs for fewer tokens than a `read` before it was given, without reading
+        them again: only the scans run once more."""
+        return self.backbone.layers.revise(after, counts_B, caches)
 
     @torch.no_grad()
     def read_mtp(

@@ -95,13 +95,24 @@ class Layers(nn.ModuleList):
         lengths_B = torch.zeros(rows, dtype=torch.int64, device=like.device)
         return Caches(lengths_B, [layer.mixer.new_cache(rows, tokens, like) for layer in self])
 
-    def read(self, x_BSD: Tensor, counts_B: Tensor, caches: Caches) -> tuple[Tensor, After]:
+    def read(
+        self, x_BSD: Tensor, counts_B: Tensor, caches: Caches, revisable: bool = False
+    ) -> tuple[Tensor, After]:
         """The first ``counts_B`` of each row's S tokens, which follow what the caches hold."""
-        now, states = reading(counts_B, x_BSD.shape[1], caches), []
+        now, states = reading(counts_B, x_BSD.shape[1], caches, revisable), []
         for layer, cache in zip(self, caches.layers, strict=True):
             x_BSD, state = layer.read(x_BSD, cache, now)
             states.append(state)
-        return x_BSD, After(counts_B, states)
+        return x_BSD, After(counts_B, x_BSD.shape[1], states)
+
+    def revise(self, after: After, counts_B: Tensor, caches: Caches) -> After:
+        """What `commit` needs where other numbers of the tokens count than were read."""
+        now = reading(counts_B, after.tokens, caches)
+        states = [
+            None if state is None else layer.mixer.revise(state, cache, now)
+            for layer, state, cache in zip(self, after.states, caches.layers, strict=True)
+        ]
+        return After(counts_B, after.tokens, states)
 
     def decode(self, x_BD: Tensor, caches: Caches) -> Tensor:
         """One token per row, which counts at once."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.model.cache import MambaCache, Reading
+from nemo_hybrid.model.cache import MambaCache, MambaState, Reading
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import GatedRMSNorm
@@ -31,10 +31,13 @@ class CausalConv1d(nn.Module):
 
     def read(self, x_BSC: Tensor, state_BCJ: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor]:
         """Of tokens that follow others: output, and the last J inputs up to each row's count."""
-        J = state_BCJ.shape[-1]
         x_BTC = torch.cat([state_BCJ.mT, x_BSC], dim=1)
-        last_BJ1 = (counts_B[:, None] + torch.arange(J, device=x_BSC.device))[..., None]
-        return self(x_BTC)[:, J:], x_BTC.take_along_dim(last_BJ1, dim=1).mT
+        return self(x_BTC)[:, state_BCJ.shape[-1] :], self.last(x_BTC, counts_B)
+
+    def last(self, x_BTC: Tensor, counts_B: Tensor) -> Tensor:
+        """The last J inputs up to each row's count, of those with the J before them."""
+        places_J = torch.arange(self.weight.shape[-1] - 1, device=x_BTC.device)
+        return x_BTC.take_along_dim((counts_B[:, None] + places_J)[..., None], dim=1).mT
 
     def decode(self, x_BC: Tensor, state_BCJ: Tensor) -> Tensor:
         return causal_conv1d_step(x_BC, state_BCJ, self.weight.squeeze(1), self.bias)
@@ -87,17 +90,32 @@ class Mamba2(KeepsFp32):
         wide = torch.promote_types(like.dtype, torch.float32)
         return MambaCache(like.new_zeros(conv).mT, like.new_zeros(ssm, dtype=wide))
 
-    def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaCache]:
+    def read(self, x_BSD: Tensor, cache: MambaCache, reading: Reading) -> tuple[Tensor, MambaState]:
         """Tokens that follow what the cache holds, and what it is to hold after them."""
-        z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
-        xBC_BSC, conv_BCJ = self.conv1d.read(xBC_BSC, cache.conv_BCJ, reading.counts_B)
+        z_BSI, raw_BSC, dt_BSH = self._project(x_BSD)
+        xBC_BSC, conv_BCJ = self.conv1d.read(raw_BSC, cache.conv_BCJ, reading.counts_B)
+        y_BSHP, ssm_BHPN = self._scan(xBC_BSC, dt_BSH, cache, reading)
+        y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
+        inputs = (raw_BSC, xBC_BSC, dt_BSH) if reading.revisable else None
+        return y_BSD, MambaState(conv_BCJ, ssm_BHPN, inputs)
+
+    def revise(self, state: MambaState, cache: MambaCache, reading: Reading) -> MambaState:
+        """What the cache is to hold after other numbers of the tokens that were read."""
+        assert state.inputs is not None, "this was not read to be revised"
+        raw_BSC, xBC_BSC, dt_BSH = state.inputs
+        raw_BTC = torch.cat([cache.conv_BCJ.mT, raw_BSC], dim=1)
+        conv_BCJ = self.conv1d.last(raw_BTC, reading.counts_B)
+        return MambaState(conv_BCJ, self._scan(xBC_BSC, dt_BSH, cache, reading)[1], None)
+
+    def _scan(
+        self, xBC_BSC: Tensor, dt_BSH: Tensor, cache: MambaCache, reading: Reading
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [B, S, H, P], and the state after the tokens that are real."""
         # A token of no time leaves the state as it is: so does what pads a row.
         dt_BSH = dt_BSH.masked_fill(~reading.real_BS[..., None], 0)
         operands = self._operands(xBC_BSC, dt_BSH)
         y_BSHP, ssm_BHPN = ssd_scan(*operands, self.chunk, None, cache.state())
-        y_BSD = self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
-        read_B = reading.before_B + reading.counts_B
-        return y_BSD, MambaCache(conv_BCJ, cache.stored(ssm_BHPN, read_B))
+        return y_BSHP, cache.stored(ssm_BHPN, reading.before_B + reading.counts_B)
 
     def decode(self, x_BD: Tensor, cache: MambaCache, before_B: Tensor) -> Tensor:
         z_BI, xBC_BC, dt_BH = self._project(x_BD)

@@ -298,6 +298,30 @@ def test_tokens_that_are_not_committed_leave_no_bit(pattern: str) -> None:
     assert all(map(torch.equal, then(drafts=True), then(drafts=False)))
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_reading_that_is_revised_is_one_of_fewer_tokens(pattern: str) -> None:
+    """Bit for bit, but up to rounding behind experts."""
+    model, ids_BS, *_ = case_of(pattern)
+    drafts_BS, fewer_B = ids_BS[:, 12:20], torch.tensor([0, 3, 8])
+
+    def then(revised: bool, counts_B: Tensor = fewer_B) -> list[Tensor]:
+        _, caches = read_in_pieces(model, ids_BS, [[5, 9, 12]])
+        if revised:
+            _, after = model.read(drafts_BS, torch.full((ROWS,), 8), caches, revisable=True)
+            after = model.revise(after, counts_B, caches)
+        else:
+            _, after = model.read(drafts_BS, counts_B, caches)
+        commit(caches, after)
+        clear_scratch(caches)
+        return tensors(caches)
+
+    for ours, theirs in zip(then(True), then(False), strict=True):
+        assert off(ours, theirs) < 1e-5 if "E" in pattern else torch.equal(ours, theirs)
+    others = then(True, fewer_B + torch.tensor([1, -1, 0]))
+    assert off(others[0], then(False)[0]) > 0.01
+    assert all(off(a, b) > 1e-3 for a, b in zip(others[1:], then(False)[1:], strict=True))
+
+
 def speculated(
     model: HybridLM, ids_BS: Tensor, right_BN: Tensor, taken_back: bool = True
 ) -> Tensor:
