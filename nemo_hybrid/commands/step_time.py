@@ -80,10 +80,11 @@ class Even(AllToAllDispatcher):
     def exchange(self, *_: Any) -> None:
         pass
 
-    def rows(self, counts_E: Tensor) -> list[int]:
-        super().rows(counts_E)  # which waits
+    def rows(self, counts_E: Tensor, received_counts_E: Tensor) -> tuple[list[int], list[int]]:
+        super().rows(counts_E, received_counts_E)  # which waits
         each, more = divmod(self.slots, self.ep_size)
-        return [each + (process < more) for process in range(self.ep_size)]
+        rows = [each + (process < more) for process in range(self.ep_size)]
+        return rows, rows
 
 
 @dataclass

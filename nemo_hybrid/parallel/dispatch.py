@@ -39,6 +39,43 @@ class _AllToAll(torch.autograd.Function):
         return returned, None, None, None
 
 
+class _Spread(torch.autograd.Function):
+    """To every slot its token's row, in the order of the slots. Backward a gather as well: by
+    itself torch would sort the slots once more, or add to rows in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.top_k = top_k
+        return x.index_select(0, order_R // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return _summed(grad, inverse_R, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's sum of its slots, which come in an order; the other way round than `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.top_k = top_k
+        return _summed(y, inverse_R, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_R,) = ctx.saved_tensors
+        return grad.index_select(0, order_R // ctx.top_k), None, None, None
+
+
+def _summed(y: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    """In fp32, rounded once."""
+    y = y.index_select(0, inverse_R)
+    return y if top_k == 1 else y.unflatten(0, (-1, top_k)).sum(1, dtype=torch.float32).to(y.dtype)
+
+
 class AllToAllDispatcher(nn.Module):
     """Owns experts ``[ep_rank * E / ep, (ep_rank + 1) * E / ep)`` of every MoE layer.
 
@@ -81,10 +118,11 @@ class AllToAllDispatcher(nn.Module):
         assert self.group is not None, "the dispatcher works only inside the engine"
         dist.all_to_all_single(received, x, receive, send, group=self.group)
 
-    def rows(self, counts_E: Tensor) -> list[int]:
-        """Of each process, from the counts of all processes' experts. Waits for a GPU."""
-        rows: list[int] = counts_E.view(self.ep_size, -1).sum(1).tolist()
-        return rows
+    def rows(self, counts_E: Tensor, received_counts_E: Tensor) -> tuple[list[int], list[int]]:
+        """To and from each process, from counts per expert and process. Waits for a GPU, once."""
+        counts_2SE = torch.stack([counts_E, received_counts_E]).view(2, self.ep_size, -1)
+        send, receive = counts_2SE.sum(2).tolist()
+        return send, receive
 
     def forward(
         self, x_TL: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: AdaptedExperts
@@ -93,23 +131,24 @@ class AllToAllDispatcher(nn.Module):
         order_R, inverse_R, counts_E = sort_slots(topk_ids_TK, self.num_experts)
         received_counts_E = torch.empty_like(counts_E)
         self.exchange(received_counts_E, counts_E)
-        send, receive = self.rows(counts_E), self.rows(received_counts_E)
+        send, receive = self.rows(counts_E, received_counts_E)
 
-        x_QL = _AllToAll.apply(x_TL[order_R // top_k], send, receive, self.exchange)
-        weights_Q = _AllToAll.apply(
-            topk_weights_TK.flatten()[order_R], send, receive, self.exchange
-        )
+        x_RL = _Spread.apply(x_TL, order_R, inverse_R, top_k)
+        weights_R = _Spread.apply(topk_weights_TK.flatten(), order_R, inverse_R, 1)
+        x_QL = _AllToAll.apply(x_RL, send, receive, self.exchange)
+        weights_Q = _AllToAll.apply(weights_R, send, receive, self.exchange)
         # Rows arrive by source rank, then by expert; the experts want them by expert.
         arrived_SE = received_counts_E.view(self.ep_size, self.num_local_experts)
         local = torch.arange(self.num_local_experts, device=counts_E.device).repeat(self.ep_size)
         # The number of rows is known here, so that nothing waits for a GPU once more.
         owner_Q = torch.repeat_interleave(local, arrived_SE.flatten(), output_size=sum(receive))
         by_expert_Q = owner_Q.argsort(stable=True)
-        y_QL = grouped_mlp(x_QL[by_expert_Q], weights_Q[by_expert_Q], arrived_SE.sum(0), *experts)
-        y_QL = y_QL[_inverse(by_expert_Q)]
-        y_RL = _AllToAll.apply(y_QL, receive, send, self.exchange)
-        y_TKL = y_RL[inverse_R].view(-1, top_k, x_TL.shape[1])
-        return y_TKL.sum(1, dtype=torch.float32).to(x_TL.dtype)
+        orders = (by_expert_Q, _inverse(by_expert_Q))
+        x_QL, weights_Q = (_Spread.apply(t, *orders, 1) for t in (x_QL, weights_Q))
+        y_QL = grouped_mlp(x_QL, weights_Q, arrived_SE.sum(0), *experts)
+        y_RL = _AllToAll.apply(_Combine.apply(y_QL, *orders, 1), receive, send, self.exchange)
+        y_TL: Tensor = _Combine.apply(y_RL, order_R, inverse_R, top_k)
+        return y_TL
 
 
 class TrainedExperts(MoE):

@@ -211,9 +211,12 @@ def test_experts_over_processes_move_rows_more_often() -> None:
     """Every process has as many rows as without, but sorts them twice and asks for their number."""
     alone, shared = count(layout(), REFERENCE), count(layout(ep=4, processes=4), REFERENCE)
     moved = [of_layer(c, "E", "moe")["bytes"] for c in (alone, shared)]
-    assert moved[1] > 1.4 * moved[0]
+    assert moved[1] > 1.2 * moved[0]
     passes = TINY.pattern.count("E") + TINY.mtp_num_depths * TINY.mtp_pattern.count("E")
-    assert shared.waits["values read"] - alone.waits["values read"] == 2 * passes
+    assert shared.waits["values read"] - alone.waits["values read"] == passes
+    found = [(w.name, n) for (w, s), n in shared.micro_batch.items() if s.op == "moe"]
+    scattered = sum(n for name, n in found if "index_put" in name or "index_add" in name)
+    assert scattered == passes  # the inverse of an order, forward
 
 
 def test_an_update_is_shared_by_more_micro_batches() -> None:
