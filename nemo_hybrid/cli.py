@@ -62,6 +62,7 @@ COMMANDS = {
     "merge": Word("import_merge", "Add adapters to the weights that they were trained beside."),
     "average": Word("average", "Average the weights of several checkpoints of a run."),
     "export": Word("export", "Write a checkpoint in the number formats that serving engines load."),
+    "push": Word("push", "Send a model to the Hugging Face hub."),
     "verify-export": Word(
         "verify", "Check an exported directory: names, shapes, dtypes, checksums, values."
     ),
