@@ -26,7 +26,9 @@ from nemo_hybrid.recipes import recipe_of
 from nemo_hybrid.recipes.adapt import Adapt
 from nemo_hybrid.recipes.pretrain import Pretrain
 
-ROWS = SimpleNamespace(digests=["d"], weights=[1.0], tokenizer_sha256="t", packs=range(64))
+ROWS = SimpleNamespace(
+    digests=["d"], weights=[1.0], later_weights=None, tokenizer_sha256="t", packs=range(64)
+)
 
 
 def opened(recipe: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: Path | None = None) -> Any:
