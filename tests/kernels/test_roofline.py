@@ -74,3 +74,15 @@ def test_results_that_are_kept(file: Path) -> None:
     assert found["modelled"] == "not measured"
     assert set(found) >= KEYS
     assert sum(of["us"] for of in found["ops"].values()) == pytest.approx(found["us_per_token"])
+
+
+@pytest.mark.parametrize("name", ["nano_3b", "nano_ep8", "super_ep64"])
+def test_results_before_and_after(name: str) -> None:
+    before, after = (
+        json.loads((FILE.parent / f"results/roofline_{name}_{when}.json").read_text())
+        for when in ("before", "after")
+    )
+    assert before["asked"] == after["asked"]
+    assert after["us_per_token"] < before["us_per_token"] / 2
+    assert after["fp32_matmul_flop_share"] < 0.005 < before["fp32_matmul_flop_share"]
+    assert after["host_syncs_per_micro_batch"] < before["host_syncs_per_micro_batch"]
