@@ -49,6 +49,7 @@ COMMANDS = {
     ),
     "pretrain": Word("train", "Train a model from its first step, or resume."),
     "finetune": Word("train", "Fine-tune a checkpoint on conversations, or resume."),
+    "rl": Word("train", "Train a checkpoint on rewards for its own answers, or resume."),
     "plan": Word("plan", "Say whether a run fits, and how long a step takes."),
     "launch": Word("launch", "Start a command in several processes of this machine."),
     "eval": Word("evaluate", "Measure a trained model's losses on held-out data."),
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         asks = {"-h", "--help", "--print_config"} & set(words)
-        open_streams(needed=bool(asks) or not words or words[0] not in ("pretrain", "finetune"))
+        runs = ("pretrain", "finetune", "rl")
+        open_streams(needed=bool(asks) or not words or words[0] not in runs)
     rank = os.environ.get("RANK", "") if words and words[0] in TOGETHER else ""
     try:
         status = _dispatch(words)

@@ -25,7 +25,7 @@ _OTHER_LAUNCHERS = {
 }
 """Variables of mpirun and srun: how many processes, and which of them. A Slurm batch script, which
 is one process, has SLURM_NTASKS too."""
-TOGETHER = ("pretrain", "finetune", "eval", "rollout")
+TOGETHER = ("pretrain", "finetune", "rl", "eval", "rollout")
 """Commands that several processes may run together."""
 _TORCHRUN = "torchrun --nproc_per_node=N -m nemo_hybrid ..."
 

@@ -1,4 +1,4 @@
-"""`pretrain` and `finetune`."""
+"""`pretrain`, `finetune` and `rl`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.process import launched
 from nemo_hybrid.terminal import say_phase
@@ -29,4 +30,5 @@ def train_command(config: TrainingConfig) -> None:
 COMMANDS = {
     "pretrain": Command(train_command, kind=RunConfig),
     "finetune": Command(train_command, kind=FinetuneConfig),
+    "rl": Command(train_command, kind=RlConfig),
 }

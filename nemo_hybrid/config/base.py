@@ -39,6 +39,9 @@ GLOBS = dict[str, str]
 PHASES = dict[float, dict[str, float]]
 """Blends of stores and their weights, by the number of tokens from which on they are drawn."""
 
+OPTIONS_BY_NAME = dict[str, dict[str, Any]]
+"""Things that have options of their own, by names that the user gives them."""
+
 
 class OptionError(UserError):
     """An option whose value cannot be had."""
@@ -175,4 +178,6 @@ def type_in_words(hint: Any) -> str:
         return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
     if hint == PHASES:
         return 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"'
+    if hint == OPTIONS_BY_NAME:
+        return 'a mapping of names to options such as "{arithmetic: {format_reward: 0.1}}"'
     return "a mapping of paths to numbers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -9,12 +10,18 @@ from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.config.base import (
     CHECKED,
+    OPTIONS_BY_NAME,
     BelowOne,
     NotNegativeFloat,
+    NotNegativeInt,
     Options,
     PositiveFloat,
     PositiveInt,
+    refuse,
 )
+from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.run import IN_STEPS, SequenceOptions, TrainingConfig, TrainOptions
+from nemo_hybrid.errors import UserError
 
 
 @dataclass(config=CHECKED)
@@ -60,3 +67,158 @@ class PolicyOptions(Options):
     max_mismatch: Annotated[float, Field(ge=1)] = 1.05
     """Mean of exp|difference of log-probabilities| between sampling and training that stops the
     run, if three steps in a row exceed it."""
+    verifiers: PositiveInt = 1
+    """Processes per rank in which environments judge answers."""
+    deadline_s: PositiveFloat = 10.0
+    """Longest time that judging one answer may take."""
+
+
+@dataclass(config=CHECKED)
+class RolloutOptions(Options):
+    """What is sampled in every step."""
+
+    section: ClassVar[str] = "rollout."
+
+    samples: PositiveInt = 16
+    """Answers to each prompt; a step has train.global_batch_size of them."""
+    response_tokens: PositiveInt = 256
+    """Most tokens of an answer."""
+    slots: PositiveInt = 64
+    """Answers that each process generates at once; they do not depend on it."""
+    temperature: float = 1.0
+    """Has to be 1: other answers are not the policy's."""
+    log_every: NotNegativeInt = 0
+    """Steps between those whose answers and scores are written to RUN_DIR/rollouts; 0: never."""
+
+
+@dataclass(config=CHECKED)
+class PromptOptions(SequenceOptions):
+    """What is asked."""
+
+    section: ClassVar[str] = "data."
+
+    path: str | None = None
+    """Prompts to learn from (.jsonl, .parquet, a saved dataset ...): rows of prompt (text, or
+    messages to be answered), messages or input_ids, with environment and what that needs; or rows
+    of NeMo Gym."""
+    heldout_path: str | None = None
+    """The same for evaluation."""
+    sequence_length: PositiveInt = 2048
+    """Tokens per training sequence, into which prompts with their answers are packed; no prompt
+    with rollout.response_tokens more may be longer."""
+    skip_bad: bool = False
+    """Skip (and count) rows that cannot be asked or judged, instead of stopping."""
+
+
+@dataclass(config=CHECKED)
+class RlTrainOptions(TrainOptions):
+    """Optimization, and what happens when."""
+
+    trained: ClassVar[str] = "all"
+
+    max_steps: PositiveInt = 100
+    """Optimizer steps of the whole run."""
+    global_batch_size: PositiveInt = 512
+    """Sampled answers per optimizer step, over all ranks: prompts times rollout.samples."""
+    micro_batch_size: PositiveInt = 1
+    """Packs of answers per forward pass on one rank."""
+    lr: PositiveFloat = 3e-6
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine", "constant"] = "constant"
+    """wsd: warm-up, stable, then decay by 1 - sqrt(fraction); cosine; or constant."""
+    warmup_steps: NotNegativeInt = 10
+    """Steps of linear warm-up."""
+    weight_decay: NotNegativeFloat = 0.0
+    """Decoupled weight decay of matrices (not of norms, biases, A_log, D and dt_bias)."""
+    beta2: BelowOne = 0.999
+    """AdamW beta 2."""
+    mtp_loss_weight: NotNegativeFloat = 0.0
+    """Has to be 0: the multi-token-prediction block stays as it is."""
+    aux_loss_weight: NotNegativeFloat = 0.0
+    """Weight of the sequence-wise load-balancing loss."""
+    router_bias_rate: NotNegativeFloat = 0.0
+    """Step of the router bias update, once per global batch; 0 freezes the bias."""
+    eval_sequences: NotNegativeInt = 256
+    """Held-out prompts per evaluation (fewer if there are fewer), each answered once, by the most
+    probable tokens; 0: no evaluation."""
+    train_router: bool = False
+    """Train the routers' weights too."""
+
+
+@dataclass(config=CHECKED)
+class RlConfig(TrainingConfig):
+    """Reinforcement learning of a checkpoint, or resume."""
+
+    run_dir: str = "runs/rl"
+    """Directory of the run: resolved configuration, metrics, checkpoints, and at the end the
+    model."""
+    environments: OPTIONS_BY_NAME = field(default_factory=dict)
+    """What judges answers: name -> options, of which kind says what it is (else its name does)."""
+    data: PromptOptions = field(default_factory=PromptOptions)
+    train: RlTrainOptions = field(default_factory=RlTrainOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    rl: PolicyOptions = field(default_factory=PolicyOptions)
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.train.global_batch_size // self.rollout.samples
+
+    def in_steps(self) -> RlConfig:
+        for name, steps in IN_STEPS.items():
+            if getattr(self.train, name) is not None:
+                raise UserError(f"train.{name}: nobody knows how long answers become; give {steps}")
+        return self
+
+    def validate(self, shape: ModelConfig | None = None) -> None:
+        super().validate(shape)
+        self.precision.validate(self.train.max_steps)
+        train, rl, samples = self.train, self.rl, self.rollout.samples
+        idle = {"clip", "clip_low", "clip_high", "ratio"} if rl.updates == 1 else set()
+        if rl.importance == "none":
+            idle |= {"importance_low", "importance_high"}
+        refuse(
+            (not self.model.from_hf, "model.from_hf is missing: name the checkpoint to train"),
+            (not self.data.path, "data.path is missing: name the prompts to learn from"),
+            (not self.environments, "environments is missing: say what judges the answers"),
+            (
+                self.rollout.temperature != 1,
+                f"rollout.temperature must be 1, got {self.rollout.temperature:g}: answers drawn "
+                "at another are not the policy's, and its probabilities are not those they had",
+            ),
+            (
+                samples == 1,
+                "rollout.samples must be 2 or more: an answer is judged by the others to its "
+                "prompt",
+            ),
+            (
+                train.global_batch_size % samples,
+                f"train.global_batch_size ({train.global_batch_size} answers) is not divisible by "
+                f"rollout.samples ({samples})",
+            ),
+            (
+                self.rollout.response_tokens >= self.data.sequence_length,
+                f"rollout.response_tokens ({self.rollout.response_tokens}) leaves no room for "
+                f"prompts: raise data.sequence_length ({self.data.sequence_length})",
+            ),
+            (
+                train.mtp_loss_weight,
+                "train.mtp_loss_weight must be 0: train the block afterwards, on answers "
+                "(finetune --train.trained mtp)",
+            ),
+            (
+                rl.importance_low > rl.importance_high,
+                "rl.importance_low exceeds rl.importance_high",
+            ),
+            *(
+                (name in idle, f"rl.{name} has no effect with rl.{why}")
+                for name in rl.changed()
+                for why in [
+                    "importance none" if name.startswith("importance") else "updates 1: set that"
+                ]
+            ),
+            (
+                train.eval_sequences and self.data.heldout_path is None,
+                "there are no held-out prompts: name data.heldout_path, or set "
+                "train.eval_sequences to 0",
+            ),
+        )

@@ -179,8 +179,8 @@ class Share(NamedTuple):
         return [range(begin, begin + self.micro_batch_size) for begin in begins]
 
 
-class Rows(Protocol):
-    """Rows of token sequences by number, the same whoever asks."""
+class Learnt(Protocol):
+    """What a run learns from."""
 
     @property
     def tokens(self) -> int:
@@ -203,6 +203,10 @@ class Rows(Protocol):
     @property
     def later_weights(self) -> list[list[float]] | None:
         """With which it is drawn later: tokens from which on, and then the weights."""
+
+
+class Rows(Learnt, Protocol):
+    """Rows of token sequences by number, the same whoever asks."""
 
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
         """Training rows of global sample numbers."""
@@ -333,7 +337,7 @@ def open_blend(
     return blend
 
 
-def require_tokenizer(data: Rows, directory: Path) -> None:
+def require_tokenizer(data: Learnt, directory: Path) -> None:
     """Raise UserError if a checkpoint's tokenizer is another one than that of the data: the same
     ids would mean other text. A checkpoint without tokenizer.json says nothing."""
     there = (directory / TOKENIZER).is_file()

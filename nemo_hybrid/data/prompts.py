@@ -1,13 +1,17 @@
-"""Prompts from files: texts, conversations that wait for an answer, or token ids."""
+"""Prompts from files: texts, conversations that wait for an answer, or token ids.
+
+A row may hold anything besides, such as what judges the answer. Rows of NeMo Gym are read as they
+are: the conversation in ``responses_create_params``, the environment in ``agent_ref``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemo_hybrid.data.chat import Conversation, read_question, refuse_fields
 from nemo_hybrid.data.readers import integers, plain_text, read_records
@@ -20,6 +24,7 @@ from nemo_hybrid.errors import UserError
 T = TypeVar("T")
 _KINDS = ("prompt", "messages", "input_ids")
 _BUDGET = "thinking_budget"
+_GYM = "responses_create_params"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,19 @@ class Prompt:
     ids: list[int]
     budget: int | None = None
     thinks: bool = False
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """All that the file says of it."""
+    where: str = ""
+    """For messages: file and line."""
+
+    @property
+    def environment(self) -> str | None:
+        """What judges answers to it, where the row says so."""
+        named = self.row.get("environment")
+        agent = self.row.get("agent_ref")
+        if named is None and isinstance(agent, dict):
+            named = agent.get("name")
+        return None if named is None else str(named)
 
 
 def read_answers(path: str) -> dict[int | str, str | None]:
@@ -47,9 +65,12 @@ def read_answers(path: str) -> dict[int | str, str | None]:
     return _by_number(path, answer)
 
 
-def _by_number(path: str, read: Callable[[Record, int | str], T]) -> dict[int | str, T]:
+def _by_number(
+    path: str, read: Callable[[Record, int | str], T], faults: list[str] | None = None
+) -> dict[int | str, T]:
     """What ``read`` makes of every prompt of a file and its number. Raises UserError for the first
-    of which it raises BadRecord, and for ids that are none or come twice."""
+    of which it raises BadRecord, and for ids that are none or come twice; or adds to ``faults``
+    what is wrong with such."""
     found: dict[int | str, T] = {}
     sources = find_samples([path]).sources
     records = chain.from_iterable(read_records(source, "prompt") for source in sources)
@@ -65,7 +86,9 @@ def _by_number(path: str, read: Callable[[Record, int | str], T]) -> dict[int | 
                 raise BadRecord(f"two prompts have the id {number!r}")
             found[number] = read(record, number)
         except BadRecord as e:
-            raise UserError(f"{record.where}: {e}") from e
+            if faults is None:
+                raise UserError(f"{record.where}: {e}") from e
+            faults.append(f"{record.where}: {e}")
     if not found:
         raise UserError(f"{path} holds no prompts")
     return found
@@ -76,7 +99,8 @@ class PromptReader:
     """Reads prompts for a model that knows ``vocab_size`` tokens and texts of ``longest`` tokens,
     of which ``new`` are to be generated. ``directory``: the tokenizer's. ``switch``: whether the
     template is to ask for thinking; ``budget``: of prompts that name none; ``markers``: texts
-    that open and close thinking, where they are not those of the template."""
+    that open and close thinking, where they are not those of the template; ``limits``: what sets
+    ``new`` and ``longest``, for messages."""
 
     directory: Path
     tokenizer: TextTokenizer | None
@@ -86,10 +110,20 @@ class PromptReader:
     switch: bool | None = None
     budget: int | None = None
     markers: tuple[str, str] | None = None
+    limits: tuple[str, str] = (
+        "max_new_tokens",
+        "that the model is made for (max_position_embeddings)",
+    )
 
-    def read_file(self, path: str) -> list[Prompt]:
-        """All prompts of a file. Raises UserError for the first that is none."""
-        return list(_by_number(path, self._prompt).values())
+    def read_file(self, path: str, faults: list[str] | None = None) -> list[Prompt]:
+        """All prompts of a file. Raises UserError for the first that is none, or adds to
+        ``faults`` what is wrong with those that are none."""
+
+        def read(record: Record, number: int | str) -> Prompt:
+            prompt = self._prompt(record, number)
+            return replace(prompt, row=record.content, where=record.where)
+
+        return list(_by_number(path, read, faults).values())
 
     def text(self, text: str, number: int | str = 0, budget: int | None = None) -> Prompt:
         """A text that is to be continued. Raises BadRecord."""
@@ -119,7 +153,10 @@ class PromptReader:
         return self._marker(opening, self.tokenizer), self._marker(closing, self.tokenizer)
 
     def _prompt(self, record: Record, number: int | str) -> Prompt:
-        content = {k: v for k, v in record.content.items() if v is not None}
+        content = dict(record.content)
+        if content.get(_GYM) is not None:
+            content |= _asked(content.pop(_GYM))
+        content = {k: v for k, v in content.items() if v is not None}
         kinds = [kind for kind in _KINDS if kind in content]
         if len(kinds) != 1:
             what = " and ".join(kinds) or ", ".join(content) or "nothing"
@@ -216,10 +253,27 @@ class PromptReader:
             )
         if len(ids) + self.new > self.longest:
             raise BadRecord(
-                f"the prompt has {len(ids)} tokens; with {self.new} new ones (max_new_tokens) that "
-                f"exceeds the {self.longest} that the model is made for (max_position_embeddings)"
+                f"the prompt has {len(ids)} tokens; with {self.new} new ones ({self.limits[0]}) "
+                f"that exceeds the {self.longest} {self.limits[1]}"
             )
         return list(ids)
+
+
+def _asked(request: object) -> dict[str, Any]:
+    """Fields of a conversation, from a request to OpenAI's interface of responses. Raises
+    BadRecord."""
+    if not isinstance(request, dict) or "input" not in request:
+        raise BadRecord(f"{_GYM} has no input")
+    said, tools = request["input"], request.get("tools")
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    if isinstance(tools, list):  # there functions stand without a wrapping
+        tools = [
+            {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+            if isinstance(tool, dict) and "function" not in tool
+            else tool
+            for tool in tools
+        ]
+    return {"messages": messages, "tools": tools or None, "system": request.get("instructions")}
 
 
 def _last(some: Sequence[int], ids: Sequence[int]) -> int:

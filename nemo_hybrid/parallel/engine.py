@@ -88,6 +88,13 @@ class Engine:
         for master in self.zero.masters:
             self.zero.state[master] = first_state(master)
 
+    def start(self, micro_batches: int) -> None:
+        """Before the forward passes of a global batch, which may have fewer micro-batches than
+        there are at most."""
+        most = self.engine.gradient_accumulation_steps()
+        assert 0 < micro_batches <= most, "more micro-batches than a global batch has"
+        self.engine.micro_steps += most - micro_batches
+
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
 

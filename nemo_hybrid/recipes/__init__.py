@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 from nemo_hybrid.train.run import Recipe
 
@@ -13,6 +14,10 @@ def recipe_of(config: TrainingConfig) -> Recipe:
         from nemo_hybrid.recipes.pretrain import Pretrain
 
         return Pretrain(config)
+    if isinstance(config, RlConfig):
+        from nemo_hybrid.recipes.reinforce import Reinforce
+
+        return Reinforce(config)
     assert isinstance(config, FinetuneConfig)
     if config.lora.rank:
         from nemo_hybrid.recipes.adapt import Adapt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from nemo_hybrid.checkpoint.steps import keeps, list_steps, model_shape, resolve
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.read import CHECKPOINTS
 from nemo_hybrid.config.run import TrainingConfig
-from nemo_hybrid.data.loader import Rows, Stored, require_tokenizer
+from nemo_hybrid.data.loader import Learnt, Rows, Stored, require_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
@@ -29,10 +29,10 @@ from nemo_hybrid.train.build import check_precision
 from nemo_hybrid.train.evaluate import heldout_losses, small_steps
 from nemo_hybrid.train.guard import Bands
 from nemo_hybrid.train.resume import WholeModel
-from nemo_hybrid.train.run import Run, Trained
+from nemo_hybrid.train.run import Data, Run, Trained
 
 C = TypeVar("C", bound=TrainingConfig)
-R = TypeVar("R", bound=Rows)
+R = TypeVar("R", bound=Learnt)
 
 
 def _base_of(checkpoint: Path) -> str | None:
@@ -63,7 +63,7 @@ class StoreRecipe(Generic[C, R]):
         self.config.validate(self.shape)
         check_precision(self.config, self.shape)
 
-    def open_data(self, world: World, checkpoint: Path | None) -> Stored:
+    def open_data(self, world: World, checkpoint: Path | None) -> Data:
         # Asked for once, because a run that it names may write a newer checkpoint meanwhile.
         if self.config.model.from_hf:
             self.origin = world.from_rank_0(self._find_origin, checkpoint)
@@ -72,14 +72,7 @@ class StoreRecipe(Generic[C, R]):
         if checkpoint is not None:
             world.from_rank_0(self._check_base, checkpoint)
         self.rows = self._open_rows(world)
-        config = self.config
-        return self.data(
-            self.rows,
-            sequence_length=config.data.sequence_length,
-            seed=config.train.seed,
-            limit=config.train.eval_sequences,
-            workers=config.data.workers,
-        )
+        return self._data()
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to continue the same sequence of samples, and to hold
@@ -138,6 +131,16 @@ class StoreRecipe(Generic[C, R]):
 
     def _open_rows(self, world: World) -> R:
         raise NotImplementedError
+
+    def _data(self) -> Data:
+        config = self.config
+        return self.data(
+            cast(Rows, self.rows),
+            sequence_length=config.data.sequence_length,
+            seed=config.train.seed,
+            limit=config.train.eval_sequences,
+            workers=config.data.workers,
+        )
 
     def _check_base(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that was trained beside other weights than those of this run."""

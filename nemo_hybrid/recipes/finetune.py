@@ -17,7 +17,7 @@ from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_
 from nemo_hybrid.checkpoint.publish import CLAMPED, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import step_of
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
-from nemo_hybrid.data.loader import Stored
+from nemo_hybrid.config.rl import RlTrainOptions
 from nemo_hybrid.data.packing import PackedSamples, open_stores
 from nemo_hybrid.data.samples import prepare_samples
 from nemo_hybrid.data.store import RECORD, TRAIN, holds_samples
@@ -32,7 +32,7 @@ from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.base import StoreRecipe
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
-from nemo_hybrid.train.run import Run, Trained
+from nemo_hybrid.train.run import Data, Run, Trained
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
 _PREPARING = timedelta(days=7)  # longest wait for rank 0 to make samples
@@ -47,7 +47,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
     """What loads the model that a run leaves."""
     trained_words = "Weights that began as"
 
-    def open_data(self, world: World, checkpoint: Path | None) -> Stored:
+    def open_data(self, world: World, checkpoint: Path | None) -> Data:
         data = super().open_data(world, checkpoint)
         if not self.config.train.max_steps:
             self._count_steps()
@@ -243,7 +243,7 @@ def is_prepared(path: str | None) -> bool:
     return holds_samples(Path(str(path)) / TRAIN)
 
 
-def freeze(model: nn.Module, train: FinetuneTrainOptions) -> None:
+def freeze(model: nn.Module, train: FinetuneTrainOptions | RlTrainOptions) -> None:
     """Leave out of the training what the options do not name. Raises UserError for adapters among
     it."""
     for name, parameter in model.named_parameters():

@@ -137,7 +137,6 @@ class Display:
         length = config.data.sequence_length
         self._run, self._run_dir = run, config.run_dir
         self._meter = Meter(
-            tokens=config.train.global_batch_size * length,
             flops=train_flops_per_token(run.model.config, length),
             peak=run.peak,
             processes=run.world.size,
@@ -156,10 +155,10 @@ class Display:
         self._tracker.close()
         self._writer.close()
 
-    def step(self, done: int, lr: float, outcome: Outcome, timing: Timing, logged: bool) -> None:
-        """Record one finished step; its expert loads too where it is ``logged``."""
+    def step(self, at: Position, lr: float, outcome: Outcome, timing: Timing, logged: bool) -> None:
+        """Record the step that led ``at``; its expert loads too where it is ``logged``."""
         counters, further = self._run.guard.counters, self._run.data.metrics()
-        metrics = self._meter.metrics(done, lr, outcome, timing, counters, further)
+        metrics = self._meter.metrics(at.step, at.tokens, lr, outcome, timing, counters, further)
         loads = {layer: counts_E.tolist() for layer, counts_E in outcome.loads.items() if logged}
         self._writer.write(metrics, loads if logged else None)
         self._tracker.log(curves(metrics))
@@ -226,6 +225,7 @@ class Loop:
                 self._passed_over(outcome)
             else:
                 at.step += 1
+                at.tokens += outcome.tokens
                 seconds = time.monotonic() - began
                 if recorded := self.profile.end_step(at.step):
                     self._note(recorded)
@@ -240,7 +240,7 @@ class Loop:
         train, done = self.run.config.train, self.position.step
         if self.display:
             logged = done == train.max_steps or done % train.log_every == 0
-            self.display.step(done, lr, outcome, timing, logged)
+            self.display.step(self.position, lr, outcome, timing, logged)
 
     def _heldout_if_due(self) -> dict[str, float] | None:
         train, done = self.run.config.train, self.position.step
@@ -291,7 +291,8 @@ class Loop:
         """Weights, moments and schedule of a checkpoint; the data goes on where it is."""
         guard, at = self.run.guard, self.position
         counters = guard.counters
-        at.step = restore(checkpoint, self.run, rolled_back=True).step
+        before = restore(checkpoint, self.run, rolled_back=True)
+        at.step, at.tokens = before.step, before.tokens
         guard.counters = counters
         counters.in_a_row = 0
         counters.rollbacks += 1

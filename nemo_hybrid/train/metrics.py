@@ -130,18 +130,19 @@ class Timing(NamedTuple):
 class Meter:
     """Turns what a step did into its row of metrics; for rank 0 alone.
 
-    ``tokens`` of a global batch; ``flops`` per token; ``peak`` FLOP/s of one of ``processes``.
+    ``flops`` per token; ``peak`` FLOP/s of one of ``processes``.
     """
 
     def __init__(
-        self, tokens: int, flops: float, peak: float | None, processes: int, device: torch.device
+        self, flops: float, peak: float | None, processes: int, device: torch.device
     ) -> None:
-        self.tokens, self.flops, self.peak = tokens, flops, peak
+        self.flops, self.peak = flops, peak
         self.processes, self.device = processes, device
 
     def metrics(
         self,
         done: int,
+        tokens_total: int,
         lr: float,
         outcome: Outcome,
         timing: Timing,
@@ -151,7 +152,7 @@ class Meter:
         """The row of step ``done``; ``counters`` are the guard's, ``further`` figures the data's
         and those of the evaluation."""
         violations = {name: max_violation(c) for name, c in outcome.loads.items()}
-        rate = self.tokens / timing.seconds
+        rate = outcome.tokens / timing.seconds
         before, heldout = timing.before or {}, timing.heldout or {}
         parts = {name: v for name, v in outcome.means.items() if name != "loss"}
         return StepMetrics(
@@ -161,8 +162,8 @@ class Meter:
             aux_loss=outcome.means.get("aux", 0.0),
             lr=lr,
             grad_norm=outcome.grad_norm,
-            tokens=self.tokens,
-            tokens_total=self.tokens * done,
+            tokens=outcome.tokens,
+            tokens_total=tokens_total,
             tokens_per_s=rate,
             step_seconds=timing.seconds,
             data_seconds=timing.waited,

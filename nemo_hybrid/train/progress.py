@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _AVERAGED_STEPS = 50
+_SHOWN = ("reward", "mismatch", "filtered", "verifier_failures")
+"""Further figures that a person wants to see."""
 
 
 class Progress:
@@ -143,6 +145,7 @@ def _figures(metrics: StepMetrics) -> dict[str, str]:
         "mfu": "?" if metrics.mfu is None else f"{metrics.mfu:.1%}",
         "memory": f"{metrics.memory_gb:.2f} GB",
     }
+    figures |= {n: f"{metrics.further[n]:.3g}" for n in _SHOWN if n in metrics.further}
     if metrics.max_vio is not None and metrics.max_vio_per_layer:
         figures["max vio"] = f"{metrics.max_vio:.2f}"
     if metrics.dead_experts:

@@ -63,6 +63,7 @@ class Snapshot:
         run_state = {
             **run.recipe.identity(),
             "batches": position.batch,
+            "tokens": position.tokens,
             "guard": run.guard.state(),
             "optimizer_steps": run.engine.optimizer_steps,
             "layout": {
@@ -185,7 +186,9 @@ def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:
         run.data.restore(state.get("data_state", {}))
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
-    return Position(int(state["step"]), int(state["batches"]))
+    train, step = run.config.train, int(state["step"])
+    each = train.global_batch_size * run.config.data.sequence_length  # of older checkpoints
+    return Position(step, int(state["batches"]), int(state.get("tokens", step * each)))
 
 
 def _owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:

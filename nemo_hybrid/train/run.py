@@ -132,6 +132,8 @@ class Position:
     """Optimizer steps done."""
     batch: int = 0
     """Global batches read: steps done and batches passed over."""
+    tokens: int = 0
+    """Of the steps done."""
 
 
 @dataclass
@@ -143,6 +145,8 @@ class Outcome:
     grad_norm: float
     loads: dict[str, Tensor]
     """Layer name -> routed slots per expert, on the host."""
+    tokens: int
+    """Of all sequences, padding included."""
     sample_hash: int
     objection: str | None
     """Why the guard passed the batch over; None: the weights were updated."""

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 DIAGNOSIS = "diagnosis"
 SAMPLES = "data"
 MODEL = "model"
+ROLLOUTS = "rollouts"
 FROM_HF = "model.from_hf"
 _LOCK = ".lock"
 

@@ -22,16 +22,18 @@ def train_step(
     with this step.
     """
     world, engine, train = run.world, run.engine, run.config.train
-    own = torch.tensor([_hash(batches), int(stop)])
+    tokens = sum(batch.ids_BS.numel() for batch in batches)
+    own = torch.tensor([tokens, _hash(batches), int(stop)])
     batches = [batch.to(world.device) for batch in batches]
     # Counted over the whole global batch before the first backward pass, so that every share of
     # the loss has the right denominator.
     known = torch.stack([run.objective.count(batch, step) for batch in batches]).sum(0)
     totals = world.sum(torch.cat([known, own.to(world.device)]))
-    normalizer = Normalizer(totals[:-2], train.global_batch_size, step)
+    normalizer = Normalizer(totals[:-3], train.global_batch_size, step)
 
     sums: dict[str, Tensor] = {}
     counter = LoadCounter()
+    engine.start(len(batches))
     for number, batch in enumerate(batches, 1):
         run.precision.start_micro_batch(number)
         parts = engine(batch, normalizer)
@@ -54,10 +56,10 @@ def train_step(
     else:
         engine.update(lr)
         update_router_bias(run.model, loads, train.router_bias_rate)
-    samples, stops = totals[-2:].tolist()
     if loads:  # by one transfer: each waits for the device
         loads = dict(zip(loads, torch.stack([*loads.values()]).cpu(), strict=True))
-    return Outcome(means, grad_norm, loads, samples, objection, stops > 0, health)
+    tokens, samples, stops = totals[-3:].tolist()
+    return Outcome(means, grad_norm, loads, tokens, samples, objection, stops > 0, health)
 
 
 def _hash(batches: list[Batch]) -> int:
@@ -67,7 +69,10 @@ def _hash(batches: list[Batch]) -> int:
     """
     total = 0
     for batch in batches:
-        for row in batch.ids_BS.numpy():
+        rows = batch.ids_BS.numpy()
+        for row, number in zip(rows, batch.sample_ids or [0] * len(rows), strict=True):
+            if number < 0:
+                continue  # padding
             digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
             total += int.from_bytes(digest, "little")
     total %= 2**64

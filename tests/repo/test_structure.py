@@ -53,6 +53,8 @@ MAKERS = {
     "commands/prepare": {"documents", "preview", "samples"},
     "recipes/pretrain": {"documents"},
     "recipes/finetune": {"samples", "template"},
+    "recipes/reinforce": {"prompts", "template"},
+    "recipes/rollouts": {"prompts"},
     "commands/generate": {"chat", "prompts", "sources"},
     "commands/rollout": {"prompts"},
     "commands/exact_match": {"prompts", "reasoning"},
