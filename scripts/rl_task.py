@@ -19,7 +19,7 @@ from pathlib import Path
 WRONG = 0.6
 """Share of the answers in which two digits are exchanged."""
 SHAPE = dict(
-    pattern="M*EM*E", vocab_size=272, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+    pattern="M*EM*E", vocab_size=259, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=2, chunk_size=16,
     n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, moe_latent_size=32,
     moe_shared_expert_intermediate_size=64, max_position_embeddings=256, mtp_pattern="*E",
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", default="sort,reverse")
-    parser.add_argument("--answers", type=int, default=12000)
+    parser.add_argument("--answers", type=int, default=16000)
     parser.add_argument("--prompts", type=int, default=4000)
     parser.add_argument("--heldout", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -193,6 +193,9 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
         if isinstance(value, str) and value not in NOT_A_PATH.get(key, ()):
             out[key] = str(_resolve(value, base))
 
+    if isinstance(flat.get("teachers"), dict):
+        out["teachers"] = {n: str(_resolve(str(d), base)) for n, d in flat["teachers"].items()}
+
     def stores(blend: Any) -> Any:
         if not isinstance(blend, dict):
             return blend

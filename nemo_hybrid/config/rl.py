@@ -139,8 +139,8 @@ class RlTrainOptions(TrainOptions):
     router_bias_rate: NotNegativeFloat = 0.0
     """Step of the router bias update, once per global batch; 0 freezes the bias."""
     eval_sequences: NotNegativeInt = 256
-    """Held-out prompts per evaluation (fewer if there are fewer), each answered once, by the most
-    probable tokens; 0: no evaluation."""
+    """Held-out prompts per evaluation (fewer if there are fewer), each answered once, with the same
+    random numbers every time; 0: no evaluation."""
     train_router: bool = False
     """Train the routers' weights too."""
 
@@ -154,6 +154,11 @@ class RlConfig(TrainingConfig):
     model."""
     environments: OPTIONS_BY_NAME = field(default_factory=dict)
     """What judges answers: name -> options, of which kind says what it is (else its name does)."""
+    teachers: dict[str, str] = field(default_factory=dict)
+    """Checkpoints to learn from, by name, instead of rewards: each token of an answer is worth how
+    much more probable its teacher finds it (on-policy distillation)."""
+    routes: dict[str, str] = field(default_factory=dict)
+    """Environment -> name of the teacher of its prompts; default: of all others."""
     data: PromptOptions = field(default_factory=PromptOptions)
     train: RlTrainOptions = field(default_factory=RlTrainOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
@@ -162,6 +167,10 @@ class RlConfig(TrainingConfig):
     @property
     def prompts_per_step(self) -> int:
         return self.train.global_batch_size // self.rollout.samples
+
+    def teacher_of(self, environment: str) -> str:
+        """Its name; nothing where there are no teachers."""
+        return self.routes.get(environment, self.routes.get("default", ""))
 
     def in_steps(self) -> RlConfig:
         for name, steps in IN_STEPS.items():
@@ -174,6 +183,8 @@ class RlConfig(TrainingConfig):
         self.precision.validate(self.train.max_steps)
         train, rl, samples = self.train, self.rl, self.rollout.samples
         idle = {"clip", "clip_low", "clip_high", "ratio"} if rl.updates == 1 else set()
+        if self.teachers:
+            idle.add("std")
         if rl.importance == "none":
             idle |= {"importance_low", "importance_high"}
         refuse(
@@ -186,7 +197,7 @@ class RlConfig(TrainingConfig):
                 "at another are not the policy's, and its probabilities are not those they had",
             ),
             (
-                samples == 1,
+                samples == 1 and not self.teachers,
                 "rollout.samples must be 2 or more: an answer is judged by the others to its "
                 "prompt",
             ),
@@ -213,8 +224,33 @@ class RlConfig(TrainingConfig):
                 (name in idle, f"rl.{name} has no effect with rl.{why}")
                 for name in rl.changed()
                 for why in [
-                    "importance none" if name.startswith("importance") else "updates 1: set that"
+                    "importance none"
+                    if name.startswith("importance")
+                    else "updates 1: set that"
+                    if name != "std"
+                    else "teachers"
                 ]
+            ),
+            *(
+                (
+                    bool(self.teachers) and not self.teacher_of(name),
+                    f"environment {name} has no teacher: name one in routes, or a default",
+                )
+                for name in self.environments
+            ),
+            *(
+                (
+                    teacher not in self.teachers,
+                    f"routes: there is no teacher {teacher!r} in teachers",
+                )
+                for teacher in self.routes.values()
+            ),
+            *(
+                (
+                    name != "default" and name not in self.environments,
+                    f"routes: there is no environment {name!r} in environments",
+                )
+                for name in self.routes
             ),
             (
                 train.eval_sequences and self.data.heldout_path is None,

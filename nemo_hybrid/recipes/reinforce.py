@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_hybrid import __version__
+from nemo_hybrid.checkpoint.adapter import base_digest
 from nemo_hybrid.checkpoint.companions import Companions, read_companions
 from nemo_hybrid.checkpoint.publish import card_head, code, origin_name, publish
-from nemo_hybrid.checkpoint.steps import step_of
+from nemo_hybrid.checkpoint.steps import resolve, step_of
+from nemo_hybrid.config.base import refuse
+from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.data.prompts import Prompt, PromptReader
 from nemo_hybrid.data.template import stop_rendering
@@ -38,6 +41,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
 
     _rollouts: Rollouts
     _pool: Pool
+    _teachers: dict[str, Path]
 
     def __init__(self, config: RlConfig) -> None:
         super().__init__(config)
@@ -48,6 +52,8 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         return {
             **super().identity(),
             "environments": config.environments,
+            "teachers": {n: [str(d), base_digest(d)] for n, d in self._teachers.items()},
+            "routes": config.routes,
             "rollout": {
                 "samples": config.rollout.samples,
                 "response_tokens": config.rollout.response_tokens,
@@ -58,18 +64,43 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
         trained = super().prepare(model, world, resumed)
         freeze(model, self.config.train)
-        if self.needs_origin:
-            assert self.origin is not None
-            layers = (m for m in model.modules() if isinstance(m, LatentMoE))
-            dispatcher = next((layer.dispatcher for layer in layers), None)
-            with world.agreed():
+        layers = (m for m in model.modules() if isinstance(m, LatentMoE))
+        dispatcher = next((layer.dispatcher for layer in layers), None)
+        with world.agreed():
+            if self.needs_origin:
+                assert self.origin is not None
                 self._rollouts.reference = frozen_teacher(self.origin, self.shape, dispatcher)
+            self._rollouts.teachers = {
+                name: frozen_teacher(place, self._teacher_shape(name, place), dispatcher)
+                for name, place in self._teachers.items()
+            }
         return trained
+
+    def _teacher_shape(self, name: str, directory: Path) -> HybridConfig:
+        """Raises UserError where a teacher reads other tokens, or its experts cannot be divided as
+        the model's are."""
+        shape, ours = read_config(directory), self.shape
+        refuse(
+            (
+                shape.vocab_size != ours.vocab_size
+                or tokenizer_sha256(directory) != self.rows.tokenizer_sha256,
+                f"teachers.{name}: {directory} has another tokenizer than {self.origin}: a "
+                "teacher reads the same token ids",
+            ),
+            (
+                self.config.parallel.ep > 1 and shape.n_routed_experts != ours.n_routed_experts,
+                f"teachers.{name}: {directory} has {shape.n_routed_experts} experts, the model "
+                f"{ours.n_routed_experts}: with parallel.ep they have to be as many",
+            ),
+        )
+        return shape
 
     def objective(self, model: HybridLM) -> Objective:
         head, by_samples = model.lm_head.weight, self.config.rl.average == "samples"
         if self._rollouts.reference is not None:
             self._rollouts.reference.to(head.device, head.dtype)
+        for teacher in self._rollouts.teachers.values():
+            teacher.to(dtype=head.dtype)
         return NextToken(model, self.config.train, lambda step: by_samples)
 
     def begin(self, run: Run) -> None:
@@ -95,6 +126,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             f"{config.train.max_steps} steps of {config.prompts_per_step} prompts x "
             f"{config.rollout.samples} answers, {config.rl.updates} update"
             f"{'s' * (config.rl.updates > 1)} each",
+            *(f"learns from {place} what {name} knows" for name, place in self._teachers.items()),
             f"trained {trained:,} of {total:,} parameters ({trained / total:.2%})",
         ]
 
@@ -110,6 +142,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
     def _open_rows(self, world: World) -> Prompts:
         with world.agreed():
             config = self.config
+            self._teachers = {name: resolve(d) for name, d in sorted(config.teachers.items())}
             self._pool = Pool(config.environments, config.rl.verifiers, config.rl.deadline_s)
             return self._open_prompts()
 

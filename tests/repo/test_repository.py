@@ -21,6 +21,7 @@ from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import key_types, load_config, read_section, run_options
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.config.words import options_of, split_words
 from nemo_hybrid.errors import UserError
@@ -39,10 +40,11 @@ SHELL = [*sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("scripts/*.sh
 
 @pytest.mark.parametrize("file", RUNS)
 def test_run_configuration_loads_and_validates(file: str) -> None:
-    tuned = "finetune" in file
+    kinds = {"finetune": FinetuneConfig, "rl": RlConfig}
+    kind = kinds.get(Path(file).name.partition("_")[0], RunConfig)
     files = [ROOT / name for name in (*BENEATH.get(file, ()), file)]
-    config = load_config(files, (), FinetuneConfig if tuned else RunConfig)
-    config.validate(HybridConfig() if tuned else None)  # whose shape comes with the weights
+    config = load_config(files, (), kind)
+    config.validate(None if kind is RunConfig else HybridConfig())  # which comes with the weights
     assert Path(config.run_dir).is_relative_to(ROOT / "runs")
 
 

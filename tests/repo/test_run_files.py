@@ -16,7 +16,10 @@ from nemo_hybrid.config.run import RunConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.name for path in (ROOT / "configs" / "run").glob("*.yaml"))
-ON_A_CPU = ("finetune_tiny_cpu", "nvfp4_gap", "pretrain_tiny_cpu", "pretrain_tiny_nvfp4")
+ON_A_CPU = (
+    "finetune_digits_cpu", "finetune_tiny_cpu", "nvfp4_gap", "pretrain_tiny_cpu",
+    "pretrain_tiny_nvfp4", "rl_tiny_cpu",
+)  # fmt: skip
 REAL = [name for name in RUNS if name.removesuffix(".yaml") not in ON_A_CPU]
 
 

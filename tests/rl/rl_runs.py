@@ -1,9 +1,10 @@
-"""Runs of reinforcement learning: ``python rl_runs.py BASE QUESTIONS OUT``.
+"""Runs of reinforcement learning: ``python rl_runs.py BASE OTHER QUESTIONS OUT``.
 
 By one process: OUT/plain, whole; OUT/resumed, which goes on from the middle of it; OUT/twice and
 OUT/twice_resumed, the same where every rollout is learnt from twice and the checkpoint lies
-between; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference. By two:
-OUT/world, OUT/ep and OUT/idle, in which one process has no prompt.
+between; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
+OUT/same, taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world, OUT/ep and OUT/idle, in
+which one process has no prompt, and OUT/taught, by both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEPS, SAVED = 4, 3
 TWICE, BETWEEN = 4, 3
 
 
-def main(base: Path, questions: Path, out: Path) -> None:
+def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     torch.set_num_threads(1)
     stop, World.stop = World.stop, lambda: None  # type: ignore[method-assign,assignment]
 
@@ -38,12 +39,15 @@ def main(base: Path, questions: Path, out: Path) -> None:
         shutil.rmtree(out / name / f"checkpoints/step_{last:08d}")
         run(name, **changes)
 
+    one = out / "one.jsonl"
+    one.write_text('{"prompt": "ab", "environment": "letters"}\n')
+    teachers = {"a": str(base), "b": str(other)}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         run("world")
         run("ep", parallel__ep=2)
-        one = out / "one.jsonl"
-        one.write_text('{"prompt": "ab", "environment": "letters"}\n')
         run("idle", parallel__ep=2, train__global_batch_size=4, data__path=str(one))
+        routes = {"digits": "b", "default": "a"}
+        run("taught", parallel__ep=2, teachers=teachers, routes=routes)
         return stop()
     plain = {"train__max_steps": STEPS, "checkpoint__every": SAVED, "rollout__log_every": 2}
     run("plain", **plain)
@@ -60,6 +64,9 @@ def main(base: Path, questions: Path, out: Path) -> None:
     go_on("forgetful", "twice", TWICE, **twice)
     Rollouts.restore = restore  # type: ignore[method-assign]
     run("kept", rl__kl=1000.0, train__max_steps=2)
+    alone = {"data__path": str(one), "rollout__samples": 1, "train__max_steps": 2}
+    run("same", teachers=teachers, routes={"letters": "a", "default": "b"}, **alone)
+    run("swapped", teachers=teachers, routes={"letters": "b", "default": "a"}, **alone)
     stop()
 
 

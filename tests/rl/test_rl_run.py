@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ be some tenths off."""
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return once(
-        tmp_path_factory, "rl_base", lambda out: write_base(out / "hf", **ALL_EXPERTS) and None
-    )
+    def make(out: Path) -> None:
+        write_base(out / "hf", **ALL_EXPERTS)
+        write_base(out / "other", **ALL_EXPERTS, pattern="ME*")
+
+    return once(tmp_path_factory, "rl_base", make)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     def make(out: Path) -> None:
         questions = write_questions(out / "questions.jsonl")
         for size in (1, 2):
-            run_python([program, base / "hf", questions, out], size)
+            run_python([program, base / "hf", base / "other", questions, out], size)
 
     return once(tmp_path_factory, "rl_runs", make)
 
@@ -163,6 +166,23 @@ def test_the_reference_holds_the_policy(runs: Path) -> None:
     assert kept[1]["grad_norm"] > 2 * free[1]["grad_norm"]
 
 
+def test_a_teacher_like_the_student_moves_nothing(runs: Path, base: Path) -> None:
+    """And another one does: answers go to the teacher of their environment."""
+    before = tensors(base / "hf")
+    after = {name: weights(runs / name, 2) for name in ("same", "swapped")}
+    assert all(torch.equal(before[n], after["same"][n]) for n in before)
+    assert not all(torch.equal(before[n], after["swapped"][n]) for n in before)
+    assert {row["advantage_abs"] for row in rows(runs, "same")} == {0}
+    assert all(row["advantage_abs"] > 0.1 for row in rows(runs, "swapped"))
+
+
+def test_teachers_are_asked_together(runs: Path) -> None:
+    found = rows(runs, "taught")
+    assert len(found) == 3
+    assert all(row["advantage_abs"] > 0 for row in found)
+    assert all(0 <= row["reward"] <= 1 for row in found)  # measured all the same
+
+
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
@@ -198,13 +218,44 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
         "no effect with rl.importance none",
     ),
     ({"rl__importance_low": 6.0}, None, "rl.importance_low exceeds rl.importance_high"),
+    (
+        {"teachers": {"a": "BASE"}, "routes": {"letters": "a"}},
+        None,
+        "environment digits has no teacher: name one in routes, or a default",
+    ),
+    (
+        {"teachers": {"a": "BASE"}, "routes": {"default": "b"}},
+        None,
+        "routes: there is no teacher 'b' in teachers",
+    ),
+    (
+        {"teachers": {"a": "BASE"}, "routes": {"default": "a", "word": "a"}},
+        None,
+        "routes: there is no environment 'word'",
+    ),
+    (
+        {"teachers": {"a": "FOREIGN"}, "routes": {"default": "a"}},
+        None,
+        "teachers.a: FOREIGN has another tokenizer than",
+    ),
     ({"data__path": None}, None, "data.path is missing"),
     ({"model__from_hf": None}, None, "model.from_hf is missing"),
 ]
 
 
 def test_mistakes_are_named(commands: Commands, base: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(base / "hf", foreign)
+    with (foreign / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    places = {"BASE": str(base / "hf"), "FOREIGN": str(foreign)}
     for number, (changes, row, message) in enumerate(MISTAKES):
+        if "teachers" in changes:
+            teachers = {name: places[place] for name, place in changes["teachers"].items()}
+            changes, message = (
+                {**changes, "teachers": teachers},
+                message.replace("FOREIGN", str(foreign)),
+            )
         directory = tmp_path / str(number)
         directory.mkdir()
         questions = directory / "questions.jsonl"

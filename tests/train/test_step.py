@@ -34,7 +34,10 @@ def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
     with pytest.raises(Reached) as caught:
         step.train_step(run, batches, 1e-3)  # type: ignore[arg-type]
     (totals,) = caught.value.args
-    assert (totals.device.type, totals.shape) == ("meta", (6,))  # 3 kinds of targets, tokens, hash, stop
+    assert (totals.device.type, totals.shape) == (
+        "meta",
+        (6,),
+    )  # 3 kinds of targets, tokens, hash, stop
     with pytest.raises(TypeError, match="meta"):
         step._hash([batch.to("meta") for batch in batches])
 

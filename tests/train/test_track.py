@@ -118,7 +118,9 @@ def test_the_loop_gives_it_the_points_of_tensorboard(service, tmp_path) -> None:
     )
     outcome = Outcome({"loss": 2.0, "ce": 2.0}, 1.0, {}, 1, 1, None, False)
     with Display(run, Position()) as display:
-        display.step(Position(1), 0.1, outcome, Timing(1.0, 0.0, {"loss": 4.0}, {"loss": 3.0}), True)
+        display.step(
+            Position(1), 0.1, outcome, Timing(1.0, 0.0, {"loss": 4.0}, {"loss": 3.0}), True
+        )
     (before, start), (after, points) = library.points
     assert (before, start) == (0, {"heldout/loss": 4.0})
     assert (after, points["heldout/loss"], points["run/reward"]) == (1, 3.0, 0.5)
