@@ -38,17 +38,16 @@ def _decay(cs_i, cs_j, together):
 
 @triton.jit
 def _pairs(seq_idx_BS, u, i_X, chunks, S, L: tl.constexpr):
-    """A chunk's tokens, which of them do not come behind those of a program, and which of these are
-    of the same document."""
+    """A chunk's tokens, and which of them those of a program read: not those behind them, nor those
+    of other documents."""
     row, _, document_j, _ = _tokens(seq_idx_BS, u, chunks, S, L)
     j_L = tl.arange(0, L)
-    causal = i_X[:, None] >= j_L[None, :]
-    together = causal
+    together = i_X[:, None] >= j_L[None, :]
     if seq_idx_BS is not None:
         s_X = tl.minimum(u % chunks * L + i_X, S - 1)
         document_i = tl.load(seq_idx_BS + row * S + s_X)
-        together = causal & (document_i[:, None] == document_j[None, :])
-    return j_L, causal, together
+        together = together & (document_i[:, None] == document_j[None, :])
+    return j_L, together
 
 
 @triton.jit
@@ -196,10 +195,10 @@ def matrix_kernel(
 ):  # fmt: skip
     """M = mask * (C B^T) * decay * dt, rounded."""
     u, head, i_X, here_X = _where(0, H, L, ROWS)
-    j_L, causal, together = _pairs(seq_idx_BS, u, i_X, chunks, S, L)
+    j_L, together = _pairs(seq_idx_BS, u, i_X, chunks, S, L)
     here_L = (u * H + head) * L + j_L
     at = ((u * G + head // (H // G)) * L + i_X)[:, None] * L + j_L[None, :]
-    scores = tl.load(scores_UGLL + at, mask=causal, other=0.0).to(tl.float32)
+    scores = tl.load(scores_UGLL + at, mask=together, other=0.0).to(tl.float32)
     cs_X = tl.load(cs_UHL + here_X).to(tl.float32)
     cs_L = tl.load(cs_UHL + here_L).to(tl.float32)
     dt_L = tl.load(dt_UHL + here_L).to(tl.float32)
@@ -285,17 +284,17 @@ def score_gradient_kernel(
     """The gradient of C B^T, also transposed, summed over a group's heads in registers. And with
     e_ij = dM_ij * M_ij / dt_j, from the same numbers so that they cancel: sums of e_ij dt_j over j,
     and of e_ij over the i of a program. ``n_scores``, ``n_times``: elements of a slice."""
-    u, group, i_X, here_X = _where(0, G, L, ROWS)
-    j_L, causal, together = _pairs(seq_idx_BS, u, i_X, chunks, S, L)
-    at = here_X[:, None] * L + j_L[None, :]
-    scores = tl.load(scores_UGLL + at, mask=causal, other=0.0).to(tl.float32)
+    u, group, i_X, _ = _where(0, G, L, ROWS)
+    j_L, together = _pairs(seq_idx_BS, u, i_X, chunks, S, L)
+    pair = i_X[:, None] * L + j_L[None, :]
+    of_scores = (u * G + group) * L * L
+    scores = tl.load(scores_UGLL + of_scores + pair, mask=together, other=0.0).to(tl.float32)
     dscores = tl.zeros((ROWS, L), tl.float32)
     per_group = H // G
     block = tl.program_id(0) % (L // ROWS)
     for of_group in range(0, per_group):
         place = (u * H + group * per_group + of_group) * L
-        dM_at = (place + i_X)[:, None] * L + j_L[None, :]
-        dM = tl.load(dM_UHLL + dM_at, mask=causal, other=0.0).to(tl.float32)
+        dM = tl.load(dM_UHLL + place * L + pair, mask=together, other=0.0).to(tl.float32)
         cs_X = tl.load(cs_UHL + place + i_X).to(tl.float32)
         cs_L = tl.load(cs_UHL + place + j_L).to(tl.float32)
         dt_L = tl.load(dt_UHL + place + j_L).to(tl.float32)
@@ -305,9 +304,9 @@ def score_gradient_kernel(
         tl.store(row_UHL + place + i_X, tl.sum(dM * dt_L[None, :], 1))
         tl.store(column_RUHL + block * n_times.to(tl.int64) + place + j_L, tl.sum(dM, 0))
     rounded = dscores.to(dscores_2UGLL.dtype.element_ty)
-    tl.store(dscores_2UGLL + at, rounded)
-    to = (u * G + group) * L * L + j_L[None, :] * L + i_X[:, None]
-    tl.store(dscores_2UGLL + n_scores + to, rounded)
+    tl.store(dscores_2UGLL + of_scores + pair, rounded)
+    transposed = j_L[:, None] * L + i_X[None, :]
+    tl.store(dscores_2UGLL + n_scores + of_scores + transposed, rounded.T)
 
 
 @triton.jit

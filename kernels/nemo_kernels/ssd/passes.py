@@ -17,8 +17,7 @@ from nemo_kernels.ssd import chunk_kernel as kernels
 
 _ROWS = 32  # tokens of a tile
 _BLOCK = 1024  # elements of a state
-_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
-_WHOLE_CHUNK: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
+_OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 
 
 class Times(NamedTuple):
@@ -121,7 +120,7 @@ class Passes(NamedTuple):
         grid = (times.gate.numel(),)
         if grid[0]:
             launch(kernels.times_kernel, grid, dt_BSH, A_H, seq_idx_BS, *times, *sizes,
-                   **_WHOLE_CHUNK)  # fmt: skip
+                   **_OPTIONS)  # fmt: skip
         return times
 
     def for_output(
@@ -295,14 +294,14 @@ class Passes(NamedTuple):
         tile = (self.tiles, self.chunk, self.blocks, triton.next_power_of_2(self.tiles))
         grid = (times.gate.numel(),)
         if grid[0]:
-            launch(kernels.time_gradient_kernel, grid, *tensors, *sizes, *tile, **_WHOLE_CHUNK)
+            launch(kernels.time_gradient_kernel, grid, *tensors, *sizes, *tile, **_OPTIONS)
         return ddt_BSH, sums_2UH
 
     def _sizes(self) -> tuple[int, ...]:
         return self.length, self.heads, self.groups, self.head_dim, self.chunks
 
     def _causal(self, pairs: Tensor) -> int:
-        """Bytes of [.., L, L] of which what lies above the diagonal is not read."""
+        """Bytes of [.., L, L] without what lies above the diagonal, which is not read."""
         return pairs.nbytes // (2 * self.chunk) * (self.chunk + 1)
 
 
