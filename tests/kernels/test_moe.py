@@ -286,6 +286,32 @@ def test_router_and_experts_equal_transformers() -> None:
     assert deviation(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("ids", [[[0], [2], [0]], []])
+def test_what_torch_leaves_open_on_gpus(ids: list[list[int]], monkeypatch) -> None:
+    """No rows, which it refuses there; and gradients of experts without any, which it leaves
+    unwritten on Blackwell."""
+    real = grouped_mm.grouped_mm
+
+    def on_gpu(a, b, offs):
+        assert a.numel()
+        result = real(a, b, offs=offs)
+        if b.dim() == 2:
+            result[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(grouped_mm, "grouped_mm", on_gpu)
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 1)
+    inputs = draw_inputs(torch.Generator().manual_seed(0), len(ids), 1, 3, 8, 4)
+    dy = torch.randn(len(ids), 8)
+    found, expected = (
+        with_gradients(lambda x, w, u, d, path=path: path.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+        for path in (grouped_mm, reference)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[3][1].eq(0).all()
+
+
 def test_paths_are_taken_by_name() -> None:
     assert backend.path("moe", "cpu").name == "reference"
     backend.choose(moe="grouped_mm")

@@ -37,7 +37,7 @@ class GroupedMMExperts(Experts):
         h_RF, dtype = self.pre_activation(routed), routed.x_TL.dtype
         act_RF = h_RF.to(accumulation_dtype(h_RF)).relu()
         act_RF = act_RF.square_().mul_(routed.weight_R[:, None]).to(dtype)
-        return grouped_mm(act_RF, routed.down_ELF.mT, offs=routed.groups), h_RF
+        return _of_rows(act_RF, routed.down_ELF.mT, routed.groups), h_RF
 
     def pre_activation(self, routed: Routed) -> Tensor:
         """Raises ValueError for rows that cannot be aligned."""
@@ -48,23 +48,39 @@ class GroupedMMExperts(Experts):
                 f"{dtype} (path grouped_mm of op moe), got {[n_experts, *widths]}; path reference "
                 "takes any"
             )
-        return grouped_mm(routed.rows(routed.x_TL), routed.up_EFL.mT, offs=routed.groups)
+        return _of_rows(routed.rows(routed.x_TL), routed.up_EFL.mT, routed.groups)
 
     def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
         dtype, acc, groups = h_RF.dtype, accumulation_dtype(h_RF), routed.groups
         dy_RL, weight_R1 = routed.rows(dy_TL), routed.weight_R[:, None]
         relu_RF = h_RF.to(acc).relu()
-        dh_RF = grouped_mm(dy_RL, routed.down_ELF, offs=groups).to(acc).mul_(relu_RF)
+        dh_RF = _of_rows(dy_RL, routed.down_ELF, groups).to(acc).mul_(relu_RF)
         dweight_R = torch.linalg.vecdot(dh_RF, relu_RF)
         dup_EFL = ddown_ELF = None
         if wanted[1]:
             act_RF = relu_RF.square_().mul_(weight_R1).to(dtype)
-            ddown_ELF = grouped_mm(dy_RL.t(), act_RF, offs=groups)
+            ddown_ELF = _of_experts(dy_RL, act_RF, groups)
         dh_RF = dh_RF.mul_(2 * weight_R1).to(dtype)
-        dx_RL = grouped_mm(dh_RF, routed.up_EFL, offs=groups)
+        dx_RL = _of_rows(dh_RF, routed.up_EFL, groups)
         if wanted[0]:
-            dup_EFL = grouped_mm(dh_RF.t(), routed.rows(routed.x_TL), offs=groups)
+            dup_EFL = _of_experts(dh_RF, routed.rows(routed.x_TL), groups)
         return dx_RL, dweight_R, dup_EFL, ddown_ELF
+
+
+def _of_rows(a_RM: Tensor, b_EMN: Tensor, ends_E: Tensor) -> Tensor:
+    """Each row times its expert's matrix. Torch refuses none on a GPU (pytorch issue 192497)."""
+    if not len(a_RM):
+        return a_RM.new_empty(0, b_EMN.shape[-1])
+    return grouped_mm(a_RM, b_EMN, offs=ends_E)
+
+
+def _of_experts(a_RM: Tensor, b_RN: Tensor, ends_E: Tensor) -> Tensor:
+    """a^T b of each expert's rows. On Blackwell torch leaves the result of one without rows as it
+    finds the memory (pytorch issue 172439)."""
+    if not len(a_RM):
+        return a_RM.new_zeros(len(ends_E), a_RM.shape[1], b_RN.shape[1])
+    empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+    return grouped_mm(a_RM.t(), b_RN, offs=ends_E).masked_fill_(empty_E[:, None, None], 0)
 
 
 grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())
