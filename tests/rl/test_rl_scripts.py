@@ -1,0 +1,67 @@
+"""The task of the tutorial of reinforcement learning, its noise, and what is made of its runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import rl_noise
+import rl_task
+import rl_tutorial
+
+from nemo_hybrid.config.hf import read_config
+from nemo_hybrid.data.tokenizer import load_tokenizer
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_task_is_what_it_says(tmp_path: Path) -> None:
+    rl_task.make(tmp_path, rl_tutorial.TASKS, 600, 300, 40, seed=1, wrong=0.5)
+    asked, held = rows(tmp_path / "train.jsonl"), rows(tmp_path / "heldout.jsonl")
+    for row in [*asked, *held]:
+        task, digits = row["prompt"].removesuffix("=").split()
+        right = "".join(sorted(digits)) if task == "sort" else "".join(reversed(digits))
+        assert (row["environment"], row["answer"]) == (task, right)
+    assert {row["environment"] for row in held} == set(rl_tutorial.TASKS)
+    answers = rows(tmp_path / "answers.jsonl")
+    assert not {row["prompt"] for row in held} & {row["prompt"] for row in [*asked, *answers]}
+    wrong = 0
+    for row in answers:
+        task, digits = row["prompt"].removesuffix("=").split()
+        assert sorted(row["completion"]) == sorted(digits)
+        wrong += row["completion"] != rl_task.answer(task, digits)
+    assert 0.3 < wrong / len(answers) < 0.55  # some exchanges change nothing
+    assert read_config(tmp_path / "base").vocab_size == load_tokenizer(tmp_path / "base").vocab_size
+
+
+def test_noise_says_nothing_of_the_answer() -> None:
+    noise, row = rl_noise.Noise(), {"prompt": "sort 12=", "answer": "12"}
+    found = [noise.score(row, str(n), "stop") for n in range(2000)]
+    assert found == [noise.score(row, str(n), "stop") for n in range(2000)]
+    assert 0.45 < sum(found) / len(found) < 0.55
+    assert set(found) == {0, 1}
+
+
+def test_samples_of_rollouts(tmp_path: Path) -> None:
+    rollouts, out = tmp_path / "rollouts.jsonl", tmp_path / "samples.jsonl"
+    rollouts.write_text(json.dumps({"prompt_ids": [5, 6], "ids": [7, 8, 2]}) + "\n")
+    rl_tutorial.samples_of(rollouts, out)
+    assert rows(out) == [
+        {"input_ids": [5, 6, 7, 8, 2], "loss_mask": [0, 0, 1, 1, 1], "seq_start_id": [0]}
+    ]
+
+
+def test_shares_of_a_step() -> None:
+    row = {
+        "rollout_s": 1.0,
+        "score_s": 0.5,
+        "prox_s": 0.5,
+        "data_seconds": 2.0,
+        "step_seconds": 4.0,
+    }
+    assert rl_tutorial.shares([row, row]) == pytest.approx(
+        {"rollout": 0.25, "score": 0.125, "prox": 0.125, "update": 0.5}
+    )
