@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -39,6 +39,8 @@ GLOBS = dict[str, str]
 PHASES = dict[float, dict[str, float]]
 """Blends of stores and their weights, by the number of tokens from which on they are drawn."""
 
+NAMED = Mapping[str, str]
+"""Texts, such as places, by names that the user gives them; another type than GLOBS."""
 OPTIONS_BY_NAME = dict[str, dict[str, Any]]
 """Things that have options of their own, by names that the user gives them."""
 
@@ -178,6 +180,8 @@ def type_in_words(hint: Any) -> str:
         return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
     if hint == PHASES:
         return 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"'
+    if hint == NAMED:
+        return 'a mapping of names to texts such as "{math: runs/math/model}"'
     if hint == OPTIONS_BY_NAME:
         return 'a mapping of names to options such as "{arithmetic: {format_reward: 0.1}}"'
     return "a mapping of paths to numbers"

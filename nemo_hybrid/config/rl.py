@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.config.base import (
     CHECKED,
+    NAMED,
     OPTIONS_BY_NAME,
     BelowOne,
     NotNegativeFloat,
@@ -154,10 +155,10 @@ class RlConfig(TrainingConfig):
     model."""
     environments: OPTIONS_BY_NAME = field(default_factory=dict)
     """What judges answers: name -> options, of which kind says what it is (else its name does)."""
-    teachers: dict[str, str] = field(default_factory=dict)
+    teachers: NAMED = field(default_factory=dict)
     """Checkpoints to learn from, by name, instead of rewards: each token of an answer is worth how
     much more probable its teacher finds it (on-policy distillation)."""
-    routes: dict[str, str] = field(default_factory=dict)
+    routes: NAMED = field(default_factory=dict)
     """Environment -> name of the teacher of its prompts; default: of all others."""
     data: PromptOptions = field(default_factory=PromptOptions)
     train: RlTrainOptions = field(default_factory=RlTrainOptions)
