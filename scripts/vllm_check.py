@@ -8,13 +8,14 @@ distribution of each next one; this is compared with the dequantized model, in f
 
 On a CPU vLLM lists no NVFP4 product and refuses experts without a gate. The worker below replaces
 these products, and FP8's, by plain PyTorch that decodes what vLLM loaded, and quantizes no inputs.
-So names, fused weights, scales, routing and all other layers are vLLM's, and are checked tightly.
+So names, fused weights, scales, routing and all other layers are vLLM's. They run in fp32, in which
+they are checked tightly: in bf16 rounding decides between experts with nearly equal scores.
 
-On a GPU nothing is replaced (not tried yet): inputs of W4A4 and FP8 exports are quantized, so that
-the bound has to be wider, such as 0.03; exports without calibration (W4A16) quantize none.
-
-Where rounding decides between two experts, single tokens differ by much: the median tells that
-from a fault. A model that hardly uses its experts hides faults in them: use one that is trained.
+On a GPU nothing is replaced and bf16 is taken (not tried yet): inputs of W4A4 and FP8 exports are
+quantized, so that the bound has to be wider, such as 0.03; exports without calibration (W4A16)
+quantize none. Where rounding decides between two experts, single tokens differ by much: the median
+tells that from a fault. A model that hardly uses its experts hides faults in them: use one that is
+trained.
 
 The multi-token-prediction block is not run, nor are the KV cache's scales used on a CPU.
 
@@ -36,7 +37,7 @@ from typing import Any
 
 REFUSED = 4
 ABSENT = 77
-MAX_KL = 2e-4
+MAX_KL = 1e-6
 SEED = 1234
 
 
@@ -56,7 +57,8 @@ def worker(directory: str, ids_file: str, out: str) -> int:
     ids = json.loads(Path(ids_file).read_text())
     vocabulary = json.loads((Path(directory) / "config.json").read_text())["vocab_size"]
     engine = LLM(
-        model=directory, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
+        model=directory, skip_tokenizer_init=True, enforce_eager=True,
+        dtype="float32" if current_platform.is_cpu() else "bfloat16",
         max_model_len=len(ids) + 1, max_num_seqs=1, max_num_batched_tokens=max(2048, len(ids)),
         max_logprobs=vocabulary, enable_prefix_caching=False,
     )  # fmt: skip
@@ -83,17 +85,23 @@ def supply_cpu() -> None:
     )
     from vllm.model_executor.layers.fused_moe import config, unquantized_fused_moe_method
     from vllm.model_executor.layers.quantization import modelopt
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as compressed,
     )
     from vllm.platforms import PlatformEnum
+
+    pending = [QuantizationConfig]  # which all refuse fp32
+    for kind in pending:
+        pending += kind.__subclasses__()
+        kind.get_supported_act_dtypes = classmethod(lambda _: [torch.float32])
 
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
     def decoded(packed: Any, scale: Any, tensor_scale: Any) -> Any:
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).long()
         values = grid[codes & 7] * (1 - 2 * (codes >> 3))
-        return (values * scale.float().repeat_interleave(16, -1) * tensor_scale).bfloat16()
+        return (values * scale.float().repeat_interleave(16, -1) * tensor_scale).float()
 
     class WeightsAlone(EmulationNvFp4LinearKernel):
         def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
@@ -105,7 +113,7 @@ def supply_cpu() -> None:
 
     def fp8_product(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
         weight, scale, *_ = self._get_layer_params(layer)
-        return torch.nn.functional.linear(x, (weight.float() * scale).t().bfloat16(), bias)
+        return torch.nn.functional.linear(x, (weight.float() * scale).t().to(x.dtype), bias)
 
     FP8ScaledMMLinearKernel.apply_weights = fp8_product
     check = config.FusedMoEConfig.__post_init__
@@ -137,7 +145,7 @@ def supply_cpu() -> None:
             elif "weight_scale_2" in parts:
                 weight = decoded(parts["weight"], parts["weight_scale"], parts["weight_scale_2"])
             else:
-                weight = (parts["weight"].float() * parts.get("weight_scale", 1)).bfloat16()
+                weight = (parts["weight"].float() * parts.get("weight_scale", 1)).float()
             self.plain.append(weight)
 
     def apply(
