@@ -218,7 +218,7 @@ def _saved(at: Layout, letter: str) -> int:
             T * latent,  # fc2's input
             # The rows that came, and five permutations of them; or experts' inputs, one
             # permutation, and the slots' tokens.
-            T * (b * k * cfg.expert_size + 40 * k if at.ep > 1 else latent + 12 * k),
+            T * (b * k * cfg.expert_size + 32 * k if at.ep > 1 else latent + 12 * k),
             T * 2 * b * cfg.moe_shared_expert_intermediate_size,
         ),
     }

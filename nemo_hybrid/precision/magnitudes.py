@@ -67,7 +67,7 @@ class _Watched(LoopExperts):
         self.up, self.down = up, down
 
     def forward(self, routed: Routed, keep: bool) -> tuple[Tensor, Tensor]:
-        y_RL, h_RF = super().forward(routed, keep)
+        y_RL, h_RF = super().forward(routed, True)  # the pre-activation is seen
         if self.up is not None:
             self.up(routed.rows(routed.x_TL), routed.groups)
         if self.down is not None:

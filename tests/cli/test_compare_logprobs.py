@@ -245,7 +245,7 @@ def test_text_that_cannot_be_compared(
     (tmp_path / "empty").write_text("")
     a, b = readers / "a", readers / "b"
     assert "cannot read" in fails(capsys, a, b, "--data", tmp_path / "gone")
-    assert "cannot read" in fails(capsys, a, b, "--data", tmp_path)
+    assert "is not a token store" in fails(capsys, a, b, "--data", tmp_path)
     assert "not a UTF-8 text file" in fails(capsys, a, b, "--data", tmp_path / "binary")
     assert "fewer than two tokens" in fails(capsys, a, b, "--data", tmp_path / "empty")
     assert "fewer than two tokens" in fails(capsys, a, b, "--prompt", "a")
