@@ -30,6 +30,7 @@ from nemo_hybrid.config.base import (
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import ModelOptions, RunConfig, TrainingConfig
 from nemo_hybrid.errors import UserError
 
@@ -150,8 +151,10 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     if not config.data.path and not getattr(config.data, "blend", None):
         config.data.path = "not needed"
     shape = shape_on_paper(config.model)
-    if isinstance(config, FinetuneConfig) and not config.model.from_hf:
+    if isinstance(config, FinetuneConfig | RlConfig) and not config.model.from_hf:
         config.model.from_hf = "not needed"
+    if isinstance(config, RlConfig):
+        config.data.heldout_path = "not needed"
     config.validate(shape)
     from nemo_hybrid.train.build import check_precision  # which takes seconds
 
@@ -327,7 +330,8 @@ def _lines(
     counts = parameter_counts(shape)
     local = sum(p.numel() for p in at.model.parameters())
     trained = sum(p.numel() for p in at.model.parameters() if p.requires_grad)
-    command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+    names: dict[type, str] = {FinetuneConfig: "finetune", RlConfig: "rl"}
+    command = names.get(type(config), "pretrain")
     some = f" ({trained:,} of them trained)" if trained < local else ""
     yield (
         f"{command}: {counts.total:,} parameters, {counts.active:,} active, {local:,} in each "
@@ -353,8 +357,12 @@ def _lines(
     else:
         yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
         yield from (f"  {line}" for line in changes(config, options, shape))
-    whole = ", as if all weights were trained" if at.finetune else ""
-    yield f"one step of one process, modelled, not measured, nothing overlapping{whole}:"
+    limits = {
+        "finetune": ", as if all weights were trained",
+        "rl": ", answers and teachers left out",
+    }
+    limit = limits.get(command, "")
+    yield f"one step of one process, modelled, not measured, nothing overlapping{limit}:"
     for name, (seconds, sent) in found.parts.items():
         yield f"  {name:26} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
     rate = found.tokens / found.step_s
@@ -364,7 +372,7 @@ def _lines(
         f"({found.flops / 1e9:.4g} GFLOP per token), MFU "
         f"{rate * found.flops / (found.device.matmul_tflops * 1e12):.1%}"
     )
-    if steps := config.train.max_steps:
+    if (steps := config.train.max_steps) and command != "rl":
         per_step = found.tokens * at.processes
         hours = steps * found.step_s / 3600
         kept = config.checkpoint.keep
@@ -397,4 +405,4 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
-COMMANDS = {"plan": Command(plan_command, PlanOptions, RunConfig, (FinetuneConfig,))}
+COMMANDS = {"plan": Command(plan_command, PlanOptions, RunConfig, (FinetuneConfig, RlConfig))}

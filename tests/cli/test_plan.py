@@ -353,6 +353,12 @@ def test_fine_tuning_is_known_by_its_keys(
     assert re.search(f"^finetune: .* {total + added:,} in each process \\({added:,} of them", said)
     assert "as if all weights were trained" in said
 
+    config.write_text("environments: {exact: {}}\nrollout: {samples: 4}\n")
+    assert main(["plan", "--config", str(config), *shape]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("rl: ")
+    assert "answers and teachers left out" in said
+
     config.write_text("model: {from_hf: gone}\n")  # pretrain takes it too
     assert main(["plan", "--config", str(config), *shape]) == 0
     assert capsys.readouterr().out.startswith("pretrain: ")
