@@ -15,6 +15,7 @@ from helpers.processes import HANG_S, run_command
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands import launch as module
 from nemo_hybrid.commands.launch import launch
+from nemo_hybrid.process import TOGETHER
 
 STOPS = """
 import os, signal, sys, time
@@ -87,7 +88,7 @@ def test_a_lost_process_is_named_and_ends_the_others(
     ("words", "expected"),
     [
         ([], "missing: --nproc"),
-        (["--nproc", "2"], "launch needs a command: pretrain, finetune, eval, rollout"),
+        (["--nproc", "2"], f"launch needs a command: {', '.join(TOGETHER)}"),
         (["--nproc", "2", "pretrian"], "unexpected words on the command line: pretrian"),
         (["--nproc", "0", "pretrain"], "nproc must be positive, got 0"),
     ],
