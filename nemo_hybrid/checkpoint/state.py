@@ -261,13 +261,17 @@ def _write_rank_state(writer: Writer, state: Mapping[str, Any], rank: int) -> No
 
 
 def check_resumable(
-    directory: Path, config: HybridConfig, expected: Mapping[str, Any]
+    directory: Path,
+    config: HybridConfig,
+    expected: Mapping[str, Any],
+    otherwise: str = ", or another run_dir",
 ) -> dict[str, Any]:
     """Return the run state of a checkpoint that a run of this configuration may resume from.
 
     ``expected`` holds entries of the run state that must be equal (hashes of tokenizer and data,
-    seed of the sampler ...). Raises UserError naming both sides of the first difference, for a
-    directory that is not a training checkpoint, and for a newer format.
+    seed of the sampler ...); ``otherwise`` is what can be done but making them so. Raises UserError
+    naming both sides of the first difference, for a directory that is not a training checkpoint,
+    and for a newer format.
     """
     state = _read_run_state(directory)
     saved = read_config(directory)
@@ -278,14 +282,14 @@ def check_resumable(
         if theirs != ours and f.name not in FREE:
             raise UserError(
                 f"{directory} has model.{f.name} {theirs!r}, this run has {ours!r}; use the same "
-                "model, or another run_dir"
+                f"model{otherwise}"
             )
     for name, ours in expected.items():
         theirs = state.get(name)
         if theirs != ours:
             raise UserError(
                 f"{directory} was written with {name} {theirs!r}, this run has {ours!r}; use the "
-                "same, or another run_dir"
+                f"same{otherwise}"
             )
     return state
 

@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"
 PATH_KEYS = (
     "run_dir",
     "resume",
+    "continue_from",
     "model.from_hf",
     "data.path",
     "data.default_corpus",

@@ -304,6 +304,9 @@ class TrainingConfig(Options):
     resume: str = "auto"
     """auto: newest valid checkpoint of the same configuration, else a fresh start; never: the
     directory must be empty; or the path of a checkpoint."""
+    continue_from: str | None = None
+    """Checkpoint of a run, from which a new phase of training takes weights, fp32 masters and
+    moments; steps, schedule, data and guard begin anew. It is model.from_hf where none is named."""
     track: Literal["none", "wandb", "trackio"] = "none"
     """Service that gets the curves too, beside TensorBoard: Weights & Biases, or trackio; none:
     nowhere."""
@@ -317,6 +320,10 @@ class TrainingConfig(Options):
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     guard: GuardOptions = field(default_factory=GuardOptions)
     kernels: KernelOptions = field(default_factory=KernelOptions)
+
+    def __post_init__(self) -> None:
+        if self.continue_from and not self.model.from_hf:
+            self.model = replace(self.model, from_hf=self.continue_from)
 
     def in_steps(self: Self) -> Self:
         """The same with numbers of steps where tokens are counted."""

@@ -151,7 +151,7 @@ class StoreRecipe(Generic[C, R]):
             beside, alone = ("it", "this run") if saved else ("this run", "it")
             raise UserError(
                 f"{checkpoint} is of another kind of run: {beside} needs the weights that it began "
-                f"with in all steps, {alone} does not; use another run_dir"
+                f"with in all steps, {alone} does not; use another run_dir or checkpoint"
             )
         named = base_named(checkpoint)
         why = f" (it names {named})" if named else ""

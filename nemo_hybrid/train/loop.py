@@ -12,7 +12,7 @@ import torch
 
 from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.state import check_resumable
-from nemo_hybrid.checkpoint.steps import find_latest, step_name, step_of
+from nemo_hybrid.checkpoint.steps import find_latest, resolve, step_name, step_of
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
 from nemo_hybrid.parallel.watch import Watch
@@ -28,7 +28,7 @@ from nemo_hybrid.train.optim import describe_schedule, learning_rate
 from nemo_hybrid.train.plots import write_missing_plots, write_plots
 from nemo_hybrid.train.profile import Profile
 from nemo_hybrid.train.progress import Progress
-from nemo_hybrid.train.resume import Saver, restore
+from nemo_hybrid.train.resume import Saver, begin_phase, check_phase, restore
 from nemo_hybrid.train.run import Outcome, Position, Recipe, Run
 from nemo_hybrid.train.run_dir import CHECKPOINTS, DIAGNOSIS, MODEL, RunLock, claim_run, open_run
 from nemo_hybrid.train.step import train_step
@@ -58,9 +58,11 @@ def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
     world = _start(recipe.config)
     say_phase("looking for checkpoints, and opening the data")
     checkpoint = _find_checkpoint(world, recipe.config, lock)
+    phase = None if checkpoint else _find_phase(world, recipe.config)
     data = None
     if not _finished(recipe, checkpoint):
-        data = recipe.open_data(world, checkpoint)  # also counts the steps, if epochs were given
+        # Also counts the steps, if epochs were given.
+        data = recipe.open_data(world, checkpoint or phase)
     if data is None or _finished(recipe, checkpoint):
         assert checkpoint is not None
         world.from_rank_0(write_missing_plots, recipe.config.run_dir)
@@ -69,17 +71,22 @@ def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
         return
     if checkpoint:  # `restore` checks it too, but after the model was built
         world.from_rank_0(check_resumable, checkpoint, recipe.shape, recipe.identity())
+    if phase:
+        world.from_rank_0(check_phase, phase, recipe)
     say_phase("building the model")
-    run = build_run(recipe, world, data, checkpoint)
-    if checkpoint:
-        say_phase(f"reading {checkpoint}")
-    position = restore(checkpoint, run) if checkpoint else Position()
+    run = build_run(recipe, world, data, checkpoint or phase)
+    position = Position()
+    if source := checkpoint or phase:
+        say_phase(f"reading {source}")
+        position = restore(source, run) if checkpoint else begin_phase(source, run)
     world.from_rank_0(claim_run, recipe.config, lock)
     with ExitStack() as stack:
         with world.agreed():
             display = Display(run, position) if world.rank == 0 else None
         if display:
-            _announce(run, checkpoint)
+            _announce(run)
+            how = f"a new phase, from {phase}" if phase else "fresh start"
+            print(f"going on from {checkpoint}" if checkpoint else how, flush=True)
             stack.enter_context(display)
         stack.enter_context(watch)
         Loop(run, position, display, watch, checkpoint).run_to_end()
@@ -115,6 +122,15 @@ def _find_checkpoint(world: World, config: TrainingConfig, lock: RunLock) -> Pat
         return find_latest(Path(config.run_dir) / CHECKPOINTS, world=world)
     verify(checkpoint, world=world)
     return checkpoint
+
+
+def _find_phase(world: World, config: TrainingConfig) -> Path | None:
+    """The whole checkpoint whose weights and moments a new phase begins with, if it does."""
+    if not config.continue_from:
+        return None
+    phase = world.from_rank_0(resolve, config.continue_from)
+    verify(phase, world=world)
+    return phase
 
 
 def _finished(recipe: Recipe, checkpoint: Path | None) -> bool:
@@ -328,7 +344,7 @@ class Loop:
             self.display.note(text)
 
 
-def _announce(run: Run, checkpoint: Path | None) -> None:
+def _announce(run: Run) -> None:
     config, world, model = run.config, run.world, run.model.config
     train = config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
@@ -349,7 +365,6 @@ def _announce(run: Run, checkpoint: Path | None) -> None:
         print(f"kernel {op}: {name} ({reason})")
     frozen = "not given: its formula is for models that are trained as a whole"
     print(f"MFU {frozen if run.peak is None else f'relative to {peak_source(world.device.type)}'}")
-    print(f"going on from {checkpoint}" if checkpoint else "fresh start", flush=True)
 
 
 def _announce_precision(run: Run) -> None:

@@ -25,7 +25,7 @@ from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.train.run import Position, Run
+from nemo_hybrid.train.run import Position, Recipe, Run
 
 
 class WholeModel:
@@ -169,18 +169,11 @@ def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:
     if the checkpoint belongs to another run (see `Recipe.identity`), or if its weights are not the
     rounding of their masters.
     """
-    engine, model = run.engine, run.model
     with run.world.agreed():
-        state = check_resumable(directory, model.config, run.recipe.identity())
-        run.weights.read(directory)
-        engine.optimizer_steps = int(state["optimizer_steps"])
-        fragments = list(engine.fragments())
-        load_state(directory, fragments)
-        tensors = run.weights.tensors()
-        weights = [(name, tensor, first_expert(name, model)) for name, tensor in tensors.items()]
-        check_masters(weights, fragments)
+        state = check_resumable(directory, run.model.config, run.recipe.identity())
+        _read(directory, run, state)
         own = load_rank_state(directory, run.world.rank)
-    engine.publish_masters()
+    run.engine.publish_masters()
     run.guard.restore(state["guard"])
     if not rolled_back:
         run.data.restore(state.get("data_state", {}))
@@ -189,6 +182,33 @@ def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:
     train, step = run.config.train, int(state["step"])
     each = train.global_batch_size * run.config.data.sequence_length  # of older checkpoints
     return Position(step, int(state["batches"]), int(state.get("tokens", step * each)))
+
+
+def check_phase(directory: Path, recipe: Recipe) -> dict[str, Any]:
+    """The run state of a checkpoint whose weights and moments ``recipe`` may begin with. Raises
+    UserError where they mean something else there."""
+    ours = recipe.identity()
+    same = {name: ours[name] for name in ("tokenizer", "weight_dtype", "base")}
+    return check_resumable(directory, recipe.shape, same, otherwise="")
+
+
+def begin_phase(directory: Path, run: Run) -> Position:
+    """Load weights, masters, moments and router biases of a checkpoint of another run, and nothing
+    else of it. Raises UserError as `restore` does."""
+    with run.world.agreed():
+        _read(directory, run, check_phase(directory, run.recipe))
+    run.engine.publish_masters()
+    return Position()
+
+
+def _read(directory: Path, run: Run, state: dict[str, Any]) -> None:
+    """Fill weights, masters and moments."""
+    run.weights.read(directory)
+    run.engine.optimizer_steps = int(state["optimizer_steps"])  # to which Adam's moments belong
+    fragments = list(run.engine.fragments())
+    load_state(directory, fragments)
+    tensors = run.weights.tensors().items()
+    check_masters([(name, t, first_expert(name, run.model)) for name, t in tensors], fragments)
 
 
 def _owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:

@@ -35,7 +35,7 @@ DIAGNOSIS = "diagnosis"
 SAMPLES = "data"
 MODEL = "model"
 ROLLOUTS = "rollouts"
-FROM_HF = "model.from_hf"
+BEGINNINGS = ("model.from_hf", "continue_from")
 _LOCK = ".lock"
 
 MAY_CHANGE = (
@@ -243,7 +243,8 @@ def _same_run(config: TrainingConfig, checkpoints: list[Path]) -> None:
     remembered = next((d / RESOLVED for d in checkpoints if _is_intact(d, RESOLVED)), None)
     if remembered is not None:
         # Weights to begin with may have moved; those that matter later are known by their digest.
-        there = _flat(_read_saved(remembered), kind) | {FROM_HF: there.get(FROM_HF)}
+        named = {key: there.get(key) for key in BEGINNINGS}
+        there = _flat(_read_saved(remembered), kind) | named
     # What an older configuration does not say had its default.
     before, now = _compared(kind()) | there, _compared(config)
     if config.model.from_hf:
