@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
@@ -36,7 +38,20 @@ OPTIONAL = {
     "trackio": "trackio",
 }
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "sve")
+_ON_TORCH = ("torch", "deepspeed", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-engine")
 IMPORT_LIMIT_S = 120
+_MARK = "nemo_hybrid doctor: "
+"""Begins what a child says, among what the packages print."""
+_IMPORT = f"""
+import importlib, json, sys
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+        problem = ""
+    except BaseException as error:
+        problem = f"does not import: {{type(error).__name__}}: {{error}}"
+    print({_MARK!r} + json.dumps(problem), flush=True)
+"""
 
 
 class Package(NamedTuple):
@@ -49,9 +64,15 @@ class Package(NamedTuple):
 
 def doctor() -> int:
     """Print the report; return 0 when all required packages work, else 1."""
-    names = REQUIRED | OPTIONAL
-    with ThreadPoolExecutor(max_workers=2) as pool:  # each import takes a core and some memory
-        packages = list(pool.map(probe, names, names.values()))
+    # Each import takes a core and some memory: two at a time, those that need torch together.
+    everything = REQUIRED | OPTIONAL
+    groups = [{n: m for n, m in everything.items() if (n in _ON_TORCH) == on} for on in (1, 0)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = [pool.submit(probe, group) for group in groups]
+        packages = futures[0].result()
+        if not any(package.problem for package in packages if package.name == "torch"):
+            import torch  # noqa: F401  needed below, and the other core is busy yet
+        packages += futures[1].result()
     problems = {p.name: p.problem for p in packages}
     states = [(p.name, p.version, p.problem or "works") for p in packages]
     header = ("package", "version", "state")
@@ -66,28 +87,40 @@ def doctor() -> int:
     return 1 if broken else 0
 
 
-def probe(name: str, module: str) -> Package:
-    """Import a package in a process of its own: a broken extension may end the process."""
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        version = "-"
-    if util.find_spec(module) is None:
-        return Package(name, version, "not installed")
+def probe(modules: Mapping[str, str]) -> list[Package]:
+    """Import the modules of these distributions one after another in a process of its own: they
+    share what takes most of the time, and a broken extension may end the process. What comes
+    behind such a one is imported in a further process."""
+    problems = {name: "not installed" for name in modules if util.find_spec(modules[name]) is None}
+    while left := [name for name in modules if name not in problems]:
+        found, ended = _imported([modules[name] for name in left])
+        problems |= zip(left, found, strict=False)
+        if ended and len(found) < len(left):
+            problems[left[len(found)]] = ended
+    return [Package(name, _version(name), problems[name]) for name in modules]
+
+
+def _imported(modules: Sequence[str]) -> tuple[list[str], str]:
+    """Of the first modules why each does not import (empty: it does), and how the process ended
+    that the next one ended."""
+    command = [sys.executable, "-c", _IMPORT, *modules]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_LIMIT_S,
-            check=False,
+            command, capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False
         )
-    except subprocess.TimeoutExpired:
-        return Package(name, version, f"import took more than {IMPORT_LIMIT_S} s")
-    if done.returncode == 0:
-        return Package(name, version, "")
-    last = done.stderr.strip().splitlines()[-1:] or [f"import ended with {done.returncode}"]
-    return Package(name, version, f"does not import: {last[0]}")
+        output, ended = done.stdout, f"does not import: import ended with {done.returncode}"
+    except subprocess.TimeoutExpired as e:
+        output = (e.stdout or b"").decode()
+        ended = f"import took more than {IMPORT_LIMIT_S} s"
+    lines = (line.partition(_MARK) for line in output.splitlines())
+    return [json.loads(told) for _, mark, told in lines if mark], ended
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "-"
 
 
 def machine() -> list[tuple[str, str]]:

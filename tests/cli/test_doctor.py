@@ -16,15 +16,28 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_probe_says_why(modules: Path) -> None:
-    (modules / "good_lib.py").write_text("")
+def test_probe_says_why(modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (modules / "good_lib.py").write_text("print('hello')")
     (modules / "bad_lib.py").write_text("import gone_cuda_extension")
     (modules / "crashing_lib.py").write_text("import os; os.abort()")
-    assert doctor.probe("good-lib", "good_lib") == ("good-lib", "-", "")
-    assert "gone_cuda_extension" in doctor.probe("bad-lib", "bad_lib").problem
-    assert "import ended with -6" in doctor.probe("crashing-lib", "crashing_lib").problem
-    assert doctor.probe("no-lib", "no_lib").problem == "not installed"
-    assert doctor.probe("pytest", "json").version == pytest.__version__
+    (modules / "quitting_lib.py").write_text("raise SystemExit(0)")
+    libs = ("no_lib", "bad_lib", "good_lib", "quitting_lib", "crashing_lib", "json")
+    names = {"pytest" if lib == "json" else lib.replace("_", "-"): lib for lib in libs}
+    none, bad, good, quitting, crashing, behind = doctor.probe(names)
+    assert none == ("no-lib", "-", "not installed")
+    assert "gone_cuda_extension" in bad.problem
+    assert good == ("good-lib", "-", "")
+    assert "SystemExit" in quitting.problem
+    assert "import ended with -6" in crashing.problem
+    assert behind == ("pytest", pytest.__version__, "")
+
+    (modules / "sleeping_lib.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "IMPORT_LIMIT_S", 2)
+    good, sleeping, behind = doctor.probe(
+        {"good-lib": "good_lib", "sleeping-lib": "sleeping_lib", "pytest": "json"}
+    )
+    assert (good.problem, behind.problem) == ("", "")
+    assert "took more than 2 s" in sleeping.problem
 
 
 def test_status_follows_the_required_packages(
