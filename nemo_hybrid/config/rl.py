@@ -258,4 +258,5 @@ class RlConfig(TrainingConfig):
                 "there are no held-out prompts: name data.heldout_path, or set "
                 "train.eval_sequences to 0",
             ),
+            (train.eval_positions, "train.eval_positions has no effect: rewards are evaluated"),
         )

@@ -133,6 +133,9 @@ class TrainOptions(Options):
     """Steps between evaluations on held-out data; 0: at the start and the end only."""
     eval_sequences: NotNegativeInt = 256
     """Held-out sequences per evaluation (fewer if the store holds fewer); 0: no evaluation."""
+    eval_positions: bool = False
+    """Measure the held-out loss also by position in the document, in bands that end at powers of
+    two: whether more context helps."""
     log_every: PositiveInt = 10
     """Steps between plain log lines when the output is not a terminal."""
     hang_timeout_s: NotNegativeFloat = 1800

@@ -44,7 +44,8 @@ class Distilled(NextToken):
         (teacher,) = self._teacher
         share_N = torch.ones_like(targets.scale_N)
         share_N[0] -= self.kl_weight
-        loss, sums = self._cross_entropy(hidden, targets, targets.scale_N * share_N)
+        loss, ce_NT = self._cross_entropy(hidden, targets, targets.scale_N * share_N)
+        sums = self._sums(ce_NT, targets)
         with torch.no_grad():
             teacher_BSD, _ = teacher.forward_hidden(batch.ids_BS, batch.packing)
         kl_sum = linear_kl(

@@ -72,6 +72,13 @@ class NextToken(Objective):
         sums["aux"] = aux_sum.detach()
         return LossParts(loss, sums, {name: routed.counts_E for name, routed in stats.items()})
 
+    def per_target(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropies in nats, fp32 [N, T], and how often each counts."""
+        hidden, _ = self._read(batch)
+        unit_N = torch.ones(len(self.names), dtype=torch.int64, device=hidden[0].device)
+        targets = self._targets(batch, Normalizer(unit_N, rows=1))
+        return self._cross_entropy(hidden, targets, targets.scale_N)[1], targets.weights_NT
+
     def means(self, sums: Mapping[str, Tensor], normalizer: Normalizer) -> dict[str, float]:
         counts_N = normalizer.counts_N.clamp(min=1)
         means = {name: float(sums[name] / counts_N[i]) for i, name in enumerate(self.names)}
@@ -102,20 +109,24 @@ class NextToken(Objective):
         self, batch: Batch, hidden: list[Tensor], targets: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of the loss but for the balance, and the sums of its parts."""
-        return self._cross_entropy(hidden, targets, targets.scale_N)
+        loss, ce_NT = self._cross_entropy(hidden, targets, targets.scale_N)
+        return loss, self._sums(ce_NT, targets)
 
     def _cross_entropy(
         self, hidden: list[Tensor], targets: Targets, scale_N: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of all cross-entropies, and each of them, [N, T]."""
         # One call for all losses: the head's gradient is summed in fp32 before its one rounding.
-        loss, ce_NT = linear_cross_entropy(
+        loss, ce_R = linear_cross_entropy(
             torch.stack(hidden).flatten(0, 2),
             self.model.lm_head.weight,
             targets.labels_NBS.flatten(),
             (scale_N[:, None] * targets.weights_NT).flatten(),
         )
-        sums_N = (ce_NT.view(len(hidden), -1) * targets.weights_NT).sum(1)
-        return loss, dict(zip(self.names, sums_N, strict=True))
+        return loss, ce_R.view(len(hidden), -1)
+
+    def _sums(self, ce_NT: Tensor, targets: Targets) -> dict[str, Tensor]:
+        return dict(zip(self.names, (ce_NT * targets.weights_NT).sum(1), strict=True))
 
     def _moe_layers(self) -> int:
         config = self.model.config

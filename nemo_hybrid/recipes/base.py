@@ -121,9 +121,14 @@ class StoreRecipe(Generic[C, R]):
         ]
 
     def evaluate(self, run: Run) -> dict[str, float]:
-        objective = NextToken(run.model, self.config.train)
+        train = self.config.train
         with small_steps(run.model, run.world) as share:
-            losses = heldout_losses(objective, run.data.heldout(run.share), run.world)
+            losses = heldout_losses(
+                NextToken(run.model, train),
+                run.data.heldout(run.share),
+                run.world,
+                train.eval_positions,
+            )
             return losses | share()
 
     def publish(self, last: Path) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mamba2 import Mamba2
-from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets
 from nemo_hybrid.parallel.world import World
+
+_BANDS = 40
+"""Of positions; each ends at a power of two, and no row has 2**40 tokens."""
 
 
 @contextmanager
@@ -47,18 +49,30 @@ def small_steps(model: HybridLM, world: World) -> Iterator[Callable[[], dict[str
 
 @torch.no_grad()
 def heldout_losses(
-    objective: NextToken, batches: Iterable[Batch], world: World
+    objective: NextToken, batches: Iterable[Batch], world: World, positions: bool = False
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per target: ``loss`` and ``mtp_1`` ... over this process's
-    ``batches`` and those of all others, which are equally many. Every target counts alike."""
+    ``batches`` and those of all others, which are equally many. Every target counts alike.
+
+    With ``positions`` also ``loss_at_1``, ``loss_at_2``, ``loss_at_4`` ...: of the next tokens that
+    were predicted from so many tokens of their document, or fewer, down to the band before.
+    """
     names = objective.names
     sums_N = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     targets_N = torch.zeros(len(names), dtype=torch.int64, device=world.device)
-    unit = Normalizer(torch.ones_like(targets_N), rows=1)
+    ends_P = 2 ** torch.arange(_BANDS, device=world.device)
+    bands_2P = torch.zeros(2, _BANDS, dtype=torch.float64, device=world.device)  # sums, targets
     for batch in batches:
         batch = batch.to(world.device)
-        sums = objective(batch, unit).sums
-        sums_N += torch.stack([sums[name] for name in names])
+        ce_NT, weights_NT = objective.per_target(batch)
+        sums_N += (ce_NT * weights_NT).sum(1)
         targets_N += count_targets(batch, objective.depths)
+        band_T = torch.bucketize(batch.positions_BS.flatten().long() + 1, ends_P)
+        both_2T = torch.stack([ce_NT[0] * weights_NT[0], weights_NT[0]]).double()
+        bands_2P.index_add_(1, band_T, both_2T)
     mean_N: Tensor = world.sum(sums_N) / world.sum(targets_N).clamp(min=1)
-    return dict(zip(["loss", *names[1:]], mean_N.tolist(), strict=True))
+    losses = dict(zip(["loss", *names[1:]], mean_N.tolist(), strict=True))
+    if positions:
+        for band, (total, count) in enumerate(world.sum(bands_2P).T.tolist()):
+            losses |= {f"loss_at_{2**band}": total / count} if count else {}
+    return losses

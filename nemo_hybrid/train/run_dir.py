@@ -59,6 +59,7 @@ MAY_CHANGE = (
     "train.deterministic",
     "train.eval_every",
     "train.eval_sequences",
+    "train.eval_positions",
     "train.log_every",
     "train.hang_timeout_s",
 )

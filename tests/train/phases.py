@@ -55,6 +55,7 @@ def main(store: Path, out: Path) -> None:
     run(phase, out / "phase")
     run(replace(phase, continue_from=None), out / "moments")
     longer = replace(phase, data=replace(phase.data, sequence_length=64))
+    longer.train = replace(longer.train, eval_sequences=8, eval_positions=True)
     run(replace(longer, continue_from=str(out / "unbroken")), out / "longer")
     run(replace(longer, continue_from=str(out / "unbroken")), out / "longer")  # as if started again
 

@@ -61,6 +61,10 @@ def test_steps_begin_anew(runs: Path) -> None:
 def test_it_goes_over_other_lengths_and_does_not_begin_again(runs: Path) -> None:
     rows = read_metrics(runs / "longer/metrics.jsonl")
     assert [row.tokens for row in rows] == [8 * 64] * SAVED
+    # Bands of positions are measured before and after.
+    bands = {f"{when}_loss_at_{2**k}" for k in range(7) for when in ("before", "heldout")}
+    named = {name for row in rows for name in row.further if "_at_" in name}
+    assert named == bands
     newest = runs / f"unbroken/checkpoints/step_{2 * SAVED:08d}"  # of the run that was named
     text = (runs / "stdout").read_text()
     assert text.count(f"a new phase, from {newest}\n") == 1
