@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,10 +139,32 @@ def machine() -> list[tuple[str, str]]:
     if "MemTotal" in memory:
         total, free = memory["MemTotal"] / 2**20, memory.get("MemAvailable", 0) / 2**20
         rows.append(("Memory", f"{total:.1f} GiB, {free:.1f} GiB available"))
+    rows.append(("C compiler", c_compiler()))
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     if limit.isdigit():
         rows.append(("Memory limit", f"{int(limit) / 2**30:.1f} GiB for this container"))
     return rows
+
+
+def c_compiler() -> str:
+    """What Triton would build launchers of its kernels with, and whether it can: it looks for it in
+    CC, then for gcc and clang."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    needed = "without it Triton's kernels cannot run: install gcc, libc6-dev and python3-dev"
+    if compiler is None:
+        return f"none; {needed}"
+    include = sysconfig.get_path("include")
+    command = [compiler, "-shared", "-fPIC", f"-I{include}", "-x", "c", "-", "-o", os.devnull]
+    try:
+        done = subprocess.run(
+            command, input="#include <Python.h>\n", capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        return f"{compiler} does not run ({error.strerror}); {needed}"
+    if done.returncode == 0:
+        return f"{compiler}, builds what Triton needs"
+    what = next((line for line in done.stderr.splitlines() if "error" in line), "it says nothing")
+    return f"{compiler} builds nothing for Python ({what}); {needed}"
 
 
 def _show_torch() -> None:

@@ -1,6 +1,7 @@
 """The report on packages, machine and operations."""
 
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,25 @@ def test_machine_report_names_cores_and_memory() -> None:
     rows = {row[0]: row[1] for row in doctor.machine()}
     assert "usable cores" in rows["CPU"]
     assert "GiB" in rows["Memory"]
+
+
+def test_the_compiler_of_launchers_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pretenders: the machine may have none."""
+    compiler = tmp_path / "gcc"
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere")
+    assert doctor.c_compiler().startswith("none; without it")
+    seen = tmp_path / "seen"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >{seen}\nread line\necho "$line" >>{seen}\n')
+    compiler.chmod(0o755)
+    assert doctor.c_compiler() == f"{compiler}, builds what Triton needs"
+    assert "#include <Python.h>" in seen.read_text()
+    assert f"-I{sysconfig.get_path('include')}" in seen.read_text()
+    compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    said = doctor.c_compiler()
+    assert "Python.h: No such file" in said
+    assert "install gcc, libc6-dev and python3-dev" in said
+    monkeypatch.setenv("CC", str(tmp_path / "gone"))
+    assert f"{tmp_path / 'gone'} does not run" in doctor.c_compiler()
