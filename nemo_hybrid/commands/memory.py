@@ -55,8 +55,11 @@ class Group(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Elements of one process's share, padded as DeepSpeed pads it."""
-        return math.ceil(self.numel / (2 * self.ranks)) * 2
+        """Elements of one process's share, padded as DeepSpeed pads it: each parameter begins at a
+        multiple of 16 bytes."""
+        step = 16 // self.width
+        padded = sum(math.ceil(size / step) * step for size in self.sizes)
+        return math.ceil(padded / (2 * self.ranks)) * 2
 
     def touched(self) -> int:
         """About the elements of all parameters that a share touches: that at its end may be the
@@ -125,7 +128,7 @@ def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: boo
         cfg=cfg,
         processes=processes,
         ep=config.parallel.ep,
-        zero=config.parallel.zero,
+        zero=config.parallel.stage(processes),
         width=weight_dtype(config.precision).itemsize,
         rows=config.train.micro_batch_size,
         length=config.data.sequence_length,

@@ -293,7 +293,7 @@ def _apply(change: dict[str, int | str], config: TrainingConfig, options: PlanOp
 def _candidates(
     config: TrainingConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[tuple[str, dict[str, int | str]]]:
-    if config.parallel.zero == 1:
+    if config.parallel.stage(options.processes) == 1:
         yield "--parallel.zero 2", {"parallel.zero": 2}
     micro = config.train.micro_batch_size
     while micro > 1 and micro % 2 == 0:

@@ -188,8 +188,13 @@ class ParallelOptions(Options):
 
     ep: PositiveInt = 1
     """Expert-parallel size: processes over which the routed experts are divided."""
-    zero: int = 2
-    """DeepSpeed ZeRO stage: 1 or 2."""
+    zero: int | None = None
+    """DeepSpeed ZeRO stage: 1 or 2; null: 2, and 1 for a single process."""
+
+    def stage(self, processes: int) -> int:
+        """A single process owns all gradients, and with 2 would hold them twice while they add up:
+        4 bytes per parameter more, for nothing."""
+        return self.zero or (1 if processes == 1 else 2)
 
 
 @dataclass(config=CHECKED)
@@ -367,9 +372,9 @@ class TrainingConfig(Options):
                 f"model.mtp_num_depths ({m.mtp_num_depths})",
             ),
             (
-                zero not in (1, 2),
+                zero not in (None, 1, 2),
                 f"parallel.zero must be 1 or 2, got {zero}: "
-                f"{ZERO_REFUSED.get(zero, 'there is no other stage')}",
+                f"{ZERO_REFUSED.get(zero or 0, 'there is no other stage')}",
             ),
             (
                 m.n_routed_experts % self.parallel.ep,

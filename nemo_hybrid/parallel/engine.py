@@ -73,12 +73,13 @@ class Engine:
             _mark_experts(groups, dispatcher.ep_size)
             module.add_module("trained_experts", TrainedExperts(dispatcher))
         largest = max(p.numel() for group in groups for p in group["params"])
-        fp32_first = config.parallel.zero == 2
+        zero = config.parallel.stage(world.size)
+        fp32_first = zero == 2
         groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(groups),
-            config=_deepspeed_config(config, accumulation, largest),
+            config=_deepspeed_config(config, zero, accumulation, largest),
             dist_init_required=False,
         )
         if dispatcher is not None and dispatcher.group is None:
@@ -202,7 +203,9 @@ def _mark_experts(groups: list[dict[str, Any]], ep_size: int) -> None:
                 parameter.group_name = name
 
 
-def _deepspeed_config(config: TrainingConfig, accumulation: int, largest: int) -> dict[str, Any]:
+def _deepspeed_config(
+    config: TrainingConfig, zero: int, accumulation: int, largest: int
+) -> dict[str, Any]:
     """``largest``: elements of the largest parameter. One that does not fit into the reduction
     buffer would have its gradient rounded to its own dtype before it is summed."""
     return {
@@ -212,10 +215,11 @@ def _deepspeed_config(config: TrainingConfig, accumulation: int, largest: int) -
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": config.parallel.zero,
+            "stage": zero,
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": False,
+            "parameter_alignment": True,  # what a GPU multiplies begins at multiples of 16 bytes
             "reduce_bucket_size": max(REDUCE_BUCKET, largest),
         },
         "steps_per_print": 10**12,

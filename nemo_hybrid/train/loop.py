@@ -348,6 +348,7 @@ def _announce(run: Run) -> None:
     config, world, model = run.config, run.world, run.model.config
     train = config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
+    zero = config.parallel.stage(world.size)
     experts = f", {model.n_routed_experts} experts of which {model.num_experts_per_tok} per token"
     if "E" not in model.pattern + model.mtp_pattern * model.mtp_num_depths:
         experts = ""
@@ -358,7 +359,7 @@ def _announce(run: Run) -> None:
     print(*run.recipe.describe(run), *describe_schedule(train), sep="\n")
     print(
         f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
-        f"ZeRO-{config.parallel.zero}, accumulation {accumulation}, {config.precision.recipe}"
+        f"ZeRO-{zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
     _announce_precision(run)
     for op, name, reason in backend.report(world.device.type):

@@ -69,7 +69,7 @@ class Snapshot:
             "layout": {
                 "world_size": run.world.size,
                 "ep": parallel.ep,
-                "zero": parallel.zero,
+                "zero": parallel.stage(run.world.size),
             },
             **({"data_state": data_state} if data_state else {}),
         }

@@ -92,4 +92,4 @@ def test_its_timer_does_not_wait_for_the_device() -> None:
     from deepspeed.utils.config import get_timers_config
 
     assert get_timers_config({}).enabled
-    assert not get_timers_config(_deepspeed_config(RunConfig(), 1, 1)).enabled
+    assert not get_timers_config(_deepspeed_config(RunConfig(), 1, 1, 1)).enabled
