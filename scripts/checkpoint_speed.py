@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.steps import step_name
 from nemo_hybrid.commands.doctor import environment
-from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
+from nemo_hybrid.config.run import DataOptions, ModelOptions, PretrainOptions, RunConfig
 from nemo_hybrid.data.documents import prepare
 from nemo_hybrid.files import replace_file, sync_directory
 from nemo_hybrid.parallel.world import World
@@ -57,7 +57,7 @@ def build(directory: Path, gib: float) -> Run:
             moe_latent_size=512, moe_intermediate_size=512, mtp_num_depths=0,
         ),
         data=DataOptions(path=str(directory / "store")),
-        train=TrainOptions(eval_sequences=0),
+        train=PretrainOptions(eval_sequences=0),
     )  # fmt: skip
     config.precision.recipe = "fp32"
     recipe, world = Pretrain(config), World.start()

@@ -131,6 +131,11 @@ class Plan:
             "optimizer": Part(update),
         }
 
+    def of(self, accumulation: int) -> Plan:
+        """The same with another number of micro-batches per step."""
+        same = accumulation == self.at.accumulation
+        return self if same else replace(self, at=replace(self.at, accumulation=accumulation))
+
     @property
     def step_s(self) -> float:
         """Nothing overlaps, as in the engine."""
@@ -373,12 +378,14 @@ def _lines(
         f"{rate * found.flops / (found.device.matmul_tflops * 1e12):.1%}"
     )
     if (steps := config.train.max_steps) and command != "rl":
-        per_step = found.tokens * at.processes
-        hours = steps * found.step_s / 3600
+        stages = config.train.batch_sizes(at.length).split(steps)
+        per_pass = at.rows * at.processes
+        hours = sum(n * found.of(size // per_pass).step_s for n, size in stages) / 3600
         kept = config.checkpoint.keep
         yield (
-            f"the whole run, {steps:,} steps of {per_step:,} tokens: "
-            + (f"{hours / 24:,.3g} days" if hours >= 48 else f"{hours:,.3g} hours")
+            "the whole run, "
+            + ", then ".join(f"{n:,} steps of {size * at.length:,} tokens" for n, size in stages)
+            + (f": {hours / 24:,.3g} days" if hours >= 48 else f": {hours:,.3g} hours")
             + f"; on disk {_gb(memory.checkpoint)} per checkpoint, "
             + (f"{kept} of them, and one being written" if kept else "all of them")
         )

@@ -38,6 +38,8 @@ GLOBS = dict[str, str]
 """Globs over module names and their formats; a YAML file of them can be named instead."""
 PHASES = dict[float, dict[str, float]]
 """Blends of stores and their weights, by the number of tokens from which on they are drawn."""
+SIZES = dict[PositiveFloat, PositiveInt]
+"""Sequences of a batch, by the number of tokens up to which."""
 
 NAMED = Mapping[str, str]
 """Texts, such as places, by names that the user gives them; another type than GLOBS."""
@@ -137,11 +139,12 @@ def _in_words(error: ValidationError, options: type[Options]) -> OptionError:
     got = (
         "null" if first["input"] is None else first["input"] if first["input"] != "" else "nothing"
     )
-    if inside:
+    if inside and inside[-1] != "[key]":
         got = f"{inside[0]}: {got}"
     if "finite" in first["type"]:
         if inside:
-            got = f"the weight of {inside[0]} must be positive and finite, got {first['input']}"
+            what = inside[0] if inside[-1] == "[key]" else f"the weight of {inside[0]}"
+            got = f"{what} must be positive and finite, got {first['input']}"
             return OptionError(key, f"{key}: {got}")
         return OptionError(key, f"{key} must be a finite number, got {got}")
     if "ctx" in first and {"gt", "ge", "lt", "le"} & first["ctx"].keys():
@@ -161,7 +164,7 @@ def _bounds_in_words(options: type, name: str) -> str:
     if high is not None:
         opens, closes = "(" if "gt" in limits else "[", "]" if "le" in limits else ")"
         return f"lie in {opens}{low}, {'2**63' if high == 2**63 else high}{closes}"
-    return "be positive" if limits == {"gt": 0} else f"be {low} or more"
+    return "be positive" if limits in ({}, {"gt": 0}) else f"be {low} or more"
 
 
 def type_in_words(hint: Any) -> str:
@@ -180,6 +183,8 @@ def type_in_words(hint: Any) -> str:
         return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
     if hint == PHASES:
         return 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"'
+    if hint == dict[float, int]:
+        return 'a mapping of tokens to sequences such as "{2e9: 768, 8e9: 1536}"'
     if hint == NAMED:
         return 'a mapping of names to texts such as "{math: runs/math/model}"'
     if hint == OPTIONS_BY_NAME:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import field, fields, replace
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
@@ -18,6 +19,7 @@ from nemo_hybrid.config.base import (
     NOT_NEGATIVE,
     PHASES,
     POSITIVE,
+    SIZES,
     BelowOne,
     NotNegativeFloat,
     NotNegativeInt,
@@ -27,6 +29,7 @@ from nemo_hybrid.config.base import (
     Seed,
     refuse,
 )
+from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
 from nemo_hybrid.errors import UserError
@@ -145,6 +148,10 @@ class TrainOptions(Options):
     def per_document(self, step: int) -> bool:
         """Whether the step after ``step`` averages documents' means instead of all targets."""
         return False
+
+    def batch_sizes(self, sequence_length: int) -> BatchSizes:
+        """Of every global batch."""
+        return BatchSizes(self.global_batch_size)
 
 
 IN_STEPS = {
@@ -335,10 +342,14 @@ class TrainingConfig(Options):
 
     def in_steps(self: Self) -> Self:
         """The same with numbers of steps where tokens are counted."""
-        per_step = self.train.global_batch_size * self.data.sequence_length
+        length = self.data.sequence_length
+        sizes = self.train.batch_sizes(length)
         tokens = {steps: getattr(self.train, name) for name, steps in IN_STEPS.items()}
         changes: dict[str, Any] = dict.fromkeys(IN_STEPS)
-        changes |= {name: math.ceil(n / per_step) for name, n in tokens.items() if n is not None}
+        for name, n in tokens.items():
+            # The decay comes last, when no batch is small any more.
+            of = BatchSizes(sizes.full) if name == "decay_steps" else sizes
+            changes |= {} if n is None else {name: of.holding(n, length)}
         return replace(self, train=replace(self.train, **changes))
 
     def profiled_steps(self) -> range:
@@ -387,6 +398,7 @@ class TrainingConfig(Options):
         """Check the layout against the number of processes; return the accumulation steps."""
         ep, t = self.parallel.ep, self.train
         per_pass = t.micro_batch_size * world_size
+        stages = t.batch_sizes(self.data.sequence_length).stages
         refuse(
             (
                 world_size % ep,
@@ -398,8 +410,29 @@ class TrainingConfig(Options):
                 f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
                 f"= {per_pass}",
             ),
+            *(
+                (
+                    size % per_pass,
+                    f"train.batch_warmup: {size} sequences are not divisible by "
+                    f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
+                    f"= {per_pass}",
+                )
+                for _, size in stages
+            ),
         )
         return t.global_batch_size // per_pass
+
+
+@dataclass(config=CHECKED)
+class PretrainOptions(TrainOptions):
+    """Optimization, losses, and what happens when."""
+
+    batch_warmup: SIZES = field(default_factory=dict)
+    """Smaller global batches at first, in rising order: number of the run's tokens up to which ->
+    sequences per optimizer step; then global_batch_size. Each is accumulated of micro-batches."""
+
+    def batch_sizes(self, sequence_length: int) -> BatchSizes:
+        return BatchSizes.of(self.global_batch_size, self.batch_warmup, sequence_length)
 
 
 @dataclass(config=CHECKED)
@@ -407,11 +440,14 @@ class RunConfig(TrainingConfig):
     """Train a model from its first step, or resume."""
 
     data: DataOptions = field(default_factory=DataOptions)
+    train: PretrainOptions = field(default_factory=PretrainOptions)
 
     def validate(self, shape: ModelConfig | None = None) -> None:
         super().validate(shape)
         self.precision.validate(self.train.max_steps)
         path, blend, phases = self.data.path, self.data.blend, self.data.phases
+        warmup, full = self.train.batch_warmup, self.train.global_batch_size
+        sizes = [*(size for _, size in sorted(warmup.items())), full]
         refuse(
             (
                 (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight,
@@ -438,5 +474,10 @@ class RunConfig(TrainingConfig):
                     "the first one is data.blend or data.path",
                 )
                 for tokens, stores in phases.items()
+            ),
+            (
+                warmup and not all(a < b for a, b in pairwise(sizes)),
+                f"train.batch_warmup: the sizes ({', '.join(map(str, sizes[:-1]))}) must rise "
+                f"to train.global_batch_size ({full})",
             ),
         )

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
@@ -167,15 +168,15 @@ class Share(NamedTuple):
 
     rank: int
     world_size: int
-    global_batch_size: int
+    sizes: BatchSizes
     micro_batch_size: int
 
-    def samples(self, step: int) -> list[range]:
-        """Global sample numbers of this process's micro-batches in a step: row b of micro-batch m
-        on rank r is step * global_batch_size + (m * world_size + r) * micro_batch_size + b."""
-        first = step * self.global_batch_size + self.rank * self.micro_batch_size
-        stride = self.micro_batch_size * self.world_size
-        begins = range(first, first + self.global_batch_size, stride)
+    def samples(self, number: int) -> list[range]:
+        """Global sample numbers of this process's micro-batches of a global batch: row b of
+        micro-batch m on rank r is its (m * world_size + r) * micro_batch_size + b th sequence."""
+        all_B = self.sizes.sequences(number)
+        first = all_B.start + self.rank * self.micro_batch_size
+        begins = range(first, all_B.stop, self.micro_batch_size * self.world_size)
         return [range(begin, begin + self.micro_batch_size) for begin in begins]
 
 

@@ -78,6 +78,7 @@ class StoreRecipe(Generic[C, R]):
         """What must be equal for a checkpoint to continue the same sequence of samples, and to hold
         the rounding of its masters that this run makes."""
         config = self.config
+        stages = config.train.batch_sizes(config.data.sequence_length).stages
         return {
             "data": self.rows.digests,
             "weights": list(self.rows.weights),
@@ -85,6 +86,7 @@ class StoreRecipe(Generic[C, R]):
             "tokenizer": self.rows.tokenizer_sha256,
             "sequence_length": config.data.sequence_length,
             "global_batch_size": config.train.global_batch_size,
+            "smaller_batches": [*map(list, stages)] or None,
             "seed": config.train.seed,
             "weight_dtype": str(policy.weight_dtype(config.precision)).removeprefix("torch."),
             "base": self._base,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from itertools import accumulate
 from pathlib import Path
 
 from nemo_hybrid.checkpoint.companions import read_companions
@@ -35,12 +35,18 @@ class Pretrain(StoreRecipe[RunConfig, Blend]):
         return blend
 
     def describe(self, run: Run) -> list[str]:
-        """With the phases, in steps."""
-        per_step = self.config.train.global_batch_size * self.config.data.sequence_length
+        """With smaller batches and phases, in steps."""
+        length = self.config.data.sequence_length
+        sizes = self.config.train.batch_sizes(length)
+        ends = accumulate(batches for batches, _ in sizes.stages)
         return [
             *super().describe(run),
             *(
-                f"from step {math.ceil(tokens / per_step) + 1} on data of another blend: "
+                f"up to step {end} only {size} sequences"
+                for end, (_, size) in zip(ends, sizes.stages, strict=True)
+            ),
+            *(
+                f"from step {sizes.holding(tokens, length) + 1} on data of another blend: "
                 + ", ".join(f"{store} {weight:g}" for store, weight in blend.items())
                 for tokens, blend in sorted(self.config.data.phases.items())
             ),

@@ -71,7 +71,10 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
         recipe=recipe,
         world=world,
         share=Share(
-            world.rank, world.size, config.train.global_batch_size, config.train.micro_batch_size
+            world.rank,
+            world.size,
+            config.train.batch_sizes(config.data.sequence_length),
+            config.train.micro_batch_size,
         ),
         data=data,
         model=model,

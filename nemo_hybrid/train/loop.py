@@ -233,6 +233,7 @@ class Loop:
                 batches,
                 lr,
                 at.step,
+                at.batch,
                 stop=self.watch.stop_requested or self.saver.failed,
             )
             self.watch.check_parent()

@@ -14,12 +14,17 @@ from nemo_hybrid.train.run import Outcome, Run
 
 
 def train_step(
-    run: Run, batches: list[Batch], lr: float, step: int = 0, stop: bool = False
+    run: Run,
+    batches: list[Batch],
+    lr: float,
+    step: int = 0,
+    number: int = 0,
+    stop: bool = False,
 ) -> Outcome:
     """Train on this rank's micro-batches, which are on the CPU as they were read.
 
-    ``step``: optimizer steps done before. ``stop``: this rank wants to stop; all ranks learn of it
-    with this step.
+    ``step``: optimizer steps done before. ``number``: of the global batch. ``stop``: this rank
+    wants to stop; all ranks learn of it with this step.
     """
     world, engine, train = run.world, run.engine, run.config.train
     tokens = sum(batch.ids_BS.numel() for batch in batches)
@@ -29,7 +34,7 @@ def train_step(
     # the loss has the right denominator.
     known = torch.stack([run.objective.count(batch, step) for batch in batches]).sum(0)
     totals = world.sum(torch.cat([known, own.to(world.device)]))
-    normalizer = Normalizer(totals[:-3], train.global_batch_size, step)
+    normalizer = Normalizer(totals[:-3], len(run.share.sizes.sequences(number)), step)
 
     sums: dict[str, Tensor] = {}
     counter = LoadCounter()

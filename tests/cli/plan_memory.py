@@ -23,8 +23,8 @@ from nemo_hybrid.config.run import (
     ModelOptions,
     ParallelOptions,
     PrecisionOptions,
+    PretrainOptions,
     RunConfig,
-    TrainOptions,
 )
 
 STEPS = 1
@@ -59,7 +59,7 @@ def run_of(name: str, store: str = "none", recipe: Any = "bf16") -> RunConfig:
     return RunConfig(
         model=ModelOptions(**SHAPE),
         data=DataOptions(path=store, sequence_length=layout.get("length", 256)),
-        train=TrainOptions(
+        train=PretrainOptions(
             max_steps=STEPS + 1,
             micro_batch_size=rows,
             global_batch_size=rows * layout["processes"] * layout.get("accumulation", 1),

@@ -66,6 +66,10 @@ def test_tokens_count_in_place_of_steps(tmp_path: Path) -> None:
         tmp_path, "train: {max_steps: 7, max_tokens: 5}"
     )
     assert "train.max_tokens must be positive" in message(tmp_path, "train: {max_tokens: 0}")
+    # 10 steps of 1,000 tokens, 25 of 2,000, then 4,000; the decay is one of full batches.
+    growing = text.replace("size: 10", "size: 40, batch_warmup: {1e4: 10, 5.9e4: 20}")
+    train = load(tmp_path, growing, "--train.warmup_tokens", "11e3").train
+    assert (train.max_steps, train.warmup_steps, train.decay_steps) == (10 + 25 + 235, 11, 63)
 
 
 def test_section_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -334,6 +334,23 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert '--train.recompute "E"' in said
 
 
+def test_smaller_batches_take_their_own_time(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> tuple[str, float]:
+        """The whole run, and the hours of it."""
+        assert main(["plan", "--train.global_batch_size", "64", *words]) == 0
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if "whole run" in x)
+        steps, _, rest = line.partition(": ")
+        return steps, float(rest.split()[0])
+
+    warmup = ("--train.batch_warmup", f"{{{256 * 3e5}: 8}}")
+    steps, hours = told("--train.max_steps", "47500", *warmup)
+    assert steps.endswith("37,500 steps of 2,048 tokens, then 10,000 steps of 16,384 tokens")
+    small = told("--train.max_steps", "37500", "--train.global_batch_size", "8")[1]
+    large = told("--train.max_steps", "10000")[1]
+    assert hours == pytest.approx(small + large, rel=2e-2)  # printed with three digits
+    assert small > 1.1 * large / 8 * 3.75  # every step has an optimizer's part
+
+
 def test_a_batch_that_was_not_chosen_is_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--plan.processes", "3", "--plan.device", "cpu"]) == 0
     said = capsys.readouterr().out
@@ -419,6 +436,19 @@ def test_memory_of_fine_tuning() -> None:
         ),
         ("--data.phases '{5: {a: 0}}'", "data.phases: the weight of"),
         ("--data.phases '{a: 1}'", "data.phases: expected a mapping of tokens to blends such as"),
+        (
+            "--train.batch_warmup '{5: 16}'",
+            "the sizes (16) must rise to train.global_batch_size (16)",
+        ),
+        ("--train.batch_warmup '{5: 8, 9: 4}'", "train.batch_warmup: the sizes (8, 4) must rise"),
+        ("--train.batch_warmup '{0: 8}'", "train.batch_warmup must be positive, got 0"),
+        ("--train.batch_warmup '{5: 0}'", "train.batch_warmup must be positive, got 5: 0"),
+        ("--train.batch_warmup '{.inf: 8}'", "train.batch_warmup: inf must be positive and finite"),
+        (
+            "--train.batch_warmup '{5: 4}'",
+            "train.batch_warmup: 4 sequences are not divisible by train.micro_batch_size (8) x",
+        ),
+        ("--train.batch_warmup 8", "expected a mapping of tokens to sequences such as"),
         ("--model.from_hf gone", "gone does not exist; to plan without it, give the shape"),
         ("--lora.rank 4 --data.blend {a:1}", "unknown option --lora.rank"),
     ],

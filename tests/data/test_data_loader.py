@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import DataOptions
 from nemo_hybrid.data.batch import Batch
@@ -51,7 +52,7 @@ def run(
     blend: Blend, rank: int, world: int, micro: int, start: int = 0, workers: int = 0, n: int = 4
 ) -> list[list[Batch]]:
     data = Stored(blend, sequence_length=S, seed=7, workers=workers)
-    share = Share(rank, world, global_batch_size=8, micro_batch_size=micro)
+    share = Share(rank, world, BatchSizes(8), micro_batch_size=micro)
     return [data.step(number, share) for number in range(start, start + n)]
 
 
@@ -128,7 +129,7 @@ def test_phases_begin_with_the_token_that_they_name(make_store: MakeStore) -> No
 def test_reading_ahead_follows_where_the_run_goes(blend: Blend) -> None:
     """Also where it begins again at another number than the next."""
     plain, ahead = (Stored(blend, sequence_length=S, seed=7, workers=w) for w in (0, 2))
-    share = Share(0, 1, global_batch_size=4, micro_batch_size=4)
+    share = Share(0, 1, BatchSizes(4), micro_batch_size=4)
     for number in (3, 4, 9, 10, 2):
         assert [rows([b]) for b in ahead.step(number, share)] == [
             rows([b]) for b in plain.step(number, share)
@@ -138,7 +139,7 @@ def test_reading_ahead_follows_where_the_run_goes(blend: Blend) -> None:
 def test_reading_ahead_stops_with_the_data_and_passes_errors_on(blend: Blend) -> None:
     before = set(threading.enumerate())
     data = Stored(blend, sequence_length=S, seed=7, workers=2)
-    data.step(0, Share(0, 1, global_batch_size=4, micro_batch_size=4))
+    data.step(0, Share(0, 1, BatchSizes(4), micro_batch_size=4))
     readers = set(threading.enumerate()) - before
     assert readers
     del data

@@ -13,9 +13,9 @@ from nemo_hybrid.config.run import (
     ModelOptions,
     ParallelOptions,
     PrecisionOptions,
+    PretrainOptions,
     RunConfig,
     TrainingConfig,
-    TrainOptions,
 )
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Blend, Share, Stored
@@ -38,7 +38,7 @@ def tiny_run(
     return RunConfig(
         model=ModelOptions(**TINY_MODEL | (model or {})),
         data=DataOptions(path=str(store), sequence_length=32),
-        train=TrainOptions(
+        train=PretrainOptions(
             **{
                 "max_steps": 30,
                 "global_batch_size": 8,
@@ -61,7 +61,8 @@ def read_steps(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one rank, as the training loop reads them from its first step."""
     train = config.train
-    share = Share(rank, world_size, train.global_batch_size, train.micro_batch_size)
+    sizes = train.batch_sizes(config.data.sequence_length)
+    share = Share(rank, world_size, sizes, train.micro_batch_size)
     data = Stored(blend, sequence_length=config.data.sequence_length, seed=train.seed)
     return (data.step(number, share) for number in count())
 

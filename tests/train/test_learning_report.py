@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nemo_hybrid.config.read import dump_config
-from nemo_hybrid.config.run import DataOptions, ModelOptions, RunConfig, TrainOptions
+from nemo_hybrid.config.run import DataOptions, ModelOptions, PretrainOptions, RunConfig
 from nemo_hybrid.data.store import StoreWriter
 from nemo_hybrid.train.metrics import MetricsWriter, StepMetrics
 
@@ -64,7 +64,7 @@ def make_run(
         run_dir=str(run_dir),
         model=ModelOptions(vocab_size=V),
         data=DataOptions(path=str(tmp_path / "store"), sequence_length=LENGTH),
-        train=TrainOptions(max_steps=30, eval_sequences=SEQUENCES, micro_batch_size=4),
+        train=PretrainOptions(max_steps=30, eval_sequences=SEQUENCES, micro_batch_size=4),
     )
     heldout = {30: last}
     with MetricsWriter(run_dir, 0) as writer:
