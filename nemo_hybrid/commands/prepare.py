@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
-from nemo_hybrid.config.base import CHECKED, CommandOptions, NotNegativeInt, refuse
+from nemo_hybrid.config.base import CHECKED, CommandOptions, NotNegativeInt, PositiveInt, refuse
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.config.read import read_keys
 from nemo_hybrid.errors import UserError
@@ -32,6 +33,11 @@ class PrepareOptions(SampleOptions, CommandOptions):
     """Directory of a Hugging Face tokenizer to use; null: train a byte-level BPE one."""
     vocab_size: int | None = None
     """Entries of the tokenizer that is trained; null: 4096. A given tokenizer has its own."""
+    tokenizer_sample_mb: PositiveInt | None = None
+    """Train the tokenizer on so many million bytes, of every file on its share from its beginning
+    on; null: on everything."""
+    workers: PositiveInt | None = None
+    """Threads that encode; null: one for each core. The store is the same for any number."""
     for_: Literal["pretrain", "finetune"] = "pretrain"
     """finetune: samples of conversations, prompts with completions, texts or packs, for the model
     whose directory --tokenizer names; the options about samples count for these alone."""
@@ -51,6 +57,14 @@ class PrepareOptions(SampleOptions, CommandOptions):
             (
                 self.tokenizer is not None and self.vocab_size is not None,
                 "give tokenizer or vocab_size, not both: a given tokenizer has its own vocabulary",
+            ),
+            (
+                self.tokenizer is not None and self.tokenizer_sample_mb is not None,
+                "give tokenizer or tokenizer_sample_mb, not both: a given tokenizer is not trained",
+            ),
+            (
+                samples and self.workers is not None,
+                "--workers is about token stores, not about samples: leave it out",
             ),
             (samples and not self.paths, "samples need data: name files or directories"),
             (
@@ -94,11 +108,14 @@ def prepare_command(options: PrepareOptions) -> None:
     out = Path(options.out or default_corpus_place())
     from nemo_hybrid.data.documents import prepare
 
+    if options.workers:  # the tokenizer's library reads it when it starts its threads
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     summary = prepare(
         out,
         options.paths,
         tokenizer=tokenizer,
         vocab_size=options.vocab_size,
+        tokenizer_sample_mb=options.tokenizer_sample_mb,
         text_field=options.text_field,
         heldout=options.heldout,
         skip_bad=options.skip_bad,

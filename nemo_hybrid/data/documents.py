@@ -1,17 +1,21 @@
 """`prepare`: text in many formats to a tokenizer and two token stores.
 
 Documents are streamed twice, once to train the tokenizer and once to encode, so memory is bounded
-by the largest document or JSON array, a batch of text, and eight bytes per document for the index.
+by the largest document or JSON array, a few pieces of text, eight bytes per document for the index
+and, where a tokenizer is trained, the different words of what it is trained on.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nemo_hybrid.data.encoding import Pieces, Sorted, told
 from nemo_hybrid.data.making import Summary, making, reading, recorded, split_of, stands
 from nemo_hybrid.data.readers import read_documents
 from nemo_hybrid.data.sources import (
@@ -34,7 +38,6 @@ from nemo_hybrid.data.tokenizer import (
 
 TRAINED_VOCAB_SIZE = 4096
 """Entries of a tokenizer that is trained, unless it is told otherwise."""
-_BATCH_CHARACTERS = 1 << 20
 _EMPTY = "empty documents"
 
 
@@ -44,6 +47,7 @@ def prepare(
     *,
     tokenizer: str | None = None,
     vocab_size: int | None = None,
+    tokenizer_sample_mb: int | None = None,
     text_field: str = "text",
     heldout: float = 0.03,
     skip_bad: bool = False,
@@ -55,8 +59,9 @@ def prepare(
     and write the token stores below out.
 
     Documents are held out by a hash of seed and path (and line or row number). Unusable files of
-    the default corpus are skipped and counted. ``reuse``: return the summary of an existing store
-    that was made with the same arguments.
+    the default corpus are skipped and counted. ``tokenizer_sample_mb``: train the tokenizer on so
+    many million bytes, of each source on its share from the beginning on. ``reuse``: return the
+    summary of an existing store that was made with the same arguments.
 
     Raises UserError. Nothing appears under out until everything is written.
     """
@@ -70,6 +75,7 @@ def prepare(
         "paths": [str(Path(p).resolve()) for p in paths],
         "tokenizer_sha256": given.sha256 if given else None,
         "vocab_size": None if given else vocab_size,
+        "tokenizer_sample_mb": tokenizer_sample_mb,
         "text_field": text_field,
         "heldout": heldout,
         "skip_bad": skip_bad,
@@ -81,12 +87,13 @@ def prepare(
     found = find_sources(paths) if paths else Found(default_sources())
 
     def documents(
-        title: str, summary: Summary, vocab_size: int | None = None
-    ) -> Iterator[tuple[str, Document]]:
+        title: str, summary: Summary, vocab_size: int | None = None, share: float = 1.0
+    ) -> Iterator[Sorted]:
         """(split, document) of every document that is not empty; the others are counted."""
+        quota = Quota(share)
 
         def read(source: Source) -> Iterator[Document | Unusable]:
-            return read_documents(source, text_field, vocab_size)
+            return quota.of(source, read_documents(source, text_field, vocab_size))
 
         for item in reading(title, found.sources, read, progress):
             if isinstance(item, Unusable):
@@ -102,17 +109,19 @@ def prepare(
 
     if given is None:
         uncounted = Summary("", 0, "documents")
-        texts = documents("prepare: training the tokenizer", uncounted)
+        total = sum(source.size for source in found.sources)
+        share = min(1.0, (tokenizer_sample_mb or math.inf) * 1e6 / max(1, total))
+        texts = documents("prepare: training the tokenizer", uncounted, share=share)
         given = train_tokenizer(
             (str(d.content) for split, d in texts if split == TRAIN), vocab_size
         )
     summary = Summary(str(out), given.vocab_size, "documents")
     for kind, path in found.left_out:
         summary.leave_out(kind, path)
-    with making(out, request, given, summary) as writers:
-        for split, ids in _encoded(
-            documents("prepare: encoding", summary, given.vocab_size), given
-        ):
+    kept = out.with_name(f".encoded-{out.name}")
+    with making(out, request, given, summary) as writers, told(kept):
+        every = documents("prepare: encoding", summary, given.vocab_size)
+        for split, ids in Pieces(given, kept).encoded(every):
             writers[split].add(ids)
         summary.sources = {
             "paths": [*paths] or ["standard library of the running Python"],
@@ -124,7 +133,35 @@ def prepare(
             "unusable_examples": [e for kind in summary.dropped for e in summary.examples[kind]],
         }
         summary.seconds = time.monotonic() - started
+    shutil.rmtree(kept, ignore_errors=True)
     return summary
+
+
+class Quota:
+    """Lets pass, of every source from its beginning on, its share of the bytes of all."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._before = self._taken = 0.0
+        """Bytes of the sources so far, and those that were read of them."""
+
+    def of(
+        self, source: Source, documents: Iterator[Document | Unusable]
+    ) -> Iterator[Document | Unusable]:
+        """What is left of a share is the next source's: so of many small files some are read."""
+        if self._share >= 1:
+            yield from documents
+            return
+        wanted = self._share * (self._before + source.size) - self._taken
+        done = 0.0
+        if wanted > 0:
+            for item in documents:
+                yield item
+                done = item.done * source.size
+                if done >= wanted:
+                    break
+        self._before += source.size
+        self._taken += done
 
 
 def _unexpected_ends(ids: np.ndarray, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -137,27 +174,3 @@ def _unexpected_ends(ids: np.ndarray, tokenizer: TextTokenizer) -> Iterator[str]
         last = tokenizer.tokenizer.id_to_token(int(ids[-1]))
         if last and tokenizer.added_tokens.get(last):
             yield f"documents that end with {last}: {end} stands behind it"
-
-
-def _encoded(
-    documents: Iterator[tuple[str, Document]], tokenizer: TextTokenizer
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, ids) of every document, encoded many at once."""
-    while batch := _batch(documents):
-        texts = [d.content for _, d in batch if isinstance(d.content, str)]
-        encoded = iter(tokenizer.encode(texts))
-        for split, document in batch:
-            ids = next(encoded) if isinstance(document.content, str) else document.content
-            # A tokenizer may drop all of a text; the document then is its end alone.
-            yield split, ids if len(ids) else np.array([tokenizer.eos_id])
-
-
-def _batch(documents: Iterator[tuple[str, Document]]) -> list[tuple[str, Document]]:
-    """The next documents, which have _BATCH_CHARACTERS together, or the last ones."""
-    batch, characters = [], 0
-    for found in documents:
-        batch.append(found)
-        characters += len(found[1].content)
-        if characters >= _BATCH_CHARACTERS:
-            break
-    return batch

@@ -117,7 +117,7 @@ class StoreWriter:
     def documents(self) -> int:
         return len(self._starts) - 1
 
-    def add(self, ids: NDArray[np.int64], targets: NDArray[np.bool_] | None = None) -> None:
+    def add(self, ids: NDArray[np.integer], targets: NDArray[np.bool_] | None = None) -> None:
         """Append a document of at least one token, ending it with eos if it does not already; in a
         sample store a sample as it is, with targets of the same length."""
         if ids.min() < 0 or ids.max() >= self.vocab_size:

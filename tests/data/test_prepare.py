@@ -5,11 +5,9 @@ import fcntl
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.processes import HANG_S
-from nemo_hybrid.data import documents as module
 from nemo_hybrid.data.documents import prepare
 from nemo_hybrid.data.making import Summary
 from nemo_hybrid.data.sources import default_sources
@@ -481,30 +477,6 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
     assert nothing_left(target)
 
 
-def test_a_real_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    make([folder], tmp_path / "tok")
-    big = tmp_path / "big.jsonl"
-    line = json.dumps({"text": " ".join(texts(30))}) + "\n"
-    big.write_text(line * 5000)
-    (tmp_path / "made").mkdir()
-    code = (  # a shell's background job ignores Ctrl-C, and so would its children
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from nemo_hybrid.data.documents import prepare;"
-        "prepare(sys.argv[2], [sys.argv[1]], tokenizer=sys.argv[3])"
-    )
-    arguments = [str(big), str(tmp_path / "made" / "out"), str(tmp_path / "tok")]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + HANG_S
-    while not list((tmp_path / "made").rglob("*.bin")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=HANG_S)
-    assert b"KeyboardInterrupt" in error
-    assert nothing_left(tmp_path / "made")
-
-
 def test_reuse_needs_the_same_arguments_and_a_sound_store(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = make([folder], out, reuse=True)
@@ -580,17 +552,6 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert re.search(r"training the tokenizer: done in [\d.]+ s\n", captured.err)
     assert re.search(r"encoding: done in [\d.]+ s\n", captured.err)
     assert "\x1b" not in captured.err
-
-
-def test_encoding_in_batches_changes_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make([folder], tmp_path / "one")
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
-    make([folder], tmp_path / "many")
-    for split in ("train", "heldout"):
-        one, many = (tmp_path / n / split / "store.json" for n in ("one", "many"))
-        assert one.read_bytes() == many.read_bytes()
 
 
 def test_links_are_followed_once_and_counted(tmp_path: Path) -> None:
