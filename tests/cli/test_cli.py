@@ -188,7 +188,7 @@ def test_prepare(called: list[Any], tmp_path: Path) -> None:
     assert (str(out), paths) == ("o", ["a.txt", "b"])
     assert how == {
         "skip_bad": True, "heldout": 0.0, "reuse": False, "seed": 0, "text_field": "text",
-        "tokenizer": None, "vocab_size": None,
+        "tokenizer": None, "tokenizer_sample_mb": None, "vocab_size": None,
     }  # fmt: skip
     assert (str(default), none) == (str(ROOT / "data/python-stdlib"), [])
     assert how_default == how | {"skip_bad": False, "heldout": 0.03, "reuse": True}

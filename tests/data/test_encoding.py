@@ -198,3 +198,20 @@ def test_the_tokenizer_sees_its_sample(
     assert all(abs(len(found) - records / 2) <= records / 2 for found in of_files.values())
     half = sum(n < files // 2 for n, _ in numbers)
     assert half == pytest.approx(len(seen) / 2, rel=0.05)
+
+
+def test_mistaken_options() -> None:
+    for words, why in (
+        (["--tokenizer", "t", "--tokenizer_sample_mb", "5"], "give tokenizer or tokenizer_sample"),
+        (
+            ["--for", "finetune", "--tokenizer", "t", "--workers", "2"],
+            "workers is about token stor",
+        ),
+        (["--workers", "0"], "workers"),
+    ):
+        code = "import sys; from nemo_hybrid.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "prepare", "a.txt", "--out", "o", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert why in done.stderr
+        assert done.stderr.count("\n") <= 2, done.stderr
