@@ -1,10 +1,12 @@
-"""Documents packed into rows, as every op that mixes tokens needs to know them.
+"""Documents packed into rows, as every op that mixes tokens needs to know them; and rows that are
+divided over processes.
 
 Shapes: B rows, S tokens per row, T = B*S.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -49,9 +51,7 @@ class Documents:
     @staticmethod
     def from_numbers(numbers_BS: Tensor) -> Documents:
         """From a number per token that changes where a document begins. Waits for a GPU."""
-        starts_BS = torch.ones_like(numbers_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = numbers_BS[:, 1:] != numbers_BS[:, :-1]
-        return Documents.from_starts(starts_BS)
+        return Documents.from_starts(_changes(numbers_BS))
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents with the tensors on device."""
@@ -61,6 +61,79 @@ class Documents:
             cu_seqlens=to_device(self.cu_seqlens, device),
             real_BS=None if self.real_BS is None else to_device(self.real_BS, device),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One part of every row: consecutive tokens, of which other processes have the other parts.
+    Made on the host, as `Documents` are; of these None says that every row is one document."""
+
+    local: Documents | None
+    """Of the part alone, as if no document went on from tokens before it."""
+    halo: Documents | None
+    """Of the part and the tokens before it that the convolution reaches. Those before the first
+    part belong to no row: they are a document of their own."""
+    whole: Documents | None
+    """Of the whole rows."""
+    continues_B: Tensor
+    """bool: whether the document of the first token begins before it."""
+    sizes: tuple[int, ...]
+    """Tokens of every part."""
+    real_BS: Tensor | None
+    """bool, of the part: False for padding; None: there is none."""
+
+    @staticmethod
+    def cut(documents: Documents, sizes: Sequence[int], part: int, reach: int) -> Shard:
+        """Part number ``part`` of rows divided into parts of ``sizes`` tokens; the convolution
+        reaches ``reach`` tokens back, at most as many as the smallest part has."""
+        starts_BS, real_BS = _changes(documents.seq_idx_BS), documents.real_BS
+        low = sum(sizes[:part])
+        high = low + sizes[part]
+        before_BS = starts_BS[:, max(0, low - reach) : low]
+        if part == 0:
+            before_BS = starts_BS.new_zeros(len(starts_BS), reach)
+        if real_BS is not None:
+            real_BS = real_BS[:, low:high]
+        return Shard(
+            local=_packed(Documents.from_starts(starts_BS[:, low:high], real_BS)),
+            halo=_packed(Documents.from_starts(torch.cat([before_BS, starts_BS[:, low:high]], 1))),
+            whole=_packed(documents),
+            continues_B=~starts_BS[:, low],
+            sizes=tuple(sizes),
+            real_BS=real_BS,
+        )
+
+    def to(self, device: torch.device | str) -> Shard:
+        """The same part with the tensors on device."""
+        local, halo, whole = (d and d.to(device) for d in (self.local, self.halo, self.whole))
+        return replace(
+            self,
+            local=local,
+            halo=halo,
+            whole=whole,
+            continues_B=to_device(self.continues_B, device),
+            real_BS=None if self.real_BS is None else to_device(self.real_BS, device),
+        )
+
+
+Packing = Documents | Shard | None
+"""What layers are told of rows; None: every row is one document, and whole."""
+
+
+def divided(total: int, parts: int) -> list[int]:
+    """Sizes of so many parts, as equal as can be, the larger ones first."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _changes(numbers_BS: Tensor) -> Tensor:
+    """bool: where a number is another one than that before it in its row."""
+    starts_BS = torch.ones_like(numbers_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = numbers_BS[:, 1:] != numbers_BS[:, :-1]
+    return starts_BS
+
+
+def _packed(documents: Documents) -> Documents | None:
+    return documents if len(documents.spans) > len(documents.seq_idx_BS) else None
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

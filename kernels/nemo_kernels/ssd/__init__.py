@@ -1,6 +1,10 @@
 """Mamba-2 scan (state-space duality, arXiv 2405.21060).
 
-Shapes: B batch, S sequence, H heads, P head dim, G groups (each serves H/G heads), N state.
+Where a row is divided into parts, ``ssd_state`` of each part and ``entering_states`` give the
+initial states with which scans of the parts make the scan of the row.
+
+Shapes: B batch, S sequence, H heads, P head dim, G groups (each serves H/G heads), N state,
+R parts.
 """
 
 from __future__ import annotations
@@ -9,6 +13,9 @@ from torch import Tensor
 
 from nemo_kernels import backend
 from nemo_kernels.documents import Documents
+from nemo_kernels.ssd.parts import entering_states, ssd_state
+
+__all__ = ["PATHS", "entering_states", "ssd_scan", "ssd_state", "ssd_step"]
 
 PATHS = {"triton": "nemo_kernels.ssd.kernel", "mamba_ssm": "nemo_kernels.ssd.external"}
 
