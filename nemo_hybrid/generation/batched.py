@@ -11,9 +11,10 @@ hidden, V vocabulary, K steps between two looks at what was drawn.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -92,12 +93,18 @@ def alone(number: int) -> int:
     return number
 
 
+_FAILED = 2**62
+"""In place of a number of passes: the process makes none any more."""
+
+
 class Generator:
     """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
     `speculative`; with Mamba states kept as ``states`` says. While prompts are read they are fp32.
     ``markers`` are of its thinking: budgets need them.
 
     With ``most`` several processes make every pass together, and go on until none has a row left.
+    Where one of them fails, or does not ask for more, the texts of all end there without a word:
+    they have to agree then on what happened (`Agreement.agreed`).
     """
 
     def __init__(
@@ -121,7 +128,7 @@ class Generator:
     @torch.inference_mode()
     def run(
         self, requests: Iterable[Request], watch: Callable[[Rollout], None] | None = None
-    ) -> Iterator[Rollout]:
+    ) -> abc.Generator[Rollout, None, None]:
         """The samples of all requests, each when it ends. ``watch`` is shown a rollout whenever it
         has grown. Raises UserError where the model's logits are no numbers, and for a budget where
         there are no markers."""
@@ -148,18 +155,23 @@ class Generator:
                 prompts = self._prompts(batch)
             left = prompts.samples or waiting or free < len(slots.rollouts)
             passes = self._most(1 + bool(batch) * prompts.pieces if left else 0)
-            if not passes:
+            if passes in (0, _FAILED):
                 return
             if passes > 1:  # of nobody, where others need the experts of this process
                 (prompts if batch else self._prompts([])).read(passes - 1)
             slots.take(prompts, self._seed)
             if not prompts.samples:
                 prompts = self._prompts([])  # their caches are not needed any more
-            for rollout in slots.step(self._temperature, self._top_p):
-                if watch:
-                    watch(rollout)
-                if rollout.ended:
-                    yield rollout
+            grown = slots.step(self._temperature, self._top_p)
+            try:
+                for rollout in grown:
+                    if watch:
+                        watch(rollout)
+                    if rollout.ended:
+                        yield rollout
+            except (Exception, GeneratorExit):  # between two passes: others would wait for them
+                self._most(_FAILED)
+                raise
             if not waiting and not prompts.samples:
                 slots = slots.without_free()
 
@@ -197,7 +209,7 @@ class _Prompts:
         for start in range(0, pieces * self._width, self._width):
             ids_PS = self._ids_PS[:, start : start + self._width]
             if not ids_PS.shape[1]:
-                ids_PS = self._counts_P[:, None]  # of which none counts
+                ids_PS = torch.zeros_like(self._counts_P)[:, None]  # of which none counts
             left_P = self._counts_P - start
             now_P = left_P.clamp(0, ids_PS.shape[1])
             h_PSD, after = self._model.read(ids_PS, now_P, self.caches)
@@ -263,11 +275,10 @@ class _Slots:
             self._thinking.begin(to_N, [r.thinks for r in requests], [r.budget for r in requests])
 
     def step(self, temperature: float, top_p: float) -> Iterator[Rollout]:
-        """A few tokens in every slot. Gives the rollouts that have grown; those that have ended
-        leave their slots free."""
+        """A few tokens in every slot. Gives the rollouts that have grown, when all passes are made;
+        those that have ended leave their slots free."""
         if self._speculation:
-            yield from self._speculate(self._speculation)
-            return
+            return self._speculate(self._speculation)
         self._reserve(self._steps)
         ids_KB, logprobs_KB, chosen_KB = [], [], []
         for _ in range(self._steps):
@@ -285,11 +296,12 @@ class _Slots:
             logprobs_KB.append(log_probabilities(logits_BV, ids_B))
             self._h_BD = self._model.decode(ids_B, self._caches)
             self._places_B += 1
-        yield from self._grown(*(torch.stack(of, 1) for of in (ids_KB, logprobs_KB, chosen_KB)))
+        return self._grown(*(torch.stack(of, 1) for of in (ids_KB, logprobs_KB, chosen_KB)))
 
     def _speculate(self, speculation: Speculation) -> Iterator[Rollout]:
         # A free slot's MTP block may have read more than its backbone.
         self._reserve(2 * (speculation.drafts + 1))
+        first: Iterator[Rollout] = iter(())
         if any(rollout and not rollout.ids for rollout in self.rollouts):
             fresh_B = self._places_B == 0
             drawn = speculation.begin(
@@ -297,12 +309,12 @@ class _Slots:
             )
             self._places_B += fresh_B
             ids_B1, logprobs_B1, chosen_B1 = (of_B[:, None] for of_B in drawn)
-            yield from self._grown(ids_B1, logprobs_B1, chosen_B1, fresh_B.long())
+            first = self._grown(ids_B1, logprobs_B1, chosen_B1, fresh_B.long())
         ids_BS, logprobs_BS, chosen_BS, counts_B = speculation.round(
             self._caches, self._streams_B, self._places_B, self._thinking
         )
         self._places_B += counts_B
-        yield from self._grown(ids_BS, logprobs_BS, chosen_BS, counts_B)
+        return chain(first, self._grown(ids_BS, logprobs_BS, chosen_BS, counts_B))
 
     def _reserve(self, tokens: int) -> None:
         """Room for so many more in every slot. Free ones are read on with the others, but begin

@@ -127,7 +127,9 @@ class Rollouts:
         prompts = self._prompts.heldout[: self._config.train.eval_sequences]
         own = prompts[self._world.rank :: self._world.size]
         requests = [self._request(prompt, range(1)) for prompt in own]
-        answers = self._judged(list(self._generate(requests)), dict(enumerate(prompts)))
+        with self._world.agreed():
+            rollouts = list(self._generate(requests))
+        answers = self._judged(rollouts, dict(enumerate(prompts)))
         gathered = [answer for found in self._world.gather(answers) for answer in found]
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
 
