@@ -12,13 +12,15 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.commands.generate import (
     Drafts,
@@ -34,6 +36,7 @@ from nemo_hybrid.config.base import (
     PositiveInt,
     Seed,
     Share,
+    refuse,
 )
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import lock, naming, read_json, replace_file, sync
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
 
 Key = tuple[int | str, int]
 """A prompt and the number of its sample."""
+_PATIENCE = timedelta(days=365)
+"""Longest wait for a process that has more to generate."""
 
 
 @dataclass(config=CHECKED)
@@ -87,6 +92,7 @@ class RolloutOptions(ThinkingOptions):
 
     def validate(self) -> None:
         super().validate()
+        refuse((not Path(self.out).name, f"--out: {self.out!r} names no file"))
         check_rounding(self)
 
 
@@ -126,9 +132,10 @@ class Work:
                     f"{self.out} is of another run: {name} is {there.get(name)} there, {value} "
                     f"here; name another --out, or remove {self.about} and what it is about"
                 )
-        if self.out.exists():
-            return None
         self._held = lock(self.about, self.out)
+        if self.out.exists():
+            self._close()
+            return None
         return set(self._lines())
 
     def finish(self, keys: Sequence[Key]) -> None:
@@ -142,6 +149,10 @@ class Work:
                 "place and run the command again there"
             )
         replace_file(self.out, _contents(lines[key] for key in keys))
+        self._close()
+
+    def _close(self) -> None:
+        """Leave OUT alone, which is complete."""
         for part in self._parts():
             part.unlink()
         os.close(self._held)
@@ -174,7 +185,7 @@ def rollout_command(options: RolloutOptions) -> None:
     rank, size = launched()
     if size % options.ep:
         raise UserError(f"--ep {options.ep} does not divide the number of processes, {size}")
-    from nemo_hybrid.generation.batched import Generator, alone
+    from nemo_hybrid.generation import batched
     from nemo_hybrid.parallel.world import World
 
     work, world = Work(Path(options.out)), World.start()
@@ -193,17 +204,24 @@ def rollout_command(options: RolloutOptions) -> None:
         for request in opened.requests(options.max_new_tokens)
         if (left := [n for n in range(options.samples) if (request.prompt, n) not in done])
     ][rank::size]
+    patient = world.side(_PATIENCE)
+    together: Agreement = ALONE
     if dispatcher:
         dispatcher.join()
-    generator = Generator(
+        together = replace(world, size=options.ep, group=dispatcher.group)
+    generator = batched.Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, drafts=options.speculate,
         states=state_format(options), markers=opened.markers,
-        most=dispatcher.most if dispatcher else alone,
+        most=dispatcher.most if dispatcher else batched.alone,
     )  # fmt: skip
     began, total = time.monotonic(), sum(len(request.samples) for request in requests)
-    tokens = _write(work.part(rank), generator.run(requests), opened, total, show=not rank)
-    counts = world.gather((total, tokens))
+    part = work.part(rank)
+    with world.agreed(), naming("write", part):
+        file = part.open("ab")
+    with together.agreed(), closing(generator.run(requests)) as rollouts, naming("write", part):
+        tokens = _write(file, rollouts, opened, total, show=not rank)
+    counts = patient.gather((total, tokens))
     world.from_rank_0(work.finish, keys)
     if not rank:
         seconds, made = time.monotonic() - began, [sum(n) for n in zip(*counts, strict=True)]
@@ -262,14 +280,12 @@ def _identity(options: RolloutOptions, opened: Opened) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(path: Path, rollouts: Iterable[Rollout], opened: Opened, total: int, show: bool) -> int:
+def _write(
+    file: IO[bytes], rollouts: Iterable[Rollout], opened: Opened, total: int, show: bool
+) -> int:
     """Append every rollout when it ends; gives the number of their tokens."""
     tokens = 0
-    with (
-        naming("write", path),
-        path.open("ab") as file,
-        progress_bar(f"generating {total:,} samples", total, show) as progress,
-    ):
+    with file, progress_bar(f"generating {total:,} samples", total, show) as progress:
         for count, rollout in enumerate(rollouts, 1):
             tokens += len(rollout.ids)
             file.write(_line(rollout, opened).encode())

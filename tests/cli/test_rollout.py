@@ -41,6 +41,7 @@ CONFIG = tiny_config(
     "ME*", vocab_size=260, max_position_embeddings=60, mtp_num_depths=1, mtp_pattern="*E"
 )
 SAMPLES, NEW = 3, 5
+UNEVEN = Path(__file__).with_name("uneven_rollout.py")
 NUMBERS = [(prompt, sample) for prompt in range(len(ROWS)) for sample in range(SAMPLES)]
 
 
@@ -162,14 +163,39 @@ def test_it_goes_on_where_it_was_killed(
         lines[i] for i in (2, 4, 7)
     ]
     assert not list(tmp_path.glob("*part*"))
+    Path(f"{out}.part-1").write_text(lines[4])  # it was killed before it had removed all parts
     said = commands(*words(home, out))
     assert (said.status, said.out) == (0, f"{out} is complete: 12 samples\n")
+    assert not list(tmp_path.glob("*part*"))
 
 
 def test_processes_divide_prompts_and_experts(whole: Path, home: Path, tmp_path: Path) -> None:
     """Two processes that share experts give what one gives."""
     out = tmp_path / "out.jsonl"
     run_python(["-m", "nemo_hybrid", *words(home, out, "--ep", "2")], size=2)
+    assert_alike(read_rows(out), read_rows(whole))
+
+
+def test_a_full_disk_of_one_process_ends_all_that_share_experts_with_its_reason(
+    whole: Path, home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [UNEVEN, "full", *words(home, out, "--ep", "2", "--slots", "1")]
+    for process in run_python(command, size=2, succeed=False):
+        (line,) = (line for line in process.stderr.splitlines() if line.startswith("error"))
+        assert f"cannot write {out}.part-1: File too large" in line
+        assert "Traceback" not in process.stderr
+        assert process.status == 2
+    assert not out.exists()
+    said = run_python(["-m", "nemo_hybrid", *words(home, out)])[0].stdout
+    made = int(re.search(r"(\d+) generated now", said)[1])
+    assert 0 < made < len(NUMBERS)  # some lines were whole
+    assert_alike(read_rows(out), read_rows(whole))
+
+
+def test_no_process_tires_of_waiting_for_samples(whole: Path, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run_python([UNEVEN, "late", *words(home, out)], size=2)
     assert_alike(read_rows(out), read_rows(whole))
 
 
@@ -277,6 +303,7 @@ def test_files_of_others_are_left_alone(
     refused(f"{part} exists already, of another run")
     Path(f"{out}.run.json").write_text(Path(f"{whole}.run.json").read_text())
     refused(f"{part} is damaged at byte 0: remove it")
+    assert commands(*words(home, Path("."))).err == "error: --out: '.' names no file\n"
     refused("is no directory, so", at=tmp_path / "gone" / "out.jsonl")
     other = tmp_path / "other.jsonl"
     about = Path(f"{other}.run.json")
