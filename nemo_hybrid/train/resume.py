@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from nemo_hybrid.checkpoint.state import (
 )
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train.run import Position, Recipe, Run
+
+_ALIGNED = 64  # bytes, at which copies begin
 
 
 class WholeModel:
@@ -95,7 +100,7 @@ class Saver:
         self._world = run.world.side()
         with run.world.agreed():
             self._companions = run.recipe.companions() if run.world.rank == 0 else Companions()
-        self._copies: dict[str, Tensor] = {}
+        self._room: list[Tensor] | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -142,24 +147,39 @@ class Saver:
         )
 
     def _copied(self, snapshot: Snapshot) -> Snapshot:
-        weights = [(n, self._copy(f"weight {n}", t), first) for n, t, first in snapshot.weights]
-        fragments = [
-            replace(
-                f,
-                tensors={k: self._copy(f"{k} {f.name} {f.start}", t) for k, t in f.tensors.items()},
-            )
-            for f in snapshot.fragments
-        ]
-        return replace(snapshot, weights=weights, fragments=fragments)
+        """In memory that stays for the next checkpoint: fresh memory costs page faults."""
+        tensors = [t for _, t, _ in snapshot.weights]
+        tensors += [t for f in snapshot.fragments for t in f.tensors.values()]
+        if self._room is None:
+            with self._run.world.agreed():
+                self._room = room_for(tensors, self._run.world.device.type == "cuda")
+        pairs = zip(self._room, tensors, strict=True)
+        copies = iter([room.copy_(tensor.detach()) for room, tensor in pairs])
+        return replace(
+            snapshot,
+            weights=[(name, next(copies), first) for name, _, first in snapshot.weights],
+            fragments=[
+                replace(f, tensors={k: next(copies) for k in f.tensors}) for f in snapshot.fragments
+            ],
+        )
 
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy in memory that stays for the next checkpoint: fresh memory costs page faults."""
-        held = self._copies.get(key)
-        if held is None:
-            pin = tensor.is_cuda
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-            self._copies[key] = held
-        return held.copy_(tensor.detach())
+
+def room_for(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
+    """Tensors of these shapes and dtypes in one block of host memory, of the size that `plan` says:
+    torch's own pinned memory comes in powers of two. Raises UserError where it cannot be pinned.
+    """
+    sizes = (math.ceil(t.nbytes / _ALIGNED) * _ALIGNED for t in tensors)
+    *starts, end = accumulate(sizes, initial=0)
+    block = torch.empty(end, dtype=torch.uint8)
+    if pinned and end and int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), end, 0)):
+        raise UserError(
+            f"the copy of a checkpoint takes {end / 1e9:.1f} GB of host memory, which "
+            "cannot be pinned: set checkpoint.asynchronous to false"
+        )
+    return [
+        block[start : start + t.nbytes].view(t.dtype).view(t.shape)
+        for start, t in zip(starts, tensors, strict=True)
+    ]
 
 
 def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:

@@ -7,15 +7,19 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers.launcher import differences
 from helpers.once import once
 from helpers.processes import TESTS, run_python
 from helpers.runs import tiny_run
 from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
+from nemo_hybrid.train.resume import room_for
 from train.conftest import LAYOUT, Unbroken
 
 FAULTY = TESTS / "helpers/faulty.py"
@@ -149,3 +153,34 @@ def test_a_defect_in_the_writing_thread_is_not_passed_over(small: Path) -> None:
     assert result["statuses"] == ["ValueError('a defect')", 0]
     assert result["newest"] == f"step_{EVERY:08d}"
     assert differences(small / "defect", small / "run", STEPS) == []
+
+
+def test_copies_lie_in_one_block_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned as a whole: block by block torch would take powers of two."""
+    shapes = [(3, 5), (), (0, 7), (33,)]
+    tensors = [
+        torch.randn(shape).to(d) for shape in shapes for d in (torch.bfloat16, torch.float32)
+    ]
+    pinned = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        pinned.append((address, size, flags))
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    room = room_for(tensors, pinned=True)
+    for copy, tensor in zip(room, tensors, strict=True):
+        assert torch.equal(copy.copy_(tensor), tensor)
+        assert (copy.shape, copy.dtype, copy.data_ptr() % 64) == (tensor.shape, tensor.dtype, 0)
+    for copy, tensor in zip(room, tensors, strict=True):  # none lies in another
+        assert torch.equal(copy, tensor)
+    sizes = sum(t.nbytes for t in tensors)
+    assert pinned == [(room[0].data_ptr(), room[0].untyped_storage().nbytes(), 0)]
+    assert sizes <= pinned[0][1] < sizes + 64 * len(tensors)
+    room_for(tensors, pinned=False)
+    assert room_for([], pinned=True) == []
+    assert len(pinned) == 1
+    cudart.cudaHostRegister = lambda *_: 2
+    with pytest.raises(UserError, match="cannot be pinned: set .* to false"):
+        room_for(tensors, pinned=True)
