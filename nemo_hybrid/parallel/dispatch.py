@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nemo_hybrid.model.latent_moe import AdaptedExperts
 from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
-from nemo_kernels.moe import grouped_mlp, sort_slots
+from nemo_kernels.moe import combine_slots, grouped_mlp, sort_slots
 
 
 class _AllToAll(torch.autograd.Function):
@@ -72,8 +72,9 @@ class _Combine(torch.autograd.Function):
 
 def _summed(y: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
     """In fp32, rounded once."""
-    y = y.index_select(0, inverse_R)
-    return y if top_k == 1 else y.unflatten(0, (-1, top_k)).sum(1, dtype=torch.float32).to(y.dtype)
+    if top_k == 1:
+        return y.index_select(0, inverse_R)
+    return combine_slots(y, inverse_R.view(-1, top_k))
 
 
 class AllToAllDispatcher(nn.Module):

@@ -59,6 +59,9 @@ class World(Agreement):
                     f"process {local_rank} of this node has no GPU, there are {gpus}: start "
                     f"torchrun with --nproc_per_node={gpus}"
                 )
+            # Sizes of what experts get differ from step to step. Read when CUDA starts.
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             backend = "nccl"

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import band
 from helpers.drawn import drawn, st
 from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
 from helpers.triton_env import DEVICE, guarded_memory
+from nemo_kernels import backend
 from nemo_kernels.launch import Tile, recorded
-from nemo_kernels.moe import expert_kernel, function, kernel, reference
+from nemo_kernels.moe import combine_slots, expert_kernel, function, kernel, reference
 from nemo_kernels.moe.expert_kernel import PLANS, Plan
 from nemo_kernels.moe.function import Routed
 from nemo_kernels.moe.kernel import grouped_mlp, moe_mlp
@@ -68,6 +70,25 @@ def test_values_and_gradients_equal_a_loop_over_tokens(
     dy = torch.randn(inputs[0].shape, generator=generator)
     with tiles(SMALL):
         assert deviation(run(ids_TK, inputs, dy, recompute), oracle(ids_TK, inputs, dy)) < FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_of_slots(dtype: torch.dtype) -> None:
+    """As processes that share experts take them, by each path; in bf16 rounded once."""
+    y_RL = torch.randn(12, 40).to(DEVICE, dtype)
+    inverse_TK = torch.randperm(12, device=DEVICE).view(4, 3)
+    exact_TL = y_RL.double()[inverse_TK].sum(1)
+    for path in (kernel, reference):
+        close = {"rtol": band(dtype), "atol": band(torch.float32, 3)}
+        torch.testing.assert_close(path.combine_slots(y_RL, inverse_TK).double(), exact_TL, **close)
+        other_TL = path.combine_slots(y_RL, inverse_TK.flip(1)[:, :2])
+        assert (other_TL.double() - exact_TL).norm() > 0.1 * exact_TL.norm()
+        assert not len(path.combine_slots(y_RL[:0], inverse_TK[:0]))
+    with backend.choosing(moe="triton"), recorded() as launches:
+        combine_slots(y_RL, inverse_TK)
+    assert [call.kernel for call in launches] == [expert_kernel.combine_kernel]
+    with pytest.raises(ValueError, match="y_RL: expected shape"):
+        combine_slots(y_RL, inverse_TK[:2])
 
 
 @pytest.mark.parametrize(

@@ -182,5 +182,5 @@ def test_copies_lie_in_one_block_of_their_size(monkeypatch: pytest.MonkeyPatch) 
     assert room_for([], pinned=True) == []
     assert len(pinned) == 1
     cudart.cudaHostRegister = lambda *_: 2
-    with pytest.raises(UserError, match="cannot be pinned: set .* to false"):
+    with pytest.raises(UserError, match=r"cannot be pinned: set .* to false"):
         room_for(tensors, pinned=True)

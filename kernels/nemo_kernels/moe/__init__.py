@@ -16,7 +16,7 @@ from nemo_kernels.checks import expect, expect_device, expect_range, may_read
 from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Slots
 
-__all__ = ["PATHS", "Slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+__all__ = ["PATHS", "Slots", "combine_slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
 PATHS = {"triton": "nemo_kernels.moe.kernel", "grouped_mm": "nemo_kernels.moe.grouped_mm"}
 
@@ -74,6 +74,22 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
     impl = backend.implementation("moe", topk_ids_TK.device.type, torch.float32, n_experts)
     return impl.sort_slots(topk_ids_TK, n_experts)
+
+
+def combine_slots(y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Sum of each token's K sorted rows, accumulated in fp32 and rounded once: y_TL; no gradients.
+
+    Args:
+        y_RL: rows in the order of :func:`sort_slots`; inverse_TK: its ``inverse_R``, by token.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+    """
+    expect("y_RL", y_RL, (inverse_TK.numel(), None))
+    expect("inverse_TK", inverse_TK, (None, None), dtype=torch.int64)
+    expect_device(y_RL, inverse_TK=inverse_TK)
+    impl = backend.implementation("moe", y_RL.device.type, y_RL.dtype, 1, inverse_TK.shape[1])
+    return impl.combine_slots(y_RL.contiguous(), inverse_TK)
 
 
 def grouped_mlp(

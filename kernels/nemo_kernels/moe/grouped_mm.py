@@ -16,10 +16,16 @@ from torch.nn.functional import grouped_mm
 
 from nemo_kernels.moe import function, reference
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
-from nemo_kernels.moe.reference import accumulation_dtype, sort_slots, topk_router
+from nemo_kernels.moe.reference import (
+    accumulation_dtype,
+    combine_slots,
+    sort_slots,
+    topk_router,
+)
 
 __all__ = [
-    "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
+    "DEVICE_TYPES", "combine_slots", "grouped_mlp", "moe_mlp", "self_check", "sort_slots",
+    "supports", "topk_router",
 ]  # fmt: skip
 
 DEVICE_TYPES = ("cuda", "cpu")

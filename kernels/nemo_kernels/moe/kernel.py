@@ -30,7 +30,8 @@ from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
 from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
 
 __all__ = [
-    "DEVICE_TYPES", "grouped_mlp", "moe_mlp", "self_check", "sort_slots", "supports", "topk_router",
+    "DEVICE_TYPES", "combine_slots", "grouped_mlp", "moe_mlp", "self_check", "sort_slots",
+    "supports", "topk_router",
 ]  # fmt: skip
 
 DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
@@ -86,13 +87,19 @@ class TritonExperts(Experts):
         return product(plan.down, dh_RF, tiles, routed.up_EFL), dweight_R, dup_EFL, ddown_ELF
 
     def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
-        (n_tokens, k), width, columns = inverse_TK.shape, y_RL.shape[1], expert_kernel.COMBINED
-        out_TL = y_RL.new_empty(n_tokens, width)
-        if out_TL.numel():
-            grid = (n_tokens * triton.cdiv(width, columns),)
-            arguments = (y_RL, inverse_TK, out_TL, width, k, columns)
+        return combine_slots(y_RL, inverse_TK)
+
+
+def combine_slots(y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
+    """``nemo_kernels.moe.combine_slots``; no gradients. y is contiguous."""
+    (n_tokens, k), width, columns = inverse_TK.shape, y_RL.shape[1], expert_kernel.COMBINED
+    out_TL = y_RL.new_empty(n_tokens, width)
+    if out_TL.numel():
+        grid = (n_tokens * triton.cdiv(width, columns),)
+        arguments = (y_RL, inverse_TK, out_TL, width, k, columns)
+        with torch.cuda.device_of(y_RL):
             launch(expert_kernel.combine_kernel, grid, *arguments, num_warps=4, num_stages=3)
-        return out_TL
+    return out_TL
 
 
 def _planned(x_TL: Tensor, n_rows: int, w_up_EFL: Tensor) -> TritonExperts:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Slots, Wanted
 
-__all__ = ["grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+__all__ = ["combine_slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
 _FEW = 1 << 17  # numbers of all experts together that stay in a CPU's second-level cache
 
@@ -47,6 +47,11 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     # Boundaries by binary search rather than bincount, which waits for a GPU.
     bounds = torch.searchsorted(sorted_R, torch.arange(n_experts + 1, device=device))
     return Slots(order_R, inverse_R, bounds.diff())
+
+
+def combine_slots(y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
+    acc, y_RL = accumulation_dtype(y_RL), y_RL.index_select(0, inverse_TK.flatten())
+    return y_RL.unflatten(0, inverse_TK.shape).sum(1, dtype=acc).to(y_RL.dtype)
 
 
 class LoopExperts(Experts):
