@@ -7,8 +7,8 @@ for example ``PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}``. Such a modul
 * imports its library at its top (so importing the module is the probe),
 * has the functions of ``reference`` under the same names with the same signatures,
 * says in ``DEVICE_TYPES`` on which tensors it runs (``("cuda",)``), and
-* has ``self_check(device_type) -> float``: the largest deviation of its outputs and gradients from
-  the reference on a small input, relative to the reference's largest value.
+* has ``self_check(device_type, sizes) -> float``: the largest deviation of its outputs and
+  gradients from the reference at the `Sizes` of the model, relative to the reference's largest.
 
 A path that does not take everything has ``supports(*what) -> bool`` as well, with arguments that
 the op's folder chooses.
@@ -47,7 +47,26 @@ class Path(NamedTuple):
     reason: str
 
 
+class Sizes(NamedTuple):
+    """At which self-checks run, since compilers have made mistakes at some sizes and not at others;
+    Nano's. Tokens are many enough for loops over them to have eight steps."""
+
+    heads: int = 64
+    head_dim: int = 64
+    groups: int = 8
+    state: int = 128
+    chunk: int = 128
+    query_heads: int = 32
+    key_heads: int = 2
+    attention_dim: int = 128
+    expert_width: int = 2688
+    expert_inner: int = 1856
+    vocabulary: int = 131072
+    tokens: int = 1100
+
+
 _choices: dict[str, str] = {}
+_sizes = Sizes()
 
 
 def choose(**choices: str) -> None:
@@ -66,6 +85,12 @@ def choose(**choices: str) -> None:
                 raise ValueError(f"path {name} of op {op} cannot be used: {problem}")
     _choices.update(choices)
     _resolve.cache_clear()
+
+
+def check_at(sizes: Sizes) -> None:
+    """Let self-checks of this process, from the next one on, run at these sizes."""
+    global _sizes
+    _sizes = sizes
 
 
 @contextmanager
@@ -106,9 +131,9 @@ def importable(op: str, names: Collection[str]) -> list[str]:
     return [name for name, module in declared if name in names and not _probe(module)]
 
 
-def report(device_type: str) -> list[tuple[str, str, str]]:
-    """(op, path name, reason) of every op on tensors of a device type."""
-    return [(op, *path(op, device_type)) for op in OPS]
+def report(device_type: str, ops: Sequence[str] = OPS) -> list[tuple[str, str, str]]:
+    """(op, path name, reason) of these ops on tensors of a device type."""
+    return [(op, *path(op, device_type)) for op in ops]
 
 
 def draw(device_type: str, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -195,7 +220,7 @@ def _check(module_name: str, device_type: str) -> str:
     if device_type not in module.DEVICE_TYPES:
         return f"does not run on {device_type} tensors"
     try:
-        deviation = _in_fresh_thread(lambda: float(module.self_check(device_type)))
+        deviation = _in_fresh_thread(lambda: float(module.self_check(device_type, _sizes)))
     except Exception as error:  # also a compiler's, which have no type in common
         return f"failed its self-check: {type(error).__name__}: {error}"
     if not deviation <= TOLERANCE:  # also true for NaN

@@ -15,6 +15,7 @@ from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.checkpoint.steps import find_latest, resolve, step_name, step_of
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import Stopped, TrainingError, UserError
+from nemo_hybrid.model.operations import operations, sizes
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
@@ -55,7 +56,7 @@ def train(recipe: Recipe, launcher: int) -> None:
 
 
 def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
-    world = _start(recipe.config)
+    world = _start(recipe)
     say_phase("looking for checkpoints, and opening the data")
     checkpoint = _find_checkpoint(world, recipe.config, lock)
     phase = None if checkpoint else _find_phase(world, recipe.config)
@@ -95,14 +96,16 @@ def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
     _end(recipe, world, last, "finished")
 
 
-def _start(config: TrainingConfig) -> World:
-    """Meet the other processes, and choose every operation's path. Raises UserError."""
+def _start(recipe: Recipe) -> World:
+    """Meet the other processes, and choose the operations' paths. Raises UserError."""
+    config = recipe.config
     _set_determinism(config.train.deterministic)
     world = World.start()
     with world.agreed():
         try:
             backend.choose(**vars(config.kernels))
-            backend.report(world.device.type)
+            backend.check_at(sizes(recipe.shape))
+            backend.report(world.device.type, operations(recipe.shape, config.precision.low))
         except ValueError as error:
             raise UserError(f"kernels: {error}") from error
     return world
@@ -363,7 +366,9 @@ def _announce(run: Run) -> None:
         f"ZeRO-{zero}, accumulation {accumulation}, {config.precision.recipe}"
     )
     _announce_precision(run)
-    for op, name, reason in backend.report(world.device.type):
+    for op, name, reason in backend.report(
+        world.device.type, operations(model, config.precision.low)
+    ):
         print(f"kernel {op}: {name} ({reason})")
     frozen = "not given: its formula is for models that are trained as a whole"
     print(f"MFU {frozen if run.peak is None else f'relative to {peak_source(world.device.type)}'}")

@@ -14,6 +14,8 @@ import torch
 from nemo_kernels import backend, norm
 from nemo_kernels.documents import Documents
 
+SMALL = backend.Sizes(4, 16, 2, 8, 16, 4, 2, 16, tokens=96)
+
 
 @pytest.fixture(autouse=True)
 def fresh_choices():
@@ -30,7 +32,7 @@ def library(monkeypatch):
     def make(deviation):
         module = types.ModuleType("fake_norm_path")
         module.DEVICE_TYPES = ("cuda",)
-        module.self_check = lambda device_type: deviation
+        module.self_check = lambda device_type, sizes: deviation
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(norm, "PATHS", {"fake": module.__name__})
         backend._resolve.cache_clear()
@@ -80,7 +82,7 @@ class CompilerError(Exception):
 def test_a_library_that_fails_its_self_check_is_not_taken(library, error):
     module = library(0)
 
-    def fail(device_type):
+    def fail(device_type, sizes):
         raise error("no kernel image")
 
     module.self_check = fail
@@ -91,7 +93,7 @@ def test_a_library_that_fails_its_self_check_is_not_taken(library, error):
 def test_a_self_check_does_not_see_what_its_caller_has_set(library):
     module = library(0)
 
-    def check(device_type):
+    def check(device_type, sizes):
         x = torch.ones(3, requires_grad=True)
         (x * x).sum().backward()
         assert x.grad is not None
@@ -101,6 +103,17 @@ def test_a_self_check_does_not_see_what_its_caller_has_set(library):
     module.self_check = check
     with torch.inference_mode(), torch.autocast("cpu"):
         assert backend.path("norm", "cuda").name == "fake"
+
+
+def test_self_checks_run_at_the_sizes_that_are_set(library):
+    seen = []
+    library(0).self_check = lambda *given: seen.append(given) or 0.0
+    backend.check_at(SMALL)
+    try:
+        assert backend.report("cuda", ["norm"]) == [("norm", *backend.path("norm", "cuda"))]
+    finally:
+        backend.check_at(backend.Sizes())
+    assert seen == [("cuda", SMALL)]
 
 
 def test_a_forced_path_is_an_error_where_it_does_not_run(library):
@@ -164,7 +177,7 @@ def test_wrappers_call_the_libraries_interfaces(op, stand_in, monkeypatch):
     monkeypatch.delitem(sys.modules, f"nemo_kernels.{op}.external", raising=False)
     external = importlib.import_module(f"nemo_kernels.{op}.external")
     del sys.modules[f"nemo_kernels.{op}.external"]  # not by monkeypatch, which would bring it back
-    assert external.self_check("cpu") <= backend.TOLERANCE
+    assert external.self_check("cpu", SMALL) <= backend.TOLERANCE
 
 
 def stand_in_causal_conv1d_fn(

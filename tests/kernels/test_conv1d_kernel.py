@@ -173,12 +173,12 @@ def test_only_inputs_are_kept() -> None:
 
 def test_self_check_notices_mistakes() -> None:
     if DEVICE == "cuda":
-        assert kernel.self_check(DEVICE) < backend.TOLERANCE
+        assert kernel.self_check(DEVICE, backend.Sizes()) < backend.TOLERANCE
         return
-    with mock.patch.object(kernel, "_CHECKED", (12, 5)):
-        assert kernel.self_check(DEVICE) < backend.TOLERANCE
-        with mock.patch.object(tap_kernel, "backward_kernel", mock.MagicMock()):
-            assert not kernel.self_check(DEVICE) < backend.TOLERANCE
+    small = backend.Sizes(1, 3, 1, 1, tokens=12)
+    assert kernel.self_check(DEVICE, small) < backend.TOLERANCE
+    with mock.patch.object(tap_kernel, "backward_kernel", mock.MagicMock()):
+        assert not kernel.self_check(DEVICE, small) < backend.TOLERANCE
 
 
 def test_what_is_not_taken_is_the_references() -> None:

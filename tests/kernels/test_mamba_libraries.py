@@ -121,10 +121,10 @@ def test_self_checks_pass_and_notice_mistakes(
 ) -> None:
     library = {"causal_conv1d_fn": causal_conv1d_fn}
     external = stand_in("nemo_kernels.conv1d.external", "causal_conv1d", **library)
-    assert external.self_check("cpu") < backend.TOLERANCE
+    assert external.self_check("cpu", backend.Sizes(2, 8, 1, 8, tokens=96)) < backend.TOLERANCE
     without = lambda *given, **named: causal_conv1d_fn(*given[:3], **named)  # noqa: E731
     monkeypatch.setattr(external, "causal_conv1d_fn", without)
-    assert external.self_check("cpu") > backend.TOLERANCE
+    assert external.self_check("cpu", backend.Sizes(2, 8, 1, 8, tokens=96)) > backend.TOLERANCE
 
 
 def test_the_convolution_is_called_as_released(stand_in: Callable[..., Any]) -> None:

@@ -279,15 +279,21 @@ def test_the_comparison_notices(mistake: Callable[[Routed], Routed]) -> None:
 def test_self_check() -> None:
     """In the interpreter of one plan's tiles; test_tiles_as_shipped has all."""
     assert DEVICE in kernel.DEVICE_TYPES
-    some = dict(sorted(PLANS.items())[-1 if DEVICE == "cpu" else 0 :])
-    with mock.patch.object(expert_kernel, "PLANS", some):
-        assert kernel.self_check(DEVICE) < BF16
+    sizes = backend.Sizes()
+    if DEVICE == "cpu":
+        sizes = backend.Sizes(expert_width=64, expert_inner=128, tokens=96)
+    one = dict.fromkeys(PLANS, PLANS[True, True]) if DEVICE == "cpu" else PLANS
+    with mock.patch.object(expert_kernel, "PLANS", one):
+        assert kernel.self_check(DEVICE, sizes) < BF16
         tokens = kernel._tokens
         with mock.patch.object(kernel, "_tokens", lambda routed: tokens(shifted(routed))):
-            assert kernel.self_check(DEVICE) > 0.1
+            assert kernel.self_check(DEVICE, sizes) > 0.1
     with mock.patch.object(kernel.function, "self_check", return_value=0.5) as check:
-        assert kernel.self_check(DEVICE) == 0.5
-    assert {call.args[0].args[0].plan for call in check.call_args_list} == {*PLANS.values()}
+        for width in (2688, 1024):
+            assert kernel.self_check(DEVICE, backend.Sizes(expert_width=width)) == 0.5
+        assert {call.args[0].args[0].plan for call in check.call_args_list} == {*PLANS.values()}
+        assert kernel.self_check(DEVICE, backend.Sizes(expert_inner=20)) == 0.5
+    assert check.call_args_list[-1].args[0].args[0].plan == expert_kernel.PLAIN
 
 
 def test_offsets_beyond_int32() -> None:

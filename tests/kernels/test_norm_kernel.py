@@ -163,11 +163,11 @@ def test_the_self_check_passes_as_shipped_and_notices_another_group_size() -> No
     def by_other_groups(x: Tensor, gate: Tensor, weight: Tensor, eps: float, size: int) -> Tensor:
         return gated(x, gate, weight, eps, 2 * size)
 
-    rows = kernel._CHECKED_ROWS if DEVICE == "cuda" else 5
-    with mock.patch.multiple(kernel, _CHECKED_ROWS=rows, _PROGRAMS=8):
-        assert kernel.self_check(DEVICE) < backend.TOLERANCE / 2
+    sizes = backend.Sizes() if DEVICE == "cuda" else backend.Sizes(tokens=3)
+    with mock.patch.object(kernel, "_PROGRAMS", 8):
+        assert kernel.self_check(DEVICE, sizes) < backend.TOLERANCE / 2
         with mock.patch.object(kernel, "gated_rms_norm", by_other_groups):
-            assert not kernel.self_check(DEVICE) <= backend.TOLERANCE
+            assert not kernel.self_check(DEVICE, sizes) <= backend.TOLERANCE
 
 
 def test_bad_input_is_named() -> None:

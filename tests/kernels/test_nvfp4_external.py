@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_kernels.backend import Sizes
 from nemo_kernels.lowp import emulation, reference
 from nemo_kernels.lowp.operand import Rounding, multiplier
 
@@ -131,6 +132,6 @@ def test_older_gpus_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(RuntimeError, match=r"capability 10\.0"):
-        external.self_check("cuda")
+        external.self_check("cuda", Sizes())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert external.self_check("cpu") == 0
+    assert external.self_check("cpu", Sizes()) == 0

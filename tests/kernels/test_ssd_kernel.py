@@ -244,13 +244,12 @@ def test_what_is_kept() -> None:
 
 def test_self_check_notices_mistakes() -> None:
     if DEVICE == "cuda":
-        assert kernel.self_check(DEVICE) < backend.TOLERANCE
+        assert kernel.self_check(DEVICE, backend.Sizes()) < backend.TOLERANCE
         return
-    small = {"length": 20, "heads": 1, "head_dim": 4, "groups": 1, "state": 4}
-    with mock.patch.object(kernel, "_CHECKED", small):
-        assert kernel.self_check(DEVICE) < backend.TOLERANCE
-        with mock.patch.object(chunk_kernel, "state_gradient_kernel", mock.MagicMock()):
-            assert not kernel.self_check(DEVICE) < backend.TOLERANCE
+    small = backend.Sizes(1, 4, 1, 4, 128, tokens=20)
+    assert kernel.self_check(DEVICE, small) < backend.TOLERANCE
+    with mock.patch.object(chunk_kernel, "state_gradient_kernel", mock.MagicMock()):
+        assert not kernel.self_check(DEVICE, small) < backend.TOLERANCE
 
 
 def test_what_is_not_taken_is_the_references() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_kernels.attention import reference
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda", "cpu")
@@ -44,15 +44,17 @@ def _causal(q_NHP: Tensor, k_NGP: Tensor, v_NGP: Tensor) -> Tensor:
     return o_1HNP[0].transpose(0, 1)
 
 
-def self_check(device_type: str) -> float:
-    return checked(attention, device_type)
+def self_check(device_type: str, sizes: Sizes) -> float:
+    return checked(attention, device_type, sizes)
 
 
-def checked(attend: Callable[..., Tensor], device_type: str) -> float:
-    """Largest deviation from the reference, of documents in two rows; 16 heads in a group as in
-    Nano, and a length at which no kernel that takes a mask is known to be wrong."""
-    inputs = draw(device_type, (2, 256, 16, 128), (2, 256, 1, 128), (2, 256, 1, 128))
-    numbers_S = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 130, 125]))
+def checked(attend: Callable[..., Tensor], device_type: str, sizes: Sizes) -> float:
+    """Largest deviation from the reference, of documents in two rows; at a length at which no
+    kernel that takes a mask is known to be wrong."""
+    length = 128 * max(2, sizes.tokens // 128)
+    query, key = ((2, length, n, sizes.attention_dim) for n in (sizes.query_heads, sizes.key_heads))
+    inputs = draw(device_type, query, key, key)
+    numbers_S = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 130, length - 131]))
     documents = Documents.from_numbers(numbers_S.expand(2, -1)).to(device_type)
     return relative_deviation(
         lambda impl, *t: impl(*t, documents), (attend, reference.attention), inputs

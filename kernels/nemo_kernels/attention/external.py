@@ -11,8 +11,8 @@ import torch
 from flash_attn import flash_attn_varlen_func
 from torch import Tensor
 
-from nemo_kernels.attention import reference
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.attention import by_document, reference
+from nemo_kernels.backend import Sizes
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
@@ -44,9 +44,5 @@ def attention(
     return o_THP.view(q_BSHP.shape)
 
 
-def self_check(device_type: str) -> float:
-    inputs = draw(device_type, (2, 96, 4, 64), (2, 96, 2, 64), (2, 96, 2, 64))
-    documents = Documents.from_numbers((torch.arange(96) // 37).expand(2, -1)).to(device_type)
-    return relative_deviation(
-        lambda impl, *t: impl(*t, documents), (attention, reference.attention), inputs
-    )
+def self_check(device_type: str, sizes: Sizes) -> float:
+    return by_document.checked(attention, device_type, sizes)

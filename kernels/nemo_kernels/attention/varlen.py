@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from nemo_kernels.attention import by_document, reference
+from nemo_kernels.backend import Sizes
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
@@ -53,5 +54,5 @@ def attention(
     return o_THP.view(q_BSHP.shape)
 
 
-def self_check(device_type: str) -> float:
-    return by_document.checked(attention, device_type)
+def self_check(device_type: str, sizes: Sizes) -> float:
+    return by_document.checked(attention, device_type, sizes)

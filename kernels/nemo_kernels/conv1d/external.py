@@ -11,7 +11,7 @@ import torch
 from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.conv1d import reference
 from nemo_kernels.documents import Documents
 
@@ -50,9 +50,10 @@ def causal_conv1d(
     return y_BCS.transpose(1, 2)
 
 
-def self_check(device_type: str) -> float:
-    inputs = draw(device_type, (2, 96, 64), (64, 4), (64,))
-    documents = Documents.from_numbers((torch.arange(96) // 37).expand(2, -1)).to(device_type)
+def self_check(device_type: str, sizes: Sizes) -> float:
+    length, channels = sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state
+    inputs = draw(device_type, (2, length, channels), (channels, 4), (channels,))
+    documents = Documents.from_numbers((torch.arange(length) // 37).expand(2, -1)).to(device_type)
     return relative_deviation(
         lambda impl, *t: impl(*t, documents), (causal_conv1d, reference.causal_conv1d), inputs
     )

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.checks import expect, expect_device
 from nemo_kernels.conv1d import reference, tap_kernel
 from nemo_kernels.documents import Documents
@@ -27,8 +27,6 @@ MAX_TAPS = 4
 """A token and the three before it, which a program holds."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TOKENS, _CHANNELS = 64, 256
-_CHECKED = (1100, 6144)
-"""Tokens and channels of a self-check."""
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
 
 
@@ -84,9 +82,9 @@ def supports(x: Tensor, weight_CK: Tensor) -> bool:
     return x.dtype in _DTYPES and weight_CK.shape[1] <= MAX_TAPS
 
 
-def self_check(device_type: str) -> float:
-    """At Nano's width, with documents that begin amid tiles."""
-    length, channels = _CHECKED
+def self_check(device_type: str, sizes: Sizes) -> float:
+    """With documents that begin amid tiles, in a part of the channels that lie side by side."""
+    length, channels = sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state
     x_BSC, *others = draw(device_type, (2, length, channels + 64), (channels, 4), (channels,))
     numbers_BS = torch.stack([torch.arange(length) // 37, torch.arange(length) // 555])
     documents = Documents.from_numbers(numbers_BS).to(device_type)

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.launch import launch
 from nemo_kernels.loss import reference, softmax_kernel
 from nemo_kernels.products import add_fp32_product, fp32_product
@@ -95,12 +95,12 @@ def linear_kl(
     return _apply(h_RD, weight_VD, compare, scale_R, chunk_size or _rows_of(weight_VD) // 2)[0]
 
 
-def self_check(device_type: str) -> float:
-    """Largest deviation of both losses from the reference, over chunks and blocks of which the last
-    ones are not whole."""
-    shapes = ((20, 64), (2 * _COLUMNS + 100, 64))
+def self_check(device_type: str, sizes: Sizes) -> float:
+    """Largest deviation of both losses from the reference, over chunks of which the last one is not
+    whole."""
+    shapes = ((20, 64), (sizes.vocabulary, 64))
     h_RD, weight_VD, teacher_RD, teacher_VD = draw(device_type, *shapes, *shapes)
-    labels_R = torch.arange(20, device=device_type) * 400
+    labels_R = torch.arange(20, device=device_type) * (sizes.vocabulary // 20)
     scale_R = torch.linspace(-1, 1, 20, device=device_type).relu()
     cross_entropy = relative_deviation(
         lambda loss, h, w: loss(h, w, labels_R, scale_R, 16)[0],

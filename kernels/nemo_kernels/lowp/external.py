@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_engine.pytorch import NVFP4Quantizer
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-from nemo_kernels.backend import draw
+from nemo_kernels.backend import Sizes, draw
 from nemo_kernels.lowp import emulation, grouped, layout, reference
 from nemo_kernels.lowp.operand import Rounding
 
@@ -107,7 +107,7 @@ def grouped_wgrad(a: Native, b: Native, ends_E: Tensor, dtype: torch.dtype) -> T
     return out_EMN
 
 
-def self_check(device_type: str) -> float:
+def self_check(device_type: str, _: Sizes) -> float:
     """Largest deviation of products from the reference's, which has the same codes.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nemo_kernels.backend import draw
+from nemo_kernels.backend import Sizes, draw
 from nemo_kernels.lowp import gemm_kernel, grouped, layout, quantize_kernel, reference
 from nemo_kernels.lowp.layout import Packed
 from nemo_kernels.lowp.operand import Operand, Rounding, multiplier
@@ -51,10 +51,11 @@ def operands(
     return _operand(made[0], x, False, scalar), _operand(made[1], x, True, scalar)
 
 
-def self_check(device_type: str) -> float:
+def self_check(device_type: str, sizes: Sizes) -> float:
     """Deviation of products from the reference's; infinity where quantized values differ."""
-    x, w_ENK = draw(device_type, (128, 256), (2, 96, 256))
-    ends_E = torch.tensor([0, 128], dtype=torch.int32, device=device_type)
+    steps = sizes.tokens // 128
+    x, w_ENK = draw(device_type, (128 * steps, 256 * steps), (2, 96, 256 * steps))
+    ends_E = torch.tensor([0, 128 * steps], dtype=torch.int32, device=device_type)
     rows, columns = Rounding(seed=1), Rounding(rht=True, seed=2)
     for sides in ((rows, columns), (Rounding((16, 16)), None)):
         made = quantize_kernel.quantize(x[None], *sides, packed=False)

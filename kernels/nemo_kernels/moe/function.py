@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 
 Wanted = tuple[bool, bool]
 """Whether the gradients of w_up_EFL and of w_down_ELF are wanted; frozen weights have none."""
@@ -187,12 +187,17 @@ def _keeps(recompute: bool, *inputs: Tensor) -> bool:
 
 
 def self_check(
-    moe_mlp: Callable[..., Tensor], reference: Callable[..., Tensor], device_type: str
+    moe_mlp: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    device_type: str,
+    sizes: Sizes,
 ) -> float:
     """Largest deviation of an implementation of ``moe_mlp`` from the reference's, relative to its
     largest value, of output and gradients in bf16, with an expert that gets no token."""
-    inputs = draw(device_type, (96, 64), (96, 2), (5, 128, 64), (5, 64, 128))
-    ids_TK = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type).repeat(32, 1)
+    repeats, inner, width = sizes.tokens // 3, sizes.expert_inner, sizes.expert_width
+    tokens, matrices = 3 * repeats, ((5, inner, width), (5, width, inner))
+    inputs = draw(device_type, (tokens, width), (tokens, 2), *matrices)
+    ids_TK = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type).repeat(repeats, 1)
     return relative_deviation(
         lambda mlp, x_TL, weights_TK, up_EFL, down_ELF: mlp(
             x_TL, ids_TK, weights_TK, up_EFL, down_ELF

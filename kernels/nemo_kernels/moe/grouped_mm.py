@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from nemo_kernels.backend import Sizes
 from nemo_kernels.moe import function, reference
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
 from nemo_kernels.moe.reference import (
@@ -93,9 +94,9 @@ grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())
 moe_mlp = partial(function.moe_mlp, GroupedMMExperts(), sort=sort_slots)
 
 
-def self_check(device_type: str) -> float:
+def self_check(device_type: str, sizes: Sizes) -> float:
     """Largest deviation from the reference; see ``function.self_check``."""
-    return function.self_check(moe_mlp, reference.moe_mlp, device_type)
+    return function.self_check(moe_mlp, reference.moe_mlp, device_type, sizes)
 
 
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:

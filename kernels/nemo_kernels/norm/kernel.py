@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.launch import launch
 from nemo_kernels.norm import gated_kernel, reference
 
@@ -26,7 +26,6 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_GROUP = 4096
 _TILE = 2048  # channels of all rows that a program has at a time, where a group has no more
 _PROGRAMS = 512  # of the backward pass, about: four per processor of a GPU
-_CHECKED_ROWS = 2100  # more than eight steps of the backward pass
 
 
 def supports(dtype: torch.dtype, weight_dtype: torch.dtype, group_size: int | None = None) -> bool:
@@ -56,11 +55,12 @@ def gated_rms_norm(
         return _GatedRMSNorm.apply(x, gate, weight_D, eps, group_size)
 
 
-def self_check(device_type: str) -> float:
-    """Largest deviation of both norms from the reference, in groups as Nano has them."""
-    x, gate, weight = draw(device_type, *[(_CHECKED_ROWS, 4096)] * 2, (4096,))
+def self_check(device_type: str, sizes: Sizes) -> float:
+    """Largest deviation of both norms from the reference."""
+    rows, width = 2 * sizes.tokens, sizes.heads * sizes.head_dim
+    x, gate, weight = draw(device_type, *[(rows, width)] * 2, (width,))
     gated = relative_deviation(
-        lambda norm, *t: norm(*t, 1e-5, 512),
+        lambda norm, *t: norm(*t, 1e-5, width // sizes.groups),
         (gated_rms_norm, reference.gated_rms_norm),
         (x, gate, weight),
     )

@@ -16,7 +16,7 @@ import torch
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.checks import span
 from nemo_kernels.documents import Documents
 from nemo_kernels.ssd import reference
@@ -85,15 +85,16 @@ def ssd_scan(
     return y_BSHP, state_BHPN
 
 
-def self_check(device_type: str) -> float:
-    group = (2, 160, 2, 32)
+def self_check(device_type: str, sizes: Sizes) -> float:
+    heads, head_dim, groups, state, chunk, *_, length = sizes
+    group, each = (2, length, groups, state), (2, length, heads)
     x_BSHP, B_BSGN, C_BSGN, *others = draw(
-        device_type, (2, 160, 4, 64), group, group, (2, 160, 4), (4,), (4,)
+        device_type, (*each, head_dim), group, group, each, (heads,), (heads,)
     )
     dt_BSH, A_H, D_H = (t.float().sigmoid() for t in others)
-    documents = Documents.from_numbers((torch.arange(160) // 90).expand(2, -1)).to(device_type)
+    documents = Documents.from_numbers((torch.arange(length) // 90).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, 64, documents)[0],
+        lambda impl, *t: impl(*t, chunk, documents)[0],
         (ssd_scan, reference.ssd_scan),
         (x_BSHP, dt_BSH, -A_H, B_BSGN, C_BSGN, D_H),
     )

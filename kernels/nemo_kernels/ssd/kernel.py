@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kernels.backend import draw, relative_deviation
+from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.checks import expect, expect_device
 from nemo_kernels.documents import Documents
 from nemo_kernels.launch import launch
@@ -36,8 +36,6 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _CHUNKS = (16, 128)
 """Chunks are powers of two in this range, the asked length where that is one."""
 _WIDTH = 16  # channels of a head that move on together
-_CHECKED = {"length": 1100, "heads": 16, "head_dim": 64, "groups": 2, "state": 128}
-"""Of a self-check: nine chunks, at the widths of published models."""
 
 
 def ssd_scan(
@@ -117,9 +115,9 @@ def supports(x: Tensor, *_: Any) -> bool:
     return x.dtype in _DTYPES
 
 
-def self_check(device_type: str) -> float:
-    """At widths of published models, over nine chunks, with documents that begin amid them."""
-    length, heads, head_dim, groups, state = _CHECKED.values()
+def self_check(device_type: str, sizes: Sizes) -> float:
+    """Over nine chunks, with documents that begin amid them."""
+    heads, head_dim, groups, state, chunk, *_, length = sizes
     group = (2, length, groups, state)
     x_BSHP, B_BSGN, C_BSGN, *others = draw(
         device_type, (2, length, heads, head_dim), group, group, (2, length, heads), (heads,),
@@ -130,7 +128,7 @@ def self_check(device_type: str) -> float:
     documents = Documents.from_numbers(numbers_BS).to(device_type)
 
     def run(impl: Any, *t: Tensor) -> Tensor:
-        y_BSHP, state_BHPN = impl(*t[:6], 128, documents, t[6])
+        y_BSHP, state_BHPN = impl(*t[:6], chunk, documents, t[6])
         return torch.cat([y_BSHP.flatten(1), state_BHPN.flatten(1)], 1)
 
     inputs = (x_BSHP, dt_BSH / 8, -A_H, B_BSGN, C_BSGN / 8, D_H, initial_BHPN)
