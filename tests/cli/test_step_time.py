@@ -219,7 +219,7 @@ def test_experts_over_processes_move_rows_more_often() -> None:
     """Every process has as many rows as without, but sorts them twice and asks for their number."""
     alone, shared = count(layout(), REFERENCE), count(layout(ep=4, processes=4), REFERENCE)
     moved = [of_layer(c, "E", "moe")["bytes"] for c in (alone, shared)]
-    assert moved[1] > 1.2 * moved[0]
+    assert moved[1] > 1.1 * moved[0]
     passes = TINY.pattern.count("E") + TINY.mtp_num_depths * TINY.mtp_pattern.count("E")
     assert shared.waits["values read"] - alone.waits["values read"] == passes
     found = [(w.name, n) for (w, s), n in shared.micro_batch.items() if s.op == "moe"]
