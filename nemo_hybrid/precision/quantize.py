@@ -149,9 +149,9 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
 
 def _codes(x_NB: Tensor, scale_N: Tensor, tensor_scale: Tensor) -> Tensor:
     y_NB = x_NB / (scale_N * tensor_scale)[:, None]
-    y_NB.nan_to_num_(nan=0.0).clamp_(-E2M1_MAX, E2M1_MAX)  # 0 / 0, where both scales are tiny
-    negative = y_NB < 0
-    return encode(round_to_nearest_(y_NB), negative)
+    # 0 / 0, where both scales are tiny; and -0 becomes 0.
+    y_NB.nan_to_num_(nan=0.0).clamp_(-E2M1_MAX, E2M1_MAX).add_(0.0)
+    return encode(y_NB, y_NB)
 
 
 def _exported(block_amax_N: Tensor, amax: Tensor, most: float, one: Tensor) -> Tensor:
@@ -177,8 +177,7 @@ def _emulated(block_amax_N: Tensor, amax: Tensor, most: float) -> Tensor:
 def _squared_error(magnitude_NB: Tensor, scale_N: Tensor) -> Tensor:
     """[N], of rounding to E2M1 times the scale; a scale of 0 makes zeros."""
     safe_N1 = torch.where(scale_N == 0, 1.0, scale_N)[:, None]
-    y_NB = round_to_nearest_((magnitude_NB / safe_N1).clamp_max_(E2M1_MAX)).mul_(safe_N1)
-    y_NB = torch.where(scale_N[:, None] == 0, 0.0, y_NB)
+    y_NB = round_to_nearest_((magnitude_NB / safe_N1).clamp_max_(E2M1_MAX)).mul_(scale_N[:, None])
     return torch.sum(y_NB.sub_(magnitude_NB).square_(), dim=1)
 
 

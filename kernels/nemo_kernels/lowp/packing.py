@@ -8,15 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_kernels.lowp.rounding import rounding_terms
 
-def encode(values: Tensor, negative: Tensor) -> Tensor:
-    """uint8 codes of fp32 E2M1 values (NaN: that of 6), which are overwritten. The sign comes from
-    the bool ``negative`` alone, as rounding loses that of -0."""
-    # Doubled magnitudes are 0 1 2 3 4 6 8 12: beyond 4 and again beyond 8, codes rise more slowly.
-    double = values.abs_().mul_(2).nan_to_num_(nan=12.0).to(torch.uint8)
-    beyond_4 = double.clamp_min(4).sub_(4).bitwise_right_shift_(1)
-    beyond_8 = double.clamp_min(8).sub_(8).bitwise_right_shift_(2)
-    return double.sub_(beyond_4).sub_(beyond_8).add_(negative, alpha=8)
+_FIRST_OCTAVE = 127 << 1
+"""Twice the exponent, as fp32 holds it, of numbers from 1 to 2."""
+
+
+def encode(y: Tensor, signs: Tensor) -> Tensor:
+    """uint8 codes of fp32 numbers in [-6, 6], none of them NaN, rounded to nearest, ties to the
+    even code. Their signs are those of ``signs``, fp32 as well: a -0 there counts."""
+    sign = signs.view(torch.int32).bitwise_right_shift(28).bitwise_and_(8)
+    size = y.abs()
+    octave, magic = rounding_terms(size)
+    # The last bits of the sum count steps of the octave: 0 to 4 below 2, where they are the code,
+    # and 2 to 4 in each octave above, whose codes are 2 and 4 higher.
+    code = size.add_(magic.view(torch.float32)).view(torch.int32).sub_(magic)
+    code.add_(octave.bitwise_right_shift_(22)).add_(sign).sub_(_FIRST_OCTAVE)
+    return code.to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
@@ -36,7 +44,10 @@ def decode_packed(data: Tensor) -> Tensor:
 
 def pack(codes: Tensor) -> Tensor:
     """uint8 [..., K] to bytes [..., K/2]: the even element's code in the low nibble."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    if not codes.numel():
+        return codes.new_empty(*codes.shape[:-1], codes.shape[-1] // 2)
+    pairs = codes.contiguous().view(torch.int16)  # the even element is the low byte
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def unpack(data: Tensor) -> Tensor:

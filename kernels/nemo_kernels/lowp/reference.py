@@ -105,8 +105,10 @@ def quantize(
     """
     scaled = _scale(x, tile, columnwise, rht, four_over_six, seed, amax)
     codes = torch.empty_like(scaled.x, dtype=torch.uint8)
-    for part, y in scaled.rounded(seed):
-        codes[part] = encode(y, scaled.x[part].signbit())
+    for part, x_part, y in scaled.divided():
+        if seed is not None:
+            y = scaled.stochastic(part, y, seed)
+        codes[part] = encode(y.nan_to_num_(nan=E2M1_MAX), x_part)
     codes = codes.view(x.shape)
     block_scale = scaled.scale_as_e4m3()
     if columnwise:
@@ -202,8 +204,8 @@ def quantize_modelopt(x: Tensor, *, amax: Tensor | None = None) -> Quantized:
     scale = torch.where(block_amax.isfinite(), round_to_e4m3_(scale), torch.nan)
     y = x.view(blocks.shape) / (scale * tensor_scale).view(blocks.grid_view)
     y = torch.where(block_amax.view(blocks.grid_view) == 0, 0.0, y).clamp_(-E2M1_MAX, E2M1_MAX)
-    negative = y < 0
-    codes = encode(round_to_nearest_(y), negative).view(x.shape)
+    y.nan_to_num_(nan=E2M1_MAX).add_(0.0)  # -0 becomes 0
+    codes = encode(y, y).view(x.shape)
     return Quantized(pack(codes), scale.to(torch.float8_e4m3fn), tensor_scale)
 
 
@@ -216,16 +218,22 @@ class Scaled(NamedTuple):
     factor: Tensor  # the same shape
     tensor_scale: Tensor
 
+    def divided(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(part of the first dimension, what it holds in fp32, that over its scales and limited to
+        what E2M1 holds), one after the other."""
+        for part in self.blocks.parts(self.x.device):
+            x = self.x[part].float()
+            yield part, x, (x * self.factor[part]).clamp_(-E2M1_MAX, E2M1_MAX)
+
+    def stochastic(self, part: slice, y: Tensor, seed: int) -> Tensor:
+        """What `divided` gives, rounded in place."""
+        start = part.start * self.blocks.shape[1:].numel()
+        return round_stochastically_(y, random_bits(y.numel(), seed, y.device, start=start))
+
     def rounded(self, seed: int | None) -> Iterator[tuple[slice, Tensor]]:
         """(part of the first dimension, its E2M1 values in fp32), one after the other."""
-        per_row = self.blocks.shape[1:].numel()
-        for part in self.blocks.parts(self.x.device):
-            y = (self.x[part] * self.factor[part]).clamp_(-E2M1_MAX, E2M1_MAX)
-            if seed is None:
-                yield part, round_to_nearest_(y)
-            else:
-                bits = random_bits(y.numel(), seed, y.device, start=part.start * per_row)
-                yield part, round_stochastically_(y, bits)
+        for part, _, y in self.divided():
+            yield part, round_to_nearest_(y) if seed is None else self.stochastic(part, y, seed)
 
     def decoded(self, seed: int | None) -> Tensor:
         """Codes times block scales, which bf16 holds exactly."""

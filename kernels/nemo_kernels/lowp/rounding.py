@@ -122,11 +122,18 @@ def _signed(word: int) -> int:
     return (word + 2**63) % 2**64 - 2**63
 
 
+def rounding_terms(
+    y: Tensor, least_exponent: int = 0, mantissa_bits: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The bits, as int32, of each number's octave and of 1.5 * 2^n: added to it, the latter makes
+    the processor round to multiples of 2^(n-23), which are the steps of the octave. By default of
+    E2M1."""
+    octave = _octave(y, least_exponent)
+    return octave, octave + ((23 - mantissa_bits << 23) | (1 << 22))
+
+
 def _round_to_nearest_(y: Tensor, least_exponent: int, mantissa_bits: int) -> Tensor:
-    # Adding 1.5 * 2^n makes the processor round to multiples of 2^(n-23): n such that these are
-    # the steps of y's octave.
-    up = 23 - mantissa_bits
-    magic = _octave(y, least_exponent).add_((up << 23) | (1 << 22)).view(torch.float32)
+    magic = rounding_terms(y, least_exponent, mantissa_bits)[1].view(torch.float32)
     return y.add_(magic).sub_(magic)
 
 
