@@ -155,6 +155,9 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     config = deepcopy(config)
     if not config.data.path and not getattr(config.data, "blend", None):
         config.data.path = "not needed"
+    short = getattr(config.data, "short", None)
+    if short and short.sequence_length and not (short.path or short.blend):
+        short.path = "not needed"
     shape = shape_on_paper(config.model)
     if isinstance(config, FinetuneConfig | RlConfig) and not config.model.from_hf:
         config.model.from_hf = "not needed"

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast
 
 from nemo_hybrid.config.base import GLOBS, OptionError, Options, field_types
 from nemo_hybrid.config.run import IN_STEPS, RunConfig, TrainingConfig
@@ -26,30 +26,36 @@ PATH_KEYS = (
     "continue_from",
     "model.from_hf",
     "data.path",
+    "data.short.path",
     "data.default_corpus",
     "data.heldout_path",
     "data.chat_template",
 )
-"""Keys that hold a path. The keys inside data.blend and data.phases are paths too."""
+"""Keys that hold a path. The keys inside blends and data.phases are paths too."""
+BLENDS = ("data.blend", "data.short.blend")
 NOT_A_PATH = {"resume": ("auto", "never")}
 
 
-def sections(kind: type[TrainingConfig] = RunConfig) -> dict[str, type[Options]]:
-    """Name and class of every section of a kind of run, in order."""
-    hints = get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind) if is_dataclass(hints[f.name])}
+def sections(kind: type[Options] = RunConfig) -> dict[str, type[Options]]:
+    """Name and class of every section of a kind of run, in order; ``data.short`` lies in
+    ``data``."""
+    found: dict[str, type[Options]] = {}
+    for name, hint in field_types(kind).items():
+        if is_dataclass(hint):
+            inside = sections(hint).items()  # type: ignore[arg-type]
+            found |= {name: hint, **{f"{name}.{inner}": section for inner, section in inside}}  # type: ignore[dict-item]
+    return found
 
 
 def key_types(kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
     """Type of every dotted key of a kind of run, such as ``train.lr``."""
-    hints, types = get_type_hints(kind), dict[str, Any]()
-    for f in fields(kind):
-        section = sections(kind).get(f.name)
-        if section is None:
-            types[f.name] = hints[f.name]
-        else:
-            types |= {f"{f.name}.{name}": hint for name, hint in field_types(section).items()}
-    return types
+    inner = sections(kind)
+    found = field_types(kind) | {
+        f"{section}.{name}": hint
+        for section, options in inner.items()
+        for name, hint in field_types(options).items()
+    }
+    return {key: hint for key, hint in found.items() if key not in inner}
 
 
 def load_config(
@@ -122,23 +128,14 @@ def _replace(values: dict[str, Any], found: dict[str, Any], file: str | Path) ->
 
 def read_keys(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
     """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
-    flat: dict[str, Any] = {}
-    inner = sections(kind)
-    for key, value in _read_yaml(file).items():
-        if key not in inner:
-            flat |= _known({str(key): value}, file, kind)
-        elif isinstance(value, str):
-            flat |= read_section(_resolve(value, file.parent), key, kind)
-        else:
-            flat |= _known(_in_section({} if value is None else value, key, file), file, kind)
-    return flat
+    return read_section(file, "", kind)
 
 
 def read_section(
     file: Path, section: str, kind: type[TrainingConfig] = RunConfig
 ) -> dict[str, Any]:
     """The same of a file that holds the keys of one section, such as a model's shape."""
-    return _known(_in_section(_read_yaml(file), section, file), file, kind)
+    return _in_section(_read_yaml(file), section, file, kind)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -147,13 +144,24 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return read_yaml(file)
 
 
-def _in_section(content: Any, section: str, file: Path) -> dict[str, Any]:
+def _in_section(
+    content: Any, section: str, file: Path, kind: type[TrainingConfig]
+) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(
             f"{file}: {section} must be a mapping of keys or the path of a YAML file, "
             f"got {content!r}"
         )
-    return {f"{section}.{key}": value for key, value in content.items()}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{section}.{key}" if section else str(key)
+        if name not in sections(kind):
+            flat |= _known({name: value}, file, kind)
+        elif isinstance(value, str):
+            flat |= read_section(_resolve(value, file.parent), name, kind)
+        else:
+            flat |= _in_section({} if value is None else value, name, file, kind)
+    return flat
 
 
 def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict[str, Any]:
@@ -171,13 +179,10 @@ def _known(flat: dict[str, Any], file: Path, kind: type[TrainingConfig]) -> dict
 
 def flatten(content: dict[str, Any], kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
     """Dotted keys of a configuration by sections; data.blend stays one value."""
-    flat: dict[str, Any] = {}
-    inner = sections(kind)
-    for key, value in content.items():
-        if key in inner and isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in value.items()}
-        else:
-            flat[key] = value
+    flat = dict(content)
+    for section in sections(kind):  # the outer one first
+        if isinstance(flat.get(section), dict):
+            flat |= {f"{section}.{key}": value for key, value in flat.pop(section).items()}
     return flat
 
 
@@ -202,8 +207,9 @@ def _resolve_paths(flat: dict[str, Any], base: Path) -> dict[str, Any]:
             return blend
         return {str(_resolve(str(store), base)): weight for store, weight in blend.items()}
 
-    if "data.blend" in flat:
-        out["data.blend"] = stores(flat["data.blend"])
+    for blend in BLENDS:
+        if blend in flat:
+            out[blend] = stores(flat[blend])
     if isinstance(flat.get("data.phases"), dict):
         out["data.phases"] = {t: stores(blend) for t, blend in flat["data.phases"].items()}
     return out
@@ -213,17 +219,23 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
     """A mapping of sections from dotted keys."""
     content: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        (content.setdefault(section, {}) if section else content)[name] = value
+        *outer, name = key.split(".")
+        place = content
+        for section in outer:
+            place = place.setdefault(section, {})
+        place[name] = value
     return content
 
 
 def build(flat: dict[str, Any], kind: type[Config]) -> Config:
     """A configuration from dotted keys. Raises OptionError."""
-    content = nest(flat)
-    for name, section in sections(kind).items():
-        content[name] = section(**content.get(name, {}))
-    return kind(**content)
+    return _built(nest(flat), kind)
+
+
+def _built(content: dict[str, Any], options: type[Any]) -> Any:
+    inner = {n: h for n, h in field_types(options).items() if is_dataclass(h)}
+    made = {n: _built(content.get(n, {}), cast(Any, h)) for n, h in inner.items()}
+    return options(**content | made)
 
 
 def dump_config(config: TrainingConfig, in_run_dir: bool = False) -> str:

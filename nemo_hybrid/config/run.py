@@ -32,6 +32,7 @@ from nemo_hybrid.config.base import (
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
+from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.errors import UserError
 
 Self = TypeVar("Self", bound="TrainingConfig")
@@ -74,6 +75,7 @@ class DataOptions(SequenceOptions):
     phases: PHASES = field(default_factory=dict)
     """Later blends: number of the run's tokens from which on each is drawn -> stores and their
     weights. A store of several phases is read on where the phase before left it."""
+    short: ShortOptions = field(default_factory=ShortOptions)
     default_corpus: str | None = None
     """Place of the default corpus (this Python's standard library): it is made here when data.path
     names this place and nothing is there."""
@@ -448,6 +450,8 @@ class RunConfig(TrainingConfig):
         path, blend, phases = self.data.path, self.data.blend, self.data.phases
         warmup, full = self.train.batch_warmup, self.train.global_batch_size
         sizes = [*(size for _, size in sorted(warmup.items())), full]
+        short = self.data.short
+        short.validate(self.data.sequence_length)
         refuse(
             (
                 (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight,
@@ -464,7 +468,11 @@ class RunConfig(TrainingConfig):
                     weight <= 0,
                     f"data.{name}: the weight of {store} must be positive, got {weight}",
                 )
-                for name, stores in [("blend", blend), *(("phases", p) for p in phases.values())]
+                for name, stores in [
+                    ("blend", blend),
+                    ("short.blend", short.blend),
+                    *(("phases", p) for p in phases.values()),
+                ]
                 for store, weight in stores.items()
             ),
             *(
@@ -479,5 +487,10 @@ class RunConfig(TrainingConfig):
                 warmup and not all(a < b for a, b in pairwise(sizes)),
                 f"train.batch_warmup: the sizes ({', '.join(map(str, sizes[:-1]))}) must rise "
                 f"to train.global_batch_size ({full})",
+            ),
+            (
+                warmup and short.sequence_length,
+                "train.batch_warmup and data.short cannot be had together: give each a phase of "
+                "its own (continue_from)",
             ),
         )

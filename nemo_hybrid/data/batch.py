@@ -40,6 +40,8 @@ class Batch:
     weight_BS: Tensor | None = None
     """fp32: how often the next token's cross-entropy counts, of either sign; None: once. Targets
     further ahead count once."""
+    in_one: int = 1
+    """Rows that take the place of one of data.sequence_length: above 1 in steps on short rows."""
 
     @property
     def packed(self) -> bool:

@@ -140,10 +140,13 @@ class StoreRecipe(Generic[C, R]):
         raise NotImplementedError
 
     def _data(self) -> Data:
+        return self._stored(cast(Rows, self.rows), self.config.data.sequence_length)
+
+    def _stored(self, rows: Rows, sequence_length: int) -> Stored:
         config = self.config
         return self.data(
-            cast(Rows, self.rows),
-            sequence_length=config.data.sequence_length,
+            rows,
+            sequence_length=sequence_length,
             seed=config.train.seed,
             limit=config.train.eval_sequences,
             workers=config.data.workers,

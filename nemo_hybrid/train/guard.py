@@ -42,38 +42,43 @@ class Counters:
 
 
 class Guard:
-    """Judges steps; keeps the losses and gradient norms of the last accepted ones."""
+    """Judges steps; keeps the losses and gradient norms of the last accepted ones, those of other
+    rows apart: in one median of two populations spikes would hide."""
 
     def __init__(self, window: int, bands: Bands) -> None:
         """``window``: steps whose median counts."""
         self._bands = dict(zip(_FLOORS, bands, strict=True))
         self.counters = Counters()
-        self._accepted: dict[str, deque[float]] = {name: deque(maxlen=window) for name in _FLOORS}
+        self._window = window
+        self._accepted: dict[str, deque[float]] = {}
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
-        """None to accept a step, else why it must not be made."""
+    def judge(self, loss: float, grad_norm: float, of: str = "") -> str | None:
+        """None to accept a step, else why it must not be made. ``of``: words for other rows."""
         values = {"loss": loss, "gradient norm": grad_norm}
-        reason = next(filter(None, (self._objection(n, v) for n, v in values.items())), None)
+        reason = next(filter(None, (self._objection(n, v, of) for n, v in values.items())), None)
         if reason:
             self.counters.skipped += 1
             self.counters.in_a_row += 1
             return reason
         self.counters.in_a_row = 0
         for name, value in values.items():
-            self._accepted[name].append(value)
+            self._of(name + of).append(value)
         return None
 
-    def _objection(self, name: str, value: float) -> str | None:
+    def _of(self, name: str) -> deque[float]:
+        return self._accepted.setdefault(name, deque(maxlen=self._window))
+
+    def _objection(self, name: str, value: float, of: str) -> str | None:
         if not math.isfinite(value):
-            return f"{name} is {value}"
-        accepted, band = self._accepted[name], self._bands[name]
+            return f"{name}{of} is {value}"
+        accepted, band = self._of(name + of), self._bands[name]
         if not band or len(accepted) < _MIN_ACCEPTED:
             return None
         median = statistics.median(accepted)
         # 1.4826 x the median absolute deviation estimates a normal distribution's sigma.
         spread = 1.4826 * statistics.median(abs(v - median) for v in accepted)
         limit = median + band * max(spread, _FLOORS[name] * abs(median))
-        return f"{name} is {value:.6g}, above the limit {limit:.6g}" if value > limit else None
+        return f"{name}{of} is {value:.6g}, above the limit {limit:.6g}" if value > limit else None
 
     def state(self) -> dict[str, Any]:
         """JSON value from which ``restore`` goes on."""
@@ -82,6 +87,6 @@ class Guard:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.counters = Counters(**state["counters"])
-        for name, values in self._accepted.items():
-            values.clear()
-            values.extend(state["accepted"][name])
+        self._accepted.clear()
+        for name, values in state["accepted"].items():
+            self._of(name).extend(values)

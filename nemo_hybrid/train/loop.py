@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -153,10 +154,10 @@ class Display:
 
     def __init__(self, run: Run, position: Position) -> None:
         config = run.config
-        length = config.data.sequence_length
+        shape, length = run.model.config, config.data.sequence_length
         self._run, self._run_dir = run, config.run_dir
         self._meter = Meter(
-            flops=train_flops_per_token(run.model.config, length),
+            flops=cache(lambda in_one: train_flops_per_token(shape, length // in_one)),
             peak=run.peak,
             processes=run.world.size,
             device=run.world.device,

@@ -130,11 +130,15 @@ class Timing(NamedTuple):
 class Meter:
     """Turns what a step did into its row of metrics; for rank 0 alone.
 
-    ``flops`` per token; ``peak`` FLOP/s of one of ``processes``.
+    ``flops`` per token, by `Batch.in_one`; ``peak`` FLOP/s of one of ``processes``.
     """
 
     def __init__(
-        self, flops: float, peak: float | None, processes: int, device: torch.device
+        self,
+        flops: Callable[[int], float],
+        peak: float | None,
+        processes: int,
+        device: torch.device,
     ) -> None:
         self.flops, self.peak = flops, peak
         self.processes, self.device = processes, device
@@ -167,7 +171,7 @@ class Meter:
             tokens_per_s=rate,
             step_seconds=timing.seconds,
             data_seconds=timing.waited,
-            mfu=utilization(rate, self.flops, self.peak, self.processes),
+            mfu=utilization(rate, self.flops(outcome.in_one), self.peak, self.processes),
             memory_gb=_peak_memory(self.device) / 1e9,
             max_vio=max(violations.values(), default=None),
             max_vio_per_layer=violations,

@@ -154,6 +154,8 @@ class Outcome:
     """A rank asked to stop."""
     low_precision: Shares | None = None
     """Where the step was sampled."""
+    in_one: int = 1
+    """See `Batch.in_one`."""
 
 
 @dataclass

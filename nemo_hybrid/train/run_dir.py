@@ -22,7 +22,14 @@ from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import RESOLVED
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.config.read import CHECKPOINTS, CONFIG_FILE, dump_config, flatten, read_keys
+from nemo_hybrid.config.read import (
+    BLENDS,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    dump_config,
+    flatten,
+    read_keys,
+)
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, hash_file, naming, replace_file
@@ -49,6 +56,7 @@ MAY_CHANGE = (
     "parallel",
     *(f"precision.{f.name}" for f in fields(PrecisionOptions) if f.name != "recipe"),
     "data.path",
+    "data.short.path",
     "data.workers",
     "data.default_corpus",
     "data.verify",
@@ -298,8 +306,9 @@ def _flat(content: dict[str, Any], kind: type[TrainingConfig]) -> dict[str, Any]
     flat = flatten(content, kind)
     if recipe := flat.get("precision.recipe"):
         flat["precision.recipe"] = f"{'fp32' if recipe == 'fp32' else 'bf16'} weights"
-    if isinstance(flat.get("data.blend"), dict):
-        flat["data.blend"] = [*flat["data.blend"].values()]
+    for blend in BLENDS:
+        if isinstance(flat.get(blend), dict):
+            flat[blend] = [*flat[blend].values()]
     if isinstance(flat.get("data.phases"), dict):
         flat["data.phases"] = {t: [*blend.values()] for t, blend in flat["data.phases"].items()}
     return flat

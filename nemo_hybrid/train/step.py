@@ -34,7 +34,9 @@ def train_step(
     # the loss has the right denominator.
     known = torch.stack([run.objective.count(batch, step) for batch in batches]).sum(0)
     totals = world.sum(torch.cat([known, own.to(world.device)]))
-    normalizer = Normalizer(totals[:-3], len(run.share.sizes.sequences(number)), step)
+    in_one = batches[0].in_one
+    rows = len(run.share.sizes.sequences(number)) * in_one
+    normalizer = Normalizer(totals[:-3], rows, step)
 
     sums: dict[str, Tensor] = {}
     counter = LoadCounter()
@@ -55,7 +57,8 @@ def train_step(
     means = run.objective.means(dict(zip(sums, summed, strict=True)), normalizer)
     loads = counter.total(world)
     grad_norm = float(norm)
-    objection = run.guard.judge(means["loss"], grad_norm)
+    of = " of short rows" if in_one > 1 else ""
+    objection = run.guard.judge(means["loss"], grad_norm, of)
     if objection:
         engine.discard()
     else:
@@ -64,7 +67,7 @@ def train_step(
     if loads:  # by one transfer: each waits for the device
         loads = dict(zip(loads, torch.stack([*loads.values()]).cpu(), strict=True))
     tokens, samples, stops = totals[-3:].tolist()
-    return Outcome(means, grad_norm, loads, tokens, samples, objection, stops > 0, health)
+    return Outcome(means, grad_norm, loads, tokens, samples, objection, stops > 0, health, in_one)
 
 
 def _hash(batches: list[Batch]) -> int:

@@ -46,7 +46,8 @@ WRITING_MODES = {"w", "wb", "x", "xb", "w+b", "r+b"}  # a log may be appended to
 WRITING_CALL = re.compile(r"os\.fsync|(?!writer\.).*\.write_(text|bytes)")
 LONGEST_FILE = 500
 READING_DATA = {
-    "added_tokens", "batch", "loader", "packing", "store", "template_files", "tokenizer"
+    "added_tokens", "alternating", "batch", "loader", "packing", "store", "template_files",
+    "tokenizer",
 }  # fmt: skip
 """Modules of nemo_hybrid/data that training reads with; the others make what it reads."""
 MAKERS = {

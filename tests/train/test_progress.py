@@ -66,7 +66,7 @@ def test_a_model_without_experts_shows_none_of_theirs():
         assert not [name for name in curves(metrics(1, **without))[1] if name.startswith("experts")]
     assert "max vio 0.42" in run(range(1, 3), False)
     outcome = Outcome({"loss": 1.0}, 1.0, {}, 1, 0, None, False)
-    meter = Meter(1.0, None, 1, torch.device("cpu"))
+    meter = Meter(lambda in_one: 1.0, None, 1, torch.device("cpu"))
     row = meter.metrics(1, 1, 0.1, outcome, Timing(1.0, 0.0, None, None), Counters(), {})
     assert row.max_vio is None
 
