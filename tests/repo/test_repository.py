@@ -17,6 +17,7 @@ import yaml
 from nemo_hybrid import __version__
 from nemo_hybrid.cli import COMMANDS
 from nemo_hybrid.commands.command import RunWords
+from nemo_hybrid.commands.launch import LaunchOptions
 from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
@@ -101,6 +102,10 @@ def documented_calls(text: str) -> list[list[str]]:
 def read_call(words: list[str]) -> None:
     """Read the words as the command would. Raises UserError for what it does not have."""
     name, rest = words[0], words[1:]
+    if name == "launch":
+        at = next(i for i, word in enumerate(rest) if word in COMMANDS)
+        split_words(rest[:at], options_of(LaunchOptions))
+        return read_call(rest[at:])
     command = import_module(f"nemo_hybrid.commands.{COMMANDS[name].module}").COMMANDS[name]
     known = options_of(command.options) if command.options else {}
     if command.kind is not None:
