@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nemo_hybrid import __version__
 from nemo_hybrid.errors import Stopped, TrainingError, UserError, suggest
@@ -32,7 +32,11 @@ STATUSES = (
     "torchrun ends with 1 whatever its processes end with."
 )
 OTHER_RANKS_WAIT_S = 3.0
-TOP_OPTIONS = {"--help": "Show this help.", "--version": "Show the version, and the commit."}
+TOP_OPTIONS = {
+    "--help": "Show this help.",
+    "--version": "Show the version, and the commit.",
+    "--completion": "Show a script that lets bash complete commands and options.",
+}
 
 
 class Word(NamedTuple):
@@ -116,15 +120,24 @@ def _dispatch(words: list[str]) -> int:
     if name == "--version":
         print(f"{PROG} {__version__}{_commit()}")
         return 0
+    if name == "--completion":
+        from nemo_hybrid.commands.completion import script
+
+        known = {name: _command(name).known() for name in COMMANDS}
+        print(script(PROG, [*COMMANDS, *TOP_OPTIONS], known), end="")
+        return 0
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {kind} {name}{suggest(name, [*COMMANDS, *TOP_OPTIONS])}")
-    module, summary = COMMANDS[name]
-    command = import_module(f"nemo_hybrid.commands.{module}").COMMANDS[name]
+    command, summary = _command(name), COMMANDS[name].summary
     if {"-h", "--help"} & set(rest):
         print(command.help(f"{PROG} {name}", summary, STATUSES), end="")
         return 0
     return int(command.start(name, rest))
+
+
+def _command(name: str) -> Any:
+    return import_module(f"nemo_hybrid.commands.{COMMANDS[name].module}").COMMANDS[name]
 
 
 def _commit() -> str:

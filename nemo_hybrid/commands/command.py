@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -39,6 +39,18 @@ class Command(NamedTuple):
     reads: str | None = None
     """The option that names models: they have to be there before anything heavy is imported."""
 
+    def known(self) -> dict[str, Any]:
+        """Type by option."""
+        own = options_of(self.options) if self.options else {}
+        if self.kind is None:
+            return own
+        from nemo_hybrid.config.read import run_options
+
+        known = options_of(RunWords) | own
+        for kind in (*self.kinds, self.kind):
+            known |= run_options(kind)
+        return known
+
     def start(self, name: str, words: Sequence[str]) -> int:
         """Read the words that follow the command's name, and run it. Raises UserError."""
         if self.kind is not None:
@@ -62,10 +74,7 @@ class Command(NamedTuple):
         from nemo_hybrid.config.read import check_home, dump_config, kind_of, merge, run_options
 
         own = options_of(RunWords) | (options_of(self.options) if self.options else {})
-        known = dict(own)
-        for one in (*self.kinds, kind):
-            known |= run_options(one)
-        pairs = split_words(words, known)
+        pairs = split_words(words, self.known())
         files = [text for option, text in pairs if option == "--config"]
         if self.kinds:
             given = {option for option, _ in pairs if option not in own}

@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt
-from nemo_hybrid.config.words import help_text, read_options
+from nemo_hybrid.config.words import help_text, options_of, read_options
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.process import TOGETHER
 
@@ -49,6 +50,10 @@ class Launch:
         if at == len(words):
             raise UserError(f"{name} needs a command: {', '.join(TOGETHER)}")
         return launch(nproc, [sys.executable, "-m", "nemo_hybrid", *words[at:]])
+
+    def known(self) -> dict[str, Any]:
+        """Type by option, and the commands, which stand behind them."""
+        return {**options_of(LaunchOptions), **dict.fromkeys(TOGETHER)}
 
     def help(self, prog: str, summary: str, statuses: str) -> str:
         """All options and their meaning."""

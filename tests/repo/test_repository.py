@@ -16,15 +16,13 @@ import yaml
 
 from nemo_hybrid import __version__
 from nemo_hybrid.cli import COMMANDS
-from nemo_hybrid.commands.command import RunWords
-from nemo_hybrid.commands.launch import LaunchOptions
 from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.read import key_types, load_config, read_section, run_options
+from nemo_hybrid.config.read import key_types, load_config, read_section
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig
-from nemo_hybrid.config.words import options_of, split_words
+from nemo_hybrid.config.words import split_words
 from nemo_hybrid.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -102,17 +100,12 @@ def documented_calls(text: str) -> list[list[str]]:
 def read_call(words: list[str]) -> None:
     """Read the words as the command would. Raises UserError for what it does not have."""
     name, rest = words[0], words[1:]
+    command = import_module(f"nemo_hybrid.commands.{COMMANDS[name].module}").COMMANDS[name]
     if name == "launch":
         at = next(i for i, word in enumerate(rest) if word in COMMANDS)
-        split_words(rest[:at], options_of(LaunchOptions))
+        split_words(rest[:at], command.known())
         return read_call(rest[at:])
-    command = import_module(f"nemo_hybrid.commands.{COMMANDS[name].module}").COMMANDS[name]
-    known = options_of(command.options) if command.options else {}
-    if command.kind is not None:
-        for kind in (command.kind, *command.kinds):
-            known |= run_options(kind)
-        known |= options_of(RunWords)
-    split_words(rest, known, None if command.kind else [])
+    split_words(rest, command.known(), None if command.kind else [])
 
 
 @pytest.mark.parametrize("file", DOCUMENTS)
