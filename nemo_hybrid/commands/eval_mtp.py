@@ -23,8 +23,7 @@ from nemo_hybrid.files import whole_directory, write_file
 from nemo_hybrid.terminal import print_table, progress_bar
 
 if TYPE_CHECKING:
-    from nemo_hybrid.generation.batched import Request
-    from nemo_hybrid.model.hybrid import HybridLM
+    from nemo_hybrid.generation.batched import Generator, Request
 
 TABLE_FILE, PLOT_FILE = "eval_mtp.json", "eval_mtp.png"
 TEMPERATURES = (0.0, 1.0)
@@ -125,6 +124,8 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
     """Measure, print a table, and write the figures and a plot."""
     import torch
 
+    from nemo_hybrid.generation.batched import Generator
+
     depths = depths_of(options.depths)
     out = options.out
     refuse((out and Path(out).exists(), f"{out} exists already: name another --out"))
@@ -141,7 +142,11 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
         measured = []
         with progress_bar(f"measuring {len(runs)} times", len(runs), show=True) as progress:
             for temperature, drafts in runs:
-                measured.append(_measure(model, requests, options, temperature, drafts))
+                generator = Generator(
+                    model, options.slots, temperature=temperature, seed=options.seed, drafts=drafts,
+                    markers=opened.markers,
+                )  # fmt: skip
+                measured.append(_measure(generator, requests, temperature, drafts))
                 progress(len(measured))
         _show(measured)
         if place:
@@ -167,17 +172,8 @@ def _as_json(measured: Measured) -> dict[str, Any]:
 
 
 def _measure(
-    model: HybridLM,
-    requests: Sequence[Request],
-    options: EvalMtpOptions,
-    temperature: float,
-    drafts: int,
+    generator: Generator, requests: Sequence[Request], temperature: float, drafts: int
 ) -> Measured:
-    from nemo_hybrid.generation.batched import Generator
-
-    generator = Generator(
-        model, options.slots, temperature=temperature, seed=options.seed, drafts=drafts
-    )
     list(generator.run([replace(requests[0], most=2)]))  # what the first call alone costs
     began, cpu = time.monotonic(), time.process_time()
     found = list(generator.run(requests))

@@ -34,6 +34,8 @@ class EvalOptions(CommandOptions):
     """Run directory (its latest checkpoint) or checkpoint directory."""
     rollouts: str | None = None
     """File that `rollout` wrote, whose samples are compared with the answers; no model is read."""
+    after: str = "</think>"
+    """In samples of --rollouts what is said behind the last of these counts, if there is one."""
     json: bool = False
     """Print what --rollouts gives as JSON."""
     sequences: PositiveInt = 256
@@ -48,6 +50,7 @@ class EvalOptions(CommandOptions):
             (self.from_ and self.rollouts, "give --from or --rollouts, not both"),
             (not self.from_ and not self.rollouts, "missing: --from, or --rollouts"),
             (self.json and not self.rollouts, "--json is for --rollouts"),
+            (self.after != "</think>" and not self.rollouts, "--after is for --rollouts"),
         )
 
 
@@ -79,7 +82,8 @@ def eval_command(options: EvalOptions) -> None:
     if options.from_ is None:
         from nemo_hybrid.commands.exact_match import print_exact_match
 
-        return print_exact_match(Path(options.rollouts or ""), options.data, options.json)
+        rollouts = Path(options.rollouts or "")
+        return print_exact_match(rollouts, options.data, options.after, options.json)
     launched()  # what cannot be is refused before anything is loaded
     import numpy as np
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_hybrid.data.prompts import read_answers
-from nemo_hybrid.data.reasoning import END_OF_THINKING
+from nemo_hybrid.environments.builtin import Exact
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import naming
 from nemo_hybrid.terminal import print_table
@@ -34,22 +34,17 @@ class Passed(NamedTuple):
         return 1 - math.comb(self.samples - self.right, k) / math.comb(self.samples, k)
 
 
-def matches(text: str, answer: str) -> bool:
-    """Whether both are the same without white space around them and, in ``text``, without what
-    stands before the last end of thinking."""
-    return text.rpartition(END_OF_THINKING)[2].strip() == answer.strip()
-
-
-def exact_match(rollouts: Path, data: str) -> dict[Number, Passed]:
-    """By prompt, in the order of ``data``. Raises UserError for files that cannot be read or do not
-    belong together, and for prompts without answers or samples."""
+def exact_match(rollouts: Path, data: str, after: str) -> dict[Number, Passed]:
+    """By prompt, in the order of ``data``; of a text counts what follows the last ``after``. Raises
+    UserError for files that cannot be read or do not belong together, and for prompts without
+    answers or samples."""
     answers = read_answers(data)
     if missing := [number for number, answer in answers.items() if answer is None]:
         raise UserError(
             f"{data}: {len(missing)} of {len(answers)} prompts have no field answer to compare "
             f"with, such as prompt {missing[0]!r}"
         )
-    marks = _marks(rollouts, {number: str(answer) for number, answer in answers.items()})
+    marks = _marks(rollouts, answers, Exact(after=after))
     if silent := [number for number in answers if number not in marks]:
         raise UserError(
             f"{rollouts} holds no samples of {len(silent)} prompts of {data}, such as prompt "
@@ -58,7 +53,9 @@ def exact_match(rollouts: Path, data: str) -> dict[Number, Passed]:
     return {number: Passed(len(marks[number]), sum(marks[number].values())) for number in answers}
 
 
-def _marks(path: Path, answers: Mapping[Number, str]) -> dict[Number, dict[int, bool]]:
+def _marks(
+    path: Path, answers: Mapping[Number, str | None], exact: Exact
+) -> dict[Number, dict[int, bool]]:
     """Whether each sample of each prompt is right."""
     found: defaultdict[Number, dict[int, bool]] = defaultdict(dict)
     with naming("read", path), path.open("rb") as file:
@@ -71,11 +68,14 @@ def _marks(path: Path, answers: Mapping[Number, str]) -> dict[Number, dict[int, 
                 raise UserError(f"{path} line {line} is no sample that `rollout` wrote") from e
             if text is None:
                 raise UserError(f"{path} line {line} has no text: its model has no tokenizer")
+            if not isinstance(text, str):
+                raise UserError(f"{path} line {line} is no sample that `rollout` wrote")
             if number not in answers:
                 raise UserError(f"{path} line {line} is of prompt {number!r}, which --data lacks")
             if not fresh:
                 raise UserError(f"{path} line {line} is sample {sample} of {number!r} once more")
-            found[number][sample] = matches(text, answers[number])
+            score = exact.score({"answer": answers[number]}, text, "")
+            found[number][sample] = score.reward > 0
     return found
 
 
@@ -95,9 +95,9 @@ def summary(found: Mapping[Number, Passed]) -> dict[str, Any]:
     }
 
 
-def print_exact_match(rollouts: Path, data: str, as_json: bool) -> None:
+def print_exact_match(rollouts: Path, data: str, after: str, as_json: bool) -> None:
     """Print it as tables, or as one JSON object. Raises as `exact_match`."""
-    found = summary(exact_match(rollouts, data))
+    found = summary(exact_match(rollouts, data, after))
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -72,6 +72,15 @@ def test_prompts_may_have_ids_and_other_numbers_of_samples(
     assert found["pass_at"]["1"] == pytest.approx((0.75 + 0.25 + 0.5) / 4)
 
 
+def test_other_ends_of_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [["<a> 4</a>4", "</think> 4", "</a>5", "4"]]
+    for more, right in (((), 2), (("--after", "</a>"), 2), (("--after", ""), 1)):
+        assert run(tmp_path, samples(texts), prompts(["4"]), "--json", "true", *more) == 0
+        assert json.loads(capsys.readouterr().out)["by_prompt"][0]["right"] == right
+    assert main(["eval", "--from", "x", "--data", "y", "--after", "</a>"]) == 2
+    assert capsys.readouterr().err == "error: --after is for --rollouts\n"
+
+
 @pytest.mark.parametrize(
     ("rollouts", "data", "why"),
     [
@@ -84,6 +93,7 @@ def test_prompts_may_have_ids_and_other_numbers_of_samples(
         ([{**samples()[0], "text": None}], prompts(), "line 1 has no text"),
         ([{"prompt": 0, "text": "4"}], prompts(), "line 1 is no sample"),
         ([[1]], prompts(), "line 1 is no sample"),
+        ([{**samples()[0], "text": 4}], prompts(), "line 1 is no sample"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(

@@ -84,6 +84,15 @@ def test_what_a_budget_makes_of_rollouts(
         assert row["text"].count("</think>") == len(forced)
 
 
+def test_drafts_are_measured_within_budgets(home: Path, commands: Commands, tmp_path: Path) -> None:
+    data, out = asked(tmp_path, [{"prompt": ASK, "thinking_budget": 2}]), tmp_path / "out"
+    said = commands("eval-mtp", "--from", home / "thinks", "--data", data, "--out", out,
+                    "--max_new_tokens", "9", "--depths", "7")  # fmt: skip
+    assert said.status == 0, said.err
+    runs = json.loads((out / "eval_mtp.json").read_text())["runs"]
+    assert [run["drafts"] for run in runs] == [0, 7, 0, 7]
+
+
 def test_a_marker_that_somebody_wrote_opens_nothing(home: Path, commands: Commands) -> None:
     said = generate(commands, home / "talks", "--chat", "--prompt", "a <think> b?",
                     "--thinking_budget", "0", "--thinking_markers", "<think> </think>")  # fmt: skip

@@ -58,7 +58,7 @@ MAKERS = {
     "recipes/rollouts": {"prompts"},
     "commands/generate": {"chat", "prompts", "sources"},
     "commands/rollout": {"prompts"},
-    "commands/exact_match": {"prompts", "reasoning"},
+    "commands/exact_match": {"prompts"},
     "commands/harness": {"prompts"},
     "generation/harness": {"prompts"},
     "export/calibrate": {"sources"},
