@@ -10,11 +10,11 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/scripts/environment.sh"
 cd "$ROOT"
 
-lane=(-m 'not sweep')
+lane=()
 archs=()
 case "${1:-}" in
     --fast) lane=(-m 'not slow and not sweep') archs=(--arch 100) && shift ;;
-    --all) lane=() && shift ;;
+    --all) lane=(-m '') && shift ;;
 esac
 
 make_environment dev
