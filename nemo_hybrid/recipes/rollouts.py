@@ -106,11 +106,15 @@ class Rollouts:
             self._sample(turn)
         length, rl = self._config.data.sequence_length, self._config.rl
         packs = self._packs()
-        batches = [Packed(rows, rl, length, self._pad_id) for rows in self._rows(packs, share)]
+        passes = _passes(packs, share)
+        batches = [
+            Packed(rows[share.rank :: share.world_size], rl, length, self._pad_id)
+            for rows in passes
+        ]
         began = time.monotonic()
         for packed in batches:
             packed.measure(self._model, first=not update)
-        self._ask_others(packs, batches, share)
+        self._ask_others(passes, batches)
         prox_s = time.monotonic() - began
         if self._config.rl.updates > 1 and not update:
             self._keep_prox(batches)
@@ -254,29 +258,13 @@ class Rollouts:
             found += [[answers[int(i)] for i in packs.samples(n)] for n in range(len(packs))]
         return found
 
-    def _rows(self, packs: list[list[Answer]], share: Share) -> Iterator[list[list[Answer]]]:
-        """This rank's micro-batches: equally many everywhere, with empty rows at the end."""
-        for first in self._firsts(packs, share):
-            mine = range(first + share.rank * share.micro_batch_size, len(packs))
-            rows = [packs[i] for i in mine[: share.micro_batch_size]]
-            yield rows + [[] for _ in range(share.micro_batch_size - len(rows))]
-
-    @staticmethod
-    def _firsts(packs: list[list[Answer]], share: Share) -> range:
-        """The first pack of each pass, over all ranks."""
-        return range(0, len(packs), share.micro_batch_size * share.world_size)
-
-    def _ask_others(
-        self, packs: list[list[Answer]], batches: Sequence[Packed], share: Share
-    ) -> None:
+    def _ask_others(self, passes: list[list[list[Answer]]], batches: Sequence[Packed]) -> None:
         """Reference and teachers: all ranks make the same passes, one model after the other."""
         device = self._model.lm_head.weight.device
-        firsts = self._firsts(packs, share)
         for name, other in self.teachers.items():
             its = {e for e in self._config.environments if self._config.teacher_of(e) == name}
             other.to(device)
-            for first, packed in zip(firsts, batches, strict=True):
-                rows = packs[first : first + firsts.step]
+            for rows, packed in zip(passes, batches, strict=True):
                 if any(answer.environment in its for row in rows for answer in row):
                     packed.ask(other, its)
             other.to("cpu")
@@ -321,3 +309,13 @@ class Rollouts:
                 "fp32) it is 1 to five digits: compare the two. In bf16 a router may choose other "
                 "experts; `nemo-hybrid compare-logprobs` shows two checkpoints apart"
             )
+
+
+def _passes(packs: list[list[Answer]], share: Share) -> list[list[list[Answer]]]:
+    """The rows of each pass, over all ranks: as few passes as can be, with as few rows on each
+    rank; empty ones at the end, where there are too few."""
+    ranks = share.world_size
+    count = -(-len(packs) // (share.micro_batch_size * ranks))
+    each = -(-len(packs) // (count * ranks)) * ranks
+    padded = packs + [[] for _ in range(count * each - len(packs))]
+    return [padded[first : first + each] for first in range(0, count * each, each)]

@@ -1,10 +1,11 @@
 """Runs of reinforcement learning: ``python rl_runs.py BASE OTHER QUESTIONS OUT``.
 
-By one process: OUT/plain, whole; OUT/resumed, which goes on from the middle of it; OUT/twice and
-OUT/twice_resumed, the same where every rollout is learnt from twice and the checkpoint lies
-between; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
-OUT/same, taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world, OUT/ep and OUT/idle, in
-which one process has no prompt, and OUT/taught, by both.
+By one process: OUT/plain; OUT/rough_0 and OUT/rough_1, whose weights are rounded worse; OUT/twice,
+where every rollout is learnt from twice, and OUT/resumed, which goes on from the middle of a
+rollout of it; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
+OUT/same, taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where
+a process divides by its own count of tokens; OUT/idle, in which one process has no prompt;
+OUT/taught, by both; and OUT/failure_0 and OUT/failure_1, what each says when one cannot evaluate.
 """
 
 from __future__ import annotations
@@ -12,27 +13,37 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
+from helpers.bands import SAFETY, unit
 from helpers.questions import ask
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes import recipe_of
+from nemo_hybrid.recipes.reinforce import Reinforce
 from nemo_hybrid.recipes.rollouts import Rollouts
-from nemo_hybrid.train.loop import train
+from nemo_hybrid.train import loop
 
-STEPS, SAVED = 4, 3
-TWICE, BETWEEN = 4, 3
+summed, loaded = World.sum, Reinforce._load
+
+STEPS, DRAWS = 3, 2
+TWICE, BETWEEN = 5, 3
 
 
 def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     torch.set_num_threads(1)
     stop, World.stop = World.stop, lambda: None  # type: ignore[method-assign,assignment]
+    loop.write_plots = lambda run_dir: []  # type: ignore[assignment]
 
     def run(name: str, **changes: Any) -> None:
-        train(recipe_of(ask(base, questions, out / name, **changes)), os.getppid())
+        loop.train(recipe_of(ask(base, questions, out / name, **changes)), os.getppid())
 
     def go_on(name: str, from_: str, last: int, **changes: Any) -> None:
         shutil.copytree(out / from_, out / name)
@@ -45,29 +56,57 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         run("world")
         run("ep", parallel__ep=2)
+        with patch.object(World, "sum", own_counts):
+            run("local")
         run("idle", parallel__ep=2, train__global_batch_size=4, data__path=str(one))
         routes = {"digits": "b", "default": "a"}
         run("taught", parallel__ep=2, teachers=teachers, routes=routes)
+        rank = os.environ["RANK"]
+        with patch.object(Rollouts, "_generate", fails) if rank == "1" else nullcontext():
+            try:
+                run("fails", train__eval_sequences=4, data__heldout_path=str(questions))
+            except UserError as error:
+                (out / f"failure_{rank}").write_text(str(error))
         return stop()
-    plain = {"train__max_steps": STEPS, "checkpoint__every": SAVED, "rollout__log_every": 2}
-    run("plain", **plain)
-    go_on("resumed", "plain", STEPS, **plain)
+    run("plain", rollout__log_every=2)
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        with patch.object(Reinforce, "_load", rough):
+            run(f"rough_{draw}")
     twice = {"train__max_steps": TWICE, "checkpoint__every": BETWEEN, "rl__updates": 2}
     run("twice", **twice)
-    go_on("twice_resumed", "twice", TWICE, **twice)
+    go_on("resumed", "twice", TWICE, **twice)
     restore = Rollouts.restore
-    Rollouts.restore = (
-        lambda self, state: restore(  # type: ignore[method-assign]
-            self, {**state, "answers": state["answers"][:4]}
-        )
-    )
-    go_on("forgetful", "twice", TWICE, **twice)
-    Rollouts.restore = restore  # type: ignore[method-assign]
+
+    def forget(self: Rollouts, state: dict[str, Any]) -> None:
+        restore(self, {**state, "answers": state["answers"][:4]})
+
+    with patch.object(Rollouts, "restore", forget):
+        go_on("forgetful", "twice", TWICE, **twice)
     run("kept", rl__kl=1000.0, train__max_steps=2)
     alone = {"data__path": str(one), "rollout__samples": 1, "train__max_steps": 2}
     run("same", teachers=teachers, routes={"letters": "a", "default": "b"}, **alone)
     run("swapped", teachers=teachers, routes={"letters": "b", "default": "a"}, **alone)
     stop()
+
+
+def rough(recipe: Reinforce, model: HybridLM, world: World) -> dict[str, Tensor]:
+    """Weights that are rounded worse before the first step."""
+    weights = loaded(recipe, model, world)
+    with torch.no_grad():
+        for tensor in weights.values():
+            reach = SAFETY * unit(tensor.dtype)
+            tensor *= 1 + reach * (2 * torch.rand(tensor.shape) - 1)
+    return weights
+
+
+def own_counts(world: World, tensor: Tensor) -> Tensor:
+    """What each process has itself, as if all had it, where numbers are counted."""
+    return tensor * world.size if tensor.dtype == torch.int64 else summed(world, tensor)
+
+
+def fails(*_: object) -> None:
+    raise OSError("nothing can be said")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.bands import SABOTAGE
 from helpers.chats import write_base
 from helpers.commands import Commands, commands_in_one_process
 from helpers.corpus import ALL_EXPERTS
@@ -21,11 +22,7 @@ from helpers.processes import run_python
 from helpers.questions import ENVIRONMENTS, ask, write_questions
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.train.metrics import read_metrics
-from rl.rl_runs import BETWEEN, SAVED, STEPS, TWICE
-
-LAYOUTS = 1e-3
-"""Relative, of gradient norms of small sums in fp32; a denominator of its own per process would
-be some tenths off."""
+from rl.rl_runs import BETWEEN, DRAWS, STEPS, TWICE
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +113,10 @@ def test_only_what_is_to_be_trained_moves(runs: Path, base: Path) -> None:
         assert torch.equal(tensor, after[name]) == frozen, name
 
 
-@pytest.mark.parametrize(
-    ("plain", "resumed", "last"), [("plain", "resumed", STEPS), ("twice", "twice_resumed", TWICE)]
-)
-def test_resumes_to_the_last_bit(runs: Path, plain: str, resumed: str, last: int) -> None:
-    assert rows(runs, resumed) == rows(runs, plain)
-    ours, theirs = (weights(runs / name, last) for name in (resumed, plain))
+def test_resumes_to_the_last_bit(runs: Path) -> None:
+    """In the middle of a rollout, and with another one after it."""
+    assert rows(runs, "resumed") == rows(runs, "twice")
+    ours, theirs = (weights(runs / name, TWICE) for name in ("resumed", "twice"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -137,32 +132,50 @@ def test_answers_that_are_not_taken_back_would_be_noticed(runs: Path) -> None:
     assert twice[1]["reward"] != twice[2]["reward"] or twice[1]["entropy"] != twice[2]["entropy"]
 
 
-@pytest.mark.parametrize("layout", ["world", "ep"])
-def test_layouts_learn_the_same(runs: Path, base: Path, layout: str) -> None:
-    alone, together = rows(runs, "plain")[:SAVED], rows(runs, layout)
-    assert len(alone) == len(together) == SAVED
-    for a, b in zip(alone, together, strict=True):
-        assert a["reward"] == b["reward"]
-        assert a["sample_hash"] == b["sample_hash"]
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=LAYOUTS)
-        assert b["loss"] == pytest.approx(a["loss"], rel=LAYOUTS, abs=LAYOUTS)
-    a, b = (weights(runs / name, SAVED) for name in ("plain", layout))
-    before = tensors(base / "hf")
-    apart = sum(float((a[n] - b[n]).norm() ** 2) for n in a) ** 0.5
-    moved = sum(float((a[n] - before[n]).norm() ** 2) for n in a) ** 0.5
-    assert apart < 0.02 * moved
+def distances(runs: Path, base: Path, name: str) -> dict[str, float]:
+    """Of a run from the plain one: gradient norms, losses, and how far weights have moved."""
+    alone, other = rows(runs, "plain"), rows(runs, name)
+    assert len(alone) == len(other) == STEPS
+    pairs = list(zip(other, alone, strict=True))
+    before, a, b = tensors(base / "hf"), *(weights(runs / n, STEPS) for n in (name, "plain"))
+    moved = sum(float((b[n] - before[n]).norm() ** 2) for n in a) ** 0.5
+    return {
+        "norms": max(abs(x["grad_norm"] / y["grad_norm"] - 1) for x, y in pairs),
+        "losses": max(abs(x["loss"] - y["loss"]) for x, y in pairs),
+        "weights": sum(float((a[n] - b[n]).norm() ** 2) for n in a) ** 0.5 / moved,
+    }
+
+
+def test_layouts_learn_the_same(runs: Path, base: Path) -> None:
+    """Within twice of what weights change that are rounded eight times as badly."""
+    for name in ("world", "ep", *(f"rough_{draw}" for draw in range(DRAWS))):
+        for ours, theirs in zip(rows(runs, name), rows(runs, "plain"), strict=True):
+            assert ours["reward"] == theirs["reward"]
+            assert ours["sample_hash"] == theirs["sample_hash"]
+    rough = [distances(runs, base, f"rough_{draw}") for draw in range(DRAWS)]
+    bands = {name: 2 * max(found[name] for found in rough) for name in rough[0]}
+    for layout in ("world", "ep"):
+        found = distances(runs, base, layout)
+        assert all(found[name] < bands[name] for name in bands), (layout, found, bands)
+    mistaken = distances(runs, base, "local")
+    assert all(mistaken[name] > SABOTAGE * bands[name] for name in bands), (mistaken, bands)
+
+
+def test_all_say_what_one_cannot_do(runs: Path) -> None:
+    said = {(runs / f"failure_{rank}").read_text() for rank in range(2)}
+    assert said == {"rank 1: nothing can be said"}
 
 
 def test_a_process_without_prompts_waits_for_nobody(runs: Path) -> None:
     found = rows(runs, "idle")
     assert len(found) == 3
-    assert all(row["tokens"] == 2 * 2 * 64 for row in found)
+    assert all(row["tokens"] == 2 * 64 for row in found)  # a row on each of the two
 
 
 def test_the_reference_holds_the_policy(runs: Path) -> None:
     """From the second step on its divergence has a gradient."""
     free, kept = rows(runs, "plain"), rows(runs, "kept")
-    assert kept[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=LAYOUTS)
+    assert kept[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-5)
     assert kept[1]["grad_norm"] > 2 * free[1]["grad_norm"]
 
 
@@ -280,20 +293,18 @@ def test_bad_rows_can_be_left_out_and_disagreement_stops(
     questions = write_questions(tmp_path / "questions.jsonl")
     with questions.open("a") as file:
         file.write(json.dumps({"prompt": "ab", "environment": "word"}) + "\n")
-    config = ask(base / "hf", questions, tmp_path / "run", data__skip_bad=True, train__max_steps=1)
+    # One that nothing reaches: sampling and training are never equal to the last bit.
+    config = ask(
+        base / "hf", questions, tmp_path / "run", data__skip_bad=True, train__max_steps=5,
+        rl__max_mismatch=1,
+    )  # fmt: skip
     file = tmp_path / "rl.yaml"
     file.write_text(dump_config(config))
     said = commands("rl", "--config", file)
-    assert said.status == 0, said.err
     assert "10 prompts (1 left out) for letters, digits, own" in said.out
-    # One that nothing reaches: sampling and training are never equal to the last bit.
-    said = commands(
-        "rl", "--config", file, "--run_dir", tmp_path / "apart", "--rl.max_mismatch", "1",
-        "--train.max_steps", "5",
-    )  # fmt: skip
     assert said.status == 3, said.err
     assert "sampling and training disagree: for 3 steps" in said.err
-    assert len(read_metrics(tmp_path / "apart/metrics.jsonl")) == 2
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 2
 
 
 def test_when_nothing_can_be_judged(commands: Commands, base: Path, tmp_path: Path) -> None:
