@@ -72,17 +72,6 @@ def acceptance(model: Path, prompts: Path, out: Path) -> float:
     )
 
 
-def samples_of(rollouts: Path, out: Path) -> None:
-    """What was answered, as samples of which the answers are learnt."""
-    with out.open("w") as file:
-        for line in rollouts.read_text().splitlines():
-            row = json.loads(line)
-            prompt, ids = row["prompt_ids"], row["ids"]
-            mask = [0] * len(prompt) + [1] * len(ids)
-            sample = {"input_ids": prompt + ids, "loss_mask": mask, "seq_start_id": [0]}
-            file.write(json.dumps(sample) + "\n")
-
-
 def heal(run: Path, from_: Path, task: Path, steps: int) -> Path:
     """Train the MTP block alone, on answers of the model. Returns the model."""
     answers = run.with_name("rollouts.jsonl")
@@ -90,14 +79,25 @@ def heal(run: Path, from_: Path, task: Path, steps: int) -> Path:
         "rollout", "--from", from_, "--data", task / "train.jsonl", "--out", answers,
         "--max_new_tokens", "12", "--slots", "256", "--ep", "2",
     )  # fmt: skip
-    samples_of(answers, run.with_name("samples.jsonl"))
     command(
         "finetune", "--config", CONFIGS / "finetune_digits_cpu.yaml", "--run_dir", run,
-        "--model.from_hf", from_, "--data.path", run.with_name("samples.jsonl"),
-        "--data.packed_mask", "tokens", "--train.trained", "mtp", "--train.max_steps", str(steps),
+        "--model.from_hf", from_, "--data.path", answers, "--train.trained", "mtp",
+        "--boost.loss", "kl", "--boost.depths", str(DRAFTS), "--train.max_steps", str(steps),
         "--train.decay_steps", str(steps // 3), "--train.eval_sequences", "0",
     )  # fmt: skip
     return run / "model"
+
+
+def unlike(before: Path, after: Path) -> list[str]:
+    """Names of the tensors of which not every byte is the same in two models."""
+    from safetensors.torch import load_file
+
+    of = [
+        {name: t for path in d.glob("*.safetensors") for name, t in load_file(path).items()}
+        for d in (before, after)
+    ]
+    assert of[0].keys() == of[1].keys()
+    return [n for n, t in of[0].items() if t.numpy().tobytes() != of[1][n].numpy().tobytes()]
 
 
 def by_task(row: dict[str, Any]) -> dict[str, float]:
@@ -133,6 +133,8 @@ def one_seed(out: Path, seed: int, steps: Lengths) -> dict[str, Any]:
         "--routes", json.dumps({name: name for name in TASKS}),
     )  # fmt: skip
     healed = heal(out / "healed", out / "rl/model", task, steps.healing)
+    changed = [name for name in unlike(out / "rl/model", healed) if not name.startswith("mtp.")]
+    assert not changed, f"healing changed {changed}"
     models = {"before": start, "after_rl": out / "rl/model", "after_healing": healed}
     summary = {
         "seed": seed,
@@ -188,7 +190,11 @@ def show(summaries: Sequence[dict[str, Any]]) -> None:
         for task in TASKS:
             of = ", ".join(f"teacher of {name} {t[task]:.3f}" for name, t in teachers.items())
             print(f"  {task}: student {student[task]:.3f}, {of}")
-        print("  tokens per pass: " + ", ".join(f"{name} {kept[name]:.2f}" for name in kept))
+        regained = (kept["after_healing"] - kept["after_rl"]) / (kept["before"] - kept["after_rl"])
+        print(
+            "  tokens per pass: " + ", ".join(f"{name} {kept[name]:.2f}" for name in kept),
+            f"({regained:.0%} of the loss regained; all bytes of the backbone as they were)",
+        )
         print("  time of a step: " + ", ".join(f"{n} {x:.0%}" for n, x in s["shares"].items()))
 
 

@@ -108,6 +108,25 @@ class DistillOptions(Options):
 
 
 @dataclass(config=CHECKED)
+class BoostOptions(Options):
+    """Train the multi-token-prediction block alone to draft what the model would say, best on
+    answers of its own (`rollout`)."""
+
+    section: ClassVar[str] = "boost."
+
+    loss: Literal["none", "kl", "lk", "ce"] = "none"
+    """What every depth learns: kl: the model's own probabilities, by the divergence from them; lk:
+    that drafts stay, by minus the logarithm of that probability; ce: the tokens. none: ordinary
+    fine-tuning."""
+    depths: PositiveInt = 7
+    """How many tokens ahead; drafts are as good as the depths that were trained."""
+    temperature: PositiveFloat = 2.0
+    """What divides the logits of both sides of the divergence, kl."""
+    mixing: bool = True
+    """Let every depth read the state of any depth before it, drawn by token, as drafting does."""
+
+
+@dataclass(config=CHECKED)
 class FinetuneDataOptions(SampleOptions, SequenceOptions):
     """What is learnt from."""
 
@@ -169,12 +188,13 @@ class FinetuneConfig(TrainingConfig):
     train: FinetuneTrainOptions = field(default_factory=FinetuneTrainOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
+    boost: BoostOptions = field(default_factory=BoostOptions)
 
     def validate(self, shape: ModelConfig | None = None) -> None:
         super().validate(shape)
         self.data.validate()
         train, rank, preset = self.train, self.lora.rank, self.distill.preset
-        mtp, distils = train.trained == "mtp", preset != "none"
+        mtp, distils, boost = train.trained == "mtp", preset != "none", self.boost
         no_mtp, no_distilling = (
             "train.trained mtp cannot be had",
             f"distill.preset {preset} cannot be had",
@@ -207,6 +227,18 @@ class FinetuneConfig(TrainingConfig):
                 f"{no_distilling}: lora.rank freezes the weights that would be quantized",
             ),
             (distils and mtp, f"{no_distilling}: train.trained mtp leaves them as they are"),
+            (
+                boost.loss != "none" and not mtp,
+                f"boost.loss {boost.loss} trains the MTP block alone: set train.trained mtp",
+            ),
+            (
+                boost.loss == "none" and boost.changed(),
+                "boost options have no effect without boost.loss",
+            ),
+            (
+                boost.loss in ("lk", "ce") and "temperature" in boost.changed(),
+                f"boost.temperature has no effect with boost.loss {boost.loss}",
+            ),
             (
                 not distils and self.distill.changed(),
                 "distill options have no effect without distill.preset",

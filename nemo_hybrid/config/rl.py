@@ -138,7 +138,7 @@ class RlTrainOptions(TrainOptions):
     aux_loss_weight: NotNegativeFloat = 0.0
     """Weight of the sequence-wise load-balancing loss."""
     router_bias_rate: NotNegativeFloat = 0.0
-    """Step of the router bias update, once per global batch; 0 freezes the bias."""
+    """Step of the router bias update, once per global batch, where routers are trained."""
     eval_sequences: NotNegativeInt = 256
     """Held-out prompts per evaluation (fewer if there are fewer), each answered once, with the same
     random numbers every time; 0: no evaluation."""
@@ -216,6 +216,10 @@ class RlConfig(TrainingConfig):
                 train.mtp_loss_weight,
                 "train.mtp_loss_weight must be 0: train the block afterwards, on answers "
                 "(finetune --train.trained mtp)",
+            ),
+            (
+                train.router_bias_rate and not train.train_router,
+                "train.router_bias_rate has no effect without train.train_router",
             ),
             (
                 rl.importance_low > rl.importance_high,

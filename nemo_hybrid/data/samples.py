@@ -62,6 +62,9 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import hash_file
 
 PAIR = "prompt and completion"
+ROLLOUT = "rollout"
+"""What `nemo-hybrid rollout` writes; its text is not read."""
+_OF_ROLLOUTS = ("prompt", "sample", "logprobs", "text", "ended")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Made:
     where: str
     done: float = 0.0
     kind: str = ""
-    """messages, prompt and completion, text or pack; empty where the record is none."""
+    """messages, prompt and completion, text, pack or rollout; empty where the record is none."""
     samples: list[Sample] = field(default_factory=list)
     parts: int = 0
     """Samples of it, whether usable or not."""
@@ -109,6 +112,7 @@ class SampleMaker:
             PAIR: ("prompt", "completion"),
             "text": (options.text_field,),
             "pack": ("input_ids", "loss_mask", "seq_start_id"),
+            ROLLOUT: ("prompt_ids", "ids", "chosen"),
         }
 
     @cached_property
@@ -157,6 +161,8 @@ class SampleMaker:
     def _samples(self, record: Record, made: Made) -> tuple[str, list[Sample]]:
         content = {k: v for k, v in record.content.items() if v is not None}
         kinds = [kind for kind, keys in self._kinds.items() if content.keys() >= set(keys)]
+        if ROLLOUT in kinds:
+            kinds = [ROLLOUT]
         if len(kinds) != 1:
             has = ", ".join(content) or "nothing"
             kinds_known = "; ".join(", ".join(keys) for keys in self._kinds.values())
@@ -167,6 +173,7 @@ class SampleMaker:
         talk = kind == "messages" or all(kind == PAIR and isinstance(v, list) for v in value)
         refuse_fields(content, conversation=talk)
         known = {*self._kinds[kind], *(OF_CONVERSATIONS if talk else ())}
+        known |= {*(_OF_ROLLOUTS if kind == ROLLOUT else ())}
         made.unread = {name for name, v in content.items() if says_something(v)} - known
         if talk:
             said, first = (value[0] + value[1], len(value[0])) if kind == PAIR else (value[0], 0)
@@ -178,6 +185,13 @@ class SampleMaker:
             samples = [self._joined(np.empty(0, np.int64), text)]
         elif kind == "pack":
             samples = self._unpacked(integers(value[0], "input_ids"), *value[1:])
+        elif kind == ROLLOUT:
+            before, ids, chosen = map(integers, value, self._kinds[ROLLOUT])
+            if len(ids) != len(chosen):
+                raise BadRecord(f"{len(chosen)} entries of chosen for {len(ids)} of ids")
+            ids = np.append(before, ids)
+            self._check_ids(ids)
+            samples = [Sample(ids, np.append(0 * before, chosen) == 1)]
         else:
             prompt, completion = map(plain_text, value, self._kinds[PAIR])
             self._no_reasoning(completion)
@@ -255,15 +269,12 @@ class SampleMaker:
 
     def _unpacked(self, ids: NDArray[np.int64], mask: Any, starts: Any) -> list[Sample]:
         """Samples of a pack; seq_start_id: where each begins."""
-        vocab_size = self.tokenizer.vocab_size
         learnt, begins = integers(mask, "loss_mask"), integers(starts, "seq_start_id")
         if len(learnt) != len(ids):
             raise BadRecord(f"{len(learnt)} entries of loss_mask for {len(ids)} of input_ids")
         if ((learnt != 0) & (learnt != 1)).any():
             raise BadRecord("loss_mask holds other numbers than 0 and 1")
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
-            raise BadRecord(f"token id {outside[0]} lies outside the vocabulary of {vocab_size}")
+        self._check_ids(ids)
         ends = np.append(begins[1:], len(ids))
         if not len(begins) or begins[0] != 0 or (ends <= begins).any():
             raise BadRecord(f"seq_start_id must start at 0 and ascend below {len(ids)}")
@@ -280,6 +291,12 @@ class SampleMaker:
             targets[0] = False
             samples.append(Sample(ids[start:stop], targets))
         return samples
+
+    def _check_ids(self, ids: NDArray[np.int64]) -> None:
+        vocab_size = self.tokenizer.vocab_size
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise BadRecord(f"token id {outside[0]} lies outside the vocabulary of {vocab_size}")
 
 
 def prepare_samples(

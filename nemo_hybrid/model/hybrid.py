@@ -3,7 +3,9 @@
 Shapes: B batch, S sequence, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -94,26 +96,32 @@ class HybridLM(nn.Module):
         return self.backbone.norm_f(x_BSD), stats
 
     def forward_mtp(
-        self, h_BSD: Tensor, ids_BS: Tensor, documents: Documents | None = None
+        self,
+        h_BSD: Tensor,
+        ids_BS: Tensor,
+        documents: Documents | None = None,
+        depths: int | None = None,
+        chosen: Callable[[Sequence[Tensor]], Tensor] = itemgetter(-1),
     ) -> tuple[list[Tensor], Stats]:
-        """Hidden states of every depth, from the backbone's final hidden states.
+        """Hidden states of so many ``depths`` (None: as many as the model is trained with), from
+        the backbone's final hidden states. ``chosen``: what a depth reads of those before it, the
+        backbone's first.
 
         Statistics are summed over depths, because the depths share one router.
         """
         assert self.mtp is not None, "the model has no multi-token-prediction block"
         seq_idx_BS = None if documents is None else documents.seq_idx_BS
-        hidden: list[Tensor] = []
-        stats: Stats = {}
-        wide = self.mtp.wide() if self.config.mtp_num_depths > 1 else {}
-        for depth in range(1, self.config.mtp_num_depths + 1):
+        states, stats, depths = [h_BSD], Stats(), depths or self.config.mtp_num_depths
+        wide = self.mtp.wide() if depths > 1 else {}
+        for depth in range(1, depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
-            h_BSD, routed = functional_call(self.mtp, wide, (h_BSD, e_BSD, documents))
-            hidden.append(h_BSD)
+            h_BSD, routed = functional_call(self.mtp, wide, (chosen(states), e_BSD, documents))
+            states.append(h_BSD)
             for i, new in routed.items():
                 name = f"mtp.layers.{i}"
                 old = stats.get(name)
                 stats[name] = new if old is None else RoutingStats(*map(torch.add, old, new))
-        return hidden, stats
+        return states[1:], stats
 
     @torch.no_grad()
     def logits(self, h: Tensor) -> Tensor:

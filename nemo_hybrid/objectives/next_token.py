@@ -45,13 +45,14 @@ class NextToken(Objective):
         model: HybridLM,
         train: TrainOptions,
         per_document: Callable[[int], bool] = lambda step: False,
+        depths: int | None = None,
     ) -> None:
         """``per_document``: whether the step after so many averages documents' means instead of
-        all targets."""
+        all targets. ``depths`` of multi-token prediction; None: as many as the model has."""
         super().__init__()
         self.model = model
         # Without a weight the MTP block is not run at all: fine-tuning leaves it as it is.
-        self.depths = model.config.mtp_num_depths if train.mtp_loss_weight else 0
+        self.depths = (depths or model.config.mtp_num_depths) if train.mtp_loss_weight else 0
         self.names = ["ce", *(f"mtp_{k}" for k in range(1, self.depths + 1))]
         self.depth_weight = train.mtp_loss_weight / max(1, self.depths)
         self.aux_weight = train.aux_loss_weight
@@ -61,7 +62,7 @@ class NextToken(Objective):
         return count_targets(batch, self.depths, self.per_document(step))
 
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
-        hidden, stats = self._read(batch)
+        hidden, stats = self._read(batch, normalizer.step)
         targets = self._targets(batch, normalizer)
         loss, sums = self._learn(batch, hidden, targets)
         aux_sum = torch.zeros((), device=loss.device)
@@ -74,7 +75,7 @@ class NextToken(Objective):
 
     def per_target(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropies in nats, fp32 [N, T], and how often each counts."""
-        hidden, _ = self._read(batch)
+        hidden, _ = self._read(batch, step=0)
         unit_N = torch.ones(len(self.names), dtype=torch.int64, device=hidden[0].device)
         targets = self._targets(batch, Normalizer(unit_N, rows=1))
         return self._cross_entropy(hidden, targets, targets.scale_N)[1], targets.weights_NT
@@ -85,7 +86,7 @@ class NextToken(Objective):
         means["aux"] = float(sums["aux"]) / (normalizer.rows * max(1, self._moe_layers()))
         return {"loss": means["ce"], **means}
 
-    def _read(self, batch: Batch) -> tuple[list[Tensor], Stats]:
+    def _read(self, batch: Batch, step: int) -> tuple[list[Tensor], Stats]:
         """Hidden states [B, S, D] of the N losses, and routing statistics."""
         h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
         if not self.depths:

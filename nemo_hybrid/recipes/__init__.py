@@ -27,6 +27,10 @@ def recipe_of(config: TrainingConfig) -> Recipe:
         from nemo_hybrid.recipes.distill import Distill
 
         return Distill(config)
+    if config.boost.loss != "none":
+        from nemo_hybrid.recipes.boost import Boost
+
+        return Boost(config)
     from nemo_hybrid.recipes.finetune import Finetune
 
     return Finetune(config)

@@ -223,6 +223,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
     ({"environments": {}}, None, "environments is missing"),
     ({"environments": {"lettres": {}}}, None, "environments.lettres: there is no kind 'lettres'"),
     ({"train__mtp_loss_weight": 0.1}, None, "train.mtp_loss_weight must be 0"),
+    ({"train__router_bias_rate": 1e-3}, None, "no effect without train.train_router"),
     ({"train__eval_sequences": 8}, None, "there are no held-out prompts"),
     ({"rl__clip_low": 0.1}, None, "rl.clip_low has no effect with rl.updates 1"),
     (

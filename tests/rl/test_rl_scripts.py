@@ -9,6 +9,8 @@ import pytest
 import rl_noise
 import rl_task
 import rl_tutorial
+import torch
+from safetensors.torch import save_file
 
 from nemo_hybrid.config.hf import read_config
 from nemo_hybrid.data.tokenizer import load_tokenizer
@@ -45,13 +47,13 @@ def test_noise_says_nothing_of_the_answer() -> None:
     assert set(found) == {0, 1}
 
 
-def test_samples_of_rollouts(tmp_path: Path) -> None:
-    rollouts, out = tmp_path / "rollouts.jsonl", tmp_path / "samples.jsonl"
-    rollouts.write_text(json.dumps({"prompt_ids": [5, 6], "ids": [7, 8, 2]}) + "\n")
-    rl_tutorial.samples_of(rollouts, out)
-    assert rows(out) == [
-        {"input_ids": [5, 6, 7, 8, 2], "loss_mask": [0, 0, 1, 1, 1], "seq_start_id": [0]}
-    ]
+def test_what_differs_between_models(tmp_path: Path) -> None:
+    tensors = {"backbone.a": torch.zeros(2), "mtp.b": torch.zeros(2)}
+    for name, sign in (("one", 1), ("other", -1)):  # of 0: equal numbers, other bytes
+        (tmp_path / name).mkdir()
+        signed = {**tensors, "mtp.b": sign * tensors["mtp.b"]}
+        save_file(signed, tmp_path / name / "model.safetensors")
+    assert rl_tutorial.unlike(tmp_path / "one", tmp_path / "other") == ["mtp.b"]
 
 
 def test_shares_of_a_step() -> None:
