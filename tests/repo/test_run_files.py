@@ -12,6 +12,7 @@ import pytest
 
 from nemo_hybrid.commands.plan import COMMANDS, Plan, make_plan, ready
 from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,9 @@ ON_A_CPU = (
     "pretrain_tiny_nvfp4", "rl_tiny_cpu",
 )  # fmt: skip
 REAL = [name for name in RUNS if name.removesuffix(".yaml") not in ON_A_CPU]
+
+
+KINDS = {RunConfig: "pretrain", FinetuneConfig: "finetune", RlConfig: "rl"}
 
 
 def header(name: str) -> str:
@@ -64,7 +68,7 @@ def test_the_layout_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         started, words = "pretrain", " ".join(command(name, "nemo-hybrid pretrain"))
         assert processes == 1
-    assert started == ("finetune" if isinstance(config, FinetuneConfig) else "pretrain")
+    assert started == KINDS[type(config)]
     files = re.compile(r"--config (\S+)")
     assert files.findall(words) == files.findall(" ".join(command(name, "nemo-hybrid plan")))
 
@@ -131,3 +135,40 @@ def test_published_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert train.mtp_loss_weight == known["mtp"]
         assert config.model.mtp_num_depths == 2
     assert getattr(train, "loss", "tokens") == known.get("loss", "tokens")
+
+
+REINFORCED: dict[str, dict[str, Any]] = {
+    "rl_nano": {
+        "batch": (128, 16), "lr": 3e-6, "tokens": 49_152, "advantage_clip": 0, "overlong": "mask",
+        "importance": "icepop",
+    },
+    "rl_super": {
+        "batch": (256, 16), "lr": 3e-6, "tokens": 49_152, "advantage_clip": 50,
+        "importance_low": 0,
+    },
+    "rl_ultra": {"batch": (512, 16), "lr": 4e-6},
+    "rl_ultra_mopd": {"batch": (1024, 1), "lr": 2e-6},
+}  # fmt: skip
+"""Prompts and answers to each, per step; what is not named of `rl` is as in Ultra's."""
+
+
+@pytest.mark.parametrize("name", REINFORCED)
+def test_published_figures_of_reinforcement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    known = REINFORCED[name]
+    config, _ = planned(f"{name}.yaml")
+    assert isinstance(config, RlConfig)
+    train, rl = config.train, config.rl
+    assert (config.prompts_per_step, config.rollout.samples) == known["batch"]
+    assert train.lr == known["lr"]
+    assert config.data.sequence_length == known.get("tokens", 32_768)
+    assert (train.schedule, train.warmup_steps, train.weight_decay) == ("constant", 10, 0)
+    assert (train.beta1, train.beta2, train.eps, train.clip_grad_norm) == (0.9, 0.999, 1e-8, 1)
+    assert (rl.updates, rl.kl, rl.std, rl.average) == (1, 0, "others", "tokens")
+    assert rl.sequence_filter == 2
+    assert rl.importance == known.get("importance", "tis")
+    assert rl.importance_high == 5
+    assert rl.advantage_clip == known.get("advantage_clip", 20)
+    assert rl.overlong == known.get("overlong", "keep")
+    if rl.importance == "tis":
+        assert rl.importance_low == known.get("importance_low", 0.2)
