@@ -74,10 +74,11 @@ class Boosted(NextToken):
         scale_N = targets.scale_N.clone()
         scale_N[0] = 0  # what the backbone says itself
         if self.options.loss == "ce":
-            return self._cross_entropy(hidden, targets, scale_N)
+            loss, ce_NT = self._cross_entropy(hidden, targets, scale_N)
+            return loss, self._sums(ce_NT, targets)
         h_BSD, *depths = hidden
-        sums = {"ce": torch.zeros((), device=h_BSD.device)}
-        loss = sums["ce"]
+        loss = torch.zeros((), device=h_BSD.device)
+        sums = {"ce": loss}
         for k, d_BSD in enumerate(depths, 1):
             # Where this leaves the document, nothing counts.
             backbone_RD = h_BSD.roll(-k, dims=1).flatten(0, 1)
