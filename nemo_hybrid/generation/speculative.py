@@ -88,8 +88,7 @@ class Speculation:
         drafts_BK, q_BKV = self._draft(u_BSD[every_B, last_B], caches, streams_B, places_B)
 
         text_BS = torch.cat([self._ids_BS[every_B, last_B][:, None], drafts_BK], dim=1)
-        all_B = torch.full_like(last_B, self.drafts + 1)
-        h_BSD, after = model.read(text_BS, all_B, caches, revisable=True)
+        h_BSD, after = model.read(text_BS, None, caches, revisable=True)
         logits_BSV = model.logits(h_BSD)
         due_BS = thinking.due(drafts_BK) if thinking else torch.full_like(text_BS, FREE)
         accepted_B, next_B = self._verify(logits_BSV, drafts_BK, q_BKV, due_BS, streams_B, places_B)
@@ -116,8 +115,7 @@ class Speculation:
             q.append(q_BV)
             if k + 1 < self.drafts:  # nothing of it is committed, so all of it is read again
                 chain_BkD, ids_Bk = torch.stack(states, 1), torch.stack(ids, 1)
-                counts_B = torch.full_like(ids_B, k + 1)
-                u_BkD, _ = self._model.read_mtp(chain_BkD, ids_Bk, counts_B, caches)
+                u_BkD, _ = self._model.read_mtp(chain_BkD, ids_Bk, None, caches)
                 u_BD = u_BkD[:, -1]
         return torch.stack(ids, 1), torch.stack(q, 1)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -172,21 +173,30 @@ def draw_from(caches: Caches, streams_N: Tensor, to_N: Tensor) -> None:
             cache.keys_BR[to_N, 0] = random_words(word_N, streams_N)
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """What is being read; made once for all layers."""
 
     before_B: Tensor  # tokens of each row that were read before
     counts_B: Tensor  # tokens of the row's S that are real: the first ones
     real_BS: Tensor  # bool: which these are
-    real_R: Tensor  # their places among B*S
-    revisable: bool  # whether states are to keep what `revise` of a mixer needs
+    revisable: bool = False  # whether states are to keep what `revise` of a mixer needs
+    whole: bool = False  # whether all are real
+
+    @cached_property
+    def real_R(self) -> Tensor | slice:
+        """Places of real tokens among B*S. Their number decides how many the experts see; so this
+        waits for a GPU, once, unless all are real."""
+        return slice(None) if self.whole else self.real_BS.flatten().nonzero()[:, 0]
 
 
-def reading(counts_B: Tensor, tokens: int, caches: Caches, revisable: bool = False) -> Reading:
-    """Waits for a GPU, once: how many tokens are real decides how many the experts see."""
-    real_BS = torch.arange(tokens, device=counts_B.device) < counts_B[:, None]
-    real_R = real_BS.flatten().nonzero()[:, 0]
-    return Reading(caches.lengths_B, counts_B, real_BS, real_R, revisable)
+def reading(
+    counts_B: Tensor | None, tokens: int, caches: Caches, revisable: bool = False
+) -> Reading:
+    """``counts_B``: None: all tokens of every row."""
+    real_B = torch.full_like(caches.lengths_B, tokens) if counts_B is None else counts_B
+    real_BS = torch.arange(tokens, device=real_B.device) < real_B[:, None]
+    return Reading(caches.lengths_B, real_B, real_BS, revisable, whole=counts_B is None)
 
 
 class After(NamedTuple):

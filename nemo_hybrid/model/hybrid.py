@@ -139,12 +139,13 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, ids_BS: Tensor, counts_B: Tensor, caches: Caches, revisable: bool = False
+        self, ids_BS: Tensor, counts_B: Tensor | None, caches: Caches, revisable: bool = False
     ) -> tuple[Tensor, After]:
         """Read on: hidden states [B, S, D] after the final norm, and what `commit` needs.
 
         The first ``counts_B`` tokens of each row follow what the caches hold; ids behind them, and
-        hidden states there, mean nothing. The caches need room for all S. The results are those of
+        hidden states there, mean nothing. None: all tokens do, and no layer has to wait for a GPU
+        to know how many they are. The caches need room for all S. The results are those of
         `forward_hidden` over the whole text, however it is divided, up to rounding. With
         ``revisable`` the inputs of all states are kept, so that `revise` can take tokens back.
         """
@@ -160,7 +161,7 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def read_mtp(
-        self, h_BSD: Tensor, ids_BS: Tensor, counts_B: Tensor, caches: Caches
+        self, h_BSD: Tensor, ids_BS: Tensor, counts_B: Tensor | None, caches: Caches
     ) -> tuple[Tensor, After]:
         """Depth 1 of multi-token prediction over tokens whose ``h_BSD`` `read` gave: its hidden
         states, and what `commit` needs for ``caches.mtp``. ``ids_BS`` are the tokens after them."""

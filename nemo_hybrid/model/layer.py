@@ -96,14 +96,15 @@ class Layers(nn.ModuleList):
         return Caches(lengths_B, [layer.mixer.new_cache(rows, tokens, like) for layer in self])
 
     def read(
-        self, x_BSD: Tensor, counts_B: Tensor, caches: Caches, revisable: bool = False
+        self, x_BSD: Tensor, counts_B: Tensor | None, caches: Caches, revisable: bool = False
     ) -> tuple[Tensor, After]:
-        """The first ``counts_B`` of each row's S tokens, which follow what the caches hold."""
+        """The first ``counts_B`` of each row's S tokens, which follow what the caches hold; None:
+        all of them."""
         now, states = reading(counts_B, x_BSD.shape[1], caches, revisable), []
         for layer, cache in zip(self, caches.layers, strict=True):
             x_BSD, state = layer.read(x_BSD, cache, now)
             states.append(state)
-        return x_BSD, After(counts_B, x_BSD.shape[1], states)
+        return x_BSD, After(now.counts_B, x_BSD.shape[1], states)
 
     def revise(self, after: After, counts_B: Tensor, caches: Caches) -> After:
         """What `commit` needs where other numbers of the tokens count than were read."""

@@ -47,7 +47,7 @@ class MTPBlock(nn.Module):
         return self._ends()[1].final_layernorm(x_BSD), stats
 
     def read(
-        self, h_BSD: Tensor, e_BSD: Tensor, counts_B: Tensor, caches: Caches
+        self, h_BSD: Tensor, e_BSD: Tensor, counts_B: Tensor | None, caches: Caches
     ) -> tuple[Tensor, After]:
         """One depth over tokens that follow what the caches hold, see `HybridLM.read_mtp`."""
         x_BSD, after = self.layers.read(self._joined(h_BSD, e_BSD), counts_B, caches)

@@ -72,10 +72,8 @@ def rounded(layer: Attention, scales: dict[str, float]) -> Iterator[None]:
 def cached(layer: Attention, x_BSD: Tensor) -> tuple[Tensor, AttentionCache]:
     """What the layer makes of a text that it reads in a piece and then token by token."""
     cache, found, first = layer.new_cache(ROWS, TOKENS, x_BSD), [], TOKENS - 4
-    before_B, every = torch.zeros(ROWS, dtype=torch.int64), torch.empty(0)
-    found.append(
-        layer.read(x_BSD[:, :first], cache, Reading(before_B, before_B, every, every, False))[0]
-    )
+    before_B = torch.zeros(ROWS, dtype=torch.int64)
+    found.append(layer.read(x_BSD[:, :first], cache, Reading(before_B, before_B, before_B))[0])
     for place in range(first, TOKENS):
         found.append(layer.decode(x_BSD[:, place], cache, before_B + place)[:, None])
     return torch.cat(found, 1), cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from unittest.mock import patch
 
@@ -154,7 +155,7 @@ def without_sample(seed: int, prompt: int, sample: int) -> int:
 
 def without_mask(*args: object) -> object:
     now = REAL_READING(*args)
-    return now._replace(real_BS=torch.ones_like(now.real_BS))
+    return replace(now, real_BS=torch.ones_like(now.real_BS))
 
 
 def into_the_next(source: Caches, from_N: Tensor, target: Caches, to_N: Tensor) -> None:

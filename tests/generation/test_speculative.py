@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.generated import Texts, full_pass, requests_of, texts
 from helpers.tiny_models import CHUNK, CONV, loud_model, smallest_routing_margin, tiny_config
@@ -178,6 +179,31 @@ def test_the_first_draft_is_that_of_the_full_pass_of_the_mtp_block() -> None:
     assert drafted == {place: best[start + place] for place in drafted}
 
 
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: how many tokens the experts see."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func.__name__.startswith("nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_round_waits_for_a_gpu_once() -> None:
+    """To know how many tokens stayed in the last one, whatever the number of drafts."""
+    counts = []
+
+    def watched(self: Speculation, *words: object) -> object:
+        with Waits() as waits:
+            found = REAL_ROUND(self, *words)
+        counts.append(waits.count)
+        return found
+
+    with patch.object(Speculation, "round", watched):
+        rollouts(5, slots=4, count=4)
+    assert set(counts) == {1}
+
+
 def drawn(slots: int, drafts: int = 3) -> Texts:
     """Two samples of each of a few prompts."""
     generator = Generator(model(), slots, temperature=1.0, seed=SEED, drafts=drafts)
@@ -331,5 +357,5 @@ def test_where_nothing_is_left_p_is_drawn_from() -> None:
     assert torch.equal(remainder(p_BV, p_BV), p_BV)
 
 
-REAL_DRAFT, REAL_ACCEPTS = Speculation._draft, accepts
+REAL_DRAFT, REAL_ROUND, REAL_ACCEPTS = Speculation._draft, Speculation.round, accepts
 REAL_ATTENTION = attention.attention_read
