@@ -1,12 +1,15 @@
 """Time greedy generation on a CPU: ours and transformers' ``generate`` from the same weights.
 
     python kernels/benchmarks/cpu_generate.py --out cpu_generate.json
+    python kernels/benchmarks/cpu_generate.py --from runs/quickstart --text some.py --drafts 3
 
 Both continue the same prompts of one length, at several batch sizes, in turns, one process. The
 peer is the fastest of transformers' ``experts_implementation`` at each batch size. Medians of wall
 clock and of the process's CPU seconds are printed; where other work runs on the machine the latter
-say more. Token texts must be equal but for near ties. Also: what a token costs after a long text
-where no layer attends, and tokens per second at 64 slots against one.
+say more. With ``--drafts`` we go on once more with those of the MTP block of a trained model, whose
+prompts are pieces of a text: of random weights hardly any would stay. Token texts must be equal but
+for near ties. Also: what a token costs after a long text where no layer attends, and tokens per
+second at 64 slots against one.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cpu_step import PEER_EXPERTS, build_ours, build_peer, write_json
 from torch import nn
 
 from nemo_hybrid import HybridConfig, HybridLM
+from nemo_hybrid.checkpoint.adapter import locate
+from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.commands.doctor import environment
+from nemo_hybrid.data.tokenizer import load_tokenizer
 from nemo_hybrid.generation.batched import Generator, Request
 from nemo_hybrid.model.cache import commit
 
@@ -36,11 +42,35 @@ SHORT, LONG, AT_ONCE = 1024, 16384, 512
 Generate = Callable[[], list[list[int]]]
 
 
-def by_us(model: HybridLM, prompts: list[list[int]], new: int) -> Generate:
+class Source(NamedTuple):
+    """What generates; and a text, as tokens, whose pieces are the prompts. None: random ones."""
+
+    model: HybridLM
+    text: list[int] | None = None
+
+    def prompts(self, batch: int, length: int) -> list[list[int]]:
+        if self.text is None:
+            draw = torch.Generator().manual_seed(batch)
+            vocabulary = self.model.config.vocab_size
+            return torch.randint(1, vocabulary, (batch, length), generator=draw).tolist()
+        apart = len(self.text) // batch
+        assert apart >= length, f"the text has {len(self.text)} tokens, too few for the prompts"
+        return [self.text[start : start + length] for start in range(0, batch * apart, apart)]
+
+
+def trained(directory: Path, text: Path) -> Source:
+    """A checkpoint, in fp32, and a text file."""
+    place = locate(directory)
+    (ids,) = load_tokenizer(place).encode([text.read_text()])
+    return Source(load_model(place, torch.float32).eval(), ids[:-1].tolist())  # no end of text
+
+
+def by_us(model: HybridLM, prompts: list[list[int]], new: int, drafts: int = 0) -> Generate:
     requests = [Request(number, ids, new) for number, ids in enumerate(prompts)]
 
     def run() -> list[list[int]]:
-        found = {r.request.prompt: r.ids for r in Generator(model, len(prompts)).run(requests)}
+        generator = Generator(model, len(prompts), drafts=drafts)
+        found = {r.request.prompt: r.ids for r in generator.run(requests)}
         return [found[number] for number in range(len(prompts))]
 
     return run
@@ -83,12 +113,14 @@ def in_turns(runs: Mapping[str, Generate], rounds: int) -> dict[str, dict[str, f
     }
 
 
-def compare(batch: int, length: int, new: int, rounds: int) -> dict[str, Any]:
+def compare(
+    source: Source, batch: int, length: int, new: int, rounds: int, drafts: int = 0
+) -> dict[str, Any]:
     """One batch size. Raises AssertionError where the texts are not the same."""
-    ours = build_ours().eval()
-    draw = torch.Generator().manual_seed(batch)
-    prompts = torch.randint(1, ours.config.vocab_size, (batch, length), generator=draw).tolist()
+    ours, prompts = source.model, source.prompts(batch, length)
     runs = {OURS: by_us(ours, prompts, new)}
+    if drafts:
+        runs[f"{OURS}, {drafts} drafts"] = by_us(ours, prompts, new, drafts)
     for experts in PEER_EXPERTS:
         runs[f"transformers ({experts})"] = by_them(build_peer(ours, experts).eval(), prompts, new)
     texts = {name: run() for name, run in runs.items()}
@@ -98,7 +130,7 @@ def compare(batch: int, length: int, new: int, rounds: int) -> dict[str, Any]:
     }
     assert min(equal.values()) >= EQUAL or batch == 1, f"texts are not the same: {equal}"
     seconds = in_turns(runs, rounds)
-    peers = [name for name in runs if name != OURS]
+    peers = [name for name in runs if not name.startswith(OURS)]
     best = {clock: min(seconds[name][clock] for name in peers) for clock in ("wall_s", "cpu_s")}
     return {
         "batch": batch,
@@ -169,11 +201,19 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that follow it")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drafts", type=int, default=0, help="also with so many drafts")
+    parser.add_argument("--from", dest="from_", type=Path, help="trained model, for --drafts")
+    parser.add_argument("--text", type=Path, help="text file whose pieces --from continues")
     arguments = parser.parse_args()
+    if bool(arguments.from_) != bool(arguments.text) or (arguments.drafts and not arguments.from_):
+        parser.error("--from and --text go together, and --drafts needs both")
     torch.set_num_threads(arguments.threads)
-    work = {k: v for k, v in vars(arguments).items() if k != "out"}
+    work = {k: v for k, v in vars(arguments).items() if k not in ("out", "from_", "text")}
+    source = Source(build_ours().eval())
+    if arguments.from_:
+        source = trained(arguments.from_, arguments.text)
     rows = [
-        compare(batch, arguments.length, arguments.new, arguments.rounds)
+        compare(source, batch, arguments.length, arguments.new, arguments.rounds, arguments.drafts)
         for batch in arguments.batches
     ]
     result = {

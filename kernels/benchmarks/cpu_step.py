@@ -107,7 +107,9 @@ def build_peer(ours: HybridLM, experts: str) -> nn.Module:
     config = NemotronHConfig(**fields)
     model = NemotronHForCausalLM._from_config(config, experts_implementation=experts)
     state = {
-        name.replace("backbone.", "model.", 1): tensor for name, tensor in ours.state_dict().items()
+        name.replace("backbone.", "model.", 1): tensor
+        for name, tensor in ours.state_dict().items()
+        if not name.startswith("mtp.")
     }
     model.load_state_dict(state)
     return model
