@@ -44,6 +44,23 @@ def test_equals_the_definition(lengths):
     torch.testing.assert_close(attention(*t, documents), definition(*t, seq), rtol=1e-5, atol=1e-5)
 
 
+def test_reading_beside_much_that_is_cached_goes_a_few_tokens_at_a_time():
+    """Each sees what it would see anyhow, and no mask is larger than may be."""
+    q, k, v = inputs()
+    before_B, sizes, attend = torch.tensor([0, 9]), [], reference._attend
+
+    def watched(q_BSHP, k_BTGP, v_BTGP, mask_B1ST):
+        sizes.append(mask_B1ST.numel())
+        return attend(q_BSHP, k_BTGP, v_BTGP, mask_B1ST)
+
+    at_once = attention_read(q[:, :12], k, v, before_B)
+    with mock.patch.multiple(reference, _MASKED=5 * 2 * 21, _attend=watched):
+        torch.testing.assert_close(
+            attention_read(q[:, :12], k, v, before_B), at_once, rtol=1e-6, atol=1e-6
+        )
+    assert sizes == [5 * 2 * 21, 5 * 2 * 21, 2 * 2 * 21]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("before", "new"), [((20, 20), 1), ((0, 0), 21), ((3, 12), 7)])
 def test_reading_sees_what_its_row_holds_up_to_each_token(dtype, before, new):

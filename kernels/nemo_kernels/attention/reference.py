@@ -11,6 +11,9 @@ from torch import Tensor
 
 from nemo_kernels.documents import Documents
 
+_MASKED = 1 << 24
+"""Elements of a mask at a time."""
+
 
 def attention(
     q_BSHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, documents: Documents | None = None
@@ -26,8 +29,14 @@ def attention(
 def attention_read(q_BSHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, before_B: Tensor) -> Tensor:
     tokens_S = torch.arange(q_BSHP.shape[1], device=q_BSHP.device)
     last_BS1 = (before_B[:, None] + tokens_S)[..., None]
-    seen_BST = torch.arange(k_BTGP.shape[1], device=q_BSHP.device) <= last_BS1
-    return _attend(q_BSHP, k_BTGP, v_BTGP, seen_BST[:, None])
+    tokens_T = torch.arange(k_BTGP.shape[1], device=q_BSHP.device)
+    # So many tokens after so many, that masks do not grow with what is cached.
+    step = max(1, _MASKED // max(1, len(before_B) * len(tokens_T)))
+    parts = [
+        _attend(q_BsHP, k_BTGP, v_BTGP, (tokens_T <= last_Bs1)[:, None])
+        for q_BsHP, last_Bs1 in zip(q_BSHP.split(step, 1), last_BS1.split(step, 1), strict=True)
+    ]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _attend(q_BSHP: Tensor, k_BTGP: Tensor, v_BTGP: Tensor, mask_B1ST: Tensor | None) -> Tensor:
