@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.directory import STEP, writing
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import is_training_state
@@ -72,17 +73,20 @@ def _head_of(directory: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-def publish(checkpoint: Path, out: Path, card: str, left_out: Collection[str] = ()) -> None:
+def publish(checkpoint: Path, out: Path, card: str) -> None:
     """Make ``out`` hold the model files of ``checkpoint`` and a model card, in place of what a
     former publication left there. Weights are linked where the file system can, not copied.
 
     Raises UserError when it cannot be written; what stood there stays.
     """
     records = read_manifest(checkpoint)
+    left_out = {CARD}
+    if ADAPTER in records:  # beside which transformers would take it for that of a whole model
+        left_out.add("config.json")
 
     with writing(out) as writer:
         for name, record in records.items():
-            if is_training_state(name) or name in (CARD, *left_out):
+            if is_training_state(name) or name in left_out:
                 continue
             _link(checkpoint / name, writer.directory / name)
             writer.records[name] = record

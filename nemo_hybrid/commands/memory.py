@@ -20,6 +20,7 @@ import torch
 
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import TrainingConfig, TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
@@ -87,7 +88,7 @@ class Layout:
     """Operations of ssd, conv1d, attention and loss that take the reference path."""
     host_copy: bool
     """Checkpoints are copied to CPU memory before they are written."""
-    finetune: FinetuneConfig | None = None
+    beginning: FinetuneConfig | RlConfig | None = None
     """Which weights stay frozen, and what is held beside them; None: all are trained."""
 
     @property
@@ -99,15 +100,15 @@ class Layout:
         """What one process trains, without storage; not to be changed."""
         dtype = torch.float32 if self.width == 4 else torch.bfloat16
         model = without_storage(self.cfg, self.ep, dtype)
-        if self.finetune is None:
+        if self.beginning is None:
             return model
         from nemo_hybrid.model.lora import add_adapters
         from nemo_hybrid.recipes.finetune import freeze
 
         model = deepcopy(model)
-        if self.finetune.lora.rank:
-            add_adapters(model, self.finetune.lora, 0)
-        freeze(model, self.finetune.train)
+        if self.beginning.lora.rank:
+            add_adapters(model, self.beginning.lora, 0)
+        freeze(model, self.beginning.train)
         return model
 
     @property
@@ -116,7 +117,10 @@ class Layout:
         held = sum(
             p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad
         )
-        if self.finetune is not None and self.finetune.distill.preset != "none":
+        other = (
+            isinstance(self.beginning, FinetuneConfig) and self.beginning.distill.preset != "none"
+        )
+        if other or (isinstance(self.beginning, RlConfig) and self.beginning.rl.kl):
             held += sum(p.numel() * self.width for p in self.model.parameters())
         return held
 
@@ -137,7 +141,7 @@ def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: boo
         cpu=cpu,
         reference=tuple(op for op, path in kernels.items() if cpu or path == "reference"),
         host_copy=config.checkpoint.asynchronous,
-        finetune=config if isinstance(config, FinetuneConfig) else None,
+        beginning=config if isinstance(config, FinetuneConfig | RlConfig) else None,
     )
 
 

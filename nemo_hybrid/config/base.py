@@ -43,6 +43,8 @@ SIZES = dict[PositiveFloat, PositiveInt]
 
 NAMED = Mapping[str, str]
 """Texts, such as places, by names that the user gives them; another type than GLOBS."""
+SHARES = Mapping[str, NotNegativeFloat]
+"""Shares of a whole, by names that the user gives them; they need not sum to 1."""
 OPTIONS_BY_NAME = dict[str, dict[str, Any]]
 """Things that have options of their own, by names that the user gives them."""
 
@@ -187,6 +189,8 @@ def type_in_words(hint: Any) -> str:
         return 'a mapping of tokens to sequences such as "{2e9: 768, 8e9: 1536}"'
     if hint == NAMED:
         return 'a mapping of names to texts such as "{math: runs/math/model}"'
+    if hint == SHARES:
+        return 'a mapping of names to numbers such as "{math: 0.6, choice: 0.4}"'
     if hint == OPTIONS_BY_NAME:
         return 'a mapping of names to options such as "{arithmetic: {format_reward: 0.1}}"'
     return "a mapping of paths to numbers"

@@ -89,6 +89,16 @@ class LoraOptions(Options):
     def scale(self) -> float:
         return (2.0 * self.rank if self.alpha is None else self.alpha) / max(1, self.rank)
 
+    def mistakes(self, train_router: bool) -> list[tuple[object, str]]:
+        """For `refuse`."""
+        return [
+            (
+                self.rank and train_router,
+                "train.train_router cannot be had with lora.rank: weights are frozen",
+            ),
+            (not self.rank and self.changed(), "lora options have no effect without lora.rank"),
+        ]
+
 
 @dataclass(config=CHECKED)
 class DistillOptions(Options):
@@ -213,11 +223,7 @@ class FinetuneConfig(TrainingConfig):
             ),
             (mtp and not train.mtp_loss_weight, f"{no_mtp}: train.mtp_loss_weight is 0"),
             (mtp and rank, f"{no_mtp}: lora.rank asks for adapters: choose one of the two"),
-            (
-                rank and train.train_router,
-                "train.train_router cannot be had with lora.rank: weights are frozen",
-            ),
-            (not rank and self.lora.changed(), "lora options have no effect without lora.rank"),
+            *self.lora.mistakes(train.train_router),
             (
                 distils and self.precision.low,
                 f"{no_distilling}: precision.recipe asks for other formats",

@@ -12,6 +12,7 @@ from nemo_hybrid.config.base import (
     CHECKED,
     NAMED,
     OPTIONS_BY_NAME,
+    SHARES,
     BelowOne,
     NotNegativeFloat,
     NotNegativeInt,
@@ -20,6 +21,7 @@ from nemo_hybrid.config.base import (
     PositiveInt,
     refuse,
 )
+from nemo_hybrid.config.finetune import LoraOptions
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import IN_STEPS, SequenceOptions, TrainingConfig, TrainOptions
 from nemo_hybrid.errors import UserError
@@ -109,6 +111,12 @@ class PromptOptions(SequenceOptions):
     with rollout.response_tokens more may be longer."""
     skip_bad: bool = False
     """Skip (and count) rows that cannot be asked or judged, instead of stopping."""
+    skip_solved: bool = False
+    """Leave out (and count) prompts whose field pass_rate is 0 or 1, which teach nothing."""
+    easy_first: bool = False
+    """Ask prompts with a larger pass_rate first, in every pass over them."""
+    shares: SHARES = field(default_factory=dict)
+    """Environment -> its share of the prompts of every step; none: as many as there are of each."""
 
 
 @dataclass(config=CHECKED)
@@ -134,7 +142,8 @@ class RlTrainOptions(TrainOptions):
     beta2: BelowOne = 0.999
     """AdamW beta 2."""
     mtp_loss_weight: NotNegativeFloat = 0.0
-    """Has to be 0: the multi-token-prediction block stays as it is."""
+    """Weight lambda of the mean over depths of the multi-token-prediction losses on learnt answers,
+    which train that block alone; 0: it stays as it is."""
     aux_loss_weight: NotNegativeFloat = 0.0
     """Weight of the sequence-wise load-balancing loss."""
     router_bias_rate: NotNegativeFloat = 0.0
@@ -164,6 +173,7 @@ class RlConfig(TrainingConfig):
     train: RlTrainOptions = field(default_factory=RlTrainOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     rl: PolicyOptions = field(default_factory=PolicyOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     @property
     def prompts_per_step(self) -> int:
@@ -212,11 +222,7 @@ class RlConfig(TrainingConfig):
                 f"rollout.response_tokens ({self.rollout.response_tokens}) leaves no room for "
                 f"prompts: raise data.sequence_length ({self.data.sequence_length})",
             ),
-            (
-                train.mtp_loss_weight,
-                "train.mtp_loss_weight must be 0: train the block afterwards, on answers "
-                "(finetune --train.trained mtp)",
-            ),
+            *self.lora.mistakes(train.train_router),
             (
                 train.router_bias_rate and not train.train_router,
                 "train.router_bias_rate has no effect without train.train_router",
@@ -242,6 +248,14 @@ class RlConfig(TrainingConfig):
                     f"environment {name} has no teacher: name one in routes, or a default",
                 )
                 for name in self.environments
+            ),
+            *(
+                (name not in self.environments, f"data.shares: there is no environment {name!r}")
+                for name in self.data.shares
+            ),
+            (
+                bool(self.data.shares) and not sum(self.data.shares.values()),
+                "data.shares are all 0",
             ),
             *(
                 (

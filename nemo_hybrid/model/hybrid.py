@@ -102,19 +102,24 @@ class HybridLM(nn.Module):
         documents: Documents | None = None,
         depths: int | None = None,
         chosen: Callable[[Sequence[Tensor]], Tensor] = itemgetter(-1),
+        detached: bool = False,
     ) -> tuple[list[Tensor], Stats]:
         """Hidden states of so many ``depths`` (None: as many as the model is trained with), from
         the backbone's final hidden states. ``chosen``: what a depth reads of those before it, the
-        backbone's first.
+        backbone's first. ``detached``: gradients reach the block alone.
 
         Statistics are summed over depths, because the depths share one router.
         """
         assert self.mtp is not None, "the model has no multi-token-prediction block"
         seq_idx_BS = None if documents is None else documents.seq_idx_BS
         states, stats, depths = [h_BSD], Stats(), depths or self.config.mtp_num_depths
+        if detached:
+            states = [h_BSD.detach()]
         wide = self.mtp.wide() if depths > 1 else {}
         for depth in range(1, depths + 1):
             e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
+            if detached:
+                e_BSD = e_BSD.detach()
             h_BSD, routed = functional_call(self.mtp, wide, (chosen(states), e_BSD, documents))
             states.append(h_BSD)
             for i, new in routed.items():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -62,10 +63,8 @@ class Boosted(NextToken):
             drawn_BS = draw(streams_B1, batch.ids_BS.shape[1], len(states))
             return mixed(states, drawn_BS, batch.seq_idx_BS)
 
-        mixing = {"chosen": chosen} if self.options.mixing else {}
-        hidden, stats = self.model.forward_mtp(
-            h_BSD, batch.ids_BS, batch.packing, self.depths, **mixing
-        )
+        how = chosen if self.options.mixing else itemgetter(-1)
+        hidden, stats = self.model.forward_mtp(h_BSD, batch.ids_BS, batch.packing, self.depths, how)
         return [h_BSD, *hidden], stats
 
     def _learn(

@@ -135,6 +135,34 @@ class NextToken(Objective):
         return (config.pattern + mtp).count("E")
 
 
+class DetachedMTP(NextToken):
+    """Here multi-token prediction trains its block alone: its losses have no part in the gradients
+    of what that shares with the backbone."""
+
+    def _read(self, batch: Batch, step: int) -> tuple[list[Tensor], Stats]:
+        h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
+        if not self.depths:
+            return [h_BSD], stats
+        mtp_hidden, mtp_stats = self.model.forward_mtp(
+            h_BSD, batch.ids_BS, batch.packing, detached=True
+        )
+        return [h_BSD, *mtp_hidden], stats | mtp_stats
+
+    def _cross_entropy(
+        self, hidden: list[Tensor], targets: Targets, scale_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        head_VD = self.model.lm_head.weight
+        heads = [head_VD, *[head_VD.detach()] * self.depths]
+        scale_NT = scale_N[:, None] * targets.weights_NT
+        found = [
+            linear_cross_entropy(h_BSD.flatten(0, 1), head, labels_BS.flatten(), scale_T)
+            for h_BSD, head, labels_BS, scale_T in zip(
+                hidden, heads, targets.labels_NBS, scale_NT, strict=True
+            )
+        ]
+        return torch.stack([loss for loss, _ in found]).sum(), torch.stack([ce for _, ce in found])
+
+
 def labels_and_validity(batch: Batch, depths: int) -> tuple[Tensor, Tensor]:
     """Labels and validity [1 + D, B, S]: depth k at position t targets token t + 1 + k.
 

@@ -15,6 +15,10 @@ def recipe_of(config: TrainingConfig) -> Recipe:
 
         return Pretrain(config)
     if isinstance(config, RlConfig):
+        if config.lora.rank:
+            from nemo_hybrid.recipes.adapt import ReinforceAdapters
+
+            return ReinforceAdapters(config)
         from nemo_hybrid.recipes.reinforce import Reinforce
 
         return Reinforce(config)

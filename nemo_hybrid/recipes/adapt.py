@@ -1,4 +1,4 @@
-"""Fine-tuning of low-rank adapters alone: weights stay, and checkpoints are PEFT directories."""
+"""Training of low-rank adapters alone: weights stay, and checkpoints are PEFT directories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,25 +23,30 @@ from nemo_hybrid.checkpoint.directory import Writer
 from nemo_hybrid.checkpoint.load import tensors_by_name
 from nemo_hybrid.checkpoint.manifest import to_json
 from nemo_hybrid.checkpoint.writing import describe_model
-from nemo_hybrid.config.finetune import LoraOptions
+from nemo_hybrid.config.finetune import FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.rl import RlConfig
+from nemo_hybrid.data.packing import PackedSamples
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model import lora
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
+from nemo_hybrid.recipes.base import R, StoreRecipe
 from nemo_hybrid.recipes.finetune import Finetune, freeze
+from nemo_hybrid.recipes.reinforce import Reinforce
+from nemo_hybrid.recipes.rollouts import Prompts
 from nemo_hybrid.terminal import table_text
 from nemo_hybrid.train.run import Run, Trained
 
+Adaptable = TypeVar("Adaptable", FinetuneConfig, RlConfig)
 
-class Adapt(Finetune):
+
+class Adapting(StoreRecipe[Adaptable, R]):
     """Adapters beside frozen weights, which are those of model.from_hf in every step."""
 
     needs_origin = True
     origin_is = "the adapter is for"
-    loaded_by = "peft"
-    trained_words = "A LoRA adapter for"
 
     def prepare(self, model: HybridLM, world: World, resumed: bool) -> Trained:
         self._load(model, world)  # also if resumed: checkpoints do not hold these weights
@@ -52,19 +57,38 @@ class Adapt(Finetune):
         dtype = policy.weight_dtype(config.precision)
         return Trained(AdaptersAlone(model, config.lora, dtype, str(self._base), self.origin))
 
+    def _table(self) -> str:
+        return table_text(lora.HEADER, lora.table(self.adapted), right=lora.HEADER[1::2]).rstrip()
+
+    def _find_origin(self, checkpoint: Path | None) -> Path:
+        """Of a checkpoint to go on from the weights that it names."""
+        named = None if checkpoint is None else base_named(checkpoint)
+        return named if named and named.is_dir() else super()._find_origin(checkpoint)
+
+
+class Adapt(Finetune, Adapting[FinetuneConfig, PackedSamples]):
+    """Fine-tuning of them."""
+
+    loaded_by = "peft"
+    trained_words = "A LoRA adapter for"
+
     def describe(self, run: Run) -> list[str]:
-        table = table_text(lora.HEADER, lora.table(self.adapted), right=lora.HEADER[1::2])
-        return [*super().describe(run), table.rstrip("\n")]
+        return [*super().describe(run), self._table()]
 
     def _warnings(self, run: Run) -> Iterator[str]:
         yield from super()._warnings(run)
         if any(one.name.endswith(".out_proj") for one in self.adapted):
             yield "warning: PEFT refuses adapters of out_proj: merge this one to use it there"
 
-    def _find_origin(self, checkpoint: Path | None) -> Path:
-        """Of a checkpoint to go on from the weights that it names."""
-        named = None if checkpoint is None else base_named(checkpoint)
-        return named if named and named.is_dir() else super()._find_origin(checkpoint)
+
+class ReinforceAdapters(Reinforce, Adapting[RlConfig, Prompts]):
+    """Reinforcement learning of them."""
+
+    loaded_by = "peft"
+    trained_words = "A LoRA adapter for"
+
+    def describe(self, run: Run) -> list[str]:
+        return [*super().describe(run), self._table()]
 
 
 class AdaptersAlone:

@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import nn
 
 from nemo_hybrid import __version__
-from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
 from nemo_hybrid.checkpoint.publish import CLAMPED, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import step_of
@@ -90,10 +89,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
 
     def publish(self, last: Path) -> None:
         """Make RUN_DIR/model of the last checkpoint: what transformers, PEFT and engines load."""
-        # Beside an adapter transformers would take config.json for that of a whole model.
-        left_out = ["config.json"] if (last / ADAPTER).is_file() else []
-        out = Path(self.config.run_dir) / MODEL
-        publish(last, out, self._card(step_of(last)), left_out)
+        publish(last, Path(self.config.run_dir) / MODEL, self._card(step_of(last)))
 
     # ---- data ----------------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LatentMoE
 from nemo_hybrid.model.lora import parameter_count
 from nemo_hybrid.objectives.base import Objective
-from nemo_hybrid.objectives.next_token import NextToken
+from nemo_hybrid.objectives.next_token import DetachedMTP
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.base import StoreRecipe
+from nemo_hybrid.recipes.curriculum import Curriculum
 from nemo_hybrid.recipes.distill import frozen_teacher
 from nemo_hybrid.recipes.finetune import freeze
 from nemo_hybrid.recipes.rollouts import Prompts, Rollouts
@@ -39,13 +40,16 @@ from nemo_hybrid.train.run_dir import MODEL
 class Reinforce(StoreRecipe[RlConfig, Prompts]):
     """Weights of model.from_hf, and a policy gradient."""
 
+    loaded_by = "transformers"
+    """What loads the model that a run leaves."""
+    trained_words = "Weights that began as"
     _rollouts: Rollouts
     _pool: Pool
     _teachers: dict[str, Path]
 
     def __init__(self, config: RlConfig) -> None:
         super().__init__(config)
-        self.needs_origin = config.rl.kl > 0
+        self.needs_origin = self.needs_origin or config.rl.kl > 0
 
     def identity(self) -> dict[str, Any]:
         config = self.config
@@ -54,6 +58,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             "environments": config.environments,
             "teachers": {n: [str(d), base_digest(d)] for n, d in self._teachers.items()},
             "routes": config.routes,
+            "curriculum": [config.data.easy_first, dict(config.data.shares)],
             "rollout": {
                 "samples": config.rollout.samples,
                 "response_tokens": config.rollout.response_tokens,
@@ -67,7 +72,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         layers = (m for m in model.modules() if isinstance(m, LatentMoE))
         dispatcher = next((layer.dispatcher for layer in layers), None)
         with world.agreed():
-            if self.needs_origin:
+            if self.config.rl.kl:
                 assert self.origin is not None
                 self._rollouts.reference = frozen_teacher(self.origin, self.shape, dispatcher)
             self._rollouts.teachers = {
@@ -101,7 +106,7 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             self._rollouts.reference.to(head.device, head.dtype)
         for teacher in self._rollouts.teachers.values():
             teacher.to(dtype=head.dtype)
-        return NextToken(model, self.config.train, lambda step: by_samples)
+        return DetachedMTP(model, self.config.train, lambda step: by_samples)
 
     def begin(self, run: Run) -> None:
         super().begin(run)
@@ -119,7 +124,8 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
     def describe(self, run: Run) -> list[str]:
         config, rows = self.config, self.rows
         total, trained = parameter_count(run.model), parameter_count(run.model, trained=True)
-        left_out = f" ({rows.left_out} left out)" if rows.left_out else ""
+        why = {"left out": rows.left_out, "always or never solved left out": rows.solved}
+        left_out = "".join(f" ({count} {what})" for what, count in why.items() if count)
         return [
             *self._origin_warning(),
             f"data {len(rows.train):,} prompts{left_out} for {', '.join(config.environments)}; "
@@ -180,15 +186,22 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         stop_rendering()
         if not read[0]:
             raise UserError(f"{config.data.path} holds no prompts that can be asked and judged")
+        train, seed = read[0], config.train.seed
+        if config.data.skip_solved:
+            train = [prompt for prompt in train if prompt.row.get("pass_rate") not in (0, 1)]
+            if not train:
+                raise UserError(f"{config.data.path}: every pass_rate is 0 or 1")
         limited = any(prompt.budget is not None for prompts in read for prompt in prompts)
         return Prompts(
-            train=read[0],
+            train=train,
+            curriculum=Curriculum(train, config.prompts_per_step, config.data, seed),
             heldout=read[1],
             tokenizer=tokenizer,
             tokenizer_dir=self.origin,
             tokenizer_sha256=tokenizer_sha256(self.origin),
             markers=Markers(*map(tuple, reader.marker_ids)) if limited else None,
             left_out=len(faults or []),
+            solved=len(read[0]) - len(train),
         )
 
     def _with_environments(
@@ -216,10 +229,10 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         origin = self.origin or Path(str(config.model.from_hf))
         base = code(origin_name(origin))
         lines = [
-            card_head(["reinforcement-learning"], origin),
+            card_head(["reinforcement-learning"], origin, self.loaded_by),
             f"# {base}, after reinforcement learning",
             "",
-            f"Weights that began as {base}, trained with nemo_hybrid {__version__} for {steps} "
+            f"{self.trained_words} {base}, trained with nemo_hybrid {__version__} for {steps} "
             f"steps of {config.train.global_batch_size} sampled answers, judged by "
             f"{', '.join(map(code, config.environments))}; learning rate {config.train.lr:g}, in "
             f"{config.precision.recipe}. The base model's licence and limits apply.",
@@ -235,5 +248,8 @@ def _unfit(
         return f"the row names no environment: give one of {', '.join(known)}"
     if name not in known:
         return f"there is no environment {name!r} in environments, only {', '.join(known)}"
+    rate = row.get("pass_rate", 0)
+    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        return f"pass_rate is {rate!r}, not a number from 0 to 1"
     missing = [field for field in known[name] if row.get(field) is None]
     return f"environment {name} needs the field {missing[0]}" if missing else None

@@ -22,7 +22,7 @@ import numpy as np
 
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import Share, permute
+from nemo_hybrid.data.loader import Share
 from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.prompts import Prompt
 from nemo_hybrid.data.tokenizer import TextTokenizer
@@ -43,6 +43,7 @@ from nemo_hybrid.recipes.answers import (
     log_probabilities,
     to_json,
 )
+from nemo_hybrid.recipes.curriculum import Curriculum
 from nemo_hybrid.train.run_dir import ROLLOUTS
 
 _PATIENCE = 3
@@ -56,6 +57,7 @@ class Prompts:
     """What a run asks (see `loader.Rows`), and the checkpoint whose tokenizer it is in."""
 
     train: list[Prompt]
+    curriculum: Curriculum
     heldout: list[Prompt]
     tokenizer: TextTokenizer
     tokenizer_dir: Path
@@ -63,6 +65,8 @@ class Prompts:
     markers: Markers | None = None
     """Of thinking, where prompts limit it."""
     left_out: int = 0
+    solved: int = 0
+    """Left out because their answers are always alike."""
     weights: Sequence[float] = (1.0,)
     later_weights: None = None
 
@@ -154,17 +158,14 @@ class Rollouts:
 
     def _sample(self, turn: int) -> None:
         """Answers to the prompts of a turn, judged and compared."""
-        config, world, count = self._config, self._world, len(self._prompts.train)
-        n, per_step = config.rollout.samples, config.prompts_per_step
+        config, world, n = self._config, self._world, self._config.rollout.samples
         asked, requests = {}, []
-        for place in range(per_step):
-            epoch, index = divmod(turn * per_step + place, count)
-            index = permute(index, count, config.train.seed, "prompts", epoch)
-            asked[place] = self._prompts.train[index]
+        for place, (prompt, before) in enumerate(self._prompts.curriculum.turn(turn)):
+            asked[place] = prompt
             if place % world.size == world.rank:
                 # Whoever is asked again gives other answers.
-                numbers = range(epoch * n, (epoch + 1) * n)
-                requests.append((place, self._request(asked[place], numbers)))
+                numbers = range(before * n, (before + 1) * n)
+                requests.append((place, self._request(prompt, numbers)))
         began = time.monotonic()
         with world.agreed():
             rollouts = list(self._generate([request for _, request in requests]))

@@ -54,6 +54,7 @@ MAKERS = {
     "commands/prepare": {"documents", "preview", "samples"},
     "recipes/pretrain": {"documents"},
     "recipes/finetune": {"samples", "template"},
+    "recipes/curriculum": {"prompts"},
     "recipes/reinforce": {"prompts", "template"},
     "recipes/rollouts": {"prompts"},
     "commands/generate": {"chat", "prompts", "sources"},

@@ -3,9 +3,10 @@
 By one process: OUT/plain; OUT/rough_0 and OUT/rough_1, whose weights are rounded worse; OUT/twice,
 where every rollout is learnt from twice, and OUT/resumed, which goes on from the middle of a
 rollout of it; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
-OUT/same, taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where
-a process divides by its own count of tokens; OUT/idle, in which one process has no prompt;
-OUT/taught, by both; and OUT/failure_0 and OUT/failure_1, what each says when one cannot evaluate.
+OUT/alone, a step, and OUT/along, which trains the MTP block too; OUT/same, taught by BASE, and
+OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where a process divides by its own
+count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by both; OUT/adapted, of
+adapters; and OUT/failure_0 and OUT/failure_1, what each says when one cannot evaluate.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
         run("idle", parallel__ep=2, train__global_batch_size=4, data__path=str(one))
         routes = {"digits": "b", "default": "a"}
         run("taught", parallel__ep=2, teachers=teachers, routes=routes)
+        run("adapted", parallel__ep=2, lora__rank=2, train__max_steps=2)
         rank = os.environ["RANK"]
         with patch.object(Rollouts, "_generate", fails) if rank == "1" else nullcontext():
             try:
@@ -83,6 +85,9 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
 
     with patch.object(Rollouts, "restore", forget):
         go_on("forgetful", "twice", TWICE, **twice)
+    free = {"train__max_steps": 1, "train__clip_grad_norm": 1e6}
+    run("alone", **free)
+    run("along", train__mtp_loss_weight=0.3, **free)
     run("kept", rl__kl=1000.0, train__max_steps=2)
     alone = {"data__path": str(one), "rollout__samples": 1, "train__max_steps": 2}
     run("same", teachers=teachers, routes={"letters": "a", "default": "b"}, **alone)

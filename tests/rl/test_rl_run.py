@@ -172,6 +172,27 @@ def test_a_process_without_prompts_waits_for_nobody(runs: Path) -> None:
     assert all(row["tokens"] == 2 * 64 for row in found)  # a row on each of the two
 
 
+def test_adapters_learn_alone(runs: Path) -> None:
+    found = rows(runs, "adapted")
+    assert all(1 <= row["mismatch"] < 1.00001 and row["grad_norm"] > 0 for row in found)
+    saved = load_file(runs / "adapted/model/adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in saved.values())
+    assert "tags" in (runs / "adapted/model/README.md").read_text()
+    assert not (runs / "adapted/model/config.json").exists()
+    # What is learnt from is the same as without adapters, which compute zero at the beginning.
+    assert found[0]["sample_hash"] == rows(runs, "plain")[0]["sample_hash"]
+
+
+def test_the_block_learns_along_without_touching_the_backbone(runs: Path, base: Path) -> None:
+    before, plain, along = (
+        tensors(base / "hf"), *(weights(runs / name, 1) for name in ("alone", "along"))
+    )  # fmt: skip
+    for name, tensor in along.items():
+        block = name.startswith("mtp.")
+        assert torch.equal(tensor, plain[name]) != (block and ".gate." not in name), name
+        assert torch.equal(plain[name], before[name]) == (block or ".gate." in name), name
+
+
 def test_the_reference_holds_the_policy(runs: Path) -> None:
     """From the second step on its divergence has a gradient."""
     free, kept = rows(runs, "plain"), rows(runs, "kept")
@@ -222,7 +243,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
     ({"rollout__response_tokens": 64}, None, "leaves no room for prompts"),
     ({"environments": {}}, None, "environments is missing"),
     ({"environments": {"lettres": {}}}, None, "environments.lettres: there is no kind 'lettres'"),
-    ({"train__mtp_loss_weight": 0.1}, None, "train.mtp_loss_weight must be 0"),
+    ({"lora__alpha": 2.0}, None, "lora options have no effect without lora.rank"),
     ({"train__router_bias_rate": 1e-3}, None, "no effect without train.train_router"),
     ({"train__eval_sequences": 8}, None, "there are no held-out prompts"),
     ({"rl__clip_low": 0.1}, None, "rl.clip_low has no effect with rl.updates 1"),
@@ -251,6 +272,18 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
         {"teachers": {"a": "FOREIGN"}, "routes": {"default": "a"}},
         None,
         "teachers.a: FOREIGN has another tokenizer than",
+    ),
+    ({"data__shares": {"word": 1}}, None, "data.shares: there is no environment 'word'"),
+    ({"data__shares": {"letters": 0}}, None, "data.shares are all 0"),
+    (
+        {},
+        {"prompt": "ab", "environment": "letters", "pass_rate": 2},
+        "line 2: pass_rate is 2, not a number from 0 to 1",
+    ),
+    (
+        {"data__easy_first": True},
+        {"prompt": "ab", "environment": "letters", "pass_rate": 1},
+        "line 1: data.easy_first needs",
     ),
     ({"data__path": None}, None, "data.path is missing"),
     ({"model__from_hf": None}, None, "model.from_hf is missing"),
