@@ -3,10 +3,11 @@
 By one process: OUT/plain; OUT/rough_0 and OUT/rough_1, whose weights are rounded worse; OUT/twice,
 where every rollout is learnt from twice, and OUT/resumed, which goes on from the middle of a
 rollout of it; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
-OUT/alone, a step, and OUT/along, which trains the MTP block too; OUT/same, taught by BASE, and
-OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where a process divides by its own
-count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by both; OUT/adapted, of
-adapters; and OUT/failure_0 and OUT/failure_1, what each says when one cannot evaluate.
+OUT/half, in bf16; OUT/alone, a step, and OUT/along, which trains the MTP block too; OUT/same,
+taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where a process
+divides by its own count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by
+both; OUT/adapted, of adapters; and OUT/failure_0 and OUT/failure_1, what each says when one cannot
+evaluate. By four: OUT/four.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     one = out / "one.jsonl"
     one.write_text('{"prompt": "ab", "environment": "letters"}\n')
     teachers = {"a": str(base), "b": str(other)}
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 4:
+        run("four", parallel__ep=2, train__micro_batch_size=1)
+        return stop()
+    if size > 1:
         run("world")
         run("ep", parallel__ep=2)
         with patch.object(World, "sum", own_counts):
@@ -85,6 +90,7 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
 
     with patch.object(Rollouts, "restore", forget):
         go_on("forgetful", "twice", TWICE, **twice)
+    run("half", precision__recipe="bf16", train__max_steps=2)
     free = {"train__max_steps": 1, "train__clip_grad_norm": 1e6}
     run("alone", **free)
     run("along", train__mtp_loss_weight=0.3, **free)

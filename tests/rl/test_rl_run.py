@@ -146,17 +146,38 @@ def distances(runs: Path, base: Path, name: str) -> dict[str, float]:
     }
 
 
-def test_layouts_learn_the_same(runs: Path, base: Path) -> None:
-    """Within twice of what weights change that are rounded eight times as badly."""
-    for name in ("world", "ep", *(f"rough_{draw}" for draw in range(DRAWS))):
-        for ours, theirs in zip(rows(runs, name), rows(runs, "plain"), strict=True):
-            assert ours["reward"] == theirs["reward"]
-            assert ours["sample_hash"] == theirs["sample_hash"]
+def layout_bands(runs: Path, base: Path) -> dict[str, float]:
+    """Twice of what weights change that are rounded eight times as badly."""
     rough = [distances(runs, base, f"rough_{draw}") for draw in range(DRAWS)]
-    bands = {name: 2 * max(found[name] for found in rough) for name in rough[0]}
+    return {name: 2 * max(found[name] for found in rough) for name in rough[0]}
+
+
+def check_alike(runs: Path, base: Path, name: str, bands: dict[str, float]) -> None:
+    """The same answers, and the same learnt of them, as in the plain run."""
+    for same in ("reward", "sample_hash"):
+        assert [row[same] for row in rows(runs, name)] == [row[same] for row in rows(runs, "plain")]
+    found = distances(runs, base, name)
+    assert all(found[kind] < bands[kind] for kind in bands), (name, found, bands)
+
+
+@pytest.mark.sweep
+def test_four_processes_learn_the_same(runs: Path, base: Path, tmp_path: Path) -> None:
+    program, questions = Path(__file__).with_name("rl_runs.py"), runs / "questions.jsonl"
+    run_python([program, base / "hf", base / "other", questions, tmp_path], 4)
+    (tmp_path / "plain").symlink_to(runs / "plain")
+    check_alike(tmp_path, base, "four", layout_bands(runs, base))
+
+
+def test_mismatch_in_bf16(runs: Path) -> None:
+    """More than in fp32, which it is measured by, and below the bound that stops a run."""
+    for row in rows(runs, "half"):
+        assert 1 + 10 * (rows(runs, "plain")[0]["mismatch"] - 1) < row["mismatch"] <= 1.05
+
+
+def test_layouts_learn_the_same(runs: Path, base: Path) -> None:
+    bands = layout_bands(runs, base)
     for layout in ("world", "ep"):
-        found = distances(runs, base, layout)
-        assert all(found[name] < bands[name] for name in bands), (layout, found, bands)
+        check_alike(runs, base, layout, bands)
     mistaken = distances(runs, base, "local")
     assert all(mistaken[name] > SABOTAGE * bands[name] for name in bands), (mistaken, bands)
 
