@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+from helpers.preparing import write_folder
 from nemo_hybrid.data.store import Store, StoreWriter
 from nemo_hybrid.data.tokenizer import TextTokenizer, train_tokenizer
 
 MakeStore = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """in/ with one file of each kind, some of them nested; 40 documents in all."""
+    return write_folder(tmp_path / "in")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,75 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_hybrid.data.documents import prepare
-from nemo_hybrid.data.making import Summary
+from helpers.preparing import decoded, everything, make, nothing_left, texts
 from nemo_hybrid.data.sources import default_sources
 from nemo_hybrid.data.store import Store
 from nemo_hybrid.data.tokenizer import TextTokenizer, load_tokenizer
 from nemo_hybrid.errors import UserError
-
-WORDS = "the quick brown fox jumps over lazy dogs while naïve Čerenkov 光 shines 🎉 on </s> and <s>"
-
-
-def texts(count: int, salt: str = "") -> list[str]:
-    words = WORDS.split()
-    return [
-        f"{salt}{i}\n" + " ".join(words[(i * 7 + j * j) % len(words)] for j in range(30))
-        for i in range(count)
-    ]
-
-
-def make(paths: list[Any], out: Path, **options: Any) -> Summary:
-    if "tokenizer" not in options:
-        options = {"vocab_size": 300, **options}
-    how = {name: options.pop(name) for name in ("progress", "reuse") if name in options}
-    options = {"heldout": 0.3, "seed": 0, **options, "paths": [*map(str, paths)], "out": str(out)}
-    return prepare(**options, **{"progress": False, **how})
-
-
-def decoded(out: Path, split: str) -> list[str]:
-    """Text of every document, by the tokenizer that was stored with it."""
-    store = Store.open(out / split)
-    tokenizer = load_tokenizer(out).tokenizer
-    ids = store.read(0, len(store))
-    starts = np.flatnonzero(store.document_starts(0, len(store))).tolist()
-    documents = [ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
-    assert all(d[-1] == store.info.eos_id for d in documents)
-    return [tokenizer.decode(d[:-1], skip_special_tokens=False) for d in documents]
-
-
-def everything(out: Path, splits: tuple[str, ...] = ("train", "heldout")) -> list[str]:
-    return sorted(t for split in splits for t in decoded(out, split))
-
-
-def nothing_left(folder: Path, *names: str) -> bool:
-    return sorted(p.name for p in folder.iterdir()) == sorted(names)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """in/ with one file of each kind, some of them nested; 40 documents in all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    root = tmp_path / "in"
-    (root / "deep" / "er").mkdir(parents=True)
-    drawn = texts(40)
-    for i in range(10):
-        (root / "deep" / f"{i}.txt").write_text(drawn[i])
-        (root / "deep" / "er" / f"{i}.py").write_bytes(b"\xef\xbb\xbf" + drawn[10 + i].encode())
-    lines = [
-        json.dumps({"text": t, "other": 1}, ensure_ascii=i % 2 == 0) for i, t in enumerate(drawn)
-    ]
-    (root / "x.jsonl").write_text("\n\n".join(lines[20:30]) + "\n")
-    pq.write_table(pa.table({"text": drawn[30:40], "n": range(10)}), root / "y.parquet")
-    (root / "empty.txt").touch()
-    (root / ".hidden.txt").write_bytes(b"\xff")
-    (root / "__pycache__").mkdir()
-    (root / "__pycache__" / "a.pyc").write_bytes(b"\xff")
-    (root / "link.txt").symlink_to(root / "empty.txt")
-    (root / "loop").symlink_to(root)
-    return root
 
 
 def test_every_reader_and_the_text_comes_back(folder: Path, tmp_path: Path) -> None:
@@ -228,118 +163,6 @@ def test_a_saved_hugging_face_dataset(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ds" / "state.json").write_text("{}")
     with pytest.raises(UserError, match="not a readable Hugging Face dataset"):
         make([tmp_path / "ds"], tmp_path / "out2", text_field="body")
-
-
-def write_megatron(
-    prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2"
-) -> bytes:
-    """A .bin/.idx pair written from the layout's description; returns the index."""
-    sequences = [s for d in documents for s in d]
-    lengths = [len(s) for s in sequences]
-    item = np.dtype(dtype).itemsize
-    offsets = [item * sum(lengths[:i]) for i in range(len(lengths))]
-    bounds = [sum(len(d) for d in documents[:i]) for i in range(len(documents) + 1)]
-    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
-    index += struct.pack("<Q", len(sequences)) + struct.pack("<Q", len(bounds))
-    index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(offsets)}q", *offsets)
-    index += struct.pack(f"<{len(bounds)}q", *bounds)
-    Path(f"{prefix}.idx").write_bytes(index)
-    tokens = np.array([t for s in sequences for t in s], dtype=dtype)
-    Path(f"{prefix}.bin").write_bytes(tokens.tobytes())
-    return index
-
-
-@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])
-def test_megatron_pairs(folder: Path, tmp_path: Path, code: int, dtype: str) -> None:
-    make([folder], tmp_path / "tok")
-    prefix = tmp_path / "corpus_v1.2_text"
-    documents = [[[10, 11], [12]], [[13, 2]], [], [[], [14]]]
-    write_megatron(prefix, documents, code, dtype)
-    for i, path in enumerate((prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))):
-        out = tmp_path / f"out{i}"
-        summary = make([path], out, tokenizer=tmp_path / "tok", heldout=0.0)
-        store = Store.open(out / "train")
-        assert store.read(0, len(store)).tolist() == [10, 11, 12, 2, 13, 2, 14, 2]
-        assert np.flatnonzero(store.document_starts(0, 8)).tolist() == [0, 4, 6]
-        assert summary.left_out == {"empty documents": 1}
-
-
-def test_megatron_pairs_in_a_directory(folder: Path, tmp_path: Path) -> None:
-    make([folder], tmp_path / "tok")
-    corpus = tmp_path / "corpus"
-    (corpus / "deep").mkdir(parents=True)
-    write_megatron(corpus / "deep" / "m", [[[10, 11]], [[12]]])
-    write_megatron(tmp_path / "n", [[[13]]])
-    for ending in ("bin", "idx"):
-        (corpus / f"linked.{ending}").symlink_to(tmp_path / f"n.{ending}")
-    summary = make([corpus], tmp_path / "out", tokenizer=tmp_path / "tok", heldout=0.0)
-    store = Store.open(tmp_path / "out" / "train")
-    assert store.read(0, len(store)).tolist() == [10, 11, 2, 12, 2, 13, 2]
-    assert (summary.left_out, summary.dropped) == ({}, {})
-    (corpus / "deep" / "m.bin").unlink()
-    with pytest.raises(UserError, match=r"m\.idx: not text but binary"):
-        make([corpus], tmp_path / "out2", tokenizer=tmp_path / "tok", heldout=0.0)
-
-
-def test_megatron_documents_with_other_ends_are_noted(folder: Path, tmp_path: Path) -> None:
-    """They are taken as they are; <s> is token 1, </s> token 2."""
-    make([folder], tmp_path / "tok")
-    write_megatron(tmp_path / "m", [[[10, 2]], [[10, 2, 11]], [[10, 1]], [[2, 10]], [[11]]])
-    summary = make([tmp_path / "m"], tmp_path / "out", tokenizer=tmp_path / "tok", heldout=0.0)
-    inside, other = summary.noted
-    assert "</s> before their end" in inside
-    assert "end with <s>: </s> stands behind it" in other
-    assert list(summary.noted.values()) == [2, 1]
-    assert summary.examples == {inside: ["m#1", "m#3"], other: ["m#2"]}
-    assert "noted                 2 documents with </s>" in str(summary)
-
-
-def test_bad_megatron_pairs(folder: Path, tmp_path: Path) -> None:
-    make([folder], tmp_path / "tok")
-    prefix = tmp_path / "m"
-    good = write_megatron(prefix, [[[10, 11]], [[12]]])
-
-    def message(index: bytes | None = None, **options: Any) -> str:
-        if index is not None:
-            Path(f"{prefix}.idx").write_bytes(index)
-        with pytest.raises(UserError) as e:
-            make([prefix], tmp_path / "out", **{"tokenizer": tmp_path / "tok", **options})
-        return str(e.value)
-
-    assert "name the tokenizer" in message(tokenizer=None)
-    assert "wrong magic number" in message(b"X" + good[1:])
-    assert "wrong magic number" in message(b"MMI")
-    assert "version 2" in message(good[:9] + b"\2" + good[10:])
-    assert "dtype code 6" in message(good[:17] + b"\6" + good[18:])
-    assert "truncated" in message(good[:-1])
-    at = 34 + 2 * 4 + 8  # byte offset of the second sequence
-    assert "points outside" in message(good[:at] + struct.pack("<q", 400) + good[at + 8 :])
-    assert "points outside" in message(good[:at] + struct.pack("<q", -2) + good[at + 8 :])
-    assert "points outside" in message(good[:-8] + struct.pack("<q", 1))
-    moved = struct.pack("<q", 2)  # overlaps with the first
-    said = message(good[:at] + moved + good[at + 8 :])
-    assert re.search(r"m\.idx does not fit m\.bin: sequence 1 does not begin where", said)
-    longer = Path(f"{prefix}.bin")
-    write_megatron(prefix, [[[10, 11]], [[12]]])
-    longer.write_bytes(longer.read_bytes() + bytes(2))
-    assert "it accounts for 3 of 4 tokens" in message()
-    # Lengths without the token that ends a document, which the tokens have.
-    write_megatron(prefix, [[[10, 2]], [[12, 2]]])
-    tokens = longer.read_bytes()
-    write_megatron(prefix, [[[10]], [[12]]])
-    longer.write_bytes(tokens)
-    assert "leave out the token that ends a document" in message()
-    for nothing in ([], [[[]]]):
-        write_megatron(prefix, nothing)
-        assert message().endswith("m.bin and m.idx hold no documents")
-    write_megatron(prefix, [[[10, 11]], [[300]]])
-    assert re.search(r"m\.bin document 1: token id 300 lies outside.* 300;", message())
-    Path(f"{prefix}.idx").unlink()
-    assert "m.idx is missing" in message()
-    Path(f"{prefix}.bin").rename(tmp_path / "n.idx")
-    with pytest.raises(UserError, match=r"n\.bin does not exist"):
-        make([tmp_path / "n.idx"], tmp_path / "out", tokenizer=tmp_path / "tok")
-    assert not (tmp_path / "out").exists()
 
 
 def test_unusable_records_are_counted_named_and_skipped_on_request(

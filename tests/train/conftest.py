@@ -6,15 +6,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers.corpus import write_corpus
+from helpers.chats import tune, write_base, write_chats
+from helpers.commands import Commands, Said, commands_in_one_process
+from helpers.corpus import ALL_EXPERTS, write_corpus
 from helpers.once import once
 from helpers.processes import run_python
 from helpers.runs import tiny_run
 from nemo_hybrid.config.read import dump_config
 
+Finetune = Callable[..., Said]
 LAYOUT = ("--parallel.ep", "2", "--train.micro_batch_size", "2")
 """Of the unbroken run: 2 processes and 2 micro-batches make the 8 sequences of a step."""
 
@@ -87,3 +91,32 @@ def pretrain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     yield lambda *words: main(["pretrain", *map(str, words)])
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tokens visit all experts, so that rounding makes no choice."""
+    return write_base(tmp_path_factory.mktemp("base") / "hf", **ALL_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 30)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with commands_in_one_process() as run:
+        yield run
+
+
+@pytest.fixture
+def finetune(commands: Commands, tmp_path: Path) -> Finetune:
+    """finetune(base, chats, words, sections): the command; gives status and output."""
+
+    def run(base: Path, chats: Path, *words: str | Path, **sections: dict[str, Any]) -> Said:
+        file = tmp_path / "run.yaml"
+        file.write_text(dump_config(tune(base, chats, **sections)))
+        return commands("finetune", "--config", file, *words)
+
+    return run

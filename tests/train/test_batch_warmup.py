@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helpers.commands import Commands, commands_in_one_process
+from helpers.commands import Commands
 from helpers.runs import tiny_run
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.read import dump_config
@@ -46,12 +45,6 @@ def test_processes_share_every_batch() -> None:
         assert {len(share) for share in shares} == {SIZES[number] // 4}
         both = sorted(n for share in shares for samples in share for n in samples)
         assert both == list(sizes.sequences(number))
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with commands_in_one_process() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")
