@@ -82,6 +82,14 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def forget(*paths: Path) -> None:
+    """Drop files from the page cache, so that reading them takes the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def measure(directory: Path, gib: float, repeat: int, pause: float) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
@@ -100,13 +108,6 @@ def measure(directory: Path, gib: float, repeat: int, pause: float) -> dict[str,
         with plain.open("rb") as file:
             os.fsync(file.fileno())
         sync_directory(directory)
-
-    def forget(*paths: Path) -> None:
-        """Drop files from the page cache, so that reading them takes the disk."""
-        for path in paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
     def read_plain() -> None:
         for name, tensor in load_file(plain).items():
