@@ -29,9 +29,9 @@ from nemo_hybrid.checkpoint.convert import write_as_stored
 from nemo_hybrid.checkpoint.directory import STEP, new_directory, verify, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.names import OPTIMIZER_INDEX
-from nemo_hybrid.checkpoint.publish import CARD, CLAMPED, card_head
+from nemo_hybrid.checkpoint.publish import CARD, about, card_head
 from nemo_hybrid.checkpoint.state import FREE, Masters
-from nemo_hybrid.checkpoint.steps import list_steps, saying_if_removed, step_of
+from nemo_hybrid.checkpoint.steps import list_steps, remembered, saying_if_removed, step_of
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
 from nemo_hybrid.checkpoint.weights import Read
 from nemo_hybrid.checkpoint.writing import write_model_files
@@ -212,9 +212,10 @@ def _card(sources: Sequence[Source], parts: Sequence[tuple[Path, float]], weight
         )
     ]
     how = weights if weights in SCHEDULES else "given numbers"
+    last = sources[-1]
     return "\n".join(
         [
-            card_head(["merge"], parts[-1][0]),
+            card_head(["merge"], last.directory),
             f"# Weighted mean of {len(rows)} checkpoints\n",
             f"Made by nemo_hybrid {__version__} (`average`, weights: {how}), summed in fp32 and "
             f"rounded once; where they lay stands in {REPORT}. The training state was not "
@@ -222,7 +223,7 @@ def _card(sources: Sequence[Source], parts: Sequence[tuple[Path, float]], weight
             "| checkpoint | read from | coefficient |\n| --- | --- | --- |",
             *rows,
             "",
-            CLAMPED,
+            about(last.config, remembered(last.directory).get("data.sequence_length")),
             "",
         ]
     )

@@ -16,15 +16,15 @@ from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.directory import STEP, writing
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import is_training_state
+from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.files import sync
 
 CARD = "README.md"
-CLAMPED = (
+_CLAMPED = (
     "transformers keeps Mamba-2 time steps above `time_step_min`; Megatron-LM, SGLang and the "
     "program that trained this model do not, so its probabilities differ from theirs. `nemo-hybrid "
     "compare-logprobs DIR --backend transformers` measures by how much."
 )
-"""What every card says of its model."""
 _LICENCE = ("license", "license_name", "license_link")
 _CACHED = "models--"
 _LONGEST = 200
@@ -48,6 +48,17 @@ def card_head(tags: Iterable[str], base: Path, library: str = "transformers") ->
     # JSON is YAML, whatever stands in it.
     return "\n".join(
         ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]
+    )
+
+
+def about(shape: ModelConfig, learnt: object = None) -> str:
+    """What every card says of its model. ``learnt``: tokens of the sequences of its last training,
+    where that is known."""
+    trained = f"; last trained on sequences of {learnt:,} tokens" if isinstance(learnt, int) else ""
+    return (
+        f"Context length: declared for {shape.max_position_embeddings:,} tokens "
+        f"(`max_position_embeddings`){trained}. No position embedding limits it; how far the model "
+        f"holds beyond what it was trained on has to be measured.\n\n{_CLAMPED}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.manifest import MANIFEST
 from nemo_hybrid.checkpoint.names import RUN_STATE
-from nemo_hybrid.checkpoint.publish import CARD, CLAMPED, card_head, code, printable
+from nemo_hybrid.checkpoint.publish import CARD, about, card_head, code, printable
 from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.export.decode import inside
@@ -109,7 +109,7 @@ def card(
     if measured is not None:
         title, header, numbers = measured_table(measured)
         sections += ["## Measured", f"{title}:", _table(header, numbers)]
-    sections += [_ENGINES, CLAMPED]
+    sections += [_ENGINES, about(facts.shape)]
     if origin.own:
         # Four spaces make it code, whatever it says.
         lines = ["    " + printable(line.expandtabs(4)) for line in origin.own.splitlines()]

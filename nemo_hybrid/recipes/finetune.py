@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.companions import Companions, read_companions, read_tokenizer
-from nemo_hybrid.checkpoint.publish import CLAMPED, card_head, code, origin_name, publish
+from nemo_hybrid.checkpoint.publish import about, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import step_of
 from nemo_hybrid.config.finetune import FinetuneConfig, FinetuneTrainOptions, SampleOptions
 from nemo_hybrid.config.rl import RlTrainOptions
@@ -36,6 +36,7 @@ from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
 _PREPARING = timedelta(days=7)  # longest wait for rank 0 to make samples
 _LOOKED_AT = 20  # samples
+_FEW = 10  # held-out samples
 _ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
 
 
@@ -83,6 +84,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
             f"data {len(rows.train.lengths):,} samples of {rows.tokens:,} tokens in "
             f"{len(rows.packs):,} packs of {config.data.sequence_length} ({rows.efficiency:.1%} "
             f"full); {train.max_steps} steps of {train.global_batch_size} packs",
+            *([f"held out: {self._heldout_words()}"] if rows.heldout else []),
             f"loss averaged over {loss}, MTP weight {train.mtp_loss_weight:g}; trained {trained:,} "
             f"of {total:,} parameters ({trained / total:.2%})",
         ]
@@ -218,7 +220,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
             "apply.",
             *self._further_card(base),
             "",
-            CLAMPED,
+            about(self.shape, config.data.sequence_length),
         ]
         found = evaluations(list(read_metrics(Path(config.run_dir) / METRICS_FILE)))
         if len(found) > 1:
@@ -226,9 +228,17 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
             lines += [
                 "",
                 f"Held-out loss (nats per learnt token): {before[1][0]:.4f} after step "
-                f"{before[0]}, {after[1][0]:.4f} after step {after[0]}.",
+                f"{before[0]}, {after[1][0]:.4f} after step {after[0]}; of "
+                f"{self._heldout_words()}.",
             ]
         return "\n".join(lines) + "\n"
+
+    def _heldout_words(self) -> str:
+        """How many samples a held-out loss is of, and what that is worth."""
+        store = self.rows.heldout
+        samples = 0 if store is None else len(store.lengths)
+        few = "; so few say little of other text" if samples < _FEW else ""
+        return f"{samples:,} sample{'s' * (samples != 1)}{few}"
 
     def _further_card(self, base: str) -> list[str]:
         return []

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_hybrid import __version__
 from nemo_hybrid.checkpoint.adapter import base_digest
 from nemo_hybrid.checkpoint.companions import Companions, read_companions
-from nemo_hybrid.checkpoint.publish import card_head, code, origin_name, publish
+from nemo_hybrid.checkpoint.publish import about, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import resolve, step_of
 from nemo_hybrid.config.base import refuse
 from nemo_hybrid.config.hf import HybridConfig, read_config
@@ -236,6 +236,8 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             f"steps of {config.train.global_batch_size} sampled answers, judged by "
             f"{', '.join(map(code, config.environments))}; learning rate {config.train.lr:g}, in "
             f"{config.precision.recipe}. The base model's licence and limits apply.",
+            "",
+            about(self.shape, config.data.sequence_length),
         ]
         return "\n".join(lines) + "\n"
 

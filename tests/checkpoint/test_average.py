@@ -123,7 +123,9 @@ def test_the_mean_is_that_of_the_masters_rounded_once(tmp_path, run) -> None:
     assert [part["coefficient"] for part in report] == C
     assert [Path(part["path"]).name for part in report] == [step_name(s) for s in (10, 20, 30)]
     assert {part["read"] for part in report} == {"fp32 masters"}
-    assert "| step_00000010 | fp32 masters | 0.5000 |" in (tmp_path / "o" / "README.md").read_text()
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "| step_00000010 | fp32 masters | 0.5000 |" in card
+    assert "Context length: declared for " in card
 
 
 def test_directories_without_masters_give_their_weights(tmp_path, run) -> None:

@@ -156,6 +156,8 @@ def test_a_checkpoint_arrives_without_the_state_of_training(hub: Hub, tmp_path: 
     card = hub.files.pop("README.md").decode()
     assert card.startswith("---\n")
     assert "time_step_min" in card
+    assert "declared for 262,144 tokens" in card
+    assert "sequences of 32 tokens" in card
     wanted = {p.name for p in checkpoint.iterdir() if "optimizer" not in p.name}
     wanted -= {"rank-00000.safetensors", "rank-00001.safetensors", "run_state.json", "run.yaml"}
     assert hub.files.keys() == wanted - {"manifest.json"}

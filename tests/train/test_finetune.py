@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from helpers.nemotron_h_oracle import load_theirs
 from helpers.processes import run_command
 from helpers.tiny_models import loud
 from nemo_hybrid.checkpoint.load import load_model
-from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.read import dump_config, read_keys
 from nemo_hybrid.data.packing import best_fit
 from nemo_hybrid.data.store import Store
 from nemo_hybrid.files import read_json
@@ -128,7 +130,13 @@ def test_what_comes_out(
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(base).apply_chat_template(
         messages, return_dict=True)["input_ids"]  # fmt: skip
-    assert "fine-tuned" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert "fine-tuned" in card
+    length = read_keys(run / "config.yaml", FinetuneConfig)["data.sequence_length"]
+    assert f"sequences of {length} tokens" in card
+    heldout = len(Store.open(run / "data/heldout", samples=True).lengths)
+    assert 0 < heldout < 10
+    assert re.search(rf"; of {heldout} samples?; so few say little", card)
     assert not list(model.glob("optimizer*"))
     assert not (model / "run_state.json").exists()
 
