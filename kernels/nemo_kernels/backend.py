@@ -131,6 +131,11 @@ def importable(op: str, names: Collection[str]) -> list[str]:
     return [name for name, module in declared if name in names and not _probe(module)]
 
 
+def paths(op: str) -> list[str]:
+    """Names of op's paths, best first, but for the reference. Raises ValueError: no such op."""
+    return list(_declared(op))
+
+
 def report(device_type: str, ops: Sequence[str] = OPS) -> list[tuple[str, str, str]]:
     """(op, path name, reason) of these ops on tensors of a device type."""
     return [(op, *path(op, device_type)) for op in ops]

@@ -38,9 +38,9 @@ def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: i
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             for slot, expert in enumerate(owned_experts):
-                _draw(parameter[slot], name, cfg, generator_of(seed, name, expert))
+                draw_parameter(parameter[slot], name, cfg, generator_of(seed, name, expert))
         else:
-            _draw(parameter, name, cfg, generator_of(seed, name, 0))
+            draw_parameter(parameter, name, cfg, generator_of(seed, name, 0))
 
 
 def generator_of(seed: int, name: str, expert: int) -> torch.Generator:
@@ -48,11 +48,13 @@ def generator_of(seed: int, name: str, expert: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _draw(tensor: Tensor, name: str, cfg: ModelConfig, generator: torch.Generator) -> None:
+@torch.no_grad()
+def draw_parameter(tensor: Tensor, name: str, cfg: ModelConfig, generator: torch.Generator) -> None:
+    """In fp32 on the generator's device, for a model the CPU, so that the tensor's dtype and device
+    do not change the stream."""
     parts = name.split(".")
     leaf, owner = parts[-1], parts[-2]
-    # Always drawn in fp32 on the CPU, so that dtype and device do not change the stream.
-    draw = torch.empty(tensor.shape, dtype=torch.float32)
+    draw = torch.empty(tensor.shape, dtype=torch.float32, device=generator.device)
     if leaf == "A_log":
         draw.uniform_(1, 16, generator=generator).log_()
     elif leaf == "D":
