@@ -24,6 +24,7 @@ from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
 from nemo_kernels.lowp.operand import Operand, Rounding
 from nemo_kernels.moe import kernel
+from nemo_kernels.moe.low_rank import LowRank, mlp
 from nemo_kernels.norm import kernel as norm_kernel
 from nemo_kernels.ssd import kernel as ssd_kernel
 
@@ -105,6 +106,12 @@ def moe_layer(
     down_ELF = leaf(experts, width, inner, dtype=weights)
     for recompute in (False, True):
         kernel.moe_mlp(x_TL, ids_TK, weights_TK, up_EFL, down_ELF, recompute).sum().backward()
+    parts = (LowRank(leaf(experts, 16, width), leaf(experts, inner, 16), 2.0), None)
+    by_path = kernel.experts_for(x_TL, tokens * k, experts, width, inner, 16)
+    slots = kernel.sort_slots(ids_TK, experts)
+    matrices = (up_EFL.detach(), down_ELF.detach(), False)
+    y_TL = mlp(by_path, x_TL, weights_TK, slots, slots.counts_E, *matrices, parts)
+    y_TL.sum().backward()
 
 
 def experts_on_rows(rows: int, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:

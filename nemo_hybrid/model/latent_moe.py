@@ -18,7 +18,7 @@ from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
 from nemo_kernels.documents import Documents
-from nemo_kernels.moe import moe_mlp
+from nemo_kernels.moe import LowRank, moe_mlp
 from nemo_kernels.moe.function import Experts as ExpertProducts
 
 
@@ -36,9 +36,13 @@ class Experts(nn.Module):
         self.low_precision: ExpertProducts | None = None  # see nemo_hybrid.precision
 
     def adapted(self) -> "AdaptedExperts":
-        """What is to be multiplied. With adapters the sums with the weights are made anew, and
-        kept for the backward pass."""
+        """What is to be multiplied. Formats of low precision are those of the sums with adapters,
+        which are made anew then, and kept for the backward pass."""
         up, down = self.up_proj_lora, self.down_proj_lora
+        if self.low_precision is None and (up or down):
+            low_rank = [None if a is None else a.low_rank() for a in (up, down)]
+            beside = (low_rank[0], low_rank[1])
+            return AdaptedExperts(self.up_proj, self.down_proj, self.recompute, None, beside)
         return AdaptedExperts(
             self.up_proj if up is None else up.added_to(self.up_proj),
             self.down_proj if down is None else down.added_to(self.down_proj),
@@ -48,12 +52,13 @@ class Experts(nn.Module):
 
 
 class AdaptedExperts(NamedTuple):
-    """Weights of `Experts`, what adapters add to them included, and how to calculate."""
+    """Weights of `Experts`, how to calculate, and what adapters add that is not in the weights."""
 
     up_proj: Tensor  # [E, F, L]
     down_proj: Tensor  # [E, L, F]
     recompute: bool
     low_precision: ExpertProducts | None
+    low_rank: tuple[LowRank | None, LowRank | None] | None = None
 
 
 class Dispatcher(Protocol):

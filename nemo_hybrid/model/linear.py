@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.model.init import Undrawn
+from nemo_kernels.moe import LowRank
 from nemo_kernels.products import fp32_product
 
 
@@ -33,6 +34,10 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., D_in] -> [.., D_out], of an adapter that is no stack."""
         return _product(_product(x, self.A) * self.scale, self.B)
+
+    def low_rank(self) -> LowRank:
+        """Of a stack, for products of experts."""
+        return LowRank(self.A, self.B, self.scale)
 
     def added_to(self, weight: Tensor) -> Tensor:
         """weight + scale * B A, summed in fp32 and rounded once to the weight's dtype."""

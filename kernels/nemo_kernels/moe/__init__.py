@@ -8,6 +8,8 @@ that combining a token's K results is a plain sum.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,18 @@ from nemo_kernels import backend
 from nemo_kernels.checks import expect, expect_device, expect_range, may_read
 from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Slots
+from nemo_kernels.moe.low_rank import LowRank, mlp
 
-__all__ = ["PATHS", "Slots", "combine_slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
+__all__ = [
+    "PATHS",
+    "LowRank",
+    "Slots",
+    "combine_slots",
+    "grouped_mlp",
+    "moe_mlp",
+    "sort_slots",
+    "topk_router",
+]
 
 PATHS = {"triton": "nemo_kernels.moe.kernel", "grouped_mm": "nemo_kernels.moe.grouped_mm"}
 
@@ -100,6 +112,7 @@ def grouped_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
     experts: Experts | None = None,
+    low_rank: tuple[LowRank | None, LowRank | None] | None = None,
 ) -> Tensor:
     """Experts on rows that are already sorted by expert.
 
@@ -111,6 +124,8 @@ def grouped_mlp(
             dtype, and their gradients are fp32 (path grouped_mm rounds those once before).
         recompute: compute the pre-activation once more in the backward pass.
         experts: calculates the expert MLP instead of the path's, for example in low precision.
+        low_rank: what stands beside w_up_EFL and w_down_ELF; not together with ``experts``. The
+            backward pass keeps no more for it.
 
     Returns:
         y_RL, with gradients for everything but counts_E; exact zeros for experts without rows.
@@ -133,6 +148,10 @@ def grouped_mlp(
     arguments = (x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
     if experts is not None:
         return function.grouped_mlp(experts, *arguments)
+    if low_rank is not None:
+        _, by_path = _with_low_rank(x_RL, x_RL.shape[0], w_up_EFL, low_rank)
+        given = (x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute)
+        return mlp(by_path, *given, low_rank)
     impl = backend.implementation("moe", x_RL.device.type, *_size(w_up_EFL, x_RL))
     return impl.grouped_mlp(*arguments)
 
@@ -145,6 +164,7 @@ def moe_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
     experts: Experts | None = None,
+    low_rank: tuple[LowRank | None, LowRank | None] | None = None,
 ) -> Tensor:
     """Routed experts on unsorted tokens: sort, gather, experts, sum over each token's K results.
 
@@ -152,7 +172,7 @@ def moe_mlp(
         x_TL: tokens.
         topk_ids_TK: int64 experts of each token, each in [0, E).
         topk_weights_TK: their routing weights.
-        w_up_EFL, w_down_ELF, recompute, experts: as for :func:`grouped_mlp`.
+        w_up_EFL, w_down_ELF, recompute, experts, low_rank: as for :func:`grouped_mlp`.
 
     Returns:
         y_TL, summed in fp32 in a fixed order; gradients for all but the ids. The backward pass
@@ -177,6 +197,11 @@ def moe_mlp(
     if not 0 < k <= n_experts:
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
+    if low_rank is not None and experts is None:
+        impl, by_path = _with_low_rank(x_TL, topk_ids_TK.numel(), w_up_EFL, low_rank)
+        slots = impl.sort_slots(topk_ids_TK, n_experts)
+        matrices = (w_up_EFL, w_down_ELF, recompute)
+        return mlp(by_path, x_TL, topk_weights_TK, slots, slots.counts_E, *matrices, low_rank)
     impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
     arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
     if experts is not None:
@@ -189,6 +214,21 @@ def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
     expect("w_up_EFL", w_up_EFL, (None, None, x.shape[1]), dtype=dtype)
     n_experts, width, _ = w_up_EFL.shape
     expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=dtype)
+
+
+def _with_low_rank(
+    x: Tensor, n_rows: int, w_up_EFL: Tensor, low_rank: tuple[LowRank | None, LowRank | None]
+) -> tuple[ModuleType, Experts]:
+    """The path that takes these ranks too, and its products."""
+    n_experts, inner, width = w_up_EFL.shape
+    ranks = []
+    for low, size_in, size_out in zip(low_rank, (width, inner), (inner, width), strict=True):
+        if low is not None:
+            expect("A_ErI", low.A_ErI, (n_experts, None, size_in))
+            expect("B_EOr", low.B_EOr, (n_experts, size_out, low.A_ErI.shape[1]))
+            ranks.append(low.A_ErI.shape[1])
+    impl = backend.implementation("moe", x.device.type, *_size(w_up_EFL, x), *ranks)
+    return impl, impl.experts_for(x, n_rows, n_experts, width, inner, *ranks)
 
 
 def _size(w_up_EFL: Tensor, x: Tensor) -> tuple[torch.dtype, int, int, int, int]:

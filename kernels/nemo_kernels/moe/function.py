@@ -79,6 +79,14 @@ class Experts:
         without slots. ``dy_TL``, contiguous, has rows as x has."""
         raise NotImplementedError
 
+    def rows(self, a_RM: Tensor, b_EMN: Tensor, groups: Any) -> Tensor:
+        """Each row times its expert's matrix, in a's dtype, which is b's: [R, N]."""
+        raise NotImplementedError
+
+    def sums(self, a_RM: Tensor, b_RN: Tensor, groups: Any, dtype: torch.dtype) -> Tensor:
+        """a^T b of each expert's rows, zero for one without: [E, M, N]."""
+        raise NotImplementedError
+
     def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
         """Sum of each token's K slots, in a fixed order, accumulated in fp32: [T, L]."""
         if not len(inverse_TK):

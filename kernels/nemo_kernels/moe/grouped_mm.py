@@ -73,6 +73,12 @@ class GroupedMMExperts(Experts):
             dup_EFL = _of_experts(dh_RF, routed.rows(routed.x_TL), groups)
         return dx_RL, dweight_R, dup_EFL, ddown_ELF
 
+    def rows(self, a_RM: Tensor, b_EMN: Tensor, groups: Tensor) -> Tensor:
+        return _of_rows(a_RM, b_EMN, groups)
+
+    def sums(self, a_RM: Tensor, b_RN: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
+        return _of_experts(a_RM, b_RN, groups).to(dtype)
+
 
 def _of_rows(a_RM: Tensor, b_EMN: Tensor, ends_E: Tensor) -> Tensor:
     """Each row times its expert's matrix. Torch refuses none on a GPU (pytorch issue 192497)."""
@@ -88,6 +94,10 @@ def _of_experts(a_RM: Tensor, b_RN: Tensor, ends_E: Tensor) -> Tensor:
         return a_RM.new_zeros(len(ends_E), a_RM.shape[1], b_RN.shape[1])
     empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
     return grouped_mm(a_RM.t(), b_RN, offs=ends_E).masked_fill_(empty_E[:, None, None], 0)
+
+
+def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> Experts:
+    return GroupedMMExperts()
 
 
 grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())

@@ -86,6 +86,19 @@ class TritonExperts(Experts):
             wgrad(plan.wgrad, dh_RF, routed.x_TL, token_R, end_E, dup_EFL)
         return product(plan.down, dh_RF, tiles, routed.up_EFL), dweight_R, dup_EFL, ddown_ELF
 
+    def rows(self, a_RM: Tensor, b_EMN: Tensor, groups: Groups) -> Tensor:
+        # Tiles of as many rows; of few columns where there are few.
+        tile = self.plan.down if b_EMN.shape[2] > self.plan.up.n else self.plan.up
+        return product(tile, a_RM, groups.tiles, b_EMN)
+
+    def sums(self, a_RM: Tensor, b_RN: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        shape = (len(groups.end_E), a_RM.shape[1], b_RN.shape[1])
+        y_EMN = torch.empty(shape, dtype=dtype, device=a_RM.device)
+        row_R = torch.arange(len(a_RM), dtype=torch.int32, device=a_RM.device)
+        with torch.cuda.device_of(a_RM):
+            wgrad(self.plan.wgrad, a_RM, b_RN, row_R, groups.end_E, y_EMN)
+        return y_EMN
+
     def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
         return combine_slots(y_RL, inverse_TK)
 
@@ -102,9 +115,14 @@ def combine_slots(y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
     return out_TL
 
 
+def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> TritonExperts:
+    """``widths``: L, F, and others that products have."""
+    return TritonExperts(expert_kernel.plan(x.dtype, n_rows, n_experts, *widths))
+
+
 def _planned(x_TL: Tensor, n_rows: int, w_up_EFL: Tensor) -> TritonExperts:
     n_experts, inner, width = w_up_EFL.shape
-    return TritonExperts(expert_kernel.plan(x_TL.dtype, n_rows, n_experts, width, inner))
+    return experts_for(x_TL, n_rows, n_experts, width, inner)
 
 
 def grouped_mlp(
@@ -152,8 +170,8 @@ def moe_mlp(
 
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
     """Whether the kernels take tokens of this dtype, so many experts, so many choices per token,
-    and matrices of these widths (F and L, or none)."""
-    return dtype in _DTYPES and k <= MAX_CHOICES and not _problem(n_experts, prod(widths))
+    and matrices of these widths (F, L and those of low-rank parts, or none)."""
+    return dtype in _DTYPES and k <= MAX_CHOICES and not _problem(n_experts, prod(widths[:2]))
 
 
 def self_check(device_type: str, sizes: backend.Sizes) -> float:

@@ -104,6 +104,19 @@ class LoopExperts(Experts):
                 torch.mm(dh.t(), x.to(acc), out=dup_EFL[e])
         return dx_RL, dweight_R, dup_EFL, ddown_ELF
 
+    def rows(self, a_RM: Tensor, b_EMN: Tensor, groups: list[int]) -> Tensor:
+        acc, y_RN = accumulation_dtype(a_RM), a_RM.new_empty(len(a_RM), b_EMN.shape[2])
+        for e, rows in _occupied(groups):
+            y_RN[rows] = torch.mm(a_RM[rows].to(acc), b_EMN[e].to(acc))
+        return y_RN
+
+    def sums(self, a_RM: Tensor, b_RN: Tensor, groups: list[int], dtype: torch.dtype) -> Tensor:
+        acc = accumulation_dtype(a_RM)
+        y_EMN = a_RM.new_zeros(len(groups), a_RM.shape[1], b_RN.shape[1], dtype=dtype)
+        for e, rows in _occupied(groups):
+            y_EMN[e] = torch.mm(a_RM[rows].to(acc).t(), b_RN[rows].to(acc))
+        return y_EMN
+
 
 def _may_be_at_once(x_RL: Tensor, w_up_EFL: Tensor) -> bool:
     """Few rows, of what grouped_mm takes: fp32, and strides of whole vectors."""
@@ -147,6 +160,11 @@ def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
         torch.mm(x, up.t(), out=h)
     else:
         h.copy_(torch.mm(x.to(acc), up.to(acc).t()))
+
+
+def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> Experts:
+    """What calculates rows of x by experts with these widths."""
+    return LoopExperts()
 
 
 grouped_mlp = partial(function.grouped_mlp, LoopExperts())
