@@ -197,7 +197,7 @@ def pretrained(given: Given) -> dict[str, Any]:
         hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-m", "nemo_hybrid", *words],
-            env=os.environ | hidden, capture_output=True, text=True, timeout=120,
+            env=os.environ | hidden, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-300:]
         rows = (place / name / "metrics.jsonl").read_text().splitlines()
