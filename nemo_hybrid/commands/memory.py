@@ -85,7 +85,7 @@ class Layout:
     cpu: bool
     """Buffers that are never touched take no memory there, and the reference paths are taken."""
     reference: tuple[str, ...]
-    """Operations of ssd, conv1d, attention and loss that take the reference path."""
+    """Operations that take the reference path; those whose memory depends on it."""
     host_copy: bool
     """Checkpoints are copied to CPU memory before they are written."""
     beginning: FinetuneConfig | RlConfig | None = None
@@ -139,7 +139,11 @@ def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: boo
         recompute=config.train.recompute,
         accumulation=config.validate_world(processes),
         cpu=cpu,
-        reference=tuple(op for op, path in kernels.items() if cpu or path == "reference"),
+        reference=tuple(
+            op
+            for op, path in kernels.items()
+            if cpu or path in ("reference", "grouped_mm")  # whose router is the reference's
+        ),
         host_copy=config.checkpoint.asynchronous,
         beginning=config if isinstance(config, FinetuneConfig | RlConfig) else None,
     )
@@ -200,17 +204,27 @@ def _saved(at: Layout, letter: str) -> int:
     q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
     inner, conv, heads = cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads
     experts, k, cast = cfg.n_routed_experts, cfg.num_experts_per_tok, b != 4
-    latent, library = b * (cfg.moe_latent_size or 0), "ssd" not in at.reference
-    chunks = math.ceil(S / min(cfg.chunk_size, S))
-    padded = T if library else at.rows * chunks * min(cfg.chunk_size, S)
+    latent = b * (cfg.moe_latent_size or 0)
+    state, of_router = inner * cfg.ssm_state_size, T * (4 * experts + 12 * k + 4)
+    if "moe" in at.reference:  # also its input and weight in fp32
+        of_router += T * (4 * k + 4) + 4 * cfg.hidden_size * (T + experts) * cast
+    chunk = min(cfg.chunk_size, S)
+    if "ssd" in at.reference:
+        chunks = math.ceil(S / chunk)
+        scan = at.rows * chunks * chunk * (b * conv + 4 * heads + b * inner)
+        scan += at.rows * (chunks + 1) * 4 * state
+    else:  # states in the model's dtype, and four decays of each token
+        chunk = min(max(1 << (chunk - 1).bit_length(), 16), 128)
+        chunks = at.rows * math.ceil(S / chunk)
+        scan = T * (b * conv + 4 * heads + b * inner)
+        scan += chunks * (b * state + 4 * heads * (4 * chunk + 1))
     norm = T * (2 * b * cfg.hidden_size + 4)  # its input, output, and 1/rms
     terms = {
         "M": (
             T * (b * (inner + conv + heads) + 4 * heads),  # in_proj's output, softplus's input
-            T * b * conv,  # of the convolution its result before SiLU, or a copy of its input
+            T * b * conv * ("conv1d" in at.reference),  # its result before SiLU
             T * (4 * cfg.n_groups + b * inner),  # of the gated norm; out_proj's input
-            padded * (b * conv + 4 * heads + b * inner),  # of the scan
-            T * 4 * heads if library else at.rows * (chunks + 1) * 4 * inner * cfg.ssm_state_size,
+            scan,
         ),
         "*": (
             T * (a * (2 * q + 2 * kv) + 4 * cfg.num_attention_heads),
@@ -219,8 +233,7 @@ def _saved(at: Layout, letter: str) -> int:
         ),
         "-": (T * 2 * b * cfg.intermediate_size,),
         "E": (
-            4 * cfg.hidden_size * (T + experts) * cast,  # the router's input and weight in fp32
-            T * (4 * experts + 16 * k + 8),  # scores, choice, chosen scores, sums, weights
+            of_router,  # scores, choice, weights, sums
             T * b * k * cfg.moe_intermediate_size * ("e" not in at.recompute),  # pre-activation
             T * latent,  # fc2's input
             # The rows that came, and five permutations of them; or experts' inputs, one

@@ -45,7 +45,7 @@ def layout(**changed: Any) -> Layout:
     given = {
         "cfg": CONFIG, "processes": 4, "ep": 1, "zero": 2, "width": 2, "rows": 3, "length": 40,
         "recompute": "", "accumulation": 1, "cpu": True, "host_copy": False,
-        "reference": ("ssd", "conv1d", "attention"),
+        "reference": ("ssd", "conv1d", "moe", "attention"),
     }  # fmt: skip
     return Layout(**given | changed)
 
@@ -141,6 +141,19 @@ def test_saved_activations(
     again = replace(at, recompute=letter)
     assert saved(again, letter) == pytest.approx(counted(letter, again, dispatcher), rel=0.01)
     assert saved(again, letter) < real / 3
+
+
+@pytest.mark.parametrize("length", [512, 200])  # with and without whole chunks
+def test_saved_activations_on_a_gpu(length: int) -> None:
+    """Against what the modelled step counts of our kernels, which run on no GPU for it."""
+    shape = replace(CONFIG, chunk_size=48, mtp_num_depths=0)  # by our scan 64
+    at = layout(cfg=shape, width=2, length=length, processes=1, cpu=False, reference=())
+    counted = count(at, paths_of("gpu")).kept
+    for letter in "ME*":
+        kept = sum(size for scope, size in counted.items() if scope.part == letter)
+        assert saved(at, letter) == pytest.approx(kept / shape.pattern.count(letter), rel=0.01)
+        wrong = replace(at, reference=("ssd", "conv1d", "moe", "attention"))
+        assert saved(wrong, letter) > 1.1 * saved(at, letter)
 
 
 @pytest.mark.parametrize("recompute", ["", "E"])
