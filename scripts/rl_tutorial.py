@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     healing: int = 150
 
 
-QUICK = Lengths(rl=80, noise=25, teacher=40, student=50, healing=100)
+QUICK = Lengths(rl=80, noise=25, teacher=40, student=50, healing=60)
 
 
 def command(*words: str | Path, together: bool = True) -> None:

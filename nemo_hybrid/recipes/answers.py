@@ -158,7 +158,7 @@ def _counts(answer: Answer, overlong: str) -> bool:
     return not math.isnan(answer.reward) and (overlong == "keep" or answer.ended == "stop")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def log_probabilities(model: HybridLM, batch: Batch) -> Tensor:
     """Of the next tokens [B, S] that are targets, fp32 on the CPU, by the forward pass of training;
     0 elsewhere."""
