@@ -186,7 +186,8 @@ def check_comparison(work: Workload) -> dict[str, float]:
             if name.endswith("experts.down_proj"):
                 weight.zero_()
         _, ce_without_R = loss_of_ours(ours, ids_BS)
-        loads = [layer.counts_E / layer.counts_E.float().mean() for layer in stats.values()]
+        counts = [layer.counts_BE.sum(0) for (layer,) in stats.values()]
+        loads = [counts_E / counts_E.float().mean() for counts_E in counts]
         found = {
             "loss_ours": loss.item(),
             "loss_peer": peer_loss().item(),

@@ -238,6 +238,11 @@ class FinetuneConfig(TrainingConfig):
                 f"boost.loss {boost.loss} trains the MTP block alone: set train.trained mtp",
             ),
             (
+                boost.loss != "none" and self.parallel.cp > 1,
+                f"boost.loss {boost.loss} cannot be had with parallel.cp ({self.parallel.cp}): it "
+                "compares predictions across the borders of parts",
+            ),
+            (
                 boost.loss == "none" and boost.changed(),
                 "boost options have no effect without boost.loss",
             ),

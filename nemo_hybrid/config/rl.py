@@ -201,6 +201,11 @@ class RlConfig(TrainingConfig):
         refuse(
             (not self.model.from_hf, "model.from_hf is missing: name the checkpoint to train"),
             (not self.data.path, "data.path is missing: name the prompts to learn from"),
+            (
+                self.parallel.cp > 1,
+                f"parallel.cp ({self.parallel.cp}) must be 1: rollouts are sampled and learnt as "
+                "whole sequences",
+            ),
             (not self.environments, "environments is missing: say what judges the answers"),
             (
                 self.rollout.temperature != 1,

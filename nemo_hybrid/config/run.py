@@ -32,6 +32,7 @@ from nemo_hybrid.config.base import (
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
+from nemo_hybrid.config.parallel import ZERO_REFUSED, ParallelOptions
 from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.errors import UserError
 
@@ -180,30 +181,6 @@ class GuardOptions(Options):
     on behind them."""
     stop_after: PositiveInt = 3
     """Returns without a new checkpoint in between after which the run stops."""
-
-
-ZERO_REFUSED = {
-    0: "without ZeRO, bf16 weights have no fp32 masters, and clipping ignores expert parallelism",
-    3: "DeepSpeed refuses ZeRO-3 for MoE layers whose experts are divided over processes",
-}
-"""Why the other stages cannot be had."""
-
-
-@dataclass(config=CHECKED)
-class ParallelOptions(Options):
-    """How the work is divided over processes."""
-
-    section: ClassVar[str] = "parallel."
-
-    ep: PositiveInt = 1
-    """Expert-parallel size: processes over which the routed experts are divided."""
-    zero: int | None = None
-    """DeepSpeed ZeRO stage: 1 or 2; null: 2, and 1 for a single process."""
-
-    def stage(self, processes: int) -> int:
-        """A single process owns all gradients, and with 2 would hold them twice while they add up:
-        4 bytes per parameter more, for nothing."""
-        return self.zero or (1 if processes == 1 else 2)
 
 
 @dataclass(config=CHECKED)
@@ -394,30 +371,39 @@ class TrainingConfig(Options):
                 f"model.n_routed_experts ({m.n_routed_experts}) is not divisible by "
                 f"parallel.ep ({self.parallel.ep})",
             ),
+            *self.parallel.parts_refused(
+                m, self.data.sequence_length, self.train.micro_batch_size, self.kernels.ssd
+            ),
         )
 
     def validate_world(self, world_size: int) -> int:
         """Check the layout against the number of processes; return the accumulation steps."""
-        ep, t = self.parallel.ep, self.train
-        per_pass = t.micro_batch_size * world_size
+        t, readers = self.train, f"processes ({world_size})"
+        if self.parallel.cp > 1:
+            readers = f"readers ({world_size} processes / parallel.cp {self.parallel.cp})"
+        refuse(
+            *(
+                (
+                    world_size % parts,
+                    f"parallel.{name} ({parts}) does not divide the number of processes "
+                    f"({world_size})",
+                )
+                for name, parts in (("ep", self.parallel.ep), ("cp", self.parallel.cp))
+            )
+        )
+        per_pass = t.micro_batch_size * (world_size // self.parallel.cp)
         stages = t.batch_sizes(self.data.sequence_length).stages
         refuse(
             (
-                world_size % ep,
-                f"parallel.ep ({ep}) does not divide the number of processes ({world_size})",
-            ),
-            (
                 t.global_batch_size % per_pass,
                 f"train.global_batch_size ({t.global_batch_size}) is not divisible by "
-                f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
-                f"= {per_pass}",
+                f"train.micro_batch_size ({t.micro_batch_size}) x {readers} = {per_pass}",
             ),
             *(
                 (
                     size % per_pass,
                     f"train.batch_warmup: {size} sequences are not divisible by "
-                    f"train.micro_batch_size ({t.micro_batch_size}) x processes ({world_size}) "
-                    f"= {per_pass}",
+                    f"train.micro_batch_size ({t.micro_batch_size}) x {readers} = {per_pass}",
                 )
                 for _, size in stages
             ),
@@ -451,7 +437,7 @@ class RunConfig(TrainingConfig):
         warmup, full = self.train.batch_warmup, self.train.global_batch_size
         sizes = [*(size for _, size in sorted(warmup.items())), full]
         short = self.data.short
-        short.validate(self.data.sequence_length)
+        short.validate(self.data.sequence_length, self.parallel.cp)
         refuse(
             (
                 (shape or self.model).mtp_num_depths and not self.train.mtp_loss_weight,

@@ -26,8 +26,8 @@ class ShortOptions(Options):
     blend: dict[str, float] = field(default_factory=dict)
     """Several stores and their weights, instead of path."""
 
-    def validate(self, length: int) -> None:
-        """Raise UserError where they do not fit rows of ``length`` tokens."""
+    def validate(self, length: int, cp: int) -> None:
+        """Raise UserError where they do not fit rows of ``length`` tokens over ``cp`` processes."""
         if not self.sequence_length:
             refuse((self.changed(), "data.short has no effect without data.short.sequence_length"))
             return
@@ -37,8 +37,9 @@ class ShortOptions(Options):
                 "give data.short.path or data.short.blend: the stores of the short rows",
             ),
             (
-                self.sequence_length >= length or length % self.sequence_length,
-                f"data.sequence_length ({length}) must be a multiple of data.short.sequence_length "
+                self.sequence_length >= length or length % (cp * self.sequence_length),
+                f"data.sequence_length ({length}) must be a multiple of "
+                f"{f'parallel.cp ({cp}) x ' if cp > 1 else ''}data.short.sequence_length "
                 f"({self.sequence_length}), so that short steps hold the same tokens",
             ),
         )

@@ -14,6 +14,7 @@ from nemo_hybrid.data.loader import BLOCK, Share, Stored
 class Alternating:
     """The rows of ``long``, and in a share of the steps those of ``short``, as many tokens per
     micro-batch: which, depends on the step's number alone. Each numbers its samples for itself.
+    Of processes that divide long rows each has whole short ones.
     """
 
     def __init__(self, long: Stored, short: Stored, share: float) -> None:
@@ -33,8 +34,12 @@ class Alternating:
         if self._last is self.long:
             return self.long.step(number - before, share)
         share = share._replace(
+            rank=share.rank * share.cp + share.part,
+            world_size=share.world_size * share.cp,
             sizes=BatchSizes(share.sizes.full * self.times),
-            micro_batch_size=share.micro_batch_size * self.times,
+            micro_batch_size=share.micro_batch_size * self.times // share.cp,
+            cp=1,
+            part=0,
         )
         return [replace(b, in_one=self.times) for b in self.short.step(before, share)]
 

@@ -1,20 +1,32 @@
 """One micro-batch of token windows, with everything a layer may need to know about documents.
 
-Shape suffixes: B rows, S tokens per row, W = S + 1 tokens of a window, T = B*S.
+Shape suffixes: B rows, S tokens per row, W = S + 1 tokens of a window, T = B*S, D depths of
+multi-token prediction, N = 1 + D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_kernels.documents import Documents, to_device
+from nemo_kernels.documents import Documents, Packing, Shard, divided, to_device
+
+
+class Ahead(NamedTuple):
+    """What lies ahead of every token, which a part of a row cannot find in itself."""
+
+    ids_DBS: Tensor
+    """int64: the token that each depth reads."""
+    labels_NBS: Tensor
+    """int64: what the next-token loss and each depth learn."""
+    weights_NBS: Tensor
+    """fp32: how much of their cross-entropies counts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +54,11 @@ class Batch:
     further ahead count once."""
     in_one: int = 1
     """Rows that take the place of one of data.sequence_length: above 1 in steps on short rows."""
+    shard: Shard | None = None
+    """Which part of its rows this is (see `cut`), ``documents`` being those of whole rows; None:
+    rows are whole."""
+    ahead: Ahead | None = None
+    """Known where they are not."""
 
     @property
     def packed(self) -> bool:
@@ -49,8 +66,10 @@ class Batch:
         return len(self.documents.spans) > self.ids_BS.shape[0]
 
     @property
-    def packing(self) -> Documents | None:
-        """What layers are given: None where every row is one document."""
+    def packing(self) -> Packing:
+        """What layers are given: None where every row is one document, and whole."""
+        if self.shard is not None:
+            return self.shard
         return self.documents if self.packed else None
 
     @property
@@ -70,7 +89,28 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
+        if self.shard is not None and self.ahead is not None:
+            moved["shard"] = self.shard.to(device)
+            moved["ahead"] = Ahead(*(to_device(t, device) for t in self.ahead))
         return replace(self, documents=self.documents.to(device), **moved)
+
+    def cut(self, part: int, parts: int, reach: int, ahead: Ahead) -> Batch:
+        """The part-th of so many parts of every row, on the CPU; the model's convolution reaches
+        ``reach`` tokens back."""
+        sizes = divided(self.ids_BS.shape[1], parts)
+        low = sum(sizes[:part])
+        tokens = slice(low, low + sizes[part])
+        own: dict[str, Any] = {
+            name: value[:, tokens]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(
+            self,
+            shard=Shard.cut(self.documents, sizes, part, reach),
+            ahead=Ahead(*(t[..., tokens] for t in ahead)),
+            **own,
+        )
 
     @staticmethod
     def from_windows(

@@ -164,12 +164,17 @@ class Sampler:
 
 
 class Share(NamedTuple):
-    """What part of every global batch a process reads, in micro-batches."""
+    """What part of every global batch a process reads, in micro-batches. Processes that divide
+    rows, and read the same ones, have one rank here."""
 
     rank: int
     world_size: int
     sizes: BatchSizes
     micro_batch_size: int
+    cp: int = 1
+    """How many divide a row."""
+    part: int = 0
+    """Which of them this is."""
 
     def samples(self, number: int) -> list[range]:
         """Global sample numbers of this process's micro-batches of a global batch: row b of

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.cache import AttentionCache, Reading
 from nemo_hybrid.model.linear import Linear
-from nemo_kernels.attention import attention, attention_read
-from nemo_kernels.documents import Documents
+from nemo_hybrid.model.sequence import Sequences
+from nemo_kernels.attention import attention_read
+from nemo_kernels.documents import Packing
 from nemo_kernels.lowp.scales import E4M3_MAX
 
 
@@ -20,8 +21,9 @@ class Attention(nn.Module):
     With ``k_scale`` and ``v_scale``, which exports have, keys and values are cached in FP8 (E4M3),
     divided by them, and what is beyond becomes the largest number of that."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, sequence: Sequences) -> None:
         super().__init__()
+        self.sequence = sequence
         self.head_dim, self.kv_heads = cfg.head_dim, cfg.num_key_value_heads
         q_size = cfg.num_attention_heads * cfg.head_dim
         kv_size = cfg.num_key_value_heads * cfg.head_dim
@@ -38,9 +40,9 @@ class Attention(nn.Module):
         split = (-1, self.head_dim)
         return q.unflatten(-1, split), k.unflatten(-1, split), v.unflatten(-1, split)
 
-    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Packing = None) -> Tensor:
         q_BSHP, k_BSGP, v_BSGP = self._heads(x_BSD)
-        o_BSHP = attention(q_BSHP, k_BSGP, v_BSGP, documents)
+        o_BSHP = self.sequence.attend(q_BSHP, k_BSGP, v_BSGP, documents)
         return self.o_proj(o_BSHP.flatten(-2))
 
     def new_cache(self, rows: int, tokens: int, like: Tensor) -> AttentionCache:

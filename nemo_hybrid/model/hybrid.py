@@ -20,11 +20,19 @@ from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
-from nemo_kernels.documents import Documents
+from nemo_hybrid.model.sequence import Sequences, WholeSequences, whole
+from nemo_kernels.documents import Documents, Packing
 from nemo_kernels.products import fp32_product
 
-Stats = dict[str, RoutingStats]
-"""Routing statistics by layer name, such as ``backbone.layers.1``."""
+Stats = dict[str, list[RoutingStats]]
+"""Routing statistics by layer name, such as ``backbone.layers.1``: one for each time it ran."""
+
+
+def tokens_ahead(ids_BS: Tensor, depths: int, documents: Documents | None) -> Tensor:
+    """Ids of the tokens that each depth reads beside its own, [D, B, S], of whole rows."""
+    seq_idx_BS = None if documents is None else documents.seq_idx_BS
+    ahead = [shift_left(ids_BS, depth, seq_idx_BS) for depth in range(1, depths + 1)]
+    return torch.stack(ahead) if ahead else ids_BS.new_empty(0, *ids_BS.shape)
 
 
 @dataclass
@@ -41,10 +49,10 @@ class HybridOutput:
 class Backbone(nn.Module):
     """Embedding, layers and the final norm."""
 
-    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher, sequence: Sequences) -> None:
         super().__init__()
         self.embeddings = Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = Layers(cfg.pattern, cfg, dispatcher)
+        self.layers = Layers(cfg.pattern, cfg, dispatcher, sequence)
         self.norm_f = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
 
 
@@ -53,7 +61,8 @@ class HybridLM(nn.Module):
     import, ``nemo_hybrid.HybridLM``, can also be loaded and saved (see ``hub``).
 
     ``dispatcher`` brings tokens to experts (all local by default) and says which experts this
-    process owns. Weights depend on ``seed`` only, not on the layout; on the meta device none are
+    process owns; ``sequence`` calls the ops that mix tokens (all of a row are here by default).
+    Weights depend on ``seed`` only, not on the layout; on the meta device none are
     drawn.
     """
 
@@ -62,6 +71,7 @@ class HybridLM(nn.Module):
         config: HybridConfig,
         *,
         dispatcher: Dispatcher | None = None,
+        sequence: Sequences | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -69,9 +79,10 @@ class HybridLM(nn.Module):
         self.config = config
         dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
         self.owned_experts = dispatcher.owned
-        self.backbone = Backbone(config, dispatcher)
+        self.sequence = sequence = sequence or WholeSequences()
+        self.backbone = Backbone(config, dispatcher, sequence)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp = MTPBlock(config, dispatcher) if config.mtp_num_depths else None
+        self.mtp = MTPBlock(config, dispatcher, sequence) if config.mtp_num_depths else None
         if not self.lm_head.weight.is_meta:
             initialize(self, config, self.owned_experts, seed)
 
@@ -84,48 +95,47 @@ class HybridLM(nn.Module):
             output.mtp_logits = [self.lm_head(d_BSD) for d_BSD in depths]
         return output
 
-    def forward_hidden(
-        self, ids_BS: Tensor, documents: Documents | None = None
-    ) -> tuple[Tensor, Stats]:
+    def forward_hidden(self, ids_BS: Tensor, documents: Packing = None) -> tuple[Tensor, Stats]:
         """Hidden states [B, S, D] after the final norm, and routing statistics.
 
-        ``documents``: those of packed rows; None: one document per row.
+        ``documents``: those of packed rows, or what is known of parts of rows; None: one document
+        per row.
         """
         x_BSD, routed = self.backbone.layers(self.backbone.embeddings(ids_BS), documents)
-        stats = {f"backbone.layers.{i}": layer for i, layer in routed.items()}
+        stats = {f"backbone.layers.{i}": [layer] for i, layer in routed.items()}
         return self.backbone.norm_f(x_BSD), stats
 
     def forward_mtp(
         self,
         h_BSD: Tensor,
         ids_BS: Tensor,
-        documents: Documents | None = None,
+        documents: Packing = None,
         depths: int | None = None,
         chosen: Callable[[Sequence[Tensor]], Tensor] = itemgetter(-1),
         detached: bool = False,
+        ahead_DBS: Tensor | None = None,
     ) -> tuple[list[Tensor], Stats]:
         """Hidden states of so many ``depths`` (None: as many as the model is trained with), from
         the backbone's final hidden states. ``chosen``: what a depth reads of those before it, the
         backbone's first. ``detached``: gradients reach the block alone.
 
-        Statistics are summed over depths, because the depths share one router.
+        ``ahead_DBS``: ids of the tokens that the depths read, where rows are divided; None: found
+        among ``ids_BS``.
         """
         assert self.mtp is not None, "the model has no multi-token-prediction block"
-        seq_idx_BS = None if documents is None else documents.seq_idx_BS
-        states, stats, depths = [h_BSD], Stats(), depths or self.config.mtp_num_depths
-        if detached:
-            states = [h_BSD.detach()]
+        depths = depths or self.config.mtp_num_depths
+        if ahead_DBS is None:
+            ahead_DBS = tokens_ahead(ids_BS, depths, whole(documents))
+        states, stats = [h_BSD.detach() if detached else h_BSD], Stats()
         wide = self.mtp.wide() if depths > 1 else {}
-        for depth in range(1, depths + 1):
-            e_BSD = self.backbone.embeddings(shift_left(ids_BS, depth, seq_idx_BS))
+        for ahead_BS in ahead_DBS:
+            e_BSD = self.backbone.embeddings(ahead_BS)
             if detached:
                 e_BSD = e_BSD.detach()
             h_BSD, routed = functional_call(self.mtp, wide, (chosen(states), e_BSD, documents))
             states.append(h_BSD)
-            for i, new in routed.items():
-                name = f"mtp.layers.{i}"
-                old = stats.get(name)
-                stats[name] = new if old is None else RoutingStats(*map(torch.add, old, new))
+            for i, layer in routed.items():
+                stats.setdefault(f"mtp.layers.{i}", []).append(layer)
         return states[1:], stats
 
     @torch.no_grad()

@@ -17,13 +17,14 @@ from nemo_hybrid.model.mamba2 import Mamba2
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
-from nemo_kernels.documents import Documents
+from nemo_hybrid.model.sequence import Sequences
+from nemo_kernels.documents import Packing
 
-MIXERS: dict[str, Callable[[ModelConfig, Dispatcher], nn.Module]] = {
-    "M": lambda cfg, _: Mamba2(cfg),
-    "E": LatentMoE,
-    "*": lambda cfg, _: Attention(cfg),
-    "-": lambda cfg, _: MLP(cfg.hidden_size, cfg.intermediate_size),
+MIXERS: dict[str, Callable[[ModelConfig, Dispatcher, Sequences], nn.Module]] = {
+    "M": lambda cfg, _, sequence: Mamba2(cfg, sequence),
+    "E": lambda cfg, dispatcher, _: LatentMoE(cfg, dispatcher),
+    "*": lambda cfg, _, sequence: Attention(cfg, sequence),
+    "-": lambda cfg, *_: MLP(cfg.hidden_size, cfg.intermediate_size),
 }
 """By pattern letter (see ``nemo_hybrid.config.model.LAYER_LETTERS``). A mixer has
 
@@ -40,15 +41,15 @@ class Layer(nn.Module):
 
     mixer: Any  # see MIXERS
 
-    def __init__(self, letter: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, letter: str, cfg: ModelConfig, dispatcher: Dispatcher, sequence: Sequences
+    ) -> None:
         super().__init__()
         self.letter = letter
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
-        self.mixer = MIXERS[letter](cfg, dispatcher)
+        self.mixer = MIXERS[letter](cfg, dispatcher, sequence)
 
-    def forward(
-        self, x_BSD: Tensor, documents: Documents | None
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def forward(self, x_BSD: Tensor, documents: Packing) -> tuple[Tensor, RoutingStats | None]:
         """Training: the new residual stream, and routing statistics of a MoE layer."""
         y_BSD = self.mixer(self.norm(x_BSD), documents)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
@@ -64,23 +65,23 @@ class Layer(nn.Module):
         return x_BD + self.mixer.decode(self.norm(x_BD), cache, before_B)
 
 
-Run = Callable[[Layer, Tensor, Documents | None], tuple[Tensor, RoutingStats | None]]
+Run = Callable[[Layer, Tensor, Packing], tuple[Tensor, RoutingStats | None]]
 
 
 class Layers(nn.ModuleList):
     """The layers of a pattern, in order. ``run`` is how training calls each of them, to be
     replaced from outside (see ``recompute``)."""
 
-    def __init__(self, pattern: str, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
-        super().__init__(Layer(letter, cfg, dispatcher) for letter in pattern)
+    def __init__(
+        self, pattern: str, cfg: ModelConfig, dispatcher: Dispatcher, sequence: Sequences
+    ) -> None:
+        super().__init__(Layer(letter, cfg, dispatcher, sequence) for letter in pattern)
         self.run: Run = Layer.__call__
 
     def __iter__(self) -> Iterator[Layer]:
         return cast(Iterator[Layer], super().__iter__())
 
-    def forward(
-        self, x_BSD: Tensor, documents: Documents | None
-    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+    def forward(self, x_BSD: Tensor, documents: Packing) -> tuple[Tensor, dict[int, RoutingStats]]:
         """Training: the new residual stream, and routing statistics of the MoE layers by number."""
         stats = {}
         for i, layer in enumerate(self):

@@ -13,26 +13,29 @@ from nemo_hybrid.model.cache import MambaCache, MambaState, Reading
 from nemo_hybrid.model.fp32 import KeepsFp32
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import GatedRMSNorm
+from nemo_hybrid.model.sequence import Sequences
 from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step
-from nemo_kernels.documents import Documents
+from nemo_kernels.documents import Packing
 from nemo_kernels.ssd import ssd_scan, ssd_step
 
 
 class CausalConv1d(nn.Module):
     """Depthwise causal convolution with SiLU; the weight in the checkpoint's layout [C, 1, K]."""
 
-    def __init__(self, channels: int, kernel: int) -> None:
+    def __init__(self, channels: int, kernel: int, sequence: Sequences) -> None:
         super().__init__()
+        self.sequence = sequence
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x_BSC: Tensor, documents: Documents | None = None) -> Tensor:
-        return causal_conv1d(x_BSC, self.weight.squeeze(1), self.bias, documents)
+    def forward(self, x_BSC: Tensor, documents: Packing) -> Tensor:
+        return self.sequence.convolve(x_BSC, self.weight.squeeze(1), self.bias, documents)
 
     def read(self, x_BSC: Tensor, state_BCJ: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor]:
         """Of tokens that follow others: output, and the last J inputs up to each row's count."""
         x_BTC = torch.cat([state_BCJ.mT, x_BSC], dim=1)
-        return self(x_BTC)[:, state_BCJ.shape[-1] :], self.last(x_BTC, counts_B)
+        y_BTC = causal_conv1d(x_BTC, self.weight.squeeze(1), self.bias)
+        return y_BTC[:, state_BCJ.shape[-1] :], self.last(x_BTC, counts_B)
 
     def last(self, x_BTC: Tensor, counts_B: Tensor) -> Tensor:
         """The last J inputs up to each row's count, of those with the J before them."""
@@ -49,14 +52,15 @@ class Mamba2(KeepsFp32):
     ``A_log``, ``D`` and ``dt_bias`` stay fp32: a bf16 ulp is coarser than their updates.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, sequence: Sequences) -> None:
         super().__init__()
+        self.sequence = sequence
         self.heads, self.head_dim = cfg.mamba_num_heads, cfg.mamba_head_dim
         self.groups, self.state, self.chunk = cfg.n_groups, cfg.ssm_state_size, cfg.chunk_size
         inner = cfg.mamba_inner_size
         self.widths = (inner, cfg.conv_channels, self.heads)
         self.in_proj = Linear(cfg.hidden_size, sum(self.widths))
-        self.conv1d = CausalConv1d(cfg.conv_channels, cfg.conv_kernel)
+        self.conv1d = CausalConv1d(cfg.conv_channels, cfg.conv_kernel, sequence)
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
@@ -78,10 +82,10 @@ class Mamba2(KeepsFp32):
         B, C = (t.unflatten(-1, (self.groups, self.state)) for t in (B, C))
         return x, dt, -self.A_log.exp(), B, C, self.D
 
-    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Packing = None) -> Tensor:
         z_BSI, xBC_BSC, dt_BSH = self._project(x_BSD)
         operands = self._operands(self.conv1d(xBC_BSC, documents), dt_BSH)
-        y_BSHP, _ = ssd_scan(*operands, self.chunk, documents)
+        y_BSHP = self.sequence.scan(*operands, self.chunk, documents)
         return self.out_proj(self.norm(y_BSHP.flatten(-2), z_BSI))
 
     def new_cache(self, rows: int, tokens: int, like: Tensor) -> MambaCache:

@@ -19,17 +19,18 @@ from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
-from nemo_kernels.documents import Documents
+from nemo_hybrid.model.sequence import Sequences
+from nemo_kernels.documents import Packing
 
 
 class MTPBlock(nn.Module):
     """u = eh_proj([enorm(e); hnorm(h)]) -> layers -> final_layernorm, named as the checkpoint does:
     the projections belong to the first layer, the final norm to the last."""
 
-    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher) -> None:
+    def __init__(self, cfg: ModelConfig, dispatcher: Dispatcher, sequence: Sequences) -> None:
         super().__init__()
         D, eps = cfg.hidden_size, cfg.layer_norm_epsilon
-        self.layers = Layers(cfg.mtp_pattern, cfg, dispatcher)
+        self.layers = Layers(cfg.mtp_pattern, cfg, dispatcher, sequence)
         first, last = self._ends()
         first.enorm = RMSNorm(D, eps)
         first.hnorm = RMSNorm(D, eps)
@@ -37,7 +38,7 @@ class MTPBlock(nn.Module):
         last.final_layernorm = RMSNorm(D, eps)
 
     def forward(
-        self, h_BSD: Tensor, e_BSD: Tensor, documents: Documents | None
+        self, h_BSD: Tensor, e_BSD: Tensor, documents: Packing
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
         """One depth: previous hidden state (after its final norm) and embeddings of tokens t + k.
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_hybrid.model.latent_moe import Experts
 from nemo_hybrid.model.layer import Layer, Layers
 from nemo_hybrid.model.router import RoutingStats
-from nemo_kernels.documents import Documents
+from nemo_kernels.documents import Packing
 
 
 def recompute_layers(model: nn.Module, letters: str) -> None:
@@ -24,7 +24,7 @@ def recompute_layers(model: nn.Module, letters: str) -> None:
 
 
 def _run(
-    letters: str, layer: Layer, x_BSD: Tensor, documents: Documents | None
+    letters: str, layer: Layer, x_BSD: Tensor, documents: Packing
 ) -> tuple[Tensor, RoutingStats | None]:
     if layer.letter not in letters or not torch.is_grad_enabled():
         return layer(x_BSD, documents)

@@ -3,7 +3,7 @@
 The bias (Wang et al. 2024, arXiv 2408.15664) steers the choice only; it is moved once per global
 batch by the training loop, never by a gradient.
 
-Shapes: B rows, S sequence, T = B*S tokens, D hidden, E experts, K experts per token.
+Shapes: B rows, S sequence, T = B*S tokens, D hidden, E experts, K experts per token, L layers.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,11 @@ from nemo_kernels.moe import topk_router
 
 
 class RoutingStats(NamedTuple):
-    """What balancing needs from one layer and one forward pass."""
+    """What balancing needs from one layer and one forward pass: sums over a row's tokens, so that
+    those of its parts add up."""
 
-    counts_E: Tensor  # int64: routed slots per expert
-    aux_loss: Tensor  # fp32 scalar: sequence-wise balance loss, summed over rows
+    counts_BE: Tensor  # int64: routed slots per expert
+    shares_BE: Tensor  # fp32, with gradient: scores, normalised over all experts
 
 
 class Router(KeepsFp32):
@@ -52,28 +53,33 @@ class Router(KeepsFp32):
 def routing_stats(
     scores_TE: Tensor, topk_ids_TK: Tensor, rows: int, real_BS: Tensor | None = None
 ) -> RoutingStats:
-    """Expert counts, and sum over rows of E * sum_i f_i * P_i.
-
-    f_i is the share of a row's routed slots that expert i received, P_i the row's mean of the
-    scores normalised over all experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). ``real_BS``:
-    bool, False for padding, which all goes to the same few experts and does not count.
-    """
+    """Of every row's tokens. ``real_BS``: bool, False for padding, which all goes to the same few
+    experts and does not count."""
     experts, top_k = scores_TE.shape[1], topk_ids_TK.shape[1]
     ids_BR = topk_ids_TK.view(rows, -1)
     row_B1 = torch.arange(rows, device=ids_BR.device)[:, None]
     share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     share_BSE = share_TE.view(rows, -1, experts)
     if real_BS is None:
-        tokens_B1: Tensor | float = ids_BR.shape[1] / top_k
         one_R = torch.ones_like(ids_BR).flatten()
-        mean_share_BE = share_BSE.mean(1)
     else:
-        tokens_B1 = real_BS.sum(1, keepdim=True).clamp(min=1)
         one_R = real_BS.flatten().repeat_interleave(top_k).long()
-        mean_share_BE = (share_BSE * real_BS[..., None]).sum(1) / tokens_B1
+        share_BSE = share_BSE * real_BS[..., None]
     # Not by bincount, which waits for a GPU.
     place_R = (ids_BR + row_B1 * experts).flatten()
     counts_BE = ids_BR.new_zeros(rows * experts).scatter_add_(0, place_R, one_R)
-    counts_BE = counts_BE.view(rows, experts)
-    aux = experts / top_k * (counts_BE * mean_share_BE / tokens_B1).sum()
-    return RoutingStats(counts_BE.sum(0), aux)
+    return RoutingStats(counts_BE.view(rows, experts), share_BSE.sum(1))
+
+
+def balance_loss(
+    shares_LBE: Tensor, counts_LBE: Tensor, tokens_B1: Tensor | int, top_k: int
+) -> Tensor:
+    """Of each of L layers the sum over rows of E * sum_i f_i * P_i.
+
+    f_i is the share of a row's routed slots that expert i received, P_i the row's mean of the
+    scores normalised over all experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    ``counts_LBE`` and ``tokens_B1`` are of whole rows; ``shares_LBE`` may be of parts, whose shares
+    of the loss these are then.
+    """
+    scale = counts_LBE.shape[-1] / top_k
+    return scale * (counts_LBE * (shares_LBE / tokens_B1) / tokens_B1).sum((-2, -1))

@@ -41,6 +41,10 @@ class Objective(nn.Module):
         """Denominators of a micro-batch, int64 [N]; ``step``: optimizer steps done before."""
         raise NotImplementedError
 
+    def cut(self, batch: Batch, part: int, parts: int, step: int) -> Batch:
+        """One of so many parts of the batch's rows, on the CPU; asked for with parallel.cp."""
+        raise NotImplementedError
+
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
         raise NotImplementedError
 

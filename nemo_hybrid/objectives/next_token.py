@@ -13,15 +13,18 @@ Shapes: B rows, S sequence, T = B*S tokens, D depths of multi-token prediction, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_hybrid.config.run import TrainOptions
-from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.model.hybrid import HybridLM, Stats
+from nemo_hybrid.data.batch import Ahead, Batch
+from nemo_hybrid.model.hybrid import HybridLM, Stats, tokens_ahead
 from nemo_hybrid.model.mtp import shift_left
+from nemo_hybrid.model.router import balance_loss
 from nemo_hybrid.objectives.base import LossParts, Normalizer, Objective
 from nemo_kernels.loss import linear_cross_entropy
 
@@ -61,17 +64,24 @@ class NextToken(Objective):
     def count(self, batch: Batch, step: int) -> Tensor:
         return count_targets(batch, self.depths, self.per_document(step))
 
+    def cut(self, batch: Batch, part: int, parts: int, step: int) -> Batch:
+        labels_NBS, weights_NT = self._learnt(batch, step)
+        ids_DBS = tokens_ahead(batch.ids_BS, self.depths, batch.documents)
+        ahead = Ahead(ids_DBS, labels_NBS, weights_NT.view(labels_NBS.shape))
+        return batch.cut(part, parts, self.model.config.conv_kernel - 1, ahead)
+
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
         hidden, stats = self._read(batch, normalizer.step)
         targets = self._targets(batch, normalizer)
         loss, sums = self._learn(batch, hidden, targets)
-        aux_sum = torch.zeros((), device=loss.device)
-        for routed in stats.values():
-            aux_sum = aux_sum + routed.aux_loss
+        aux_sum = self._balance(batch, stats, loss.device)
         if self.aux_weight:
             loss = loss + aux_sum * (self.aux_weight / normalizer.rows)
         sums["aux"] = aux_sum.detach()
-        return LossParts(loss, sums, {name: routed.counts_E for name, routed in stats.items()})
+        loads = {
+            name: torch.cat([r.counts_BE for r in routed]).sum(0) for name, routed in stats.items()
+        }
+        return LossParts(loss, sums, loads)
 
     def per_target(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropies in nats, fp32 [N, T], and how often each counts."""
@@ -91,20 +101,51 @@ class NextToken(Objective):
         h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
         if not self.depths:
             return [h_BSD], stats
-        mtp_hidden, mtp_stats = self.model.forward_mtp(h_BSD, batch.ids_BS, batch.packing)
+        ahead_DBS = None if batch.ahead is None else batch.ahead.ids_DBS
+        mtp_hidden, mtp_stats = self.model.forward_mtp(
+            h_BSD, batch.ids_BS, batch.packing, ahead_DBS=ahead_DBS
+        )
         return [h_BSD, *mtp_hidden], stats | mtp_stats
 
     def _targets(self, batch: Batch, normalizer: Normalizer) -> Targets:
-        labels_NBS, valid_NBS = labels_and_validity(batch, self.depths)
+        if batch.ahead is None:
+            labels_NBS, weights_NT = self._learnt(batch, normalizer.step)
+        else:
+            labels_NBS, weights_NT = batch.ahead.labels_NBS, batch.ahead.weights_NBS.flatten(1)
         # Made where they are needed: a copy from the host would wait for the device.
         weights_N = torch.full((len(self.names),), self.depth_weight, device=labels_NBS.device)
         weights_N[:1].fill_(1.0)
         # max(1): a loss without any target in the global batch is zero, not 0/0.
         scale_N = weights_N / normalizer.counts_N.clamp(min=1)
-        weights_NT = _weights(batch, valid_NBS, self.per_document(normalizer.step))
+        return Targets(labels_NBS, weights_NT, scale_N)
+
+    def _learnt(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Labels int64 [N, B, S] of whole rows, and how much of each counts, fp32 [N, T]."""
+        labels_NBS, valid_NBS = labels_and_validity(batch, self.depths)
+        weights_NT = _weights(batch, valid_NBS, self.per_document(step))
         if batch.weight_BS is not None:
             weights_NT[0] *= batch.weight_BS.flatten()
-        return Targets(labels_NBS, weights_NT, scale_N)
+        return labels_NBS, weights_NT
+
+    def _balance(self, batch: Batch, stats: Stats, device: torch.device) -> Tensor:
+        """This process's share of the balance loss, summed over rows and layers."""
+        aux_sum = torch.zeros((), device=device)
+        if not stats:
+            return aux_sum
+        # Of all layers at once, the depths of one after the other.
+        routed = [one for passes in stats.values() for one in passes]
+        counts_LBE, shares_LBE = (torch.stack(sums) for sums in zip(*routed, strict=True))
+        tokens_B1: Tensor | int = batch.ids_BS.shape[1]
+        if batch.shard is not None:
+            tokens_B1 = sum(batch.shard.sizes)
+            counts_LBE = self.model.sequence.sum(counts_LBE)
+        if batch.packed and batch.documents.real_BS is not None:
+            tokens_B1 = batch.documents.real_BS.sum(1, keepdim=True).clamp(min=1)
+        top_k = self.model.config.num_experts_per_tok
+        losses = iter(balance_loss(shares_LBE, counts_LBE, tokens_B1, top_k))
+        for passes in stats.values():
+            aux_sum = aux_sum + reduce(torch.add, islice(losses, len(passes)))
+        return aux_sum
 
     def _learn(
         self, batch: Batch, hidden: list[Tensor], targets: Targets

@@ -7,7 +7,6 @@ expert.
 Shapes: T tokens, K experts per token, R = T*K routed slots, Q received slots, L latent, E experts.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,26 +16,8 @@ from torch import Tensor, nn
 
 from nemo_hybrid.model.latent_moe import AdaptedExperts
 from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
+from nemo_hybrid.parallel.exchange import AllToAll
 from nemo_kernels.moe import combine_slots, grouped_mlp, sort_slots
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows go where ``send`` says; ``receive`` rows come. Gradients take the way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], exchange: Callable[..., None]
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.exchange = send, receive, exchange
-        received = x.new_empty(sum(receive), *x.shape[1:])
-        exchange(received, x.contiguous(), receive, send)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        returned = grad.new_empty(sum(ctx.send), *grad.shape[1:])
-        ctx.exchange(returned, grad.contiguous(), ctx.send, ctx.receive)
-        return returned, None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -136,8 +117,8 @@ class AllToAllDispatcher(nn.Module):
 
         x_RL = _Spread.apply(x_TL, order_R, inverse_R, top_k)
         weights_R = _Spread.apply(topk_weights_TK.flatten(), order_R, inverse_R, 1)
-        x_QL = _AllToAll.apply(x_RL, send, receive, self.exchange)
-        weights_Q = _AllToAll.apply(weights_R, send, receive, self.exchange)
+        x_QL = AllToAll.apply(x_RL, send, receive, self.exchange)
+        weights_Q = AllToAll.apply(weights_R, send, receive, self.exchange)
         # Rows arrive by source rank, then by expert; the experts want them by expert.
         arrived_SE = received_counts_E.view(self.ep_size, self.num_local_experts)
         local = torch.arange(self.num_local_experts, device=counts_E.device).repeat(self.ep_size)
@@ -147,7 +128,7 @@ class AllToAllDispatcher(nn.Module):
         orders = (by_expert_Q, _inverse(by_expert_Q))
         x_QL, weights_Q = (_Spread.apply(t, *orders, 1) for t in (x_QL, weights_Q))
         y_QL = grouped_mlp(x_QL, weights_Q, arrived_SE.sum(0), *experts)
-        y_RL = _AllToAll.apply(_Combine.apply(y_QL, *orders, 1), receive, send, self.exchange)
+        y_RL = AllToAll.apply(_Combine.apply(y_QL, *orders, 1), receive, send, self.exchange)
         y_TL: Tensor = _Combine.apply(y_RL, order_R, inverse_R, top_k)
         return y_TL
 

@@ -32,15 +32,31 @@ _SILENT_S = 10.0
 
 @dataclass(frozen=True)
 class World(Agreement):
-    """``rank`` of ``size`` processes, computing on ``device``; ``group``: None for all of them."""
+    """``rank`` of ``size`` processes, computing on ``device``; ``group``: None for all of them.
+
+    ``cp`` processes after each other read the same rows, of which each has one part; together they
+    are one reader."""
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    cp: int = 1
+
+    @property
+    def reader(self) -> int:
+        return self.rank // self.cp
+
+    @property
+    def readers(self) -> int:
+        return self.size // self.cp
+
+    @property
+    def part(self) -> int:
+        return self.rank % self.cp
 
     @staticmethod
-    def start() -> World:
+    def start(cp: int = 1) -> World:
         """Join the processes torchrun started, or form a world of one. Call once per process.
 
         Raises UserError where a node has more processes than GPUs, and as `launched`.
@@ -74,7 +90,7 @@ class World(Agreement):
                 dist.init_process_group(
                     backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
                 )
-        return World(rank, size, device)
+        return World(rank, size, device, cp=cp)
 
     def side(self, timeout: timedelta = TIMEOUT) -> World:
         """The same processes with a channel of their own, such as for a thread beside the training;

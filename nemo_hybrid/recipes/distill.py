@@ -17,6 +17,7 @@ from nemo_hybrid.data.loader import Rows
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
+from nemo_hybrid.model.sequence import Sequences
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.kl import Distilled
 from nemo_hybrid.parallel.world import World
@@ -44,7 +45,7 @@ class Distill(Finetune):
         layers = (m for m in model.modules() if isinstance(m, LatentMoE))
         dispatcher = next((layer.dispatcher for layer in layers), None)
         with world.agreed():
-            self.teacher = frozen_teacher(self.origin, self.shape, dispatcher)
+            self.teacher = frozen_teacher(self.origin, self.shape, dispatcher, model.sequence)
         return trained
 
     def objective(self, model: HybridLM) -> Objective:
@@ -131,10 +132,15 @@ def teacher_inputs(
     return dict(zip(places, torch.where(amax_P == 0, 1.0, amax_P), strict=True))
 
 
-def frozen_teacher(origin: Path, shape: HybridConfig, dispatcher: Dispatcher | None) -> HybridLM:
+def frozen_teacher(
+    origin: Path,
+    shape: HybridConfig,
+    dispatcher: Dispatcher | None,
+    sequence: Sequences | None = None,
+) -> HybridLM:
     """The weights that fine-tuning began with. Raises UserError."""
     with torch.device("meta"):
-        teacher = HybridLM(shape, dispatcher=dispatcher)
+        teacher = HybridLM(shape, dispatcher=dispatcher, sequence=sequence)
     teacher.to_empty(device="cpu").requires_grad_(False)
     load_weights(
         origin,

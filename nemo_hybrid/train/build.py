@@ -11,6 +11,7 @@ from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.recompute import recompute_layers
+from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
@@ -20,14 +21,16 @@ from nemo_hybrid.train.flops import peak_flops, without_storage
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.optim import parameter_groups
 from nemo_hybrid.train.run import Data, Recipe, Run
+from nemo_kernels.documents import divided
 
 
 def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
     """Raise UserError where the formats do not fit the model; nothing is built for it."""
     if config.precision.low:
-        tokens = config.train.micro_batch_size * config.data.sequence_length
         model = without_storage(shape, config.parallel.ep)
-        policy.check(model, config.precision, shape, tokens)
+        for size in {*divided(config.data.sequence_length, config.parallel.cp)}:
+            tokens = config.train.micro_batch_size * size
+            policy.check(model, config.precision, shape, tokens)
 
 
 def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None = None) -> Run:
@@ -37,11 +40,13 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
     """
     config, shape = recipe.config, recipe.shape
     accumulation = config.validate_world(world.size)
+    assert world.cp == config.parallel.cp, "the world was started with another layout"
     prepare_deepspeed(world)
     torch.manual_seed(config.train.seed)
     ep = config.parallel.ep
     dispatcher = AllToAllDispatcher(shape.n_routed_experts, ep, world.rank) if ep > 1 else None
-    model = HybridLM(shape, dispatcher=dispatcher, seed=config.train.seed)
+    sequence = SequenceShards.of(world) if world.cp > 1 else None
+    model = HybridLM(shape, dispatcher=dispatcher, sequence=sequence, seed=config.train.seed)
     recompute_layers(model, config.train.recompute)
     trained = recipe.prepare(model, world, resumed=checkpoint is not None)
     dtype = policy.weight_dtype(config.precision)
@@ -71,10 +76,12 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
         recipe=recipe,
         world=world,
         share=Share(
-            world.rank,
-            world.size,
+            world.reader,
+            world.readers,
             config.train.batch_sizes(config.data.sequence_length),
             config.train.micro_batch_size,
+            world.cp,
+            world.part,
         ),
         data=data,
         model=model,

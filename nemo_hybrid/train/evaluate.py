@@ -52,7 +52,8 @@ def heldout_losses(
     objective: NextToken, batches: Iterable[Batch], world: World, positions: bool = False
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per target: ``loss`` and ``mtp_1`` ... over this process's
-    ``batches`` and those of all others, which are equally many. Every target counts alike.
+    ``batches`` and those of all others, which are equally many. Every target counts alike. Rows
+    are whole here; processes that divide them are given the same.
 
     With ``positions`` also ``loss_at_1``, ``loss_at_2``, ``loss_at_4`` ...: of the next tokens that
     were predicted from so many tokens of their document, or fewer, down to the band before.
@@ -63,10 +64,13 @@ def heldout_losses(
     ends_P = 2 ** torch.arange(_BANDS, device=world.device)
     bands_2P = torch.zeros(2, _BANDS, dtype=torch.float64, device=world.device)  # sums, targets
     for batch in batches:
+        if not world.part:
+            targets_N += count_targets(batch.to(world.device), objective.depths)
+        if world.cp > 1:
+            batch = objective.cut(batch, world.part, world.cp, 0)
         batch = batch.to(world.device)
         ce_NT, weights_NT = objective.per_target(batch)
         sums_N += (ce_NT * weights_NT).sum(1)
-        targets_N += count_targets(batch, objective.depths)
         band_T = torch.bucketize(batch.positions_BS.flatten().long() + 1, ends_P)
         both_2T = torch.stack([ce_NT[0] * weights_NT[0], weights_NT[0]]).double()
         bands_2P.index_add_(1, band_T, both_2T)

@@ -19,6 +19,7 @@ from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layer
+from nemo_hybrid.model.sequence import WholeSequences
 
 MFU_FORMULA = (
     "MFU = tokens/s x train_flops_per_token / (processes x peak of one device). FLOPs per token: "
@@ -79,7 +80,8 @@ def _built(shape: tuple[Any, ...], ep: int, dtype: torch.dtype) -> HybridLM:
 def layer_parameters(cfg: ModelConfig, letter: str, ep: int = 1) -> dict[str, torch.Tensor]:
     """One layer's parameters by name, without storage, as one of ``ep`` processes holds them."""
     with torch.device("meta"):
-        layer = Layer(letter, cfg, LocalDispatcher(cfg.n_routed_experts // ep))
+        dispatcher = LocalDispatcher(cfg.n_routed_experts // ep)
+        layer = Layer(letter, cfg, dispatcher, WholeSequences())
     return dict(layer.named_parameters())
 
 

@@ -101,7 +101,7 @@ def _start(recipe: Recipe) -> World:
     """Meet the other processes, and choose the operations' paths. Raises UserError."""
     config = recipe.config
     _set_determinism(config.train.deterministic)
-    world = World.start()
+    world = World.start(config.parallel.cp)
     with world.agreed():
         try:
             backend.choose(**vars(config.kernels))
@@ -352,7 +352,7 @@ class Loop:
 def _announce(run: Run) -> None:
     config, world, model = run.config, run.world, run.model.config
     train = config.train
-    accumulation = train.global_batch_size // (train.micro_batch_size * world.size)
+    rows = train.micro_batch_size * world.readers
     zero = config.parallel.stage(world.size)
     experts = f", {model.n_routed_experts} experts of which {model.num_experts_per_tok} per token"
     if "E" not in model.pattern + model.mtp_pattern * model.mtp_num_depths:
@@ -362,9 +362,11 @@ def _announce(run: Run) -> None:
         "depths"
     )
     print(*run.recipe.describe(run), *describe_schedule(train), sep="\n")
+    parts = f"{rows} rows at a time, each over {world.cp} processes, " if world.cp > 1 else ""
     print(
-        f"{world.size} processes on {world.device.type}, expert parallel {config.parallel.ep}, "
-        f"ZeRO-{zero}, accumulation {accumulation}, {config.precision.recipe}"
+        f"{world.size} processes on {world.device.type}, {parts}expert parallel "
+        f"{config.parallel.ep}, ZeRO-{zero}, accumulation "
+        f"{train.global_batch_size // rows}, {config.precision.recipe}"
     )
     _announce_precision(run)
     for op, name, reason in backend.report(

@@ -74,6 +74,7 @@ class Snapshot:
             "layout": {
                 "world_size": run.world.size,
                 "ep": parallel.ep,
+                "cp": parallel.cp,
                 "zero": parallel.stage(run.world.size),
             },
             **({"data_state": data_state} if data_state else {}),

@@ -27,14 +27,20 @@ def train_step(
     wants to stop; all ranks learn of it with this step.
     """
     world, engine, train = run.world, run.engine, run.config.train
-    tokens = sum(batch.ids_BS.numel() for batch in batches)
-    own = torch.tensor([tokens, _hash(batches), int(stop)])
+    tokens, samples = sum(batch.ids_BS.numel() for batch in batches), _hash(batches)
+    in_one, whole = batches[0].in_one, batches
+    divided = world.cp > 1 and in_one == 1  # a short row is in one process
+    if divided:
+        batches = [run.objective.cut(batch, world.part, world.cp, step) for batch in whole]
     batches = [batch.to(world.device) for batch in batches]
     # Counted over the whole global batch before the first backward pass, so that every share of
-    # the loss has the right denominator.
-    known = torch.stack([run.objective.count(batch, step) for batch in batches]).sum(0)
-    totals = world.sum(torch.cat([known, own.to(world.device)]))
-    in_one = batches[0].in_one
+    # the loss has the right denominator; of processes that divide rows, by the first.
+    counted = whole if divided else batches
+    known = torch.stack([run.objective.count(batch, step) for batch in counted]).sum(0)
+    own = torch.tensor([tokens, samples, int(stop)])
+    if divided and world.part:
+        known, own[:2] = torch.zeros_like(known), 0
+    totals = world.sum(torch.cat([known.to(world.device), own.to(world.device)]))
     rows = len(run.share.sizes.sequences(number)) * in_one
     normalizer = Normalizer(totals[:-3], rows, step)
 

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_hybrid.config.parallel import ParallelOptions
 from nemo_hybrid.config.run import (
     DataOptions,
     ModelOptions,
-    ParallelOptions,
     PrecisionOptions,
     PretrainOptions,
     RunConfig,

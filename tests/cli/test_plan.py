@@ -31,6 +31,7 @@ from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.layer import Layers
 from nemo_hybrid.model.lora import add_adapters
 from nemo_hybrid.model.recompute import recompute_layers
+from nemo_hybrid.model.sequence import WholeSequences
 from nemo_hybrid.parallel import dispatch, engine
 from nemo_hybrid.train import flops
 from nemo_hybrid.train.optim import parameter_groups
@@ -83,7 +84,7 @@ def test_touched_parameters(ranks: int) -> None:
 
 def counted(letter: str, at: Layout, dispatcher: Any) -> int:
     """Bytes that autograd keeps of one real layer, without the layer's own parameters."""
-    layer = Layers(letter, at.cfg, dispatcher).to(DTYPES[at.width])
+    layer = Layers(letter, at.cfg, dispatcher, WholeSequences()).to(DTYPES[at.width])
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
     recompute_layers(layer, at.recompute)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.corpus import TINY_MODEL
+from nemo_hybrid.config.parallel import ParallelOptions
 from nemo_hybrid.config.run import (
     DataOptions,
     ModelOptions,
-    ParallelOptions,
     PrecisionOptions,
     PretrainOptions,
     RunConfig,
@@ -31,6 +31,7 @@ def tiny_run(
     model: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     ep: int = 1,
+    cp: int = 1,
     zero: Any = 2,
     recipe: Any = "fp32",
 ) -> RunConfig:
@@ -51,7 +52,7 @@ def tiny_run(
             }
             | (train or {})
         ),
-        parallel=ParallelOptions(ep=ep, zero=zero),
+        parallel=ParallelOptions(ep=ep, cp=cp, zero=zero),
         precision=PrecisionOptions(recipe=recipe),
     )
 

@@ -100,7 +100,7 @@ def router_without_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def state_dropped_between_chunks(_model: HybridLM) -> Iterator[None]:
-    with patch("nemo_hybrid.model.mamba2.ssd_scan", scan_without_carry):
+    with patch("nemo_hybrid.model.sequence.ssd_scan", scan_without_carry):
         yield
 
 

@@ -14,7 +14,7 @@ from helpers.tiny_models import loud_model, packed_batch, random_ids, tiny_confi
 from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.model.router import routing_stats
+from nemo_hybrid.model.router import RoutingStats, balance_loss, routing_stats
 from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets
 
@@ -54,7 +54,8 @@ def test_objective_equals_a_computation_from_logits() -> None:
                     labels.append(batch.labels_BS[row, t + k])
                 start += length
         ce.append(F.cross_entropy(torch.stack(logits), torch.stack(labels), reduction="none"))
-    aux = sum(s.aux_loss for s in (*stats.values(), *mtp_stats.values()))
+    every = [s for passes in (*stats.values(), *mtp_stats.values()) for s in passes]
+    aux = sum(balance(s, batch.ids_BS.shape[1]) for s in every)
     loss = ce[0].mean() + 0.3 / 2 * (ce[1].mean() + ce[2].mean()) + 0.05 * aux / len(ROWS)
 
     torch.testing.assert_close(ours.loss, loss, rtol=1e-6, atol=0)
@@ -126,6 +127,11 @@ def rows_of(batch: Batch, start: int, end: int) -> Batch:
     )
 
 
+def balance(stats: RoutingStats, tokens: Tensor | int, top_k: int = 3) -> Tensor:
+    """Of rows of so many tokens."""
+    return balance_loss(stats.shares_BE, stats.counts_BE, tokens, top_k)
+
+
 def test_balance_loss_equals_a_loop_over_rows() -> None:
     model = loud_model(tiny_config("E"))
     gate = model.backbone.layers[0].mixer.gate
@@ -142,20 +148,22 @@ def test_balance_loss_equals_a_loop_over_rows() -> None:
             f = received / (length * k)
             p = sum(scores_TE[t, expert] / scores_TE[t].sum() for t in tokens) / length
             by_hand = by_hand + experts * f * p
-    torch.testing.assert_close(ours.aux_loss, by_hand)
-    assert ours.counts_E.tolist() == counts
+    found = balance(ours, length)
+    torch.testing.assert_close(found, by_hand)
+    assert ours.counts_BE.sum(0).tolist() == counts
     (expected,) = torch.autograd.grad(by_hand, gate.weight, retain_graph=True)
-    (gradient,) = torch.autograd.grad(ours.aux_loss, gate.weight)
+    (gradient,) = torch.autograd.grad(found, gate.weight)
     torch.testing.assert_close(gradient, expected)
     # Over rows, not over the whole batch.
-    assert abs(routing_stats(scores_TE, ids_TK, 1).aux_loss * rows - by_hand) > 1e-3
+    as_one = balance(routing_stats(scores_TE, ids_TK, 1), rows * length)
+    assert abs(as_one * rows - by_hand) > 1e-3
 
 
 def test_balance_loss_is_one_per_row_at_perfect_balance() -> None:
     scores_TE = torch.full((8, 4), 0.3)
     ids_TK = torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
     stats = routing_stats(scores_TE, ids_TK, 2)
-    assert float(stats.aux_loss) == pytest.approx(2.0)
+    assert float(balance(stats, 4, top_k=2)) == pytest.approx(2.0)
 
 
 def test_balance_loss_pulls_the_router_when_it_is_weighted() -> None:
@@ -280,9 +288,11 @@ def test_padding_has_no_part_in_the_statistics_of_routing() -> None:
     for x_SD, length in zip(x_BSD, lengths, strict=True):
         ids, _, scores = gate(x_SD[:length])
         alone.append(routing_stats(scores, ids, 1))
-    assert torch.equal(stats.counts_E, alone[0].counts_E + alone[1].counts_E)
-    assert stats.counts_E.sum() == sum(lengths) * 3
-    torch.testing.assert_close(stats.aux_loss, alone[0].aux_loss + alone[1].aux_loss)
+    assert torch.equal(stats.counts_BE, torch.cat([one.counts_BE for one in alone]))
+    assert stats.counts_BE.sum() == sum(lengths) * 3
+    found = balance(stats, torch.tensor(lengths)[:, None])
+    expected = sum(balance(one, n) for one, n in zip(alone, lengths, strict=True))
+    torch.testing.assert_close(found, expected)
     counted = routing_stats(scores_TE, ids_TK, 2)
-    assert (counted.counts_E - stats.counts_E).max() == 24 - sum(lengths)
-    assert abs(float(counted.aux_loss - stats.aux_loss)) > 0.1
+    assert (counted.counts_BE - stats.counts_BE).sum(0).max() == 24 - sum(lengths)
+    assert abs(float(balance(counted, width) - found)) > 0.1

@@ -143,9 +143,9 @@ def without_documents(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     "place",
     [
-        "nemo_hybrid.model.mamba2.causal_conv1d",
-        "nemo_hybrid.model.mamba2.ssd_scan",
-        "nemo_hybrid.model.attention.attention",
+        "nemo_hybrid.model.sequence.causal_conv1d",
+        "nemo_hybrid.model.sequence.ssd_scan",
+        "nemo_hybrid.model.sequence.attention",
     ],
 )
 def test_a_mixer_without_documents_is_noticed(place: str) -> None:
@@ -185,6 +185,6 @@ def test_one_differenced_cumulative_sum_is_noticed() -> None:
 
     lengths = (CHUNK - 1, CHUNK + 1, 4)
     assert max(leaks(model, lengths).values()) == 0.0
-    with patch("nemo_hybrid.model.mamba2.ssd_scan", usual):
+    with patch("nemo_hybrid.model.sequence.ssd_scan", usual):
         worst = leaks(model, lengths)
     assert 0.0 < worst["hidden"] < 1e-4

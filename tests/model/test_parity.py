@@ -136,7 +136,7 @@ def test_a_model_as_initialised_would_not_do(pattern: str, lost: str) -> None:
     ("place", "broken", "wrong"),
     [
         ("router.topk_router", router_without_gradient, "gate.weight"),
-        ("mamba2.ssd_scan", scan_without_gradient_through_the_carry, "in_proj.weight"),
+        ("sequence.ssd_scan", scan_without_gradient_through_the_carry, "in_proj.weight"),
     ],
 )
 def test_a_gradient_lost_on_its_way_is_noticed(

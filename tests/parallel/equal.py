@@ -23,6 +23,7 @@ from nemo_hybrid.model.router import Router
 from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets
 from nemo_hybrid.train.optim import parameter_groups, update_router_bias
+from nemo_hybrid.train.step import _hash
 
 State = dict[str, Tensor]
 Outcome = tuple[list[dict[str, Any]], State]
@@ -84,12 +85,19 @@ def optimizer_of(name: str) -> Iterator[None]:
         yield
 
 
-def equal_run(store: Path, optimizer: str, **layout: Any) -> RunConfig:
+def equal_run(
+    store: Path,
+    optimizer: str,
+    *,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    length: int = 16,
+    **layout: Any,
+) -> RunConfig:
     """The run, of 8 sequences of 16 tokens a step, several documents in most."""
-    micro = layout.pop("micro_batch_size", 8)
-    train = TRAIN | OPTIMIZERS[optimizer] | {"micro_batch_size": micro}
-    config = tiny_run(store, model=MODEL, train=train, **layout)
-    config.data.sequence_length = 16
+    given = TRAIN | OPTIMIZERS[optimizer] | {"micro_batch_size": 8} | (train or {})
+    config = tiny_run(store, model=MODEL | (model or {}), train=given, **layout)
+    config.data.sequence_length = length
     return config
 
 
@@ -111,11 +119,15 @@ def starve(model: HybridLM, experts: tuple[int, ...]) -> None:
 
 
 def reference(
-    store: Path, optimizer: str, starved: tuple[int, ...] = STARVED, steps: int = STEPS
+    store: Path,
+    optimizer: str,
+    starved: tuple[int, ...] = STARVED,
+    steps: int = STEPS,
+    **options: Any,
 ) -> tuple[Outcome, float]:
     """The same steps without DeepSpeed and without processes, the whole batch at once; and how far
-    the closest routing decision was from a tie."""
-    config = equal_run(store, optimizer)
+    the closest routing decision was from a tie. ``options``: of `equal_run`."""
+    config = equal_run(store, optimizer, **options)
     hybrid = config.model.hybrid()
     model = HybridLM(hybrid, seed=config.train.seed)
     starve(model, starved)
@@ -132,7 +144,8 @@ def reference(
     tensors: State = {}
     for step in range(steps):
         batch = masked(next(data)[0])
-        parts = objective(batch, Normalizer(count_targets(batch, objective.depths), 8))
+        normalizer = Normalizer(count_targets(batch, objective.depths), 8)
+        parts = objective(batch, normalizer)
         stepper.zero_grad()
         parts.loss.backward()
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
@@ -152,6 +165,8 @@ def reference(
                 "grad_norm": float(norm),
                 "targets": int(count_targets(batch, 0)),
                 "loads": {name: c.tolist() for name, c in parts.loads.items()},
+                "aux": objective.means(parts.sums, normalizer)["aux"],
+                "hash": _hash([batch]),
             }
         )
     return (rows, tensors | {name: p.detach() for name, p in named.items()}), min(gaps, default=1.0)

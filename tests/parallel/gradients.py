@@ -25,7 +25,7 @@ def main(store: Path, out: Path, zero: int) -> None:
     torch.set_num_threads(1)
     build.peak_flops = lambda *_: None
     world = World.start()
-    config = equal_run(store, "sgd", micro_batch_size=2, ep=world.size, zero=zero)
+    config = equal_run(store, "sgd", train={"micro_batch_size": 2}, ep=world.size, zero=zero)
     config.precision.health_every = 2
     hybrid = config.model.hybrid()
     blend = open_blend(config.data, hybrid)

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nemo_hybrid.parallel.world import World
 from nemo_hybrid.train import build
 from nemo_hybrid.train.run import Run
 from nemo_hybrid.train.step import train_step
-from parallel import precision
+from parallel import parts, precision
 from parallel.equal import STARVED, STEPS, equal_run, masked, optimizer_of, starve
 
 
@@ -41,10 +41,13 @@ class Scenario:
     name: str
     optimizer: str = "sgd"
     ep: int = 1
+    cp: int = 1
     zero: int = 2
     accumulation: int = 1
     recipe: str = "fp32"
     starved: tuple[int, ...] = STARVED
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `equal_run`."""
     fault: str = ""
     """A deliberate mistake that the comparison must notice."""
 
@@ -60,11 +63,14 @@ class LocalMeans(World):
 
 def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
     """Run one scenario."""
+    world, options = replace(world, cp=scenario.cp), scenario.options
+    micro = {"micro_batch_size": 8 // (world.readers * scenario.accumulation)}
     config = equal_run(
         store,
         scenario.optimizer,
-        micro_batch_size=8 // (world.size * scenario.accumulation),
+        **options | {"train": options.get("train", {}) | micro},
         ep=scenario.ep,
+        cp=scenario.cp,
         zero=scenario.zero,
         recipe=scenario.recipe,
     )
@@ -75,7 +81,7 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
         run = built(config, world)
     starve(run.model, scenario.starved)
     break_it(run, scenario.fault)
-    data = read_steps(config, blend, world.rank, world.size)
+    data = read_steps(config, blend, world.reader, world.readers)
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -91,8 +97,10 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
                 "losses": [outcome.means["loss"], *mtp_losses(outcome.means)],
                 "grad_norm": outcome.grad_norm,
                 "loads": {name: counts_E.tolist() for name, counts_E in outcome.loads.items()},
+                "aux": outcome.means["aux"],
+                "hash": outcome.sample_hash,
                 "targets": world.gather(
-                    sum(int(count_targets(batch, 0)) for batch in batches),
+                    sum(int(count_targets(batch, 0)) for batch in batches) * (not world.part),
                 ),
             }
         )
@@ -148,7 +156,8 @@ def main(store: str, out: str, scenarios: str) -> None:
     world = World.start()
     for given in json.loads(scenarios):
         if given.pop("kind", "train") == "train":
-            train(world, Path(store), Path(out), Scenario(**given))
+            with parts.broken(given.get("fault", "")):
+                train(world, Path(store), Path(out), Scenario(**given))
         else:
             precision.run(world, Path(store), Path(out), **given)
     World.stop()

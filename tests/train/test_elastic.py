@@ -23,6 +23,7 @@ STEPS = 12
 TOLERANCE = 2e-6
 """Relative, of losses and gradient norms in fp32, in every step: twice what ``bands.jittered``
 moves them. (With a choice of experts it moves them by 1e-3: in 12 steps some choices are close.)"""
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 Row = dict[str, Any]
 
 
@@ -35,12 +36,14 @@ class Segment:
     ep: int
     zero: int
     micro_batch_size: int
+    cp: int = 1
 
     def words(self) -> list[str]:
         given = {
             "train.max_steps": self.until,
             "parallel.ep": self.ep,
             "parallel.zero": self.zero,
+            "parallel.cp": self.cp,
             "train.micro_batch_size": self.micro_batch_size,
         }
         return [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -48,11 +51,11 @@ class Segment:
 
 CHAIN = [
     Segment(3, size=4, ep=2, zero=2, micro_batch_size=1),
-    Segment(6, size=2, ep=1, zero=1, micro_batch_size=4),
+    Segment(6, size=2, ep=1, zero=1, micro_batch_size=4, cp=2),
     Segment(9, size=1, ep=1, zero=2, micro_batch_size=2),
-    Segment(12, size=4, ep=4, zero=1, micro_batch_size=2),
+    Segment(12, size=4, ep=4, zero=1, micro_batch_size=2, cp=4),
 ]
-"""4 -> 2 -> 1 -> 4 processes, expert parallel 2 -> 1 -> 4."""
+"""4 -> 2 -> 1 -> 4 processes, expert parallel 2 -> 1 -> 4, context parallel 1 -> 2 -> 1 -> 4."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Alone:
 def alone(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Alone:
     def make(out: Path) -> None:
         train = {"max_steps": STEPS, "micro_batch_size": 8, "eps": 1e-4, "eval_sequences": 0}
-        config = tiny_run(store, model=ALL_EXPERTS, train=train | {"warmup_steps": 5})
+        config = tiny_run(store, model=ALL_EXPERTS | HEADS, train=train | {"warmup_steps": 5})
         config.checkpoint.every = 3
         config.checkpoint.keep = 0
         (out / "run.yaml").write_text(dump_config(config))
@@ -101,7 +104,11 @@ def test_layouts_may_change_at_every_stop(alone: Alone, tmp_path: Path) -> None:
         stdout = run_command(*words, *segment.words(), size=segment.size)[0].stdout
         before = f"step_{CHAIN[number - 1].until:08d}" if number else "fresh start"
         assert before in stdout
-        assert f"{segment.size} processes on cpu, expert parallel {segment.ep}" in stdout
+        assert f"{segment.size} processes on cpu, " in stdout
+        assert f"expert parallel {segment.ep}" in stdout
+        rows_at_once = segment.micro_batch_size * segment.size // segment.cp
+        said = f"{rows_at_once} rows at a time, each over {segment.cp} processes"
+        assert (said in stdout) == (segment.cp > 1)
     ours, theirs = rows(run_dir), rows(alone.run_dir)
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for same in ("sample_hash", "lr", "tokens_total"):

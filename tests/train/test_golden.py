@@ -23,7 +23,7 @@ from helpers.runs import read_steps, tiny_run
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.data.loader import open_blend
-from nemo_hybrid.model import mamba2, router
+from nemo_hybrid.model import router, sequence
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.objectives import next_token
@@ -125,12 +125,12 @@ def test_plain_pytorch_has_the_golden_losses(store: Path) -> None:
 
 def without_scan(patch: pytest.MonkeyPatch) -> None:
     """No state: every token sees itself alone."""
-    scan = mamba2.ssd_scan
+    scan = sequence.ssd_scan
 
     def stateless(x: Tensor, dt: Tensor, A: Tensor, *rest: object) -> object:
         return scan(x, dt, A * 1e6, *rest)
 
-    patch.setattr(mamba2, "ssd_scan", stateless)
+    patch.setattr(sequence, "ssd_scan", stateless)
 
 
 def with_permuted_experts(patch: pytest.MonkeyPatch) -> None:

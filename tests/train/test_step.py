@@ -28,7 +28,7 @@ def test_samples_are_hashed_before_they_go_to_the_device(store: Path) -> None:
 
     config = tiny_run(store)
     batches = next(read_steps(config, open_blend(config.data, config.model.hybrid())))
-    world = SimpleNamespace(device=torch.device("meta"), sum=reached)
+    world = SimpleNamespace(device=torch.device("meta"), sum=reached, cp=1, part=0)
     objective = SimpleNamespace(count=lambda batch, step: count_targets(batch, 2))
     run = SimpleNamespace(world=world, engine=None, config=config, objective=objective)
     with pytest.raises(Reached) as caught:
