@@ -3,7 +3,9 @@
 What DeepSpeed's ZeRO optimizer and the layers' autograd functions hold is counted; temporaries are
 estimated. ``docs/planning.md`` says so in words and shows how well it was met.
 
-Letters in formulas: T tokens of a micro-batch, S sequence, D hidden, I Mamba inner width, C conv
+Letters in formulas: T tokens of a micro-batch on a process, S those of a row (with context
+parallelism the process has a part of each row, and in attention whole rows with a part of the
+heads), D hidden, I Mamba inner width, C conv
 channels, H heads, P head dim, N state, G groups, E experts, K experts per token, L expert width,
 F expert inner width, V vocabulary; b bytes of a weight, W processes.
 """
@@ -32,9 +34,13 @@ STATE_BYTES = 12
 """fp32 master and two fp32 moments of one parameter."""
 _REDUCTION_BYTES = 8
 """Per element of ZeRO-2's buffer: the buffer itself, and flat copies of what is reduced."""
-_TEMPORARIES = {True: 2, False: 4}
+_TEMPORARIES: dict[bool, dict[str, float]] = {
+    True: dict.fromkeys("M*-E", 2),
+    False: {"M": 1.5, "*": 2, "-": 4, "E": 4},
+}
 """Times what a layer keeps, that its backward pass takes in between: on CPU as measured, elsewhere
-as the grouped products of experts are expected to."""
+as the grouped products of experts are expected to, and of M and * half more than `step_time` counts
+(0.9 and 1.2 to 1.5 times)."""
 # Logits held at once: by the reference on CPU and elsewhere, by the kernels.
 _LOSS_CHUNK = {True: 4 << 20, False: 256 << 20}
 _LOSS_CHUNK_KERNEL = 2 << 30
@@ -90,10 +96,17 @@ class Layout:
     """Checkpoints are copied to CPU memory before they are written."""
     beginning: FinetuneConfig | RlConfig | None = None
     """Which weights stay frozen, and what is held beside them; None: all are trained."""
+    cp: int = 1
+    """Processes over which each row is divided."""
+
+    @property
+    def part(self) -> int:
+        """Tokens of a row on one process, of which some have one less."""
+        return math.ceil(self.length / self.cp)
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
+        return self.rows * self.part
 
     @cached_property
     def model(self) -> HybridLM:
@@ -146,6 +159,7 @@ def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: boo
         ),
         host_copy=config.checkpoint.asynchronous,
         beginning=config if isinstance(config, FinetuneConfig | RlConfig) else None,
+        cp=config.parallel.cp,
     )
 
 
@@ -200,8 +214,8 @@ def saved(at: Layout, letter: str) -> int:
 
 
 def _saved(at: Layout, letter: str) -> int:
-    cfg, b, T, S, a = at.cfg, at.width, at.tokens, at.length, 4 if at.cpu else at.width
-    q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
+    cfg, b, T, S, a = at.cfg, at.width, at.tokens, at.part, 4 if at.cpu else at.width
+    q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, own_pairs(at)))
     inner, conv, heads = cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads
     experts, k, cast = cfg.n_routed_experts, cfg.num_experts_per_tok, b != 4
     latent = b * (cfg.moe_latent_size or 0)
@@ -223,13 +237,17 @@ def _saved(at: Layout, letter: str) -> int:
         "M": (
             T * (b * (inner + conv + heads) + 4 * heads),  # in_proj's output, softplus's input
             T * b * conv * ("conv1d" in at.reference),  # its result before SiLU
+            # Its input, behind the end of the part before; states that leave, travel and enter.
+            (T * b * conv + at.rows * 12 * inner * cfg.ssm_state_size) * (at.cp > 1),
             T * (4 * cfg.n_groups + b * inner),  # of the gated norm; out_proj's input
             scan,
         ),
         "*": (
-            T * (a * (2 * q + 2 * kv) + 4 * cfg.num_attention_heads),
+            T * (a * 2 * q + 4 * cfg.num_attention_heads),
+            T * a * q * (at.cp > 1),  # the output for whole rows, and by tokens once more
+            at.rows * at.length * a * 2 * kv,
             T * b * q * (a != b),
-            T * a * S * ("attention" in at.reference),  # the documents' mask
+            at.rows * at.length**2 * a * ("attention" in at.reference),  # the documents' mask
         ),
         "-": (T * 2 * b * cfg.intermediate_size,),
         "E": (
@@ -243,6 +261,11 @@ def _saved(at: Layout, letter: str) -> int:
         ),
     }
     return norm + sum(terms[letter])
+
+
+def own_pairs(at: Layout) -> int:
+    """Key/value heads of one process in attention, which repeats them where there are too few."""
+    return max(1, at.cfg.num_key_value_heads // at.cp)
 
 
 def moments(at: Layout) -> list[Memory]:
@@ -283,7 +306,7 @@ def moments(at: Layout) -> list[Memory]:
         logits = (4 + b) * rows * cfg.vocab_size
     # One layer's backward pass: temporaries, gradients of its weights, what is made once more.
     work = {
-        c: _TEMPORARIES[at.cpu] * _saved(at, c)
+        c: _TEMPORARIES[at.cpu][c] * _saved(at, c)
         + b * sum(p.numel() for p in layer_parameters(cfg, c, at.ep).values())
         + (_saved(at, c) - saved(at, c))
         for c in {*cfg.pattern, *(cfg.mtp_pattern * depths)}

@@ -64,6 +64,9 @@ class PlanOptions(CommandOptions):
     """That link's bandwidth per device and direction, in 1e9 bytes per second."""
     network_gb_s: PositiveFloat = 50.0
     """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
+    fit: bool = False
+    """Look for the smallest parallel.cp that fits, whatever the configuration says of it and of
+    train.recompute."""
 
 
 _SHORTEST = 128
@@ -145,6 +148,11 @@ class Plan:
 def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
     config, shape = ready(config, options)
+    if options.fit:
+        from nemo_hybrid.commands.fit import fit_lines
+
+        print(*fit_lines(config, options, shape), sep="\n")
+        return 0
     print("\n".join(_lines(make_plan(config, shape, options), config, shape, options)))
     return 0
 
@@ -167,7 +175,7 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     from nemo_hybrid.train.build import check_precision  # which takes seconds
 
     check_precision(config, shape)
-    per_pass = config.train.micro_batch_size * options.processes
+    per_pass = config.train.micro_batch_size * max(1, options.processes // config.parallel.cp)
     batch = config.train.global_batch_size
     if "global_batch_size" not in config.train.changed() and batch % per_pass:
         config.train.global_batch_size = math.ceil(batch / per_pass) * per_pass
@@ -219,24 +227,51 @@ def _device(options: PlanOptions) -> Device:
     return DEVICES[options.device]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
+def _layers(at: Layout, letter: str) -> int:
+    return at.cfg.pattern.count(letter) + at.cfg.mtp_num_depths * at.cfg.mtp_pattern.count(letter)
+
+
+def _of_parts(at: Layout) -> Iterator[tuple[str, str, float]]:
+    """What layers exchange where rows are divided: their letter, what it is, and bytes of one layer
+    in a micro-batch (forward, backward, and recomputed), those that stay here included.
+
+    Mamba-2 layers send the state that they leave and get that with which they begin, in fp32, each
+    process for its heads; and the last inputs of the convolution. Attention sends queries, keys and
+    values by heads, and gets outputs by tokens.
+    """
+    if at.cp == 1:
+        return
+    cfg, b = at.cfg, at.width
+    state = 8 * (cfg.mamba_inner_size * cfg.ssm_state_size + cfg.mamba_num_heads)
+    halo = b * (cfg.conv_kernel - 1) * cfg.conv_channels
+    pairs = max(cfg.num_key_value_heads, at.cp)
+    tokens = b * at.tokens * cfg.head_dim * 2 * (cfg.num_attention_heads + pairs)
+    sizes = {"M": at.rows * (state + halo), "*": tokens}
+    for letter, what in (("M", "states"), ("*", "heads")):
+        if _layers(at, letter):
+            yield letter, what, (3 if letter in at.recompute else 2) * sizes[letter]
+
+
 def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]:
     """What travels in a step: routed slots (latent rows and weights, forward, backward and
-    recomputed), fp32 gradients (every micro-batch with ZeRO-2, once with ZeRO-1), and the updated
-    weights."""
+    recomputed), what `_of_parts` says, fp32 gradients (every micro-batch with ZeRO-2, once with
+    ZeRO-1), and the updated weights."""
     from nemo_hybrid.commands.memory import groups_of
 
     cfg, ep, node = at.cfg, at.ep, device.devices_per_node
     link, network = device.link_gb_s * 1e9, network_gb_s * 1e9
-    passes = cfg.pattern.count("E") + cfg.mtp_num_depths * cfg.mtp_pattern.count("E")
+    passes = _layers(at, "E")
     # Rows go and come back; so do their gradients; recomputation sends the rows once more. The
     # fp32 weight of a row goes along, and its gradient comes back.
     again = "E" in at.recompute
     slot = (6 if again else 4) * cfg.expert_size * at.width + (3 if again else 2) * 4
     slots = at.tokens * at.accumulation * passes * cfg.num_experts_per_tok
-    near = (min(ep, node) - 1) / ep
-    far = (ep - min(ep, node)) / ep
-    dispatch = slots * slot * (near + far)
-    dispatch_s = slots * slot * max(near / link, far / network)
+
+    def part(size: float, processes: int) -> Part:
+        """Of an all-to-all of so many bytes: what stays here is not sent."""
+        near, all_near = (min(processes, node) - 1) / processes, min(processes, node) / processes
+        seconds = size * max(near / link, (1 - all_near) / network)
+        return Part(seconds, size * (1 - 1 / processes))
 
     reduction = gather = reduction_s = gather_s = 0.0
     for group in groups_of(at):
@@ -248,8 +283,13 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
         gathered = share * group.width * group.numel
         reduction, gather = reduction + reduced, gather + gathered
         reduction_s, gather_s = reduction_s + reduced / rate, gather_s + gathered / rate
+    divided = {
+        f"all-to-all of {what}": part(size * _layers(at, letter) * at.accumulation, at.cp)
+        for letter, what, size in _of_parts(at)
+    }
     return {
-        "all-to-all of routed slots": Part(dispatch_s, dispatch),
+        "all-to-all of routed slots": part(slots * slot, ep),
+        **divided,
         "all-reduce of gradients": Part(reduction_s, reduction),
         "all-gather of weights": Part(gather_s, gather),
     }
@@ -275,7 +315,7 @@ def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) ->
             continue
         _apply(change, config, options)  # which the next candidates go on from
         at = found
-        yield f"{name}: {_gb(found.needed)}" + (", fits" if found.fits else "")
+        yield f"{name}: {gb(found.needed)}" + (", fits" if found.fits else "")
         if found.fits:
             return
     while config.data.sequence_length >= 2 * _SHORTEST:
@@ -284,7 +324,7 @@ def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) ->
             found = make_plan(config, shape, options)
             if found.fits:
                 shorter = f"--data.sequence_length {config.data.sequence_length}"
-                yield f"{shorter}, of which less is learnt: {_gb(found.needed)}, fits"
+                yield f"{shorter}, of which less is learnt: {gb(found.needed)}, fits"
                 return
     yield (
         "even so it does not fit, nor with a smaller data.sequence_length: take still more "
@@ -344,26 +384,29 @@ def _lines(
     yield (
         f"{command}: {counts.total:,} parameters, {counts.active:,} active, {local:,} in each "
         f"process{some}; "
-        f"{at.processes} x {options.device}, EP {at.ep}, ZeRO-{at.zero}, "
+        f"{at.processes} x {options.device}, EP {at.ep}, "
+        f"{f'CP {at.cp}, ' if at.cp > 1 else ''}ZeRO-{at.zero}, "
         f"{config.precision.recipe}{' (planned as bf16)' if config.precision.low else ''}, "
         f"recompute {at.recompute or 'nothing'}"
     )
     yield (
-        f"{at.rows} x {at.length} tokens per micro-batch, {at.accumulation} micro-batches per step"
+        f"{at.rows} x {at.length} tokens per micro-batch"
+        f"{f', of which a process has {at.tokens}' if at.cp > 1 else ''}, "
+        f"{at.accumulation} micro-batches per step"
     )
     yield f"memory of one process, at its peak ({memory.moment}):"
     for kind in ("weights", "optimizer", "gradients", "activations", "buffers"):
-        yield f"  {kind:12} {_gb(getattr(memory, kind)):>12}"
-    yield f"  {'together':12} {_gb(memory.device):>12}"
+        yield f"  {kind:12} {gb(getattr(memory, kind)):>12}"
+    yield f"  {'together':12} {gb(memory.device):>12}"
     yield (
-        f"  in CPU memory: checkpoint copy {_gb(memory.host_copy)} (process 0), building the model "
-        f"{_gb(4 * local)}"
+        f"  in CPU memory: checkpoint copy {gb(memory.host_copy)} (process 0), building the model "
+        f"{gb(4 * local)}"
     )
-    room = f"{_gb(found.capacity)} ({options.reserve_gb:g} GB reserved)"
+    room = f"{gb(found.capacity)} ({options.reserve_gb:g} GB reserved)"
     if found.fits:
-        yield f"fits: {_gb(found.needed)} of {room}"
+        yield f"fits: {gb(found.needed)} of {room}"
     else:
-        yield f"does not fit: {_gb(found.needed)} of {room}. Change, one after the other:"
+        yield f"does not fit: {gb(found.needed)} of {room}. Change, one after the other:"
         yield from (f"  {line}" for line in changes(config, options, shape))
     limits = {
         "finetune": ", as if all weights were trained",
@@ -372,7 +415,10 @@ def _lines(
     limit = limits.get(command, "")
     yield f"one step of one process, modelled, not measured, nothing overlapping{limit}:"
     for name, (seconds, sent) in found.parts.items():
-        yield f"  {name:26} {_gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
+        yield f"  {name:26} {gb(sent) + ' sent' if sent is not None else '':>17} {seconds:10.3f} s"
+    for letter, what, size in _of_parts(at):
+        each = size * (1 - 1 / at.cp)
+        yield f"  one {letter} layer exchanges {what} of {gb(each)} per micro-batch"
     rate = found.tokens / found.step_s
     yield (
         f"  together {found.step_s:.3f} s: {rate:,.0f} tokens/s and "
@@ -382,14 +428,14 @@ def _lines(
     )
     if (steps := config.train.max_steps) and command != "rl":
         stages = config.train.batch_sizes(at.length).split(steps)
-        per_pass = at.rows * at.processes
+        per_pass = at.rows * at.processes // at.cp
         hours = sum(n * found.of(size // per_pass).step_s for n, size in stages) / 3600
         kept = config.checkpoint.keep
         yield (
             "the whole run, "
             + ", then ".join(f"{n:,} steps of {size * at.length:,} tokens" for n, size in stages)
             + (f": {hours / 24:,.3g} days" if hours >= 48 else f": {hours:,.3g} hours")
-            + f"; on disk {_gb(memory.checkpoint)} per checkpoint, "
+            + f"; on disk {gb(memory.checkpoint)} per checkpoint, "
             + (f"{kept} of them, and one being written" if kept else "all of them")
         )
     yield _generating(at)
@@ -405,11 +451,11 @@ def _generating(at: Layout) -> str:
     return (
         f"generating holds {wide.fixed:,} bytes of each text ({narrow.fixed:,} with --ssm_cache "
         f"float16) and {wide.token:,} of each of its tokens ({narrow.token:,} with an export's FP8 "
-        f"cache): {_gb(wide.at(at.length))} at {at.length:,} tokens"
+        f"cache): {gb(wide.at(at.length))} at {at.length:,} tokens"
     )
 
 
-def _gb(size: float) -> str:
+def gb(size: float) -> str:
     if size < 1e9:
         return f"{size / 1e6:,.0f} MB"
     return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"

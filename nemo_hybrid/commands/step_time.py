@@ -35,6 +35,7 @@ from nemo_hybrid.model.norm import GatedRMSNorm, RMSNorm
 from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken
+from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.train.flops import train_flops_per_token
 from nemo_kernels import backend
@@ -87,6 +88,19 @@ class Even(AllToAllDispatcher):
         return rows, rows
 
 
+class Apart(SequenceShards):
+    """The last part of every row; the network takes no time, that is planned apart."""
+
+    def __init__(self, parts: int) -> None:
+        self.part, self.parts = parts - 1, parts
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _all_to_all(self, *_: Any) -> None:
+        pass
+
+
 @dataclass
 class Counted:
     """What one micro-batch and the update after the last one do on one process."""
@@ -135,8 +149,10 @@ def count(at: Layout, paths: Mapping[str, str], documents: int = 1, whole: bool 
             parameter.register_post_accumulate_grad_hook(partial(_accumulate, gradient))
         with meter.following(objective, _scopes(model)):
             with meter.scope(op="loss"):
+                counts_N = objective.count(batch.to("meta"), 0)
+                if at.cp > 1:
+                    batch = objective.cut(batch, at.cp - 1, at.cp, 0)
                 batch = batch.to("meta")
-                counts_N = objective.count(batch, 0)
             normalizer = Normalizer(counts_N, at.rows * at.accumulation * at.processes)
             objective(batch, normalizer).loss.backward()
         del state
@@ -165,7 +181,8 @@ def _model(cfg: ModelConfig, at: Layout) -> HybridLM:
     slots = at.tokens * cfg.num_experts_per_tok
     with torch.device("meta"):
         even = Even(cfg.n_routed_experts, at.ep, slots) if at.ep > 1 else None
-        model = HybridLM(shape, dispatcher=even).to(
+        parts = Apart(at.cp) if at.cp > 1 else None
+        model = HybridLM(shape, dispatcher=even, sequence=parts).to(
             torch.float32 if at.width == 4 else torch.bfloat16
         )
     recompute_layers(model, at.recompute)

@@ -35,6 +35,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "processes": 2, "ep": 1, "zero": 2, "recompute": "ME*-", "length": 512,
         "rows": 3,
     },
+    "2 processes, CP 2, ZeRO-2": {
+        "processes": 2, "ep": 1, "cp": 2, "zero": 2, "length": 2048, "rows": 1,
+    },
 }  # fmt: skip
 SHAPE: dict[str, Any] = {
     "pattern": "ME*EM-",
@@ -55,18 +58,18 @@ TINY = {
 def run_of(name: str, store: str = "none", recipe: Any = "bf16") -> RunConfig:
     """The run of a layout."""
     layout = LAYOUTS[name]
-    rows = layout["rows"]
+    rows, cp = layout["rows"], layout.get("cp", 1)
     return RunConfig(
         model=ModelOptions(**SHAPE),
         data=DataOptions(path=store, sequence_length=layout.get("length", 256)),
         train=PretrainOptions(
             max_steps=STEPS + 1,
             micro_batch_size=rows,
-            global_batch_size=rows * layout["processes"] * layout.get("accumulation", 1),
+            global_batch_size=rows * layout["processes"] // cp * layout.get("accumulation", 1),
             recompute=layout.get("recompute", ""),
             eval_sequences=0,
         ),
-        parallel=ParallelOptions(ep=layout["ep"], zero=layout["zero"]),
+        parallel=ParallelOptions(ep=layout["ep"], cp=cp, zero=layout["zero"]),
         precision=PrecisionOptions(recipe=recipe),
     )
 
@@ -101,7 +104,7 @@ def main(store: str, name: str, *options: str) -> None:
     from nemo_hybrid.train.step import train_step
 
     config = run_of(name, store, **({"recipe": "fp32"} if "fp32" in options else {}))
-    world = World.start()
+    world = World.start(config.parallel.cp)
     if "keep" not in options:
         exact_malloc()
     prepare_deepspeed(world)  # imports that are not memory of the run
@@ -110,12 +113,12 @@ def main(store: str, name: str, *options: str) -> None:
     tiny = replace(config, model=replace(config.model, **TINY))
     tiny = replace(tiny, data=replace(config.data, sequence_length=32))
     run = built(tiny, world)
-    train_step(run, next(read_steps(tiny, blend, world.rank, world.size)), 1e-3)
+    train_step(run, next(read_steps(tiny, blend, world.reader, world.readers)), 1e-3)
     del run
     gc.collect()
     before = resident("VmRSS")
     run = built(config, world)
-    batches = read_steps(config, blend, world.rank, world.size)
+    batches = read_steps(config, blend, world.reader, world.readers)
     train_step(run, next(batches), 1e-3)
     if "copy" in options:
         saver = Saver(run)
