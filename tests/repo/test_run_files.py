@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_hybrid.commands.plan import COMMANDS, Plan, make_plan, ready
+from nemo_hybrid.commands.plan import COMMANDS, Plan, PlanOptions, make_plan, ready
 from nemo_hybrid.config.finetune import FinetuneConfig
+from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.name for path in (ROOT / "configs" / "run").glob("*.yaml"))
 ON_A_CPU = (
-    "finetune_digits_cpu", "finetune_tiny_cpu", "nvfp4_gap", "pretrain_tiny_cpu",
-    "pretrain_tiny_nvfp4", "rl_tiny_cpu",
+    "finetune_digits_cpu", "finetune_tiny_cpu", "long_context_tiny_cpu", "nvfp4_gap",
+    "pretrain_tiny_cpu", "pretrain_tiny_nvfp4", "rl_tiny_cpu",
 )  # fmt: skip
 REAL = [name for name in RUNS if name.removesuffix(".yaml") not in ON_A_CPU]
 
@@ -73,6 +75,23 @@ def test_the_layout_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files.findall(words) == files.findall(" ".join(command(name, "nemo-hybrid plan")))
 
 
+def test_the_tiny_phase_fits_two_processes_of_a_cpu() -> None:
+    files = ROOT / "configs/run/long_context_tiny_cpu.yaml", ROOT / "configs/model/tiny.yaml"
+    heads = ["--model.num_attention_heads", "4"]
+    config = load_config(files[:1], ["--model", str(files[1]), *heads])
+    before = load_config([ROOT / "configs/run/pretrain_tiny_cpu.yaml"], heads)
+    assert " ".join(heads) in header(files[0].name)
+    assert f"--run_dir runs/{Path(str(config.continue_from)).name}" in header(files[0].name)
+    assert before.model == replace(config.model, from_hf=None)
+    assert (config.data.path, config.data.short.path) == (before.data.path,) * 2
+    assert config.data.short.sequence_length == before.data.sequence_length
+    options = PlanOptions(processes=2, device="cpu")
+    config, shape = ready(config, options)  # type: ignore[assignment]
+    plan = make_plan(config, shape, options)
+    assert plan.fits
+    assert (plan.at.cp, plan.at.accumulation, plan.at.tokens) == (2, 1, 8192)
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "pretrain_nano": {
         "tokens": 25e12, "warmup": 8.4e9, "decay": 5e12, "lr": (1e-3, 1e-5), "phases": [23.5e12],
@@ -84,6 +103,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "pretrain_ultra": {
         "tokens": 20e12, "warmup": 200e9, "decay": 5e12, "lr": (2.5e-4, 2.5e-6), "mtp": 0.1,
         "phases": [15e12], "steps": (794_728, 7_947, 198_682), "recipe": "nvfp4_ultra",
+    },
+    "long_context_super": {
+        "tokens": 34e9, "step": 16 << 20, "lr": (4.5e-6, None), "mtp": 0.3,
+    },
+    "long_context_super_short": {
+        "tokens": 17e9, "step": 16 << 20, "lr": (4.5e-6, None), "mtp": 0.3, "short": (4096, 0.5),
+    },
+    "long_context_ultra": {
+        "tokens": 33e9, "step": 25_165_824, "lr": (2.5e-6, None), "mtp": 0.1,
+        "short": (4096, 0.08),
     },
     "sft_nano": {"tokens": 13_000 * 64 * 262_144, "step": 64 * 262_144},
     "sft_super": {
@@ -116,6 +145,12 @@ def test_published_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(config, RunConfig)
         assert list(config.data.phases) == known["phases"]
         assert config.precision.recipe == known.get("recipe", "bf16")
+    if "long_context" in name:
+        short, phase = config.data.short, name.removesuffix("_short")  # type: ignore[attr-defined]
+        assert (short.sequence_length, short.share) == known.get("short", (0, 0.5))
+        assert (train.schedule, config.data.sequence_length) == ("constant", 1 << 20)
+        before = phase if name != phase else name.replace("long_context", "pretrain")
+        assert Path(str(config.continue_from)).name == before
     # Steps are whole ones, and Megatron's differ in their rounding.
     counted = [("tokens", train.max_steps), ("warmup", train.warmup_steps)]
     for what, steps in [*counted, ("decay", train.decay_steps)]:
