@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, ClassVar, Literal
 
@@ -247,34 +248,10 @@ class RlConfig(TrainingConfig):
                     else "teachers"
                 ]
             ),
-            *(
-                (
-                    bool(self.teachers) and not self.teacher_of(name),
-                    f"environment {name} has no teacher: name one in routes, or a default",
-                )
-                for name in self.environments
-            ),
-            *(
-                (name not in self.environments, f"data.shares: there is no environment {name!r}")
-                for name in self.data.shares
-            ),
+            *((True, why) for why in self._misnamed()),
             (
                 bool(self.data.shares) and not sum(self.data.shares.values()),
                 "data.shares are all 0",
-            ),
-            *(
-                (
-                    teacher not in self.teachers,
-                    f"routes: there is no teacher {teacher!r} in teachers",
-                )
-                for teacher in self.routes.values()
-            ),
-            *(
-                (
-                    name != "default" and name not in self.environments,
-                    f"routes: there is no environment {name!r} in environments",
-                )
-                for name in self.routes
             ),
             (
                 train.eval_sequences and self.data.heldout_path is None,
@@ -283,3 +260,16 @@ class RlConfig(TrainingConfig):
             ),
             (train.eval_positions, "train.eval_positions has no effect: rewards are evaluated"),
         )
+
+    def _misnamed(self) -> Iterator[str]:
+        """What names environments or teachers that are not there, and who has no teacher."""
+        for name in self.environments:
+            if self.teachers and not self.teacher_of(name):
+                yield f"environment {name} has no teacher: name one in routes, or a default"
+        for teacher in self.routes.values():
+            if teacher not in self.teachers:
+                yield f"routes: there is no teacher {teacher!r} in teachers"
+        for option, names in (("routes", self.routes), ("data.shares", self.data.shares)):
+            for name in names:
+                if name not in (*self.environments, "default"):
+                    yield f"{option}: there is no environment {name!r} in environments"
