@@ -65,7 +65,7 @@ def run(step: str, rows: Iterator[Row], given: Given) -> bool:
     path = given.out / "first_contact.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     done: list[dict[str, Any]] = []
-    for name, check in rows:
+    for name, check in begun(rows):
         start = time.monotonic()
         row: dict[str, Any] = {"name": name, "state": "passed"}
         try:
@@ -84,6 +84,19 @@ def run(step: str, rows: Iterator[Row], given: Given) -> bool:
         print(f"{row['state']:8} {name}  {json.dumps(figures)}", flush=True)
         write_json(path, found | {"machine": machine(given.device, ""), step: done})
     return all(row["state"] != "FAILED" for row in done)
+
+
+def begun(rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows; a step that cannot begin, or go on, is a row that fails."""
+    try:
+        yield from rows
+    except Exception as error:
+        broken = error
+
+        def fail() -> dict[str, Any]:
+            raise broken
+
+        yield "the step itself", fail
 
 
 def within(found: float, limit: float, **more: Any) -> dict[str, Any]:

@@ -109,6 +109,15 @@ def test_training_without_deepspeed(
     assert helper.gradients("cpu", torch.float32) == 0
 
 
+def test_a_step_that_cannot_begin_is_a_row(
+    contact: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "contact_training", None)
+    assert contact.main(["training", "deterministic", *ON_CPU, str(tmp_path)]) == 1
+    for step in ("training", "deterministic"):
+        assert "NotFoundError" in rows(tmp_path, step)["the step itself"]["reason"]
+
+
 @pytest.mark.slow
 def test_pretrain_and_resume(contact: ModuleType, tmp_path: Path) -> None:
     given = contact.Given("cpu", True, tmp_path)
