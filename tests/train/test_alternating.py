@@ -122,8 +122,10 @@ def plain(config: RunConfig, counted_as_long: bool = False) -> Plain:
             valid_BS = batch.loss_mask_BS[:, k:] & inside
             logits = F.linear(hidden_BSD[:, : length - k][valid_BS], model.lm_head.weight)
             ce.append(F.cross_entropy(logits, batch.labels_BS[:, k:][valid_BS]))
-        layers = [*stats.values(), *more.values()]
-        aux = torch.stack([layer.aux_loss for layer in layers]).sum()
+        routed = [one for passes in (*stats.values(), *more.values()) for one in passes]
+        # E / k x the sum over experts of the share of slots and the mean of the scores.
+        scale = shape.n_routed_experts / shape.num_experts_per_tok / length**2
+        aux = torch.stack([(one.counts_BE * one.shares_BE).sum() * scale for one in routed]).sum()
         per = 8 if counted_as_long else rows
         loss = ce[0] + train.mtp_loss_weight / 2 * (ce[1] + ce[2]) + 0.05 * aux / per
         loss.backward()
@@ -131,7 +133,7 @@ def plain(config: RunConfig, counted_as_long: bool = False) -> Plain:
         optimizer.step()
         optimizer.zero_grad()
         found.losses.append(float(ce[0]))
-        found.aux.append(float(aux) / per / len(layers))
+        found.aux.append(float(aux) / per / (shape.pattern + shape.mtp_pattern).count("E"))
         found.norms.append(float(norm))
     found.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     return found

@@ -16,7 +16,7 @@ from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.train.evaluate import heldout_losses
 
 ROWS = [[9, 1, 2, 8], [4, 16], [20], [1, 1, 1, 17]]
-WORLD: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda t: t)
+WORLD: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda t: t, part=0, cp=1)
 
 
 def by_hand(model: Any, batches: list[Any], in_document: bool = True) -> dict[str, float]:
