@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr, flush=True)
         return 4
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if rank in ("", "0"):
+            print("interrupted", file=sys.stderr, flush=True)
         if argv is None:  # Python would wait for threads at its end
             os._exit(130)
         return 130

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -192,6 +192,7 @@ def whole_directory(
     """
     temporary = final.with_name(TEMPORARY + final.name)
     with naming("write", final):
+        missing = [p for p in final.parents if not p.exists()]
         make_directories(final.parent)
         if temporary.exists():
             os.close(lock(temporary, final))
@@ -206,6 +207,9 @@ def whole_directory(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(held)
+            with suppress(OSError):  # what holds something stays
+                for made in missing:
+                    made.rmdir()
 
 
 def lock(path: Path, final: Path) -> int:

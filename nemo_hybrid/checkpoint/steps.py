@@ -200,6 +200,8 @@ def resolve(path: str | Path) -> Path:
             f"{path} holds an adapter and no whole model: add it to its weights with nemo-hybrid "
             "merge and name the result"
         )
+    if start.is_file():
+        raise UserError(f"{path} is a file: name its directory, {start.parent}")
     cached = [place.parent for place in start.glob("snapshots/*/config.json")]
     hint = f"; perhaps {cached[0]}" if cached else ""
     raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
@@ -109,6 +110,15 @@ class Command(NamedTuple):
             usage = f"{prog} [--config FILE]... [--SECTION FILE]... [--KEY VALUE]..."
         groups = {str(part.__doc__).partition("\n")[0].rstrip("."): part for part in parts}
         return help_text(prog, summary, groups, statuses, usage)
+
+
+def check_place(out: str) -> None:
+    """Raise UserError for an --out that has no name, or is in no directory."""
+    path = Path(out)
+    refuse(
+        (not path.name, f"--out: {out!r} names no file"),
+        (not path.parent.is_dir(), f"{path.parent} is no directory, so {out} cannot be written"),
+    )
 
 
 def check_paths(command: str, paths: list[str], fewest: int, most: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from nemo_hybrid.commands.command import Command
+from nemo_hybrid.commands.command import Command, check_place
 from nemo_hybrid.commands.generate import GenerateOptions, open_model
 from nemo_hybrid.config.base import CHECKED, CommandOptions, PositiveInt, Seed, refuse
 from nemo_hybrid.errors import UserError
@@ -52,6 +52,9 @@ class EvalMtpOptions(CommandOptions):
 
     def validate(self) -> None:
         depths_of(self.depths)
+        if self.out is not None:
+            check_place(self.out)
+            refuse((Path(self.out).exists(), f"{self.out} exists already: name another --out"))
 
 
 class Depth(NamedTuple):
@@ -128,7 +131,6 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
 
     depths = depths_of(options.depths)
     out = options.out
-    refuse((out and Path(out).exists(), f"{out} exists already: name another --out"))
     asked = GenerateOptions(
         options.from_, prompts=options.data, max_new_tokens=options.max_new_tokens,
         speculate=depths[-1],

@@ -456,6 +456,8 @@ def _generating(at: Layout) -> str:
 
 
 def gb(size: float) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:,.0f} kB"
     if size < 1e9:
         return f"{size / 1e6:,.0f} MB"
     return f"{size / 1e9:,.3g} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"

@@ -45,6 +45,8 @@ def split_words(
         elif equals:
             pairs.append((name, text))
         elif known[name] is bool and (after or "").lower() not in ("true", "false", "yes", "no"):
+            if alone is None and after is not None and not _like_an_option(after):
+                raise UserError(f"{name} is true or false, or stands alone; got {after}")
             pairs.append((name, "true"))
         elif after is None or _like_an_option(after):
             raise UserError(

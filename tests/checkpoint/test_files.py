@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.state import load_state
 from nemo_hybrid.checkpoint.steps import find_latest, prune, resolve
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import FileRecord, hash_file, replace_file, write_file
+from nemo_hybrid.files import FileRecord, hash_file, replace_file, whole_directory, write_file
 
 
 class Killed(BaseException):
@@ -333,10 +334,25 @@ def test_resolve_accepts_every_way_of_saying_it(tmp_path, toy) -> None:
     for wrong, says in (
         (tmp_path, "holds no checkpoint"),
         (tmp_path / "no", "does not exist: give a local directory"),
+        (tmp_path / "hub/config.json", f"is a file: name its directory, {tmp_path}/hub"),
         (cache, f"holds no checkpoint.*{cache}/snapshots/0a"),
     ):
         with pytest.raises(UserError, match=says):
             resolve(wrong)
+
+
+def test_directories_that_a_failure_leaves_empty_go(tmp_path) -> None:
+    def fail(beside: str) -> list[str]:
+        """What is left where nothing is written to a/b/c/d, but meanwhile something beside."""
+        with suppress(UserError), whole_directory(tmp_path / "a/b/c/d") as partial:
+            (partial / "file").touch()
+            (partial / beside).touch()
+            raise UserError("no")
+        return sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
+
+    (tmp_path / "a").mkdir()
+    assert fail("other") == ["a"]
+    assert fail("../../mine") == ["a", "a/b", "a/b/mine"]
 
 
 def test_prune_keeps_the_newest_and_never_the_last_good_one_dies(tmp_path, toy) -> None:

@@ -234,6 +234,7 @@ def test_prompt_is_taken_as_it_is(called: list[Any], prompt: str) -> None:
         ("generate --from a --prompt b --ssm_rounding nearest", "is for --ssm_cache float16"),
         ("rollout --from a --data b --out c --ssm_rounding nearest", "is for --ssm_cache float16"),
         ("rollout --from a --data b --out c --samples 0", "samples must be positive, got 0"),
+        ("generate --from a --prompt b --chat maybe", "--chat is true or false, or stands alone"),
         ("generate --from a --prompt b --top_p 2", "top_p must lie in (0, 1]"),
         ("generate --from a --prompt b --temperature -1", "temperature must be 0 or more"),
         ("generate --from a --prompt b --seed -1", "seed must lie in [0, 2**63), got -1"),
@@ -273,6 +274,12 @@ def test_statuses_of_failures(
     assert capsys.readouterr().err == "error: loss is nan\n"
     assert cli.main(raising(monkeypatch, KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    for rank, said in (("0", "interrupted\n"), ("1", "")):  # of several processes one says it
+        monkeypatch.setenv("RANK", rank)
+        raising(monkeypatch, KeyboardInterrupt())
+        in_place_of(evaluate, generate.COMMANDS["generate"].run, monkeypatch)
+        assert cli.main(["eval", "--from", "a", "--data", "b"]) == 130
+        assert capsys.readouterr().err == said
     with pytest.raises(ZeroDivisionError):  # Python then prints the traceback and ends with 1
         cli.main(raising(monkeypatch, ZeroDivisionError()))
 

@@ -21,7 +21,7 @@ from nemo_hybrid.chips import DEVICES
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands import plan
 from nemo_hybrid.commands.memory import Group, Layout, groups_of, layout_of, moments, peak, saved
-from nemo_hybrid.commands.plan import Part, PlanOptions, changes, make_plan
+from nemo_hybrid.commands.plan import Part, PlanOptions, changes, gb, make_plan
 from nemo_hybrid.commands.step_time import count, paths_of
 from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
@@ -570,3 +570,7 @@ def test_the_smallest_layout_that_fits(capsys: pytest.CaptureFixture[str]) -> No
     assert "\nfits: " in capsys.readouterr().out
     main(["plan", *taken, "--parallel.cp", str(int(cp) // 2)])
     assert "\ndoes not fit: " in capsys.readouterr().out
+
+
+def test_sizes_in_words() -> None:
+    assert [gb(size) for size in (8e3, 6e6, 2.5e9, 3e11)] == ["8 kB", "6 MB", "2.5 GB", "300 GB"]
