@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_hybrid.commands.rollout import Work
 from nemo_hybrid.data.prompts import read_answers
 from nemo_hybrid.environments.builtin import Exact
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import naming
+from nemo_hybrid.files import naming, read_json
 from nemo_hybrid.terminal import print_table
 
 Number = int | str
@@ -38,13 +39,21 @@ def exact_match(rollouts: Path, data: str, after: str) -> dict[Number, Passed]:
     """By prompt, in the order of ``data``; of a text counts what follows the last ``after``. Raises
     UserError for files that cannot be read or do not belong together, and for prompts without
     answers or samples."""
-    answers = read_answers(data)
+    answers, asked = read_answers(data)
+    about = Work(rollouts).about
+    if about.is_file() and read_json(about).get("asked", asked) != asked:
+        raise UserError(
+            f"{rollouts} holds samples of other prompts than those of {data}, as {about} tells: "
+            "name the prompts that `rollout` had; only what stands beside them may differ"
+        )
     if missing := [number for number, answer in answers.items() if answer is None]:
         raise UserError(
             f"{data}: {len(missing)} of {len(answers)} prompts have no field answer to compare "
             f"with, such as prompt {missing[0]!r}"
         )
     marks = _marks(rollouts, answers, Exact(after=after))
+    if not marks:
+        raise UserError(f"{rollouts} is empty: it holds no samples")
     if silent := [number for number in answers if number not in marks]:
         raise UserError(
             f"{rollouts} holds no samples of {len(silent)} prompts of {data}, such as prompt "

@@ -61,7 +61,12 @@ class ThinkingOptions(CommandOptions):
                 words is not None and (len(words) != 2 or words[0] == words[1]),
                 f"--thinking_markers: give two with a blank between, such as '<think> </think>', "
                 f"got {self.thinking_markers!r}",
-            )
+            ),
+            (
+                words and "/" in words[0] and words[0].replace("/", "", 1) == words[1],
+                f"--thinking_markers: {self.thinking_markers!r} names first what closes thinking: "
+                "name first what opens it",
+            ),
         )
 
 
@@ -86,7 +91,8 @@ class GenerateOptions(ThinkingOptions):
     slots: PositiveInt = 16
     """Prompts that are continued at once; the texts do not depend on it."""
     speculate: Drafts = 0
-    """Tokens that the MTP block drafts before each pass; at temperature 0 texts stay the same."""
+    """Tokens, 0 to 7, that the MTP block drafts before each pass; at temperature 0 texts stay the
+    same."""
     ssm_cache: StateDtype = "float32"
     """What Mamba states are kept in between tokens; they are calculated with in float32."""
     ssm_rounding: StateRounding | None = None
@@ -153,7 +159,7 @@ def open_model(
     from nemo_hybrid.checkpoint.load import load
     from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.config.hf import read_config
-    from nemo_hybrid.data.prompts import PromptReader
+    from nemo_hybrid.data.prompts import PromptReader, unread_fields
     from nemo_hybrid.data.tokenizer import load_tokenizer
     from nemo_hybrid.export.decode import is_quantized, read_export
     from nemo_hybrid.generation.thinking import Markers
@@ -181,11 +187,20 @@ def open_model(
             switch, options.thinking_budget, (words[0], words[1]) if words else None,
         )  # fmt: skip
         prompts = ask(reader)
+        unread = unread_fields(prompts)
+        if unread and not launched()[0]:
+            counts = ", ".join(f"{name} ({count:,})" for name, count in unread.items())
+            print(
+                f"fields of prompts that are not read, and rows with them: {counts}",
+                file=sys.stderr,
+            )
         budgets = any(prompt.budget is not None for prompt in prompts)
         refuse((words and not budgets, "--thinking_markers are for budgets, and there is none"))
         markers = Markers(*map(tuple, reader.marker_ids)) if budgets else None
-        model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
         stops = frozenset(stop_ids(directory, shape.eos_token_id))
+        ends = stops & {*markers.opening, *markers.closing} if markers else ()
+        refuse((ends, f"markers of thinking hold token {ends and min(ends)}, which ends texts"))
+        model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
         return Opened(given, model.eval(), tokenizer, prompts, stops, markers)
 
     return reading(options.from_, read, locate)

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.agreement import ALONE, Agreement
-from nemo_hybrid.commands.command import Command
+from nemo_hybrid.commands.command import Command, check_place
 from nemo_hybrid.commands.generate import (
     Drafts,
     StateDtype,
@@ -81,8 +81,8 @@ class RolloutOptions(ThinkingOptions):
     seed: Seed = 1234
     """Seed of the draws."""
     speculate: Drafts = 0
-    """Tokens that the MTP block drafts before each pass; they change what is drawn, but not how
-    probable it is."""
+    """Tokens, 0 to 7, that the MTP block drafts before each pass; they change what is drawn, but
+    not how probable it is."""
     ssm_cache: StateDtype = "float32"
     """What Mamba states are kept in between tokens; they are calculated with in float32."""
     ssm_rounding: StateRounding | None = None
@@ -92,7 +92,8 @@ class RolloutOptions(ThinkingOptions):
 
     def validate(self) -> None:
         super().validate()
-        refuse((not Path(self.out).name, f"--out: {self.out!r} names no file"))
+        check_place(self.out)
+        refuse((Path(self.out).is_dir(), f"--out: {self.out} is a directory: name a file"))
         check_rounding(self)
 
 
@@ -114,17 +115,21 @@ class Work:
         """Where a process writes."""
         return self.out.with_name(f"{self.out.name}.part-{rank}")
 
+    def check(self) -> None:
+        """Raise UserError for files that nothing tells of."""
+        for found in () if self.about.is_file() else (self.out, *self._parts()):
+            if found.exists():
+                raise UserError(f"{found} exists already, of another run: name another --out")
+
     def begin(self, options: RolloutOptions, opened: Opened) -> set[Key] | None:
         """The samples that are there already; None where OUT is complete. One process calls this,
         and holds the files until they are finished. Raises UserError for files of another run."""
+        from nemo_hybrid.data.prompts import asked_digest
+
         wanted = _identity(options, opened)
-        if not self.out.parent.is_dir():
-            raise UserError(f"{self.out.parent} is no directory, so {self.out} cannot be written")
         if not self.about.is_file():
-            for found in (self.out, *self._parts()):
-                if found.exists():
-                    raise UserError(f"{found} exists already, of another run: name another --out")
-            replace_file(self.about, json.dumps(wanted, indent=1) + "\n")
+            asked = asked_digest((prompt.number, prompt.row) for prompt in opened.prompts)
+            replace_file(self.about, json.dumps({**wanted, "asked": asked}, indent=1) + "\n")
         there = read_json(self.about)
         for name, value in wanted.items():
             if there.get(name) != value:
@@ -185,10 +190,12 @@ def rollout_command(options: RolloutOptions) -> None:
     rank, size = launched()
     if size % options.ep:
         raise UserError(f"--ep {options.ep} does not divide the number of processes, {size}")
+    work = Work(Path(options.out))
+    work.check()
     from nemo_hybrid.generation import batched
     from nemo_hybrid.parallel.world import World
 
-    work, world = Work(Path(options.out)), World.start()
+    world = World.start()
     with world.agreed():
         opened, dispatcher = _open(options, world)
     if len(set(world.gather(opened.directory))) > 1:

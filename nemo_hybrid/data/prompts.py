@@ -6,14 +6,22 @@ are: the conversation in ``responses_create_params``, the environment in ``agent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_hybrid.data.chat import Conversation, read_question, refuse_fields
+from nemo_hybrid.data.chat import (
+    OF_CONVERSATIONS,
+    Conversation,
+    read_question,
+    refuse_fields,
+)
 from nemo_hybrid.data.readers import integers, plain_text, read_records
 from nemo_hybrid.data.reasoning import END_OF_THINKING, THINK, Message
 from nemo_hybrid.data.sources import BadRecord, Record, Unusable, find_samples
@@ -25,6 +33,8 @@ T = TypeVar("T")
 _KINDS = ("prompt", "messages", "input_ids")
 _BUDGET = "thinking_budget"
 _GYM = "responses_create_params"
+_ASKED = {*_KINDS, _GYM, *OF_CONVERSATIONS}
+_READ = {*_ASKED, _BUDGET, "id", "answer", "environment", "agent_ref"}
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,33 @@ class Prompt:
         return None if named is None else str(named)
 
 
-def read_answers(path: str) -> dict[int | str, str | None]:
-    """The field ``answer``, a text or a whole number, of every prompt of a file by its number; None
-    where there is none. Raises UserError for the first that is neither."""
+def read_answers(path: str) -> tuple[dict[int | str, str | None], str]:
+    """The field ``answer``, a text or a whole number, of every prompt of a file by its number, None
+    where there is none; and the digest of what they ask. Raises UserError for the first that is
+    neither."""
+    rows: list[tuple[int | str, Mapping[str, Any]]] = []
 
     def answer(record: Record, number: int | str) -> str | None:
+        rows.append((number, record.content))
         found = record.content.get("answer")
         if found is not None and (not isinstance(found, int | str) or isinstance(found, bool)):
             raise BadRecord(f"the answer {found!r} is neither text nor a whole number")
         return None if found is None else str(found)
 
-    return _by_number(path, answer)
+    answers = _by_number(path, answer)
+    return answers, asked_digest(rows)
+
+
+def asked_digest(rows: Iterable[tuple[int | str, Mapping[str, Any]]]) -> str:
+    """Of what prompts ask, by their numbers: in whatever order, and whatever else rows say."""
+    asked = [(n, {k: row[k] for k in _ASKED if row.get(k) is not None}) for n, row in rows]
+    lines = sorted(json.dumps(one, sort_keys=True, default=str) for one in asked)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def unread_fields(prompts: Iterable[Prompt]) -> Counter[str]:
+    """How many rows have each field that nobody reads."""
+    return Counter(n for p in prompts for n, v in p.row.items() if n not in _READ and v is not None)
 
 
 def _by_number(
@@ -77,7 +103,7 @@ def _by_number(
     for place, record in enumerate(records):
         try:
             if isinstance(record, Unusable):
-                raise BadRecord(record.why)
+                raise BadRecord(record.why + record.detail)
             number = record.content.get("id")
             number = place if number is None else number
             if not isinstance(number, int | str) or isinstance(number, bool):
@@ -167,6 +193,8 @@ class PromptReader:
         value = content[kinds[0]]
         talk = kinds[0] == "messages" or (kinds[0] == "prompt" and isinstance(value, list))
         refuse_fields(content, conversation=talk)
+        if self.tokenizer is None and kinds[0] != "input_ids":
+            raise BadRecord(f"{self.directory} has no tokenizer.json: give rows of input_ids")
         if talk:
             return self.chat(read_question(content, value), number, budget)
         if self.switch is not None:
@@ -188,7 +216,8 @@ class PromptReader:
     def _needed(self) -> TextTokenizer:
         if self.tokenizer is None:
             raise UserError(
-                f"{self.directory} has no tokenizer.json, so no text can be read: give input_ids"
+                f"{self.directory} has no tokenizer.json, so no text can be read; rows of a file "
+                "of prompts may give input_ids"
             )
         return self.tokenizer
 
@@ -247,10 +276,8 @@ class PromptReader:
             token = outside[0]
             known = self.tokenizer.decode([token]) if self.tokenizer and token > 0 else ""
             known = f" ({known!r})" if known else ""
-            raise BadRecord(
-                f"the prompt holds token {token}{known}, beyond the model's vocab_size "
-                f"{self.vocab_size}"
-            )
+            where = "below 0" if token < 0 else f"beyond the model's vocab_size {self.vocab_size}"
+            raise BadRecord(f"the prompt holds token {token}{known}, {where}")
         if len(ids) + self.new > self.longest:
             raise BadRecord(
                 f"the prompt has {len(ids)} tokens; with {self.new} new ones ({self.limits[0]}) "

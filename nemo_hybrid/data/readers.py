@@ -120,6 +120,8 @@ def _read_lines(
             value = json.loads(line.decode())
         except UnicodeDecodeError:
             yield Unusable(where, "not UTF-8")
+        except json.JSONDecodeError as e:
+            yield Unusable(where, "not JSON", detail=f": {e.msg} at column {e.colno}")
         except (ValueError, RecursionError):
             yield Unusable(where, "not JSON")
         else:

@@ -289,17 +289,17 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "messages" not in request:
             return {"taken": list(filter(template.reads_variable, request["variables"]))}
+        messages = request["messages"]
+        for name in request.get("variables", ()):
+            if not template.reads_variable(name):
+                why = f"chat_template_kwargs: the chat template takes no {name}"
+                raise BadRecord(why, "refused fields")
         if "turns" in request:
-            messages = request["messages"]
-            for name in request["variables"]:
-                if not template.reads_variable(name):
-                    why = f"chat_template_kwargs: the chat template takes no {name}"
-                    raise BadRecord(why, "refused fields")
             renderings = template.split(messages, request["turns"])
             fields = request["fields"]
             unread = template.unread(messages, fields) if fields else []
             return {"renderings": renderings, "unread": unread}
-        return {"text": template.render(request["messages"], **request["options"])}
+        return {"text": template.render(messages, **request["options"])}
     except BadRecord as e:
         return {"bad": [str(e), e.kind]}
     except UserError as e:

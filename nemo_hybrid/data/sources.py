@@ -132,6 +132,8 @@ class Unusable:
     kind: str = "malformed"
     done: float = 0.0
     """Fraction of the source read so far, where that is known."""
+    detail: str = ""
+    """What more is known of this one, which is told where one alone is."""
 
 
 class BadRecord(Exception):

@@ -78,8 +78,12 @@ class ChatTemplate:
         do."""
         _check_options(conversation)
         self.check([conversation.messages, conversation.tools, conversation.options])
-        options = {**conversation.options, "add_generation_prompt": True}
-        return self.render(conversation.messages, conversation.tools, **options)
+        request = {
+            "messages": conversation.messages,
+            "options": {**conversation.options, "add_generation_prompt": True},
+            "variables": list(conversation.options),
+        }
+        return self._known(self._ask(request, conversation.tools, {})["text"])
 
     def thinking_switch(self, tools: Any = None) -> str:
         """The variable by which the template is told whether to ask for thinking. Raises BadRecord
@@ -276,12 +280,14 @@ def load_template(
     return ChatTemplate(sources, tokenizer, str(origin)) if sources else None
 
 
-def need_template(template: ChatTemplate | None, directory: str | Path) -> ChatTemplate:
-    """Raise UserError if there is none."""
+def need_template(
+    template: ChatTemplate | None, directory: str | Path, or_else: str = ""
+) -> ChatTemplate:
+    """Raise UserError if there is none; ``or_else``: what else can be done."""
     if template is None:
         raise UserError(
             f"{directory} has no chat template, which conversations need: put one beside the "
-            f"tokenizer as {CHAT_TEMPLATE}, or name one (chat_template) where samples are made"
+            f"tokenizer as {CHAT_TEMPLATE}{or_else}"
         )
     return template
 

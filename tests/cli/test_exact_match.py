@@ -88,6 +88,7 @@ def test_other_ends_of_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[st
          "compare with, such as prompt 1"),
         (samples(), prompts(["4", ["4"], "4", "4"]), "is neither text nor a whole number"),
         (samples(), prompts()[:3], "line 13 is of prompt 3, which --data lacks"),
+        ([], prompts(), "is empty: it holds no samples"),
         (samples()[:12], prompts(), "holds no samples of 1 prompts"),
         ([*samples(), samples()[0]], prompts(), "line 17 is sample 0 of 0 once more"),
         ([{**samples()[0], "text": None}], prompts(), "line 1 has no text"),

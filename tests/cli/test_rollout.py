@@ -17,6 +17,7 @@ import torch
 from helpers.commands import Commands, commands_in_one_process
 from helpers.once import once
 from helpers.processes import run_python
+from helpers.sample_files import make, stored
 from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid.data.tokenizer import TextTokenizer, train_tokenizer
 
@@ -85,10 +86,10 @@ def commands() -> Iterator[Commands]:
         yield commands
 
 
-def words(home: Path, out: Path, *more: str) -> list[str]:
+def words(home: Path, out: Path | str, *more: str | Path) -> list[str]:
     return ["rollout", "--from", str(home / "model"), "--data", str(home / "prompts.jsonl"),
             "--samples", str(SAMPLES), "--max_new_tokens", str(NEW), "--seed", "7",
-            "--out", str(out), *more]  # fmt: skip
+            f"--out={out}", *map(str, more)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,66 @@ def test_what_stands_in_the_file(whole: Path, home: Path) -> None:
         own_n = own_nV.gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
         assert torch.allclose(torch.tensor(row["logprobs"]), own_n, atol=1e-4)
     assert len({tuple(row["ids"]) for row in rows}) > len(rows) // 2
+
+
+def test_rollouts_are_samples_to_learn_from(whole: Path, home: Path, tmp_path: Path) -> None:
+    make(home / "model", tmp_path / "out", whole)
+    asked_and_said = [(row["prompt_ids"], row["ids"]) for row in read_rows(whole)]
+    assert stored(tmp_path / "out") == [
+        (asked + said, [False] * len(asked) + [True] * len(said)) for asked, said in asked_and_said
+    ]
+
+
+def test_samples_are_compared_with_answers_of_their_own_prompts_alone(
+    whole: Path, home: Path, commands: Commands, tmp_path: Path
+) -> None:
+    def said(rows: list[dict[str, Any]]) -> str:
+        write_rows(tmp_path / "data.jsonl", rows)
+        return commands("eval", "--rollouts", whole, "--data", tmp_path / "data.jsonl").err
+
+    answered = [{**row, "answer": "other", "note": 1} for row in ROWS]
+    assert said(answered) == ""
+    for other in (answered[::-1], [{**answered[0], "prompt": "c"}, *answered[1:]],
+                  [*answered[:3], {**answered[3], "system": "be so"}]):  # fmt: skip
+        assert f"{whole} holds samples of other prompts than those of" in said(other)
+    about = Path(f"{whole}.run.json")
+    assert "asked" in json.loads(about.read_text())
+    write_rows(tmp_path / "alone.jsonl", read_rows(whole))  # nothing tells what that is of
+    assert commands("eval", "--rollouts", tmp_path / "alone.jsonl",
+                    "--data", tmp_path / "data.jsonl").status == 0  # fmt: skip
+
+
+def test_fields_that_are_not_read_are_counted_once(
+    home: Path, commands: Commands, tmp_path: Path
+) -> None:
+    misspelt = [{**row, "thinking_budgt": 3} for row in ROWS[:2]]
+    write_rows(tmp_path / "misspelt.jsonl", [*misspelt, {"prompt": "a", "url": "b", "c": None}])
+    said = commands("generate", "--from", home / "model", "--max_new_tokens", "1",
+                    "--prompts", tmp_path / "misspelt.jsonl")  # fmt: skip
+    assert said.status == 0
+    assert said.err.splitlines()[0] == (
+        "fields of prompts that are not read, and rows with them: thinking_budgt (2), url (1)"
+    )
+
+
+def test_what_is_missing_is_named_with_its_line(
+    home: Path, commands: Commands, tmp_path: Path
+) -> None:
+    def said(model: str, line: str) -> str:
+        (tmp_path / "data.jsonl").write_text('{"input_ids": [5]}\n' + line)
+        given = ["generate", "--from", home / model, "--prompts", tmp_path / "data.jsonl",
+                 "--max_new_tokens", "1"]  # fmt: skip
+        return commands(*given).err.replace(str(home), "HOME").replace(str(tmp_path), "HERE")
+
+    assert said("bare", '{"prompt": "a"}') == (
+        "error: HERE/data.jsonl line 2: HOME/bare has no tokenizer.json: give rows of input_ids\n"
+    )
+    assert said("model", '{"prompt": a}') == (
+        "error: HERE/data.jsonl line 2: not JSON: Expecting value at column 12\n"
+    )
+    assert said("model/config.json", "") == (
+        "error: HOME/model/config.json is a file: name its directory, HOME/model\n"
+    )
 
 
 def test_parquet_other_slots_and_other_orders_give_the_same(
@@ -249,7 +310,7 @@ def test_without_a_tokenizer_ids_are_answered_in_ids(
         ({"input_ids": []}, "the prompt is empty"),
         ({"prompt": []}, "the messages are no list, or an empty one"),
         ({"input_ids": [1, 260]}, "token 260, beyond the model's vocab_size 260"),
-        ({"input_ids": [-1]}, "token -1, beyond"),
+        ({"input_ids": [-1]}, "token -1, below 0"),
         ({"input_ids": [1.5]}, "input_ids is no list of whole numbers"),
         ({"input_ids": [3] * 56}, r"has 56 tokens; with 5 new ones .* exceeds the 60"),
         ({"prompt": 3}, "prompt is not text"),
@@ -260,6 +321,10 @@ def test_without_a_tokenizer_ids_are_answered_in_ids(
         ({"prompt": [{"role": "assistant", "content": "a"}]}, "assistant must not be the first"),
         ({"messages": [{"role": "system", "content": "a"}]}, "nothing is to be answered"),
         ({"messages": [{"role": "user", "content": "<s>"}]}, "the text holds <s>"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"moood": 1}},
+            "chat_template_kwargs: the chat template takes no moood",
+        ),
         ({"prompt": "a", "id": 1.5}, "the id 1.5 is neither"),
         ({"prompt": "a", "id": 0}, "two prompts have the id 0"),
         ([1], "a JSON array, not an object"),
@@ -297,6 +362,9 @@ def test_files_of_others_are_left_alone(
     refused("--ep 2 does not divide the number of processes, 1", "--ep", "2")
     out.write_text("mine")
     refused(f"{out} exists already, of another run")
+    refused(
+        f"{out} exists already, of another run", "--from", str(home)
+    )  # no model is looked for yet
     out.unlink()
     part = Path(f"{out}.part-0")
     part.write_text("{}\n")
@@ -304,6 +372,10 @@ def test_files_of_others_are_left_alone(
     Path(f"{out}.run.json").write_text(Path(f"{whole}.run.json").read_text())
     refused(f"{part} is damaged at byte 0: remove it")
     assert commands(*words(home, Path("."))).err == "error: --out: '.' names no file\n"
+    assert commands(*words(home, "")).err == "error: --out: '' names no file\n"
+    assert commands(*words(home, tmp_path)).err == (
+        f"error: --out: {tmp_path} is a directory: name a file\n"
+    )
     refused("is no directory, so", at=tmp_path / "gone" / "out.jsonl")
     other = tmp_path / "other.jsonl"
     about = Path(f"{other}.run.json")
