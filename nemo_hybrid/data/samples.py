@@ -63,7 +63,7 @@ from nemo_hybrid.files import hash_file
 
 PAIR = "prompt and completion"
 ROLLOUT = "rollout"
-"""What `nemo-hybrid rollout` writes; its text is not read."""
+"""What `nemo-hybrid rollout` writes; its text only tells whether the tokenizer is the same."""
 _OF_ROLLOUTS = ("prompt", "sample", "logprobs", "text", "ended")
 
 
@@ -161,8 +161,8 @@ class SampleMaker:
     def _samples(self, record: Record, made: Made) -> tuple[str, list[Sample]]:
         content = {k: v for k, v in record.content.items() if v is not None}
         kinds = [kind for kind, keys in self._kinds.items() if content.keys() >= set(keys)]
-        if ROLLOUT in kinds:
-            kinds = [ROLLOUT]
+        if ROLLOUT in kinds:  # its text is that of its ids
+            kinds = [kind for kind in kinds if kind != "text"]
         if len(kinds) != 1:
             has = ", ".join(content) or "nothing"
             kinds_known = "; ".join(", ".join(keys) for keys in self._kinds.values())
@@ -186,12 +186,7 @@ class SampleMaker:
         elif kind == "pack":
             samples = self._unpacked(integers(value[0], "input_ids"), *value[1:])
         elif kind == ROLLOUT:
-            before, ids, chosen = map(integers, value, self._kinds[ROLLOUT])
-            if len(ids) != len(chosen):
-                raise BadRecord(f"{len(chosen)} entries of chosen for {len(ids)} of ids")
-            ids = np.append(before, ids)
-            self._check_ids(ids)
-            samples = [Sample(ids, np.append(0 * before, chosen) == 1)]
+            samples = [self._said(content, *map(integers, value, self._kinds[ROLLOUT]))]
         else:
             prompt, completion = map(plain_text, value, self._kinds[PAIR])
             self._no_reasoning(completion)
@@ -217,7 +212,7 @@ class SampleMaker:
 
     def _conversation(self, key: str, given: Conversation, made: Made) -> list[Sample]:
         """Of which the assistant's turns say whether they are learnt."""
-        template = need_template(self.template, self.directory)
+        template = need_template(self.template, self.directory, ", or name one as chat_template")
         check_answers(given.messages)
         template.check([given.messages, given.tools, given.options])
         chosen = draw(self.seed, f"reasoning/{key}")
@@ -264,6 +259,26 @@ class SampleMaker:
         # A token of no characters counts like the character that follows.
         stops = np.maximum(offsets[:, 1], offsets[:, 0] + 1)
         targets = before[stops] > before[offsets[:, 0]]
+        targets[:1] = False
+        return Sample(ids, targets)
+
+    def _said(
+        self,
+        row: dict[str, Any],
+        before: NDArray[np.int64],
+        said: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+    ) -> Sample:
+        """What the model chose of a row that `rollout` wrote, the token that ended it included."""
+        if len(said) != len(chosen):
+            raise BadRecord(f"{len(chosen)} entries of chosen for {len(said)} of ids")
+        ids, targets = np.append(before, said), np.append(0 * before, chosen) == 1
+        self._check_ids(ids)
+        shown = said[:-1] if row.get("ended") == "stop" else said
+        text = self.tokenizer.decode(shown.tolist())
+        if row.get("text", text) != text:
+            raise BadRecord(f"the tokenizer of {self.directory} reads other text in its ids")
+        self._no_reasoning(text)
         targets[:1] = False
         return Sample(ids, targets)
 

@@ -112,6 +112,39 @@ def test_nvidias_packs(make_model: MakeModel, tmp_path: Path) -> None:
     assert stored(tmp_path / "first") == [([5, 6], [False, True])]
 
 
+def test_rollouts_are_learnt_as_the_ids_that_were_said(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """The prompt is shown, and the end learnt where there was one: not a text and its end."""
+    model = make_model()
+    tokenizer = load_tokenizer(model)
+    rows = [rollout(tokenizer.decode([7, 8, 9]))]
+    rows += [{**rows[0], "ids": [7, 8, 9, 2], "ended": "stop"}]
+    rows[1]["chosen"] = [True, False, True, True]  # a budget of thinking forced one
+    rows += [{**rows[0], "text": None}]  # of a model without a tokenizer
+    rows += [{**rows[0], "prompt_ids": []}]
+    summary = make(model, tmp_path / "out", lines(tmp_path / "a.jsonl", *rows))
+    found = stored(tmp_path / "out")
+    assert found[:3] == [([5, 6, *row["ids"]], [False, False, *row["chosen"]]) for row in rows[:3]]
+    assert found[3] == ([7, 8, 9], [False, True, True])
+    assert (summary.records, summary.unread) == ({"rollout": 4}, {})
+
+
+def rollout(text: str) -> dict[str, Any]:
+    return {"prompt": 0, "sample": 1, "prompt_ids": [5, 6], "ids": [7, 8, 9], "text": text,
+            "chosen": [True] * 3, "logprobs": [-1.0] * 3, "ended": "length"}  # fmt: skip
+
+
+def test_reasoning_in_rollouts_can_only_be_kept(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    ids = load_tokenizer(model).encode(["<think>a</think>b"])[0].tolist()
+    row = {"prompt_ids": [5], "ids": ids, "chosen": [True] * len(ids)}
+    data = lines(tmp_path / "a.jsonl", row)
+    assert make(model, tmp_path / "kept", data).records == {"rollout": 1}
+    with pytest.raises(UserError, match="reasoning in plain text can only be kept"):
+        make(model, tmp_path / "masked", data, reasoning="mask")
+
+
 PACK = {"input_ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 0], "seq_start_id": [0, 2]}
 BAD: dict[str, tuple[object, str]] = {
     "not JSON": ("{", "malformed: FILE line 2: not JSON"),
@@ -141,6 +174,12 @@ BAD: dict[str, tuple[object, str]] = {
         {**PACK, "loss_mask": [1, 0, 0, 0]},
         "all-masked: FILE line 2 sample 2: nothing is learnt of its 2 tokens",
     ),
+    "rollout of another": (rollout("other"), "reads other text in its ids"),
+    "rollout outside": ({**rollout("x"), "ids": [5, 6, 9999]}, "token id 9999 lies outside the"),
+    "rollout of nothing": (
+        {"prompt_ids": [5], "ids": [], "chosen": []}, "nothing is learnt of its 1 tokens"
+    ),
+    "rollout and more": ({**chat("a", "b"), **rollout("x")}, "messages and rollout"),
     "mask length": ({**PACK, "loss_mask": [0]}, "1 entries of loss_mask for 4 of input_ids"),
     "mask value": ({**PACK, "loss_mask": [0, 2, 0, 0]}, "loss_mask holds other numbers than 0 and"),
     "outside": ({**PACK, "input_ids": [5, 6, 7, 9999]}, "token id 9999 lies outside the"),
