@@ -116,6 +116,14 @@ class Shard:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Some tokens of every row, for what knows nothing of the others."""
+
+    real_BS: Tensor | None
+    """bool: False for padding; None: there is none."""
+
+
 Packing = Documents | Shard | None
 """What layers are told of rows; None: every row is one document, and whole."""
 

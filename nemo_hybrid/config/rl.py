@@ -203,6 +203,10 @@ class RlConfig(TrainingConfig):
             (not self.model.from_hf, "model.from_hf is missing: name the checkpoint to train"),
             (not self.data.path, "data.path is missing: name the prompts to learn from"),
             (
+                train.tile,
+                f"train.tile ({train.tile}) must be 0: passes of rollouts differ between processes",
+            ),
+            (
                 self.parallel.cp > 1,
                 f"parallel.cp ({self.parallel.cp}) must be 1: rollouts are sampled and learnt as "
                 "whole sequences",

@@ -132,6 +132,10 @@ class TrainOptions(Options):
     recompute: str = ""
     """Pattern letters whose layers recompute activations in the backward pass, such as "ME"; e: of
     LatentMoE layers the experts' inner activations alone."""
+    tile: NotNegativeInt = 0
+    """Tokens that MoE and MLP layers take at a time, being recomputed then; 0: all."""
+    offload: bool = False
+    """Inputs of recomputed layers wait in CPU memory."""
     deterministic: bool = False
     """Only deterministic algorithms (slower on GPUs), so that a resumed run is bit-identical there
     too. Not run on a GPU yet."""
@@ -355,7 +359,19 @@ class TrainingConfig(Options):
         m.validate()
         self.profiled_steps()
         check_pattern(self.train.recompute, "train.recompute", "ME*-e", empty=True)
+        letters = {*m.pattern, *(m.mtp_pattern * m.mtp_num_depths)}
         refuse(
+            (
+                self.train.tile and not letters & {"E", "-"},
+                f"train.tile has no effect: no layer of {m.pattern} is E or -",
+            ),
+            (
+                self.train.offload
+                and not self.train.tile
+                and not letters & {*self.train.recompute},
+                "train.offload has no effect without layers that are recomputed: name their "
+                "letters in train.recompute, or set train.tile",
+            ),
             (
                 self.data.sequence_length <= m.mtp_num_depths,
                 f"data.sequence_length ({self.data.sequence_length}) must exceed "

@@ -17,7 +17,7 @@ from nemo_hybrid.model.cache import Reading
 from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
-from nemo_kernels.documents import Packing
+from nemo_kernels.documents import Packing, Tile
 from nemo_kernels.moe import LowRank, moe_mlp
 from nemo_kernels.moe.function import Experts as ExpertProducts
 
@@ -109,7 +109,9 @@ class LatentMoE(nn.Module):
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD, ids_TK, scores_TE
 
-    def forward(self, x_BSD: Tensor, documents: Packing = None) -> tuple[Tensor, RoutingStats]:
+    def forward(
+        self, x_BSD: Tensor, documents: Packing | Tile = None
+    ) -> tuple[Tensor, RoutingStats]:
         y_TD, ids_TK, scores_TE = self._mix(x_BSD.flatten(0, 1))
         real_BS = None if documents is None else documents.real_BS
         stats = routing_stats(scores_TE, ids_TK, x_BSD.shape[0], real_BS)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nemo_hybrid.model.cache import Reading
 from nemo_hybrid.model.linear import Linear
-from nemo_kernels.documents import Packing
+from nemo_kernels.documents import Packing, Tile
 
 
 class MLP(nn.Module):
@@ -16,7 +16,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor, documents: Packing = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Packing | Tile = None) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())
 
     def new_cache(self, rows: int, tokens: int, like: Tensor) -> None:

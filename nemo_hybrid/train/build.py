@@ -47,7 +47,8 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
     dispatcher = AllToAllDispatcher(shape.n_routed_experts, ep, world.rank) if ep > 1 else None
     sequence = SequenceShards.of(world) if world.cp > 1 else None
     model = HybridLM(shape, dispatcher=dispatcher, sequence=sequence, seed=config.train.seed)
-    recompute_layers(model, config.train.recompute)
+    train = config.train
+    recompute_layers(model, train.recompute, train.tile, train.offload)
     trained = recipe.prepare(model, world, resumed=checkpoint is not None)
     dtype = policy.weight_dtype(config.precision)
     model.to(world.device, dtype)

@@ -47,9 +47,11 @@ def tiny_config(pattern: str, **changes: object) -> HybridConfig:
     return HybridConfig(pattern=pattern, **(values | changes))  # type: ignore[arg-type]
 
 
-def loud_model(config: HybridConfig, seed: int = 0, recompute: str = "") -> HybridLM:
+def loud_model(
+    config: HybridConfig, seed: int = 0, recompute: str = "", tile: int = 0, offload: bool = False
+) -> HybridLM:
     model = HybridLM(config)
-    recompute_layers(model, recompute)
+    recompute_layers(model, recompute, tile, offload)
     return loud(model, seed)
 
 

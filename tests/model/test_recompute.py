@@ -1,15 +1,20 @@
 """Recomputing activations changes memory and time, and nothing else."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.bands import band, jittered
 from helpers.tiny_models import loud_model, packed_batch, tiny_config
 from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.layer import Layer
+from nemo_hybrid.model.recompute import Host, tiles
 from nemo_hybrid.objectives.base import LossParts, Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets
+from nemo_kernels.documents import Documents, Shard
 
 PATTERN = "ME*-ME"
 
@@ -71,6 +76,80 @@ def test_the_experts_inner_activations_are_recomputed_alone() -> None:
         kept.append(sum(sizes))
     slots = 10 * config.num_experts_per_tok
     assert kept[0] - kept[1] == 4 * slots * config.moe_intermediate_size
+
+
+@pytest.mark.parametrize("tile", [1, 7, 16, 40, 1000])
+def test_tiles_change_nothing_but_rounding(tile: int) -> None:
+    """Of 2 x 20 tokens; 1000: one piece. Statistics of routing are sums."""
+    config = tiny_config(PATTERN, mtp_num_depths=2)
+    expected, expected_gradients, _ = step(loud_model(config))
+    _rough, rough_gradients, _ = jittered(lambda: step(loud_model(config)))
+    parts, gradients, calls = step(loud_model(config, tile=tile))
+    pieces = min(20, -(-40 // tile))
+    assert calls["E"] == [2 * pieces, 2 * pieces, 4 * pieces]
+    assert calls["-"] == [2 * pieces]
+    assert calls["M"] == [1, 1]
+    assert furthest(parts.loss.detach(), expected.loss.detach()) <= band(torch.float32, 40)
+    for name, gradient in expected_gradients.items():
+        bound = max(2 * furthest(rough_gradients[name], gradient), band(torch.float32, 40))
+        assert furthest(gradients[name], gradient) <= bound, name
+    for name, counts_E in expected.loads.items():
+        assert torch.equal(parts.loads[name], counts_E)
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm()) if b.norm() else float(a.norm())
+
+
+def test_gradients_of_pieces_are_summed_in_fp32() -> None:
+    """And rounded once: in bf16 nearly every number is that without tiles. Copies in bf16 would
+    round the share of every piece."""
+    config = tiny_config("-")
+
+    def gradient(tile: int) -> Tensor:
+        gradients = step(loud_model(config, tile=tile).bfloat16())[1]
+        return gradients["backbone.layers.0.mixer.down_proj.weight"]
+
+    def uncopied(tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, torch.nn.Parameter) else to_fp32(tensor)
+
+    to_fp32, whole = Tensor.float, gradient(0)
+    assert (gradient(4) == whole).float().mean() > 0.99
+    with patch.object(Tensor, "float", uncopied):
+        rounded = gradient(4)
+    assert (rounded == whole).float().mean() < 0.8
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_all_parts_have_equally_many_pieces(part: int) -> None:
+    """Else experts of other processes would wait for ever. Parts of 251 and 250 tokens, tiles of
+    250: by its own size the second would take one piece."""
+    documents = Documents.from_starts(torch.zeros(1, 501, dtype=torch.bool))
+    shard = Shard.cut(documents, [251, 250], part, 3)
+    found = tiles(1, [251, 250][part], shard, 250)
+    assert found == [[126, 125], [125, 125]][part]
+
+
+@pytest.mark.parametrize(("recompute", "tile"), [("ME*-", 0), ("M", 7)])
+def test_inputs_that_wait_elsewhere_are_the_same(recompute: str, tile: int) -> None:
+    """Bit for bit; and autograd is left none of them."""
+    config = tiny_config(PATTERN, mtp_num_depths=2)
+    taken: list[int] = []
+    keep = Host.keep
+
+    def watched(self: Host, x: Tensor) -> object:
+        taken.append(x.nbytes)
+        return keep(self, x)
+
+    expected, expected_gradients, _ = step(loud_model(config, recompute=recompute, tile=tile))
+    with patch.object(Host, "keep", watched):
+        parts, gradients, _ = step(loud_model(config, recompute=recompute, tile=tile, offload=True))
+    assert torch.equal(parts.loss, expected.loss)
+    for name, gradient in expected_gradients.items():
+        assert torch.equal(gradients[name], gradient), name
+    layers = PATTERN + 2 * config.mtp_pattern
+    recomputed = sum(c in recompute or (tile > 0 and c in "E-") for c in layers)
+    assert sum(taken) == recomputed * 2 * 20 * config.hidden_size * 4
 
 
 def test_nothing_is_recomputed_without_gradients() -> None:

@@ -51,6 +51,8 @@ CASES = {
         case("- alone", 2, model={"pattern": "-", "mtp_num_depths": 3, "mtp_pattern": "*"}),
         case("bf16 whole", 1, recipe="bf16"),
         case("bf16", 2, recipe="bf16", ep=2),
+        case("tiles, inputs elsewhere", 2, ep=2, length=19,
+             train={"seed": 27, "tile": 40, "offload": True, "recompute": "M"}),
         case("recomputed, one key", 2, ep=2, model={"num_key_value_heads": 1},
              train={"seed": 4, "recompute": "ME*-"}),
     ],

@@ -127,6 +127,9 @@ def test_fine_tuning(
         ("--parallel.cp 4 --model.num_attention_heads 4 --data.short 16", 4,
          "data.sequence_length (32) must be a multiple of parallel.cp (4) x "
          "data.short.sequence_length (16), so that short steps hold the same tokens"),
+        ("--model.pattern M* --model.mtp_num_depths 0 --train.tile 8", 1,
+         "train.tile has no effect: no layer of M* is E or -"),
+        ("--train.offload 1", 1, "train.offload has no effect without layers that are recomputed"),
         ("--parallel.cp 2 --train.micro_batch_size 8", 4,
          "train.global_batch_size (8) is not divisible by train.micro_batch_size (8) x readers "
          "(4 processes / parallel.cp 2) = 16"),
