@@ -94,8 +94,8 @@ def recorded(starved: tuple[int, ...]) -> Iterator[list[dict[str, Any]]]:
         batches[-1]["loads"] = {name: c.tolist() for name, c in outcome.loads.items()}
         return outcome
 
-    def judged(self: Guard, loss: float, norm: float) -> str | None:
-        return judge(self, math.nan if len(batches) == PASSED_OVER else loss, norm)
+    def judged(self: Guard, loss: float, norm: float, *words: str) -> str | None:
+        return judge(self, math.nan if len(batches) == PASSED_OVER else loss, norm, *words)
 
     def build_run(*args: Any, **options: Any) -> Run:
         run = built(*args, **options)
