@@ -268,7 +268,7 @@ def test_templates_that_fail(make_model: MakeModel, tmp_path: Path) -> None:
     assert "no attribute" in fault(make_model("{{ messages[0].a.b }}", "d"), {"messages": TWO})
     with pytest.raises(UserError, match=r"no valid Jinja: .*chat_template.jinja line 2: "):
         make(make_model("a\n{% if %}", "e"), {"messages": TWO})
-    with pytest.raises(UserError, match=r"no chat template.*name one \(chat_template\)"):
+    with pytest.raises(UserError, match=r"no chat template.*name one as chat_template"):
         make(make_model(None, "f"), {"messages": TWO})
 
 
