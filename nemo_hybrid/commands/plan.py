@@ -180,8 +180,9 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     if "global_batch_size" not in config.train.changed() and batch % per_pass:
         config.train.global_batch_size = math.ceil(batch / per_pass) * per_pass
         print(
-            f"train.global_batch_size is its default, {batch}, which {options.processes} x "
-            f"train.micro_batch_size does not divide: planned with {config.train.global_batch_size}"
+            f"train.global_batch_size is its default, {batch}, which the {per_pass} sequences "
+            "of a pass of all processes do not divide: planned with "
+            f"{config.train.global_batch_size}"
         )
     config.validate_world(options.processes)
     return config, shape

@@ -362,6 +362,10 @@ class TrainingConfig(Options):
         letters = {*m.pattern, *(m.mtp_pattern * m.mtp_num_depths)}
         refuse(
             (
+                self.continue_from and self.resume not in ("auto", "never"),
+                "continue_from begins a new phase and resume goes on with the old one: name one",
+            ),
+            (
                 self.train.tile and not letters & {"E", "-"},
                 f"train.tile has no effect: no layer of {m.pattern} is E or -",
             ),
@@ -489,6 +493,11 @@ class RunConfig(TrainingConfig):
                 warmup and not all(a < b for a, b in pairwise(sizes)),
                 f"train.batch_warmup: the sizes ({', '.join(map(str, sizes[:-1]))}) must rise "
                 f"to train.global_batch_size ({full})",
+            ),
+            (
+                phases and short.sequence_length,
+                "data.phases and data.short cannot be had together: give each blend a phase of its "
+                "own (continue_from)",
             ),
             (
                 warmup and short.sequence_length,

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -73,8 +73,12 @@ def tiles(rows: int, tokens: int, documents: Packing, tile: int) -> list[int]:
     """Sizes of pieces of a row of so many tokens: equally many in all processes that have parts of
     such rows, because their experts meet in each."""
     sizes = documents.sizes if isinstance(documents, Shard) else (tokens,)
-    pieces = min(math.ceil(rows * max(sizes) / tile), min(sizes))
-    return divided(tokens, pieces)
+    return divided(tokens, pieces(rows, sizes, tile))
+
+
+def pieces(rows: int, sizes: Sequence[int], tile: int) -> int:
+    """How many there are of each of the parts of a row, which have these sizes; ``tile`` 0: one."""
+    return min(math.ceil(rows * max(sizes) / tile), min(sizes)) if tile else 1
 
 
 def _called(

@@ -10,7 +10,7 @@ from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.model.recompute import recompute_layers
+from nemo_hybrid.model.recompute import pieces, recompute_layers
 from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
@@ -28,9 +28,13 @@ def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
     """Raise UserError where the formats do not fit the model; nothing is built for it."""
     if config.precision.low:
         model = without_storage(shape, config.parallel.ep)
-        for size in {*divided(config.data.sequence_length, config.parallel.cp)}:
-            tokens = config.train.micro_batch_size * size
-            policy.check(model, config.precision, shape, tokens)
+        rows, sizes = (
+            config.train.micro_batch_size,
+            divided(config.data.sequence_length, config.parallel.cp),
+        )
+        count = pieces(rows, sizes, config.train.tile)
+        for piece in {piece for size in sizes for piece in divided(size, count)}:
+            policy.check(model, config.precision, shape, rows * piece)
 
 
 def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None = None) -> Run:

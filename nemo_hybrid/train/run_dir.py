@@ -64,6 +64,8 @@ MAY_CHANGE = (
     "train.epochs",
     "train.micro_batch_size",
     "train.recompute",
+    "train.tile",
+    "train.offload",
     "train.deterministic",
     "train.eval_every",
     "train.eval_sequences",

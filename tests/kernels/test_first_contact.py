@@ -118,7 +118,7 @@ def test_a_step_that_cannot_begin_is_a_row(
         assert "NotFoundError" in rows(tmp_path, step)["the step itself"]["reason"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_pretrain_and_resume(contact: ModuleType, tmp_path: Path) -> None:
     given = contact.Given("cpu", True, tmp_path)
     found = contact.pretrained(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import pytest
 from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
 from helpers.corpus import ALL_EXPERTS
-from helpers.processes import run_command
+from helpers.processes import TESTS, run_command
 from helpers.runs import tiny_run
-from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.config.read import dump_config, load_config
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
+from nemo_hybrid.train.build import check_precision
 from nemo_hybrid.train.metrics import read_metrics
 
 TOLERANCE = 4e-6
@@ -152,6 +153,24 @@ def test_mistakes_are_named(store: Path, words: str, processes: int, said: str) 
 def check(config: RunConfig, processes: int) -> None:
     config.validate()
     config.validate_world(processes)
+
+
+def test_a_phase_is_new_or_goes_on(store: Path) -> None:
+    config = replace(tiny_run(store), continue_from="a", resume="b")
+    with pytest.raises(UserError, match="a new phase and resume goes on with the old one"):
+        config.validate()
+
+
+def test_pieces_fit_the_blocks_of_formats(store: Path) -> None:
+    config = load_config([TESTS.parent / "configs/run/pretrain_tiny_nvfp4.yaml"])
+    shape = config.model.hybrid()
+    check_precision(config, shape)
+    config.train.micro_batch_size, config.data.sequence_length = 4, 256
+    config.train.tile = 256
+    check_precision(config, shape)
+    config.train.tile = 200  # six pieces, of 42 and 43 tokens of each row
+    with pytest.raises(UserError, match=r"and train\.tile make them \(\d+\), is no"):
+        check_precision(config, shape)
 
 
 def test_a_mistake_ends_before_data_and_processes(commands: Commands, tmp_path: Path) -> None:

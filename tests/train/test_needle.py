@@ -93,7 +93,7 @@ def test_bars_are_those_that_are_asked(needle: Any) -> None:
     assert holds(kept=0.9) == [True, True, True, True, False]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_it_runs_from_the_first_step_to_the_figures(needle: Any, tmp_path: Path) -> None:
     """Two steps of everything, long rows over two processes."""
     stage = needle.Stage

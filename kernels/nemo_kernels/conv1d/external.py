@@ -8,6 +8,7 @@ Shapes: as in reference.py.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
 MAX_OFFSET = 2**32
+_CHUNK = 64
+"""Tokens that the library's forward pass takes at a time, where it has 16-bit numbers."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 causal_conv1d_step = reference.causal_conv1d_step
 
@@ -42,12 +45,16 @@ def causal_conv1d(
             f"a multiple of 8 and 2 to 4 taps, got {x_BSC.dtype}, {list(x_BSC.shape)} and "
             f"{list(weight_CK.shape)} (path causal_conv1d of op conv1d); choose triton"
         )
+    length, seq_idx_BS = x_BSC.shape[1], None
+    if documents is not None:  # of which the library's forward pass reads whole chunks
+        pad = -length % _CHUNK
+        seq_idx_BS = F.pad(documents.seq_idx_BS, (0, pad), value=-1)
+        x_BSC = F.pad(x_BSC, (0, 0, 0, pad))
     # With seq_idx the library wants channels last in memory: exactly the transpose of [B,S,C].
-    seq_idx_BS = None if documents is None else documents.seq_idx_BS.contiguous()
     y_BCS = causal_conv1d_fn(
         x_BSC.contiguous().transpose(1, 2), weight_CK, bias_C, seq_idx_BS, activation="silu"
     )
-    return y_BCS.transpose(1, 2)
+    return y_BCS.transpose(1, 2)[:, :length]
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:

@@ -88,13 +88,14 @@ def ssd_scan(
 def self_check(device_type: str, sizes: Sizes) -> float:
     heads, head_dim, groups, state, chunk, *_, length = sizes
     group, each = (2, length, groups, state), (2, length, heads)
-    x_BSHP, B_BSGN, C_BSGN, *others = draw(
-        device_type, (*each, head_dim), group, group, each, (heads,), (heads,)
-    )
+    x_BSHP, B_BSGN, C_BSGN, initial_BHPN, *others = draw(
+        device_type, (*each, head_dim), group, group, (2, heads, head_dim, state), each, (heads,),
+        (heads,),
+    )  # fmt: skip
     dt_BSH, A_H, D_H = (t.float().sigmoid() for t in others)
     documents = Documents.from_numbers((torch.arange(length) // 90).expand(2, -1)).to(device_type)
     return relative_deviation(
-        lambda impl, *t: impl(*t, chunk, documents)[0],
+        lambda impl, *t: impl(*t[:6], chunk, documents, t[6])[0],
         (ssd_scan, reference.ssd_scan),
-        (x_BSHP, dt_BSH, -A_H, B_BSGN, C_BSGN, D_H),
+        (x_BSHP, dt_BSH, -A_H, B_BSGN, C_BSGN, D_H, initial_BHPN.float()),
     )
