@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from nemo_hybrid.config.base import CHECKED, Options, PositiveInt
 from nemo_hybrid.config.model import ModelConfig
 
-ZERO_REFUSED = {
+_REFUSED = {
     0: "without ZeRO, bf16 weights have no fp32 masters, and clipping ignores expert parallelism",
     3: "DeepSpeed refuses ZeRO-3 for MoE layers whose experts are divided over processes",
 }
@@ -34,6 +34,11 @@ class ParallelOptions(Options):
         """A single process owns all gradients, and with 2 would hold them twice while they add up:
         4 bytes per parameter more, for nothing."""
         return self.zero or (1 if processes == 1 else 2)
+
+    def stage_refused(self) -> Iterator[tuple[object, str]]:
+        """Whether there is no such stage, and why."""
+        why = _REFUSED.get(self.zero or 0, "there is no other stage")
+        yield self.zero not in (None, 1, 2), f"parallel.zero must be 1 or 2, got {self.zero}: {why}"
 
     def parts_refused(
         self, m: ModelConfig, length: int, rows: int, ssd: str

@@ -32,7 +32,7 @@ from nemo_hybrid.config.base import (
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig, check_pattern
-from nemo_hybrid.config.parallel import ZERO_REFUSED, ParallelOptions
+from nemo_hybrid.config.parallel import ParallelOptions
 from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.errors import UserError
 
@@ -355,7 +355,7 @@ class TrainingConfig(Options):
 
         ``shape`` is that of the model, where it does not come from the options here.
         """
-        m, zero = shape or self.model, self.parallel.zero
+        m = shape or self.model
         m.validate()
         self.profiled_steps()
         check_pattern(self.train.recompute, "train.recompute", "ME*-e", empty=True)
@@ -381,11 +381,7 @@ class TrainingConfig(Options):
                 f"data.sequence_length ({self.data.sequence_length}) must exceed "
                 f"model.mtp_num_depths ({m.mtp_num_depths})",
             ),
-            (
-                zero not in (None, 1, 2),
-                f"parallel.zero must be 1 or 2, got {zero}: "
-                f"{ZERO_REFUSED.get(zero or 0, 'there is no other stage')}",
-            ),
+            *self.parallel.stage_refused(),
             (
                 m.n_routed_experts % self.parallel.ep,
                 f"model.n_routed_experts ({m.n_routed_experts}) is not divisible by "
@@ -494,14 +490,11 @@ class RunConfig(TrainingConfig):
                 f"train.batch_warmup: the sizes ({', '.join(map(str, sizes[:-1]))}) must rise "
                 f"to train.global_batch_size ({full})",
             ),
-            (
-                phases and short.sequence_length,
-                "data.phases and data.short cannot be had together: give each blend a phase of its "
-                "own (continue_from)",
-            ),
-            (
-                warmup and short.sequence_length,
-                "train.batch_warmup and data.short cannot be had together: give each a phase of "
-                "its own (continue_from)",
+            *(
+                (
+                    given and short.sequence_length,
+                    f"{name} and data.short cannot be had together: see continue_from",
+                )
+                for name, given in (("data.phases", phases), ("train.batch_warmup", warmup))
             ),
         )

@@ -243,6 +243,11 @@ def test_batches_that_grow_are_a_phase_of_their_own(store: Path) -> None:
     config.train.batch_warmup = {512.0: 4}
     with pytest.raises(UserError, match=r"batch_warmup and data\.short cannot be had together"):
         config.validate()
+    config = run_of(store, 1)
+    config.data.blend, config.data.path = {"a": 1.0}, None
+    config.data.phases = {1e6: {"b": 1.0}}
+    with pytest.raises(UserError, match=r"data\.phases and data\.short cannot be had together"):
+        config.validate()
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_run_says_what_runs_in_which_format(runs: Path) -> None:
          ["backbone.layers.1.mixer.experts has 24 inner", "model.moe_latent_size or moe_inter",
           "\"{'backbone.layers.*.mixer.experts': bf16}\""]),
         (("--data.sequence_length", "30", "--train.micro_batch_size", "1"),
-         ["train.micro_batch_size x data.sequence_length (30) is not divisible by 16"]),
+         ["train.micro_batch_size x data.sequence_length,", "(30), is not divisible by 16"]),
         (("--precision.formats", "{'*.inproj': nvfp4}"),
          ["matches nothing", "the nearest name is backbone.layers.*.mixer.in_proj"]),
         (("--precision.formats", "{'*.in_proj': fp4}"), ["unknown format 'fp4'; known: bf16"]),
