@@ -15,7 +15,7 @@ from nemo_hybrid.config.read import dump_config
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_checkpoint_speed(tmp_path: Path) -> None:
     words = ["--gib", "0.06", "--repeat", "2", "--pause", "0"]
     out = tmp_path / "speed.json"

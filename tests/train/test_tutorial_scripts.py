@@ -218,7 +218,7 @@ def test_packing_figures() -> None:
     assert found["efficiency"]["best fit"] == sum(sizes) / best > 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_training_figures(tmp_path: Path) -> None:
     model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
     model.write_text(
