@@ -8,12 +8,15 @@ from torch import Tensor
 
 from helpers.bands import band, jittered
 from helpers.tiny_models import loud_model, packed_batch, tiny_config
+from nemo_hybrid.commands.step_time import paths_of
 from nemo_hybrid.config.run import TrainOptions
+from nemo_hybrid.meter import Meter
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.layer import Layer
-from nemo_hybrid.model.recompute import Host, tiles
+from nemo_hybrid.model.recompute import Host, recompute_layers, tiles
 from nemo_hybrid.objectives.base import LossParts, Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets
+from nemo_kernels import backend
 from nemo_kernels.documents import Documents, Shard
 
 PATTERN = "ME*-ME"
@@ -118,6 +121,30 @@ def test_gradients_of_pieces_are_summed_in_fp32() -> None:
     with patch.object(Tensor, "float", uncopied):
         rounded = gradient(4)
     assert (rounded == whole).float().mean() < 0.8
+
+
+@pytest.mark.parametrize(("letters", "tile"), [("E-", 0), ("", 8)])
+def test_copies_in_fp32_are_of_one_layer_and_of_its_backward_pass(letters: str, tile: int) -> None:
+    """Counted on tensors without data: what is left by the forward pass are inputs and the last
+    output, and what the whole step takes at most does not grow with the copies of more layers."""
+    kept, most = {}, {}
+    for layers in (2, 6):
+        config = tiny_config("E-" * (layers // 2), moe_intermediate_size=96, intermediate_size=384)
+        with torch.device("meta"):
+            model = HybridLM(config).bfloat16()
+        recompute_layers(model, letters, tile)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        ids_BS = torch.zeros(2, 20, dtype=torch.int64, device="meta")
+        with Meter() as meter, backend.choosing(**paths_of("gpu")):
+            h_BSD, _ = model.forward_hidden(ids_BS)
+            kept[layers] = meter.live
+            h_BSD.sum().backward()
+        most[layers] = meter.peak
+        copies = 4 * sum(p.numel() for p in model.backbone.layers.parameters())
+    more = 4 * 40 * config.hidden_size * 2  # inputs of four layers
+    assert kept[6] - kept[2] == pytest.approx(more, rel=0.5)
+    assert most[6] - most[2] < 2 * more < copies / 10
 
 
 @pytest.mark.parametrize("part", [0, 1])
