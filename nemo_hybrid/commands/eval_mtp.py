@@ -127,6 +127,7 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
     """Measure, print a table, and write the figures and a plot."""
     import torch
 
+    from nemo_hybrid.export.divergence import ready
     from nemo_hybrid.generation.batched import Generator
 
     depths = depths_of(options.depths)
@@ -136,7 +137,7 @@ def eval_mtp_command(options: EvalMtpOptions) -> None:
         speculate=depths[-1],
     )  # fmt: skip
     opened = open_model(asked, lambda reader: reader.read_file(options.data))
-    model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
+    model = ready(opened.model)
     requests = opened.requests(options.max_new_tokens)
     runs = [(t, k) for t in TEMPERATURES for k in (0, *depths)]
     # What cannot be written is found before it is measured.

@@ -237,10 +237,9 @@ def stop_ids(directory: Path, default: int) -> list[int]:
 def generate_command(options: GenerateOptions) -> None:
     """Print a prompt and its continuation as it appears, or the answer to it alone; of several, one
     after the other."""
-    import torch
-
     from nemo_hybrid.data.chat import Conversation
     from nemo_hybrid.data.sources import BadRecord
+    from nemo_hybrid.export.divergence import ready
     from nemo_hybrid.generation.batched import Generator
 
     def ask(reader: PromptReader) -> list[Prompt]:
@@ -255,9 +254,8 @@ def generate_command(options: GenerateOptions) -> None:
             raise UserError(f"--prompt: {e}") from e
 
     opened = open_model(options, ask)
-    model = opened.model.to("cuda") if torch.cuda.is_available() else opened.model
     generator = Generator(
-        model, options.slots, temperature=options.temperature, top_p=options.top_p,
+        ready(opened.model), options.slots, temperature=options.temperature, top_p=options.top_p,
         seed=options.seed, drafts=options.speculate, states=state_format(options),
         markers=opened.markers,
     )  # fmt: skip

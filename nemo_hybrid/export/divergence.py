@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.terminal import progress_bar
+from nemo_kernels.products import sum_in_fp32
 
 CHUNK_BYTES = 64 << 20  # of one model's log-probabilities
 Module = TypeVar("Module", bound=nn.Module)
@@ -89,7 +90,9 @@ def states_of(
 
 
 def ready(model: Module) -> Module:
-    """The model where it runs best: on a CUDA device with room for it, otherwise on the CPU."""
+    """The model where it runs best: on a CUDA device with room for it, otherwise on the CPU; its
+    products sum as in training."""
+    sum_in_fp32()
     tensors = [*model.parameters(), *model.buffers()]
     if torch.cuda.is_available() and not tensors[0].is_cuda:
         model = model.to(
