@@ -118,10 +118,12 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Some tokens of every row, for what knows nothing of the others."""
+    """Tokens of every row, some or all, for what knows nothing of the others. K experts of each."""
 
     real_BS: Tensor | None
     """bool: False for padding; None: there is none."""
+    experts_BSK: Tensor | None = None
+    """Those that tokens are sent to, whatever a router says; -1: as it says."""
 
 
 Packing = Documents | Shard | None

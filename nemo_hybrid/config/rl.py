@@ -71,6 +71,9 @@ class PolicyOptions(Options):
     max_mismatch: Annotated[float, Field(ge=1)] = 1.05
     """Mean of exp|difference of log-probabilities| between sampling and training that stops the
     run, if three steps in a row exceed it."""
+    router_replay: bool = False
+    """Have training send tokens to the experts that they went to when they were sampled, with
+    weights that its own router gives them: in bf16 it would choose others for some."""
     verifiers: PositiveInt = 1
     """Processes per rank in which environments judge answers."""
     deadline_s: PositiveFloat = 10.0
@@ -91,6 +94,8 @@ class RolloutOptions(Options):
     """Answers that each process generates at once; they do not depend on it."""
     temperature: float = 1.0
     """Has to be 1: other answers are not the policy's."""
+    lag: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: answers are sampled before the step that precedes theirs, with its weights."""
     log_every: NotNegativeInt = 0
     """Steps between those whose answers and scores are written to RUN_DIR/rollouts; 0: never."""
 
@@ -194,6 +199,7 @@ class RlConfig(TrainingConfig):
         super().validate(shape)
         self.precision.validate(self.train.max_steps)
         train, rl, samples = self.train, self.rl, self.rollout.samples
+        pattern = (shape or self.model).pattern
         idle = {"clip", "clip_low", "clip_high", "ratio"} if rl.updates == 1 else set()
         if self.teachers:
             idle.add("std")
@@ -210,6 +216,10 @@ class RlConfig(TrainingConfig):
                 self.parallel.cp > 1,
                 f"parallel.cp ({self.parallel.cp}) must be 1: rollouts are sampled and learnt as "
                 "whole sequences",
+            ),
+            (
+                rl.router_replay and "E" not in pattern,
+                f"rl.router_replay has no effect: no layer of {pattern} is E",
             ),
             (not self.environments, "environments is missing: say what judges the answers"),
             (

@@ -52,6 +52,9 @@ class Batch:
     weight_BS: Tensor | None = None
     """fp32: how often the next token's cross-entropy counts, of either sign; None: once. Targets
     further ahead count once."""
+    experts_BSLK: Tensor | None = None
+    """int16: the K experts that tokens go to in each of L MoE layers, see `Tile`; None: those that
+    routers choose."""
     in_one: int = 1
     """Rows that take the place of one of data.sequence_length: above 1 in steps on short rows."""
     shard: Shard | None = None

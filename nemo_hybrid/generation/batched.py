@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_hybrid.errors import UserError
@@ -30,7 +32,14 @@ from nemo_hybrid.generation.sampling import (
 )
 from nemo_hybrid.generation.speculative import Speculation
 from nemo_hybrid.generation.thinking import Markers, Thinking
-from nemo_hybrid.model.cache import StateFormat, commit, copy_rows, draw_from, keep_states
+from nemo_hybrid.model.cache import (
+    StateFormat,
+    commit,
+    copy_rows,
+    draw_from,
+    experts_of,
+    keep_states,
+)
 from nemo_hybrid.model.hybrid import HybridLM
 
 _PIECE = 2048
@@ -70,6 +79,9 @@ class Rollout:
     chosen: list[bool] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     """How many tokens each pass gave that verified drafts."""
+    experts: NDArray[np.int16] | None = None
+    """When it has ended, and if asked for: what all tokens but the last went to, those of the
+    prompt included [tokens, MoE layers, experts per token]."""
 
     @property
     def ended(self) -> Literal["stop", "length"] | None:
@@ -100,7 +112,8 @@ _FAILED = 2**62
 class Generator:
     """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
     `speculative`; with Mamba states kept as ``states`` says. While prompts are read they are fp32.
-    ``markers`` are of its thinking: budgets need them.
+    ``markers`` are of its thinking: budgets need them. ``experts``: rollouts tell which experts
+    tokens went to.
 
     With ``most`` several processes make every pass together, and go on until none has a row left.
     Where one of them fails, or does not ask for more, the texts of all end there without a word:
@@ -118,12 +131,13 @@ class Generator:
         drafts: int = 0,
         states: StateFormat = "float32",
         markers: Markers | None = None,
+        experts: bool = False,
         most: Most = alone,
     ) -> None:
         self._model, self._slots, self._seed, self._most = model, slots, seed, most
         self._states: StateFormat = states
         self._temperature, self._top_p, self._drafts = temperature, top_p, drafts
-        self._markers = markers
+        self._markers, self._experts = markers, experts
 
     @torch.inference_mode()
     def run(
@@ -143,7 +157,7 @@ class Generator:
             )
         device = self._model.lm_head.weight.device
         thinking = Thinking(self._markers, rows, device) if self._markers else None
-        slots = _Slots(self._model, rows, speculation, thinking, self._states)
+        slots = _Slots(self._model, rows, speculation, thinking, self._states, self._experts)
         prompts = self._prompts([])
         while True:
             free = len(slots.free)
@@ -176,13 +190,15 @@ class Generator:
                 slots = slots.without_free()
 
     def _prompts(self, requests: Sequence[Request]) -> _Prompts:
-        return _Prompts(self._model, requests, mtp=self._drafts > 0)
+        return _Prompts(self._model, requests, self._drafts > 0, self._experts)
 
 
 class _Prompts:
     """Prompts that are read together, and samples of them that wait for a slot."""
 
-    def __init__(self, model: HybridLM, requests: Sequence[Request], mtp: bool) -> None:
+    def __init__(
+        self, model: HybridLM, requests: Sequence[Request], mtp: bool, experts: bool
+    ) -> None:
         like, chunk = model.lm_head.weight, model.config.chunk_size
         self.samples = deque(
             (Rollout(request, number), row)
@@ -200,7 +216,7 @@ class _Prompts:
         counts = [len(request.ids) for request in requests]
         self._counts_P = torch.tensor(counts, dtype=torch.int64, device=like.device)
         self._model = model
-        self.caches = model.new_caches(len(requests), self.longest + 1, mtp)
+        self.caches = model.new_caches(len(requests), self.longest + 1, mtp, experts)
         self.h_PD = like.new_zeros(len(requests), model.config.hidden_size)
 
     def read(self, pieces: int) -> None:
@@ -235,13 +251,15 @@ class _Slots:
         speculation: Speculation | None,
         thinking: Thinking | None,
         states: StateFormat,
+        experts: bool,
         room: int = 0,
     ) -> None:
         like = model.lm_head.weight
         self._model, self._speculation, self._thinking = model, speculation, thinking
         self._states: StateFormat = states
+        self._experts = experts
         self.rollouts: list[Rollout | None] = [None] * rows
-        self._caches = model.new_caches(rows, room, mtp=speculation is not None)
+        self._caches = model.new_caches(rows, room, speculation is not None, experts)
         keep_states(self._caches, states)
         self._h_BD = like.new_zeros(rows, model.config.hidden_size)
         self._streams_B, self._places_B = torch.zeros_like(self._caches.lengths_B).repeat(2, 1)
@@ -356,6 +374,10 @@ class _Slots:
                 rollout.passes.append(len(rollout.ids) - before)
             if rollout.ended:
                 self.rollouts[slot] = None
+            if rollout.ended and self._experts:
+                read = len(rollout.request.ids) + len(rollout.ids) - 1
+                experts = experts_of(self._caches, slot, read).numpy()
+                rollout = replace(rollout, experts=experts)
             yield rollout
 
     def without_free(self) -> _Slots:
@@ -366,7 +388,10 @@ class _Slots:
         live_N = torch.tensor(live, dtype=torch.int64, device=self._h_BD.device)
         speculation = self._speculation and self._speculation.of_rows(live_N)
         thinking = self._thinking and self._thinking.of_rows(live_N)
-        fewer = _Slots(self._model, len(live), speculation, thinking, self._states, self._longest())
+        fewer = _Slots(
+            self._model, len(live), speculation, thinking, self._states, self._experts,
+            self._longest(),
+        )  # fmt: skip
         fewer.rollouts = [self.rollouts[slot] for slot in live]
         copy_rows(self._caches, live_N, fewer._caches, torch.arange(len(live)).to(live_N))
         fewer._h_BD = self._h_BD[live_N]

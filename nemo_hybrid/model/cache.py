@@ -15,6 +15,7 @@ key/value heads, P head dim, C conv channels, J = conv kernel - 1, H Mamba heads
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -49,19 +50,46 @@ class AttentionCache:
 
     def write(self, k_BSGP: Tensor, v_BSGP: Tensor, before_B: Tensor) -> None:
         """Put those of S tokens behind the first ``before_B`` of each row."""
-        row_B1 = torch.arange(len(before_B), device=before_B.device)[:, None]
-        place_BS = before_B[:, None] + torch.arange(k_BSGP.shape[1], device=before_B.device)
-        self.k_BTGP[row_B1, place_BS] = k_BSGP
-        self.v_BTGP[row_B1, place_BS] = v_BSGP
+        places = _places(k_BSGP, before_B)
+        self.k_BTGP[places] = k_BSGP
+        self.v_BTGP[places] = v_BSGP
 
     def reserve(self, tokens: int) -> None:
-        room = self.k_BTGP.shape[1]
-        if tokens > room:
-            more = (0, 0, 0, 0, 0, max(tokens, room + _MORE, room + room // _SHARE) - room)
+        more = (0, 0, 0, 0, 0, _growth(self.k_BTGP.shape[1], tokens))
+        if more[-1]:
             self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
 
     def commit(self, state: None) -> None:
         """Nothing: what counts of it, a row's length says."""
+
+
+@dataclass
+class ExpertsCache:
+    """Experts that tokens went to, by position as in `AttentionCache`: int16 [B, T, K]."""
+
+    ids_BTK: Tensor
+
+    def write(self, ids_BSK: Tensor, before_B: Tensor) -> None:
+        self.ids_BTK[_places(ids_BSK, before_B)] = ids_BSK.to(self.ids_BTK.dtype)
+
+    def reserve(self, tokens: int) -> None:
+        more = _growth(self.ids_BTK.shape[1], tokens)
+        if more:
+            self.ids_BTK = F.pad(self.ids_BTK, (0, 0, 0, more))
+
+    def commit(self, state: None) -> None:
+        """Nothing, as there."""
+
+
+def _places(new_BS: Tensor, before_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Where S tokens stand behind the first ``before_B`` of each row."""
+    row_B1 = torch.arange(len(before_B), device=before_B.device)[:, None]
+    return row_B1, before_B[:, None] + torch.arange(new_BS.shape[1], device=before_B.device)
+
+
+def _growth(room: int, tokens: int) -> int:
+    """By how much the room grows for so many tokens."""
+    return 0 if tokens <= room else max(tokens - room, _MORE, room // _SHARE)
 
 
 class MambaState(NamedTuple):
@@ -162,6 +190,20 @@ def keep_states(caches: Caches, format: StateFormat) -> None:
             keys_BR = caches.lengths_B.new_zeros(rows, int(format == "stochastic"))
             half_BHPN = cache.ssm_BHPN.half()
             caches.layers[number] = Fp16MambaCache(cache.conv_BCJ, half_BHPN, keys_BR)
+
+
+def keep_experts(caches: Caches, moe_layers: Sequence[int], top_k: int, tokens: int) -> None:
+    """Have these layers remember the experts that tokens went to, with room for so many."""
+    lengths_B = caches.lengths_B
+    for number in moe_layers:
+        ids_BTK = lengths_B.new_zeros(len(lengths_B), tokens, top_k, dtype=torch.int16)
+        caches.layers[number] = ExpertsCache(ids_BTK)
+
+
+def experts_of(caches: Caches, row: int, tokens: int) -> Tensor:
+    """Those that the first tokens of a row went to, int16 [tokens, MoE layers, K] on the CPU."""
+    kept = [cache.ids_BTK for cache in caches.layers if isinstance(cache, ExpertsCache)]
+    return torch.stack([ids_BTK[row, :tokens] for ids_BTK in kept], 1).cpu()
 
 
 def draw_from(caches: Caches, streams_N: Tensor, to_N: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.model.cache import After, Caches
+from nemo_hybrid.model.cache import After, Caches, keep_experts
 from nemo_hybrid.model.init import Embedding, Head, initialize
 from nemo_hybrid.model.latent_moe import Dispatcher, LocalDispatcher
 from nemo_hybrid.model.layer import Layers
@@ -21,7 +21,7 @@ from nemo_hybrid.model.mtp import MTPBlock, shift_left
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_hybrid.model.sequence import Sequences, WholeSequences, whole
-from nemo_kernels.documents import Documents, Packing
+from nemo_kernels.documents import Documents, Packing, Tile
 from nemo_kernels.products import fp32_product
 
 Stats = dict[str, list[RoutingStats]]
@@ -95,13 +95,20 @@ class HybridLM(nn.Module):
             output.mtp_logits = [self.lm_head(d_BSD) for d_BSD in depths]
         return output
 
-    def forward_hidden(self, ids_BS: Tensor, documents: Packing = None) -> tuple[Tensor, Stats]:
+    def forward_hidden(
+        self, ids_BS: Tensor, documents: Packing = None, experts_BSLK: Tensor | None = None
+    ) -> tuple[Tensor, Stats]:
         """Hidden states [B, S, D] after the final norm, and routing statistics.
 
         ``documents``: those of packed rows, or what is known of parts of rows; None: one document
-        per row.
+        per row. ``experts_BSLK``: those that tokens go to in the L MoE layers, see `Tile`.
         """
-        x_BSD, routed = self.backbone.layers(self.backbone.embeddings(ids_BS), documents)
+        told: dict[int, Tile] = {}
+        if experts_BSLK is not None:
+            real_BS = None if documents is None else documents.real_BS
+            given = [Tile(real_BS, experts_BSK) for experts_BSK in experts_BSLK.unbind(2)]
+            told = dict(zip(self._moe_layers(), given, strict=True))
+        x_BSD, routed = self.backbone.layers(self.backbone.embeddings(ids_BS), documents, told)
         stats = {f"backbone.layers.{i}": [layer] for i, layer in routed.items()}
         return self.backbone.norm_f(x_BSD), stats
 
@@ -143,10 +150,18 @@ class HybridLM(nn.Module):
         """Of hidden states [.., D]: fp32 [.., V], which tokens are to be drawn from."""
         return fp32_product(h.flatten(0, -2), self.lm_head.weight.t()).unflatten(0, h.shape[:-1])
 
-    def new_caches(self, rows: int, tokens: int, mtp: bool = False) -> Caches:
-        """Caches with room for so many tokens in each row; also for the MTP block, if asked for."""
+    def _moe_layers(self) -> list[int]:
+        return [i for i, letter in enumerate(self.config.pattern) if letter == "E"]
+
+    def new_caches(
+        self, rows: int, tokens: int, mtp: bool = False, experts: bool = False
+    ) -> Caches:
+        """Caches with room for so many tokens in each row; also for the MTP block, and for the
+        experts that tokens go to, if asked for."""
         like = self.backbone.embeddings.weight
         caches = self.backbone.layers.new_caches(rows, tokens, like)
+        if experts:
+            keep_experts(caches, self._moe_layers(), self.config.num_experts_per_tok, tokens)
         if mtp:
             assert self.mtp is not None, "the model has no multi-token-prediction block"
             caches.mtp = self.mtp.layers.new_caches(rows, tokens, like)

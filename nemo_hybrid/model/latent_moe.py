@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.model.cache import Reading
+from nemo_hybrid.model.cache import ExpertsCache, Reading
 from nemo_hybrid.model.linear import Adapter, Linear
 from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.router import Router, RoutingStats, routing_stats
@@ -99,9 +99,9 @@ class LatentMoE(nn.Module):
         shared = cfg.moe_shared_expert_intermediate_size
         self.shared_experts = MLP(D, shared) if shared else None
 
-    def _mix(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [T, D], expert ids [T, K] and scores [T, E]."""
-        ids_TK, weights_TK, scores_TE = self.gate(x_TD)
+    def _mix(self, x_TD: Tensor, given_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [T, D], expert ids [T, K] and scores [T, E]; ``given_TK``: see `Router`."""
+        ids_TK, weights_TK, scores_TE = self.gate(x_TD, given_TK)
         h_TL = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
         h_TL = self.dispatcher(h_TL, ids_TK, weights_TK, self.experts.adapted())
         y_TD = h_TL if self.fc2_latent_proj is None else self.fc2_latent_proj(h_TL)
@@ -112,20 +112,31 @@ class LatentMoE(nn.Module):
     def forward(
         self, x_BSD: Tensor, documents: Packing | Tile = None
     ) -> tuple[Tensor, RoutingStats]:
-        y_TD, ids_TK, scores_TE = self._mix(x_BSD.flatten(0, 1))
+        given_BSK = documents.experts_BSK if isinstance(documents, Tile) else None
+        given_TK = None if given_BSK is None else given_BSK.flatten(0, 1).long()
+        y_TD, ids_TK, scores_TE = self._mix(x_BSD.flatten(0, 1), given_TK)
         real_BS = None if documents is None else documents.real_BS
         stats = routing_stats(scores_TE, ids_TK, x_BSD.shape[0], real_BS)
         return y_TD.view_as(x_BSD), stats
 
     def new_cache(self, rows: int, tokens: int, like: Tensor) -> None:
-        """A token needs none but itself."""
+        """A token needs none but itself (see `keep_experts`)."""
 
-    def read(self, x_BSD: Tensor, cache: None, reading: Reading) -> tuple[Tensor, None]:
+    def read(
+        self, x_BSD: Tensor, cache: ExpertsCache | None, reading: Reading
+    ) -> tuple[Tensor, None]:
         """What pads a row is not sent to experts, so it does not take part in anything."""
         y_BSD = torch.zeros_like(x_BSD)
         x_RD = x_BSD.flatten(0, 1)[reading.real_R]
-        y_BSD.flatten(0, 1)[reading.real_R] = self._mix(x_RD)[0]
+        y_BSD.flatten(0, 1)[reading.real_R], ids_RK, _ = self._mix(x_RD)
+        if cache is not None:
+            ids_BSK = ids_RK.new_zeros(*x_BSD.shape[:2], self.gate.top_k)
+            ids_BSK.flatten(0, 1)[reading.real_R] = ids_RK
+            cache.write(ids_BSK, reading.before_B)
         return y_BSD, None
 
-    def decode(self, x_BD: Tensor, cache: None, before_B: Tensor) -> Tensor:
-        return self._mix(x_BD)[0]
+    def decode(self, x_BD: Tensor, cache: ExpertsCache | None, before_B: Tensor) -> Tensor:
+        y_BD, ids_BK, _ = self._mix(x_BD)
+        if cache is not None:
+            cache.write(ids_BK[:, None], before_B)
+        return y_BD

@@ -3,7 +3,8 @@
 Shapes: B batch, S sequence, D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from nemo_hybrid.model.mlp import MLP
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_hybrid.model.sequence import Sequences
-from nemo_kernels.documents import Packing
+from nemo_kernels.documents import Packing, Tile
 
 MIXERS: dict[str, Callable[[ModelConfig, Dispatcher, Sequences], nn.Module]] = {
     "M": lambda cfg, _, sequence: Mamba2(cfg, sequence),
@@ -49,7 +50,9 @@ class Layer(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.layer_norm_epsilon)
         self.mixer = MIXERS[letter](cfg, dispatcher, sequence)
 
-    def forward(self, x_BSD: Tensor, documents: Packing) -> tuple[Tensor, RoutingStats | None]:
+    def forward(
+        self, x_BSD: Tensor, documents: Packing | Tile
+    ) -> tuple[Tensor, RoutingStats | None]:
         """Training: the new residual stream, and routing statistics of a MoE layer."""
         y_BSD = self.mixer(self.norm(x_BSD), documents)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
@@ -65,7 +68,7 @@ class Layer(nn.Module):
         return x_BD + self.mixer.decode(self.norm(x_BD), cache, before_B)
 
 
-Run = Callable[[Layer, Tensor, Packing], tuple[Tensor, RoutingStats | None]]
+Run = Callable[[Layer, Tensor, Packing | Tile], tuple[Tensor, RoutingStats | None]]
 
 
 class Layers(nn.ModuleList):
@@ -81,11 +84,14 @@ class Layers(nn.ModuleList):
     def __iter__(self) -> Iterator[Layer]:
         return cast(Iterator[Layer], super().__iter__())
 
-    def forward(self, x_BSD: Tensor, documents: Packing) -> tuple[Tensor, dict[int, RoutingStats]]:
-        """Training: the new residual stream, and routing statistics of the MoE layers by number."""
+    def forward(
+        self, x_BSD: Tensor, documents: Packing, told: Mapping[int, Tile] = MappingProxyType({})
+    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+        """Training: the new residual stream, and routing statistics of the MoE layers by number.
+        ``told``: what some are told, by number, in place of the documents."""
         stats = {}
         for i, layer in enumerate(self):
-            x_BSD, routed = self.run(layer, x_BSD, documents)
+            x_BSD, routed = self.run(layer, x_BSD, told.get(i, documents))
             if routed is not None:
                 stats[i] = routed
         return x_BSD, stats

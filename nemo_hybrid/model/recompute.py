@@ -44,7 +44,12 @@ def recompute_layers(model: nn.Module, letters: str, tile: int = 0, offload: boo
 
 
 def _run(
-    letters: str, tile: int, host: Host | None, layer: Layer, x_BSD: Tensor, documents: Packing
+    letters: str,
+    tile: int,
+    host: Host | None,
+    layer: Layer,
+    x_BSD: Tensor,
+    documents: Packing | Tile,
 ) -> Out:
     # Where others stand in for the layer's parameters, they do so in the backward pass as well.
     parameters: dict[str, Tensor] = dict(layer.named_parameters())
@@ -104,7 +109,7 @@ class _Pieces(NamedTuple):
 
 
 def _pieces_of(
-    layer: Layer, names: list[str], x_BSD: Tensor, documents: Packing, tile: int
+    layer: Layer, names: list[str], x_BSD: Tensor, documents: Packing | Tile, tile: int
 ) -> _Pieces:
     sizes = tiles(x_BSD.shape[0], x_BSD.shape[1], documents, tile)
     real_BS = None if documents is None else documents.real_BS
@@ -156,7 +161,7 @@ class _InPieces(torch.autograd.Function):
         return None, dx_BSD, *dparameters
 
 
-def tiles(rows: int, tokens: int, documents: Packing, tile: int) -> list[int]:
+def tiles(rows: int, tokens: int, documents: Packing | Tile, tile: int) -> list[int]:
     """Sizes of pieces of a row of so many tokens: equally many in all processes that have parts of
     such rows, because their experts meet in each."""
     sizes = documents.sizes if isinstance(documents, Shard) else (tokens,)

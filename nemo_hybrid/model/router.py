@@ -38,9 +38,13 @@ class Router(KeepsFp32):
         bias_E = torch.zeros(cfg.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Expert ids [T, K], weights [T, K] (fp32) and sigmoid scores [T, E] (fp32)."""
-        return topk_router(
+    def forward(
+        self, x_TD: Tensor, given_TK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert ids [T, K], weights [T, K] (fp32) and sigmoid scores [T, E] (fp32). Tokens go to
+        the experts that are given, where these are no less than 0, with weights of their scores
+        (router replay, arXiv 2510.11370)."""
+        ids_TK, weights_TK, scores_TE = topk_router(
             x_TD,
             self.weight,
             self.e_score_correction_bias,
@@ -48,6 +52,13 @@ class Router(KeepsFp32):
             self.scaling,
             self.normalize,
         )
+        if given_TK is not None:
+            ids_TK = torch.where(given_TK < 0, ids_TK, given_TK)
+            weights_TK = scores_TE.gather(1, ids_TK)
+            if self.normalize:
+                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+            weights_TK = weights_TK * self.scaling
+        return ids_TK, weights_TK, scores_TE
 
 
 def routing_stats(

@@ -43,6 +43,9 @@ class NextToken(Objective):
     Its parts: ``ce``, ``mtp_1`` ... ``mtp_D``, and ``aux``, before their weights.
     """
 
+    detached = False
+    """Whether depths have no part in the gradients of the backbone."""
+
     def __init__(
         self,
         model: HybridLM,
@@ -98,12 +101,12 @@ class NextToken(Objective):
 
     def _read(self, batch: Batch, step: int) -> tuple[list[Tensor], Stats]:
         """Hidden states [B, S, D] of the N losses, and routing statistics."""
-        h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
+        h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing, batch.experts_BSLK)
         if not self.depths:
             return [h_BSD], stats
         ahead_DBS = None if batch.ahead is None else batch.ahead.ids_DBS
         mtp_hidden, mtp_stats = self.model.forward_mtp(
-            h_BSD, batch.ids_BS, batch.packing, ahead_DBS=ahead_DBS
+            h_BSD, batch.ids_BS, batch.packing, ahead_DBS=ahead_DBS, detached=self.detached
         )
         return [h_BSD, *mtp_hidden], stats | mtp_stats
 
@@ -180,14 +183,7 @@ class DetachedMTP(NextToken):
     """Here multi-token prediction trains its block alone: its losses have no part in the gradients
     of what that shares with the backbone."""
 
-    def _read(self, batch: Batch, step: int) -> tuple[list[Tensor], Stats]:
-        h_BSD, stats = self.model.forward_hidden(batch.ids_BS, batch.packing)
-        if not self.depths:
-            return [h_BSD], stats
-        mtp_hidden, mtp_stats = self.model.forward_mtp(
-            h_BSD, batch.ids_BS, batch.packing, detached=True
-        )
-        return [h_BSD, *mtp_hidden], stats | mtp_stats
+    detached = True
 
     def _cross_entropy(
         self, hidden: list[Tensor], targets: Targets, scale_N: Tensor

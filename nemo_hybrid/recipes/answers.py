@@ -44,6 +44,11 @@ class Answer:
     """What was taken for the answer, or why it could not be judged."""
     prox: list[float] = field(default_factory=list)
 
+    @property
+    def said(self) -> list[int]:
+        """The new tokens without that which stopped it."""
+        return self.ids[-self.new : len(self.ids) - (self.ended == "stop")]
+
     def laid(self, end: int) -> slice:
         """Where a row that it ends at has what belongs to its new tokens: position t says what
         token t + 1 is."""
@@ -61,6 +66,8 @@ class Packed:
     """By what the divergence is measured from."""
     teacher_BS: Tensor | None = None
     """By each answer's own teacher."""
+    experts_BSLK: Tensor | None = None
+    """What the model's own passes send tokens to; see `Batch`."""
 
     def __init__(
         self, rows: list[list[Answer]], options: PolicyOptions, length: int, pad_id: int
@@ -71,9 +78,21 @@ class Packed:
         self.batch = Batch.from_packs(packs, length, pad_id, numbers)
         self.sums: dict[str, float] = {}
 
+    def route(self, experts: Mapping[int, NDArray[np.int16]]) -> None:
+        """Have the model's own passes send tokens to the experts that they went to when they were
+        sampled: of all tokens of each answer but the last, by identity of the answers."""
+        shape = next((of.shape[1:] for of in experts.values()), None)
+        if shape is None:  # nothing but padding
+            return
+        out_BSLK = np.full((len(self.rows), self._length, *shape), -1, np.int16)
+        for b, row in enumerate(self.rows):
+            for answer, end in _ends(row):
+                out_BSLK[b, end - len(answer.ids) : end - 1] = experts[id(answer)]
+        self.experts_BSLK = torch.from_numpy(out_BSLK)
+
     def measure(self, model: HybridLM, first: bool) -> None:
         """``first``: no update was made yet."""
-        self.pi_BS = log_probabilities(model, self.batch)
+        self.pi_BS = log_probabilities(model, self._routed)
         self.prox_BS = self.pi_BS if first else self._laid(lambda a: a.prox)
 
     def ask(self, teacher: HybridLM, environments: set[str]) -> None:
@@ -82,6 +101,10 @@ class Packed:
         said_BS = log_probabilities(teacher, self.batch)
         before_BS = self.prox_BS if self.teacher_BS is None else self.teacher_BS
         self.teacher_BS = torch.where(its_BS, said_BS, before_BS)
+
+    @property
+    def _routed(self) -> Batch:
+        return replace(self.batch, experts_BSLK=self.experts_BSLK)
 
     def prox(self) -> dict[int, list[float]]:
         """By identity of the answers."""
@@ -115,7 +138,7 @@ class Packed:
         self.sums["advantage"] = float(advantage_T[known.learnt_T].abs().sum())
         mask_BS = known.learnt_T.view_as(self.pi_BS)
         return replace(
-            self.batch,
+            self._routed,
             loss_mask_BS=mask_BS,
             labels_BS=self.batch.labels_BS.masked_fill(~mask_BS, 0),
             weight_BS=policy.weights(known, advantage_T, options).float().view_as(self.pi_BS),
@@ -164,7 +187,7 @@ def log_probabilities(model: HybridLM, batch: Batch) -> Tensor:
     0 elsewhere."""
     head_VD = model.lm_head.weight
     there = batch.to(head_VD.device)
-    h_BSD, _ = model.forward_hidden(there.ids_BS, there.packing)
+    h_BSD, _ = model.forward_hidden(there.ids_BS, there.packing, there.experts_BSLK)
     labels_T, mask_T = there.labels_BS.flatten(), there.loss_mask_BS.flatten().float()
     _, ce_T = linear_cross_entropy(h_BSD.flatten(0, 1), head_VD, labels_T, mask_T)
     return -ce_T.view(batch.ids_BS.shape).cpu()

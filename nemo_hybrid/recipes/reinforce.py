@@ -63,6 +63,8 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
                 "samples": config.rollout.samples,
                 "response_tokens": config.rollout.response_tokens,
                 "updates": config.rl.updates,
+                "lag": config.rollout.lag,
+                "router_replay": config.rl.router_replay,
             },
         }
 

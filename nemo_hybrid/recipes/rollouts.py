@@ -11,14 +11,17 @@ import hashlib
 import json
 import math
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.data.batch import Batch
@@ -80,6 +83,18 @@ class Prompts:
         return [hashlib.sha256(content.encode()).hexdigest()]
 
 
+@dataclass
+class Turn:
+    """Answers of all processes to the prompts of one turn, which one or more updates learn from."""
+
+    number: int
+    answers: list[Answer]
+    experts: dict[int, NDArray[np.int16]]
+    """See `Rollout`, by places of answers; each is kept by one process, where training needs it."""
+    agreement: dict[str, float] = field(default_factory=dict)
+    """How far sampling and training disagree with the weights that sampled, where others learn."""
+
+
 class Rollouts:
     """Data of a run; see `train.run.Data`. ``stops``: ids that end an answer."""
 
@@ -95,35 +110,32 @@ class Rollouts:
     ) -> None:
         self._config, self._prompts, self._pool = config, prompts, pool
         self._stops, self._pad_id = stops, pad_id
-        self._answers: list[Answer] = []
+        self._turns: list[Turn] = []  # that are learnt from, and sampled ahead
         self._figures: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._bad = 0  # steps in a row in which sampling and training disagreed too much
 
     def begin(self, model: HybridLM, world: World) -> None:
         self._model, self._world = model, world
 
     def step(self, number: int, share: Share) -> list[Batch]:
-        turn, update = divmod(number, self._config.rl.updates)
-        if update:
-            self._figures |= {"rollout_s": 0.0, "score_s": 0.0}
-        else:
-            self._sample(turn)
-        length, rl = self._config.data.sequence_length, self._config.rl
-        packs = self._packs()
-        passes = _passes(packs, share)
-        batches = [
-            Packed(rows[share.rank :: share.world_size], rl, length, self._pad_id)
-            for rows in passes
-        ]
-        began = time.monotonic()
-        for packed in batches:
-            packed.measure(self._model, first=not update)
-        self._ask_others(passes, batches)
-        prox_s = time.monotonic() - began
-        if self._config.rl.updates > 1 and not update:
-            self._keep_prox(batches)
+        config = self._config
+        number, update = divmod(number, config.rl.updates)
+        self._seconds = dict.fromkeys(("rollout_s", "score_s", "prox_s"), 0.0)
+        there = {turn.number: turn for turn in self._turns}
+        wanted = range(number, number + 1 + config.rollout.lag)
+        self._turns = [there.get(n) or self._sample(n, share) for n in wanted]
+        turn = self._turns[0]
+        passes, batches = self._measured(turn, share, first=not update)
+        with self._timed("prox_s"):
+            self._ask_others(passes, batches)
+        if config.rl.updates > 1 and not update:
+            self._keep_prox(turn, batches)
         weighted = [packed.weighted() for packed in batches]
-        self._figures |= self._agreement(batches) | {"prox_s": prox_s}
+        agreement = self._agreement(turn, batches)
+        if turn.agreement:
+            agreement |= {"off_policy": agreement["mismatch"], **turn.agreement}
+        self._figures = figures(turn.answers, config.rollout.samples) | agreement | self._seconds
         self._judge_agreement()
         return weighted
 
@@ -142,50 +154,84 @@ class Rollouts:
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
 
     def state(self) -> dict[str, Any]:
-        """With the answers, where they are learnt from more than once."""
-        answers = self._answers if self._config.rl.updates > 1 else []
-        return {"disagreed": self._bad, "answers": [to_json(answer) for answer in answers]}
+        """With the answers that are learnt from later on."""
+        kept = self._turns if self._config.rl.updates > 1 or self._config.rollout.lag else []
+        return {"disagreed": self._bad, "turns": [self._kept(turn) for turn in kept]}
+
+    def _kept(self, turn: Turn) -> dict[str, Any]:
+        experts = _together(self._world.gather(turn.experts))
+        return {
+            "number": turn.number,
+            "answers": [to_json(answer) for answer in turn.answers],
+            "experts": {n: b64encode(of.tobytes()).decode() for n, of in experts.items()},
+            "agreement": turn.agreement,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._bad = state["disagreed"]
-        self._answers = [from_json(answer) for answer in state["answers"]]
-        self._figures = figures(self._answers, self._config.rollout.samples)
+        self._bad, self._turns = state["disagreed"], []
+        top_k, world = self._model.config.num_experts_per_tok, self._world
+        for kept in state["turns"]:
+            answers = [from_json(answer) for answer in kept["answers"]]
+            experts = {
+                int(n): np.frombuffer(b64decode(of), np.int16).reshape(
+                    len(answers[int(n)].ids) - 1, -1, top_k
+                )
+                for n, of in kept["experts"].items()
+                if int(n) % world.size == world.rank
+            }
+            self._turns.append(Turn(kept["number"], answers, experts, kept["agreement"]))
 
     def metrics(self) -> dict[str, float]:
         return self._figures
 
     # ---- sampling ------------------------------------------------------------------------------
 
-    def _sample(self, turn: int) -> None:
+    def _sample(self, number: int, share: Share) -> Turn:
         """Answers to the prompts of a turn, judged and compared."""
         config, world, n = self._config, self._world, self._config.rollout.samples
         asked, requests = {}, []
-        for place, (prompt, before) in enumerate(self._prompts.curriculum.turn(turn)):
+        for place, (prompt, before) in enumerate(self._prompts.curriculum.turn(number)):
             asked[place] = prompt
             if place % world.size == world.rank:
                 # Whoever is asked again gives other answers.
                 numbers = range(before * n, (before + 1) * n)
                 requests.append((place, self._request(prompt, numbers)))
-        began = time.monotonic()
-        with world.agreed():
+        with self._timed("rollout_s"), world.agreed():
             rollouts = list(self._generate([request for _, request in requests]))
-        rollout_s, began = time.monotonic() - began, time.monotonic()
         places = {id(request): place for place, request in requests}
         rollouts.sort(key=lambda r: (places[id(r.request)], r.sample))
-        judged = self._judged(rollouts, asked, [places[id(r.request)] for r in rollouts])
-        own = compared(judged, n, config.rl.std)
-        score_s = time.monotonic() - began
+        with self._timed("score_s"):
+            judged = self._judged(rollouts, asked, [places[id(r.request)] for r in rollouts])
+            own = compared(judged, n, config.rl.std)
         gathered = [answer for answers in world.gather(own) for answer in answers]
-        self._answers = sorted(gathered, key=lambda answer: answer.prompt)  # is stable
-        self._figures = figures(self._answers, n) | {"rollout_s": rollout_s, "score_s": score_s}
-        if all(math.isnan(answer.reward) for answer in self._answers):
+        answers = sorted(gathered, key=lambda answer: answer.prompt)  # is stable
+        experts = {
+            places[id(rollout.request)] * n + i % n: rollout.experts
+            for i, rollout in enumerate(rollouts)
+            if rollout.experts is not None
+        }
+        turn = Turn(number, answers, experts)
+        if all(math.isnan(answer.reward) for answer in answers):
             raise UserError(
-                f"none of the {len(self._answers)} answers of a step could be judged: environment "
-                f"{self._answers[0].environment}: {self._answers[0].note}"
+                f"none of the {len(answers)} answers of a step could be judged: environment "
+                f"{answers[0].environment}: {answers[0].note}"
             )
         every = config.rollout.log_every
-        if every and turn % every == 0:
+        if every and number % every == 0:
             world.from_rank_0(self._write, turn)
+        if config.rollout.lag:  # measured while the weights that sampled are there
+            _, batches = self._measured(turn, share, first=True)
+            for packed in batches:
+                packed.weighted()
+            found = self._agreement(turn, batches)
+            turn.agreement = {name: found[name] for name in ("mismatch", "mismatch_max")}
+        return turn
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[name] += time.monotonic() - began
 
     def _request(self, prompt: Prompt, numbers: range) -> Request:
         most = self._config.rollout.response_tokens
@@ -197,7 +243,7 @@ class Rollouts:
         config = self._config
         generator = Generator(
             self._model, config.rollout.slots, temperature=1.0, seed=config.train.seed,
-            markers=self._prompts.markers, most=self.most,
+            markers=self._prompts.markers, experts=config.rl.router_replay, most=self.most,
         )  # fmt: skip
         return generator.run(requests)
 
@@ -235,22 +281,45 @@ class Rollouts:
             assert known or answers[-1].note
         return answers
 
-    def _write(self, turn: int) -> None:
+    def _write(self, turn: Turn) -> None:
+        """As `nemo-hybrid rollout` does, and what was thought of the answers."""
         directory = Path(self._config.run_dir) / ROLLOUTS
         directory.mkdir(exist_ok=True)
         lines = []
-        for answer in self._answers:
-            shown = {k: v for k, v in to_json(answer).items() if k not in ("prox", "chosen")}
-            texts = {"text": self._prompts.tokenizer.decode(answer.ids)}
-            lines.append(json.dumps({**texts, **shown}) + "\n")
-        replace_file(directory / f"turn_{turn + 1:08d}.jsonl", "".join(lines))
+        for answer in turn.answers:
+            shown = {k: v for k, v in to_json(answer).items() if k not in ("prox", "new")}
+            ids = {"prompt_ids": answer.ids[: -answer.new], "ids": answer.ids[-answer.new :]}
+            text = self._prompts.tokenizer.decode(answer.said)
+            lines.append(json.dumps({"text": text, **shown, **ids}) + "\n")
+        replace_file(directory / f"turn_{turn.number + 1:08d}.jsonl", "".join(lines))
 
     # ---- packing and weighing ------------------------------------------------------------------
 
-    def _packs(self) -> list[list[Answer]]:
+    def _measured(
+        self, turn: Turn, share: Share, first: bool
+    ) -> tuple[list[list[list[Answer]]], list[Packed]]:
+        """The rows of each pass, over all ranks, and this rank's micro-batches with the
+        log-probabilities by the model as it is. ``first``: it has learnt nothing of them."""
+        rl, length = self._config.rl, self._config.data.sequence_length
+        passes = _passes(self._packs(turn.answers), share)
+        numbers = {id(answer): n for n, answer in enumerate(turn.answers)}
+        batches = []
+        with self._timed("prox_s"):
+            for rows in passes:
+                own = rows[share.rank :: share.world_size]
+                packed = Packed(own, rl, length, self._pad_id)
+                if rl.router_replay:  # of a pass at a time: those of a step take much memory
+                    here = turn.experts.keys() & {numbers[id(a)] for row in rows for a in row}
+                    found = _together(self._world.gather({n: turn.experts[n] for n in here}))
+                    packed.route({id(a): found[numbers[id(a)]] for row in own for a in row})
+                packed.measure(self._model, first)
+                batches.append(packed)
+        return passes, batches
+
+    def _packs(self, of: Sequence[Answer]) -> list[list[Answer]]:
         """All answers, those with the same teacher together."""
         by_teacher: dict[str, list[Answer]] = {name: [] for name in ("", *sorted(self.teachers))}
-        for answer in self._answers:
+        for answer in of:
             by_teacher[self._config.teacher_of(answer.environment)].append(answer)
         found = []
         for answers in by_teacher.values():
@@ -273,15 +342,14 @@ class Rollouts:
             for packed in batches:
                 packed.reference_BS = log_probabilities(self.reference, packed.batch)
 
-    def _keep_prox(self, batches: Sequence[Packed]) -> None:
+    def _keep_prox(self, turn: Turn, batches: Sequence[Packed]) -> None:
         """Have all ranks know the log-probabilities before the first update of all answers."""
-        numbers = {id(answer): i for i, answer in enumerate(self._answers)}
+        numbers = {id(answer): i for i, answer in enumerate(turn.answers)}
         found = [packed.prox() for packed in batches]
-        gathered = self._world.gather({numbers[i]: p[i] for p in found for i in p})
-        everything = {number: prox for part in gathered for number, prox in part.items()}
-        self._answers = [replace(a, prox=everything[i]) for i, a in enumerate(self._answers)]
+        everything = _together(self._world.gather({numbers[i]: p[i] for p in found for i in p}))
+        turn.answers = [replace(a, prox=everything[i]) for i, a in enumerate(turn.answers)]
 
-    def _agreement(self, batches: Sequence[Packed]) -> dict[str, float]:
+    def _agreement(self, turn: Turn, batches: Sequence[Packed]) -> dict[str, float]:
         """How far sampling and training disagree, over all ranks."""
         parts = self._world.gather([packed.sums for packed in batches])
         sums = [one for rank in parts for one in rank]
@@ -292,7 +360,7 @@ class Rollouts:
             "mismatch_max": max(one["apart_max"] for one in sums),
             "advantage_abs": total["advantage"] / tokens,
             "clipped_share": total["bounded"] / tokens,
-            "filtered": sum(one["filtered"] for one in sums) / len(self._answers),
+            "filtered": sum(one["filtered"] for one in sums) / len(turn.answers),
         }
 
     def _judge_agreement(self) -> None:
@@ -308,8 +376,16 @@ class Rollouts:
                 f"most {self._figures['mismatch_max']:.4g}), or more than {_MOST_FILTERED:.0%} of "
                 f"the answers left the loss for it (now {filtered:.0%}). In fp32 (precision.recipe "
                 "fp32) it is 1 to five digits: compare the two. In bf16 a router may choose other "
-                "experts; `nemo-hybrid compare-logprobs` shows two checkpoints apart"
+                "experts, which rl.router_replay prevents; `nemo-hybrid compare-logprobs` shows "
+                "two checkpoints apart"
             )
+
+
+T = TypeVar("T")
+
+
+def _together(parts: Sequence[Mapping[int, T]]) -> dict[int, T]:
+    return {number: value for part in parts for number, value in part.items()}
 
 
 def _passes(packs: list[list[Answer]], share: Share) -> list[list[list[Answer]]]:

@@ -4,7 +4,10 @@ By one process: OUT/plain; OUT/rough_0 and OUT/rough_1, whose weights are rounde
 where every rollout is learnt from twice, and OUT/resumed, which goes on from the middle of a
 rollout of it; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
 OUT/half, in bf16; OUT/alone, a step, and OUT/along, which trains the MTP block too; OUT/same,
-taught by BASE, and OUT/swapped, by OTHER. By two: OUT/world and OUT/ep; OUT/local, where a process
+taught by BASE, and OUT/swapped, by OTHER. Of PICKY beside BASE, whose routers choose: OUT/ahead,
+which samples a rollout ahead and replays choices, OUT/ahead_resumed, and OUT/drifted, which takes
+experts back wrongly; OUT/behind, which does not sample ahead, and OUT/still, which hardly learns.
+By two: OUT/ahead_ep; OUT/world and OUT/ep; OUT/local, where a process
 divides by its own count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by
 both; OUT/adapted, of adapters; and OUT/failure_0 and OUT/failure_1, what each says when one cannot
 evaluate. By four: OUT/four.
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +59,8 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     one = out / "one.jsonl"
     one.write_text('{"prompt": "ab", "environment": "letters"}\n')
     teachers = {"a": str(base), "b": str(other)}
+    picky = {"model__from_hf": str(base.with_name("picky")), "rl__updates": 2}
+    ahead = {**picky, "rollout__lag": 1, "rl__router_replay": True, "train__max_steps": TWICE}
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 4:
         run("four", parallel__ep=2, train__micro_batch_size=1)
@@ -67,6 +73,7 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
         run("idle", parallel__ep=2, train__global_batch_size=4, data__path=str(one))
         routes = {"digits": "b", "default": "a"}
         run("taught", parallel__ep=2, teachers=teachers, routes=routes)
+        run("ahead_ep", parallel__ep=2, train__micro_batch_size=1, **ahead)
         run("adapted", parallel__ep=2, lora__rank=2, train__max_steps=2)
         rank = os.environ["RANK"]
         with patch.object(Rollouts, "_generate", fails) if rank == "1" else nullcontext():
@@ -86,10 +93,24 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     restore = Rollouts.restore
 
     def forget(self: Rollouts, state: dict[str, Any]) -> None:
-        restore(self, {**state, "answers": state["answers"][:4]})
+        turns = [{**turn, "answers": turn["answers"][:4]} for turn in state["turns"]]
+        restore(self, {**state, "turns": turns})
 
     with patch.object(Rollouts, "restore", forget):
         go_on("forgetful", "twice", TWICE, **twice)
+    ahead["checkpoint__every"] = BETWEEN
+    run("ahead", **ahead)
+    go_on("ahead_resumed", "ahead", TWICE, **ahead)
+
+    def drift(self: Rollouts, state: dict[str, Any]) -> None:
+        restore(self, state)
+        for turn in self._turns:
+            turn.experts = {n: np.roll(of, 1, 0) for n, of in turn.experts.items()}
+
+    with patch.object(Rollouts, "restore", drift):
+        go_on("drifted", "ahead", TWICE, **ahead)
+    run("behind", **picky)
+    run("still", **picky, train__lr=1e-12)
     run("half", precision__recipe="bf16", train__max_steps=2)
     free = {"train__max_steps": 1, "train__clip_grad_norm": 1e6}
     run("alone", **free)

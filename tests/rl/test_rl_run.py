@@ -20,7 +20,10 @@ from helpers.launcher import MEASURED
 from helpers.once import once
 from helpers.processes import run_python
 from helpers.questions import ENVIRONMENTS, ask, write_questions
+from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.data.samples import ROLLOUT, SampleMaker
+from nemo_hybrid.data.sources import find_samples
 from nemo_hybrid.train.metrics import read_metrics
 from rl.rl_runs import BETWEEN, DRAWS, STEPS, TWICE
 
@@ -30,6 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(out: Path) -> None:
         write_base(out / "hf", **ALL_EXPERTS)
         write_base(out / "other", **ALL_EXPERTS, pattern="ME*")
+        write_base(out / "picky")
 
     return once(tmp_path_factory, "rl_base", make)
 
@@ -96,13 +100,29 @@ def test_answers_are_written(runs: Path) -> None:
     answers = [json.loads(line) for line in lines]
     assert len(answers) == 20
     for answer in answers:
-        assert len(answer["logprobs"]) == answer["new"] <= 8
+        assert len(answer["logprobs"]) == len(answer["ids"]) <= 8
         if answer["environment"] == "own":
             assert answer["reward"] is None
             assert answer["advantage"] == 0
             assert answer["note"] == "RuntimeError: a defect"
         else:
             assert answer["reward"] in (0, 1)
+
+
+def test_written_answers_are_rollouts_to_finetuning(runs: Path, base: Path) -> None:
+    path = runs / "plain/rollouts/turn_00000001.jsonl"
+    made = list(SampleMaker(SampleOptions(), base / "hf", 0).read(find_samples([path]).sources))
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    known = sum(one.kind == ROLLOUT for one in made)
+    assert known > len(answers) / 2
+    for one, answer in zip(made, answers, strict=True):
+        if one.unusable:  # the model has a few more tokens than the tokenizer
+            assert "lies outside the vocabulary" in one.unusable[0].why
+            continue
+        (sample,) = one.samples
+        assert sample.ids.tolist() == answer["prompt_ids"] + answer["ids"]
+        assert sample.learnt == len(answer["ids"])
+        assert "reward" in one.unread or answer["reward"] is None
 
 
 def test_only_what_is_to_be_trained_moves(runs: Path, base: Path) -> None:
@@ -130,6 +150,32 @@ def test_answers_that_are_not_taken_back_would_be_noticed(runs: Path) -> None:
     assert twice[0]["reward"] == twice[1]["reward"]
     assert twice[0]["grad_norm"] != twice[1]["grad_norm"]
     assert twice[1]["reward"] != twice[2]["reward"] or twice[1]["entropy"] != twice[2]["entropy"]
+
+
+def test_a_rollout_ahead_is_of_the_weights_before(runs: Path) -> None:
+    """Those of the second one are of the first weights, as where these hardly move, and mismatch is
+    measured by weights that sampled."""
+    ahead, behind, still = (rows(runs, name) for name in ("ahead", "behind", "still"))
+    hashes = [[row["sample_hash"] for row in found] for found in (ahead, behind, still)]
+    assert hashes[0][0] == hashes[1][0] == hashes[2][0]
+    assert hashes[0][2] == hashes[2][2] != hashes[1][2]
+    for row in [*ahead, *rows(runs, "ahead_ep")]:
+        assert 1 <= row["mismatch"] < 1.00001
+        later = row["step"] > 2
+        assert (row["off_policy"] > 1.001) == later
+        assert (row["off_policy"] < 1.00001) != later
+    assert "off_policy" not in behind[0]
+
+
+def test_what_was_sampled_ahead_is_resumed_to_the_last_bit(runs: Path) -> None:
+    """With the experts, of which a wrong one would be noticed."""
+    ahead, resumed, drifted = (rows(runs, n) for n in ("ahead", "ahead_resumed", "drifted"))
+    assert resumed == ahead
+    ours, theirs = (weights(runs / name, TWICE) for name in ("ahead_resumed", "ahead"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert drifted[:BETWEEN] == ahead[:BETWEEN]
+    assert drifted[BETWEEN]["grad_norm"] > 1.1 * ahead[BETWEEN]["grad_norm"]
+    assert drifted[-1]["off_policy"] > ahead[-1]["off_policy"] + 0.5
 
 
 def distances(runs: Path, base: Path, name: str) -> dict[str, float]:
@@ -273,6 +319,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
         None,
         "no effect with rl.importance none",
     ),
+    ({"rollout__lag": 2}, None, "rollout.lag"),
     ({"rl__importance_low": 6.0}, None, "rl.importance_low exceeds rl.importance_high"),
     (
         {"teachers": {"a": "BASE"}, "routes": {"letters": "a"}},
