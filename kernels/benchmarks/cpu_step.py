@@ -8,7 +8,8 @@ of transformers, in fp32 and bf16) first runs alone in a process of its own, whi
 memory and a first time. The fastest of each side then run in turns in one process; their medians
 make the result. Losses must agree to 1e-3 in fp32, and the check must be able to fail: routing is
 spread over the experts, and without the routed experts the loss is another. The routed experts of
-one layer are timed alone as well (``cpu_moe``).
+one layer are timed alone as well (``cpu_moe``), and so are the matrix products of each step, in
+turns with it (``step_products``): what a step takes beside them is what can be saved.
 
 transformers clamps Mamba time steps from below by ``time_step_min``; ours have no clamp. The peer's
 configuration gets a ``time_step_min`` so small that the clamp never acts.
@@ -223,6 +224,7 @@ def run_alone(candidate: Candidate, work: Workload) -> dict[str, Any]:
     """Median time and peak memory of one candidate; call it in a fresh process."""
     import torch
     import transformers.models.nemotron_h.modeling_nemotron_h  # noqa: F401  both sides pay for it
+    from step_products import replay
 
     torch.set_num_threads(work.threads)
     imported = peak_mib()
@@ -231,13 +233,19 @@ def run_alone(candidate: Candidate, work: Workload) -> dict[str, Any]:
     step = stepper(model, loss_function)
     step()
     seconds = [step() for _ in range(max(3, work.steps // 3))]
+    peak = peak_mib()
+    products, flop = replay(step)
+    products()
+    turns = [step() / products() for _ in range(max(3, work.steps // 3))]
     return {
         "side": candidate.name,
         "dtype": candidate.dtype,
         "loss": loss,
         "seconds_alone": statistics.median(seconds),
-        "peak_mib": peak_mib(),
-        "peak_mib_over_imports": peak_mib() - imported,
+        "peak_mib": peak,
+        "peak_mib_over_imports": peak - imported,
+        "product_flop": flop,
+        "over_products": statistics.median(turns),
     }
 
 
@@ -310,8 +318,9 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"commit {machine['commit'][:10]}{' + changes' if machine['uncommitted_changes'] else ''}",
         "",
-        "| side | dtype | ms, alone | ms, in turns | tokens/s | peak MiB | over imports | loss |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| side | dtype | ms, alone | ms, in turns | tokens/s | peak MiB | over imports | loss | "
+        "over its products |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for candidate, row in zip(CANDIDATES, result["alone"], strict=True):
         key = {tuple(pair["candidates"][0]): "ours", tuple(pair["candidates"][1]): "peer"}.get(
@@ -322,7 +331,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['side']} | {row['dtype']} | {row['seconds_alone'] * 1e3:.0f} | {turns} | "
             f"{work.tokens / seconds:.0f} | {row['peak_mib']:.0f} | "
-            f"{row['peak_mib_over_imports']:.0f} | {row['loss']:.4f} |"
+            f"{row['peak_mib_over_imports']:.0f} | {row['loss']:.4f} | "
+            f"{row['over_products']:.2f} x |"
         )
     lines += [
         "",

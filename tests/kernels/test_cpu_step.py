@@ -58,6 +58,28 @@ def test_a_step_changes_the_weights(cpu_step: ModuleType) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_products_of_a_step_are_all_there(cpu_step: ModuleType) -> None:
+    """Counted by hand, and against torch's own counter for the tiny model."""
+    import step_products
+    from torch.utils.flop_counter import FlopCounterMode
+
+    linear, x_TD = torch.nn.Linear(8, 16, bias=False), torch.randn(5, 8)
+    products, flop = step_products.replay(lambda: linear(x_TD).square().sum().backward())
+    assert flop == 2 * 2 * 5 * 8 * 16  # the output and the weight's gradient: x needs none
+    assert products() > 0
+    work = cpu_step.Workload(batch=1, length=64)
+    ours, peer = (
+        cpu_step.stepper(*cpu_step.build(cpu_step.Candidate(experts, "float32"), work))
+        for experts in ("", "eager")
+    )
+    with FlopCounterMode(display=False) as counter:  # knows no products in place, as we have them
+        peer()
+    counts = counter.get_flop_counts()["Global"].items()
+    expected = sum(n for op, n in counts if str(op).endswith("mm"))
+    assert step_products.replay(peer)[1] == pytest.approx(expected, rel=1e-3)
+    assert step_products.replay(ours)[1] == pytest.approx(expected, rel=0.05)
+
+
 def test_the_fastest_of_each_side_and_the_table(cpu_step: ModuleType) -> None:
     rows = [
         {
@@ -67,6 +89,7 @@ def test_the_fastest_of_each_side_and_the_table(cpu_step: ModuleType) -> None:
             "seconds_alone": 1.0 - i / 100,
             "peak_mib": 1000.0 + i,
             "peak_mib_over_imports": 600.0,
+            "over_products": 1.5 + i / 100,
         }
         for i, candidate in enumerate(cpu_step.CANDIDATES)
     ]
@@ -103,7 +126,9 @@ def test_the_fastest_of_each_side_and_the_table(cpu_step: ModuleType) -> None:
         "speedup": 2.0,
     }
     text = cpu_step.table(json.loads(json.dumps(result)))  # also a result read from its file
-    assert "| nemo_hybrid | bfloat16 | 990 | **500** | 4096 | 1001 |" in text
+    assert (
+        "| nemo_hybrid | bfloat16 | 990 | **500** | 4096 | 1001 | 600 | 13.2500 | 1.51 x |" in text
+    )
     assert "| transformers (batched_mm) | bfloat16 | 930 | **1000** | 2048 | 1007 |" in text
     assert "**2.00 x** tokens/s" in text
     assert "48 tokens, 3 of 8 experts each, 16 -> 24 -> 16; path reference" in text
