@@ -12,6 +12,11 @@ class UserError(Exception):
     """
 
 
+class Unavailable(UserError):
+    """What all processes of a run need is not there, between two steps: a run that has made some
+    writes a checkpoint first."""
+
+
 class TrainingError(Exception):
     """The run itself failed: its loss diverges again and again.
 

@@ -94,6 +94,11 @@ class RolloutOptions(Options):
     """Answers that each process generates at once; they do not depend on it."""
     temperature: float = 1.0
     """Has to be 1: other answers are not the policy's."""
+    engine: str = "local"
+    """What samples: local, this run, or the URL of a server that offers OpenAI's completions with
+    token ids, and reads the weights of every step from RUN_DIR/engine."""
+    engine_timeout_s: PositiveFloat = 600.0
+    """Longest silence of the server."""
     lag: Annotated[int, Field(ge=0, le=1)] = 0
     """1: answers are sampled before the step that precedes theirs, with its weights."""
     log_every: NotNegativeInt = 0
@@ -199,7 +204,7 @@ class RlConfig(TrainingConfig):
         super().validate(shape)
         self.precision.validate(self.train.max_steps)
         train, rl, samples = self.train, self.rl, self.rollout.samples
-        pattern = (shape or self.model).pattern
+        pattern, remote = (shape or self.model).pattern, self.rollout.engine != "local"
         idle = {"clip", "clip_low", "clip_high", "ratio"} if rl.updates == 1 else set()
         if self.teachers:
             idle.add("std")
@@ -243,6 +248,19 @@ class RlConfig(TrainingConfig):
                 f"prompts: raise data.sequence_length ({self.data.sequence_length})",
             ),
             *self.lora.mistakes(train.train_router),
+            (
+                not self.rollout.engine.startswith(("local", "http://", "https://")),
+                "rollout.engine must be local or begin with http:// or https://, got "
+                f"{self.rollout.engine!r}",
+            ),
+            (
+                remote and self.lora.rank,
+                "rollout.engine: a server is given whole weights, no adapters (lora.rank)",
+            ),
+            (
+                remote and rl.router_replay,
+                "rollout.engine: no server says which experts tokens went to (rl.router_replay)",
+            ),
             (
                 train.router_bias_rate and not train.train_router,
                 "train.router_bias_rate has no effect without train.train_router",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nemo_hybrid.checkpoint.adapter import base_digest
 from nemo_hybrid.checkpoint.companions import Companions, read_companions
 from nemo_hybrid.checkpoint.publish import about, card_head, code, origin_name, publish
 from nemo_hybrid.checkpoint.steps import resolve, step_of
+from nemo_hybrid.checkpoint.writing import save_weights
 from nemo_hybrid.config.base import refuse
 from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.config.rl import RlConfig
@@ -20,6 +22,7 @@ from nemo_hybrid.data.template import stop_rendering
 from nemo_hybrid.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_hybrid.environments.pool import Pool
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation.remote import Remote
 from nemo_hybrid.generation.thinking import Markers
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LatentMoE
@@ -33,6 +36,7 @@ from nemo_hybrid.recipes.distill import frozen_teacher
 from nemo_hybrid.recipes.finetune import freeze
 from nemo_hybrid.recipes.rollouts import Prompts, Rollouts
 from nemo_hybrid.train.guard import Bands
+from nemo_hybrid.train.resume import owned
 from nemo_hybrid.train.run import Run, Trained
 from nemo_hybrid.train.run_dir import MODEL
 
@@ -114,6 +118,19 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         super().begin(run)
         if run.engine.dispatcher is not None:
             self._rollouts.most = run.engine.dispatcher.most
+        rollout = self.config.rollout
+        if rollout.engine != "local":
+            self._rollouts.engine = Remote(
+                rollout.engine, rollout.slots, self.config.train.seed, rollout.engine_timeout_s,
+                self.shape.vocab_size,
+            )  # fmt: skip
+            self._rollouts.write = partial(self._write, run)
+
+    def _write(self, run: Run, out: Path) -> None:
+        """The model as it is. All processes call this together."""
+        save_weights(
+            out, self.shape, owned(run), world=run.world, companions=self.companions()
+        )  # fmt: skip
 
     def guard(self) -> Bands:
         """The loss is near 0 and changes its sign: no band."""
@@ -128,8 +145,10 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
         total, trained = parameter_count(run.model), parameter_count(run.model, trained=True)
         why = {"left out": rows.left_out, "always or never solved left out": rows.solved}
         left_out = "".join(f" ({count} {what})" for what, count in why.items() if count)
+        engine = config.rollout.engine
         return [
             *self._origin_warning(),
+            *([f"rollouts by {engine}"] if engine != "local" else []),
             f"data {len(rows.train):,} prompts{left_out} for {', '.join(config.environments)}; "
             f"{config.train.max_steps} steps of {config.prompts_per_step} prompts x "
             f"{config.rollout.samples} answers, {config.rl.updates} update"
@@ -194,6 +213,8 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             if not train:
                 raise UserError(f"{config.data.path}: every pass_rate is 0 or 1")
         limited = any(prompt.budget is not None for prompts in read for prompt in prompts)
+        if limited and config.rollout.engine != "local":
+            raise UserError("rollout.engine: a server does not say which tokens a budget forced")
         return Prompts(
             train=train,
             curriculum=Curriculum(train, config.prompts_per_step, config.data, seed),

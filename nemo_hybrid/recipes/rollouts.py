@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,9 +32,10 @@ from nemo_hybrid.data.prompts import Prompt
 from nemo_hybrid.data.tokenizer import TextTokenizer
 from nemo_hybrid.environments import Score
 from nemo_hybrid.environments.pool import Failure, Job, Pool
-from nemo_hybrid.errors import TrainingError, UserError
+from nemo_hybrid.errors import TrainingError, Unavailable, UserError
 from nemo_hybrid.files import replace_file
 from nemo_hybrid.generation.batched import Generator, Most, Request, Rollout, alone
+from nemo_hybrid.generation.remote import Remote
 from nemo_hybrid.generation.thinking import Markers
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
@@ -47,7 +49,7 @@ from nemo_hybrid.recipes.answers import (
     to_json,
 )
 from nemo_hybrid.recipes.curriculum import Curriculum
-from nemo_hybrid.train.run_dir import ROLLOUTS
+from nemo_hybrid.train.run_dir import ENGINE, ROLLOUTS
 
 _PATIENCE = 3
 """Steps in a row that may be as bad as a step must not be."""
@@ -100,6 +102,10 @@ class Rollouts:
 
     most: Most = staticmethod(alone)
     """Of the processes that share experts."""
+    engine: Remote | None = None
+    """What samples in place of this process, with the weights that ``write`` writes to a directory,
+    where all processes do so together."""
+    write: Callable[[Path], None]
     reference: HybridLM | None = None
     """What the divergence is measured from."""
     teachers: Mapping[str, HybridLM] = MappingProxyType({})
@@ -196,8 +202,8 @@ class Rollouts:
                 # Whoever is asked again gives other answers.
                 numbers = range(before * n, (before + 1) * n)
                 requests.append((place, self._request(prompt, numbers)))
-        with self._timed("rollout_s"), world.agreed():
-            rollouts = list(self._generate([request for _, request in requests]))
+        with self._timed("rollout_s"):
+            rollouts = self._answered([request for _, request in requests])
         places = {id(request): place for place, request in requests}
         rollouts.sort(key=lambda r: (places[id(r.request)], r.sample))
         with self._timed("score_s"):
@@ -238,6 +244,22 @@ class Rollouts:
         return Request(
             prompt.number, prompt.ids, most, numbers, self._stops, prompt.budget, prompt.thinks
         )
+
+    def _answered(self, requests: Sequence[Request]) -> list[Rollout]:
+        """Rollouts with the weights as they are. Raises Unavailable where a server gives none."""
+        if self.engine is None:
+            with self._world.agreed():
+                return list(self._generate(requests))
+        weights = Path(self._config.run_dir) / ENGINE
+        try:
+            self._world.from_rank_0(shutil.rmtree, weights, ignore_errors=True)  # of a killed run
+            self.write(weights)
+            self._world.from_rank_0(self.engine.update, weights)
+            self._world.from_rank_0(shutil.rmtree, weights)
+            with self._world.agreed():
+                return list(self.engine.run(requests))
+        except UserError as error:
+            raise Unavailable(str(error)) from error
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
         config = self._config

@@ -15,7 +15,7 @@ from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.state import check_resumable
 from nemo_hybrid.checkpoint.steps import find_latest, resolve, step_name, step_of
 from nemo_hybrid.config.run import TrainingConfig
-from nemo_hybrid.errors import Stopped, TrainingError, UserError
+from nemo_hybrid.errors import Stopped, TrainingError, Unavailable, UserError
 from nemo_hybrid.model.operations import operations, sizes
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
@@ -212,7 +212,7 @@ class Loop:
         self.run, self.position, self.display, self.watch = run, position, display, watch
         self.start = start
         self.saver = Saver(run)
-        self.saved: Position | None = None
+        self.saved = replace(position)
         self.checkpoints = Path(run.config.run_dir) / CHECKPOINTS
         steps = run.config.profiled_steps() if display else range(0)
         self.profile = Profile(steps, Path(run.config.run_dir), run.world.device)
@@ -227,7 +227,11 @@ class Loop:
             self.watch.beat()
             began = time.monotonic()
             self.profile.start_step(at.step + 1)
-            batches = self.run.data.step(at.batch, self.run.share)
+            try:
+                batches = self.run.data.step(at.batch, self.run.share)
+            except Unavailable:
+                self._save_last()
+                raise
             waited = time.monotonic() - began
             lr = learning_rate(at.step, train)
             self.run.precision.start_step(at.step, at.batch)
@@ -286,10 +290,13 @@ class Loop:
         self.saver.save(self.checkpoints, self.position, keep, wait)
         self.saved = replace(self.position)
 
-    def _stop(self) -> None:
+    def _save_last(self) -> None:
         self.saver.wait()  # raises if writing is why the run stops
         if self.saved != self.position:
             self._save(wait=True)
+
+    def _stop(self) -> None:
+        self._save_last()
         raise Stopped(f"stopped by a signal after step {self.position.step}, checkpoint written")
 
     def _passed_over(self, outcome: Outcome) -> None:

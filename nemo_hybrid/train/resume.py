@@ -83,7 +83,7 @@ class Snapshot:
             position=replace(position),  # the loop moves its own on
             run_state=run_state,
             rank_state={"torch_rng": torch.get_rng_state()},
-            weights=list(_owned(run)),
+            weights=list(owned(run)),
             fragments=list(run.engine.fragments()),
         )
 
@@ -232,7 +232,7 @@ def _read(directory: Path, run: Run, state: dict[str, Any]) -> None:
     check_masters([(name, t, first_expert(name, run.model)) for name, t in tensors], fragments)
 
 
-def _owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:
+def owned(run: Run) -> Iterator[tuple[str, Tensor, int]]:
     """What this rank writes: rank 0 what every rank holds alike, and of several ranks with the
     same experts the first."""
     rank, ep = run.world.rank, run.config.parallel.ep

@@ -42,6 +42,7 @@ DIAGNOSIS = "diagnosis"
 SAMPLES = "data"
 MODEL = "model"
 ROLLOUTS = "rollouts"
+ENGINE = "engine"
 BEGINNINGS = ("model.from_hf", "continue_from")
 _LOCK = ".lock"
 
@@ -55,6 +56,9 @@ MAY_CHANGE = (
     "kernels",
     "parallel",
     *(f"precision.{f.name}" for f in fields(PrecisionOptions) if f.name != "recipe"),
+    "rollout.engine",
+    "rollout.engine_timeout_s",
+    "rollout.slots",
     "data.path",
     "data.short.path",
     "data.workers",

@@ -1,0 +1,118 @@
+"""Rollouts by a server that has a copy of the weights: OpenAI's interface of completions, with
+token ids in and out and log-probabilities, and weights read from a directory, as vLLM offers them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request as Call
+from urllib.request import urlopen
+
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation.batched import Request, Rollout
+from nemo_hybrid.generation.sampling import stream
+
+_TRIES = 3
+_SHOWN = 200
+_ROUNDING = 1e-3  # by which a log-probability may exceed 0
+
+
+class Remote:
+    """Generates as `batched.Generator` does at temperature 1, by the server at ``url``, which is
+    asked for ``slots`` samples at once, with ``timeout_s`` for each. Its seeds are those of the
+    samples; whether it draws the same numbers again is its own affair."""
+
+    def __init__(self, url: str, slots: int, seed: int, timeout_s: float, vocab_size: int) -> None:
+        self._url, self._slots, self._seed = url.rstrip("/"), slots, seed
+        self._timeout_s, self._vocab_size = timeout_s, vocab_size
+
+    def update(self, directory: Path) -> None:
+        """Have the server read the weights of a Hugging Face directory, and forget what it computed
+        with others. Raises UserError where it does not."""
+        weights = {"weights_path": str(directory.absolute())}
+        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
+        self._ask("/reset_prefix_cache", {})
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
+        """The samples of all requests. Raises UserError for answers that are none."""
+        wanted = [(request, number) for request in requests for number in request.samples]
+        pool = ThreadPoolExecutor(self._slots, thread_name_prefix="engine")
+        try:
+            yield from pool.map(lambda one: self._sample(*one), wanted)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _sample(self, request: Request, number: int) -> Rollout:
+        body = {
+            "prompt": list(request.ids),
+            "max_tokens": request.most,
+            "stop_token_ids": sorted(request.stops),
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "seed": stream(self._seed, request.prompt, number) % 2**31,
+        }
+        said = self._ask("/v1/completions", body)
+        try:
+            choice = json.loads(said)["choices"][0]
+            found = Rollout(
+                request, number, choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            )
+            prompt_ids, ended = choice["prompt_token_ids"], choice["finish_reason"]
+            found.chosen.extend([True] * len(found.ids))
+            why = self._wrong(found, prompt_ids, ended)
+        except (ValueError, LookupError, TypeError) as error:
+            shown = said[:_SHOWN].decode(errors="replace")
+            why = f"its answer is none with token ids and log-probabilities ({error!r}): {shown}"
+        if why:
+            raise self._error(f"prompt {request.prompt}: {why}")
+        return found
+
+    def _wrong(self, found: Rollout, prompt_ids: Any, ended: Any) -> str | None:
+        """Why an answer is not of the tokens, or not as they were asked for."""
+        if prompt_ids != list(found.request.ids):
+            return f"it answers to other token ids ({prompt_ids}) than {list(found.request.ids)}"
+        if not all(type(i) is int and 0 <= i < self._vocab_size for i in found.ids):
+            return f"it answers with token ids that the model does not know: {found.ids}"
+        finite = all(-math.inf < x < _ROUNDING for x in found.logprobs)
+        if len(found.logprobs) != len(found.ids) or not finite:
+            return "its log-probabilities are not those of its tokens"
+        inner = found.request.stops & {*found.ids[:-1]}
+        if ended != found.ended or inner or len(found.ids) > found.request.most:
+            return (
+                f"its answer of {len(found.ids)} tokens ended by {ended!r}, where one ends at "
+                f"{found.request.most} or at one of {sorted(found.request.stops)}"
+            )
+        return None
+
+    def _ask(self, path: str, body: Any) -> bytes:
+        """What the server answers, asked again where it fails. Raises UserError."""
+        content = json.dumps(body).encode()
+        why = ""
+        for _ in range(_TRIES):
+            call = Call(self._url + path, content, {"Content-Type": "application/json"})
+            try:
+                with urlopen(call, timeout=self._timeout_s) as answer:
+                    said: bytes = answer.read()
+                    return said
+            except HTTPError as error:
+                why = f"{error}: {error.read(_SHOWN).decode(errors='replace')}"
+                if error.code < 500:  # asking again would not help
+                    break
+            except (OSError, HTTPException) as error:
+                why = str(error) or repr(error)
+        raise self._error(f"{path}: {why}")
+
+    def _error(self, why: str) -> UserError:
+        return UserError(
+            f"rollout.engine {self._url}: {why}. It has to serve this model with its tokenizer "
+            "(docs/rl.md); the same command goes on from the last step"
+        )

@@ -1,0 +1,140 @@
+"""A server of completions with token ids, as `generation.remote` asks one: our own generator behind
+HTTP, with faults by name."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_hybrid.checkpoint.load import load
+from nemo_hybrid.generation.batched import Generator, Request
+from nemo_hybrid.model.hybrid import HybridLM
+
+FAULTS = {
+    "fails": "HTTP Error 503",
+    "refuses": "HTTP Error 400: Bad Request: no such field",
+    "hangs up": "Remote end closed connection",
+    "other prompt": "it answers to other token ids",
+    "unknown ids": "it answers with token ids that the model does not know",
+    "no ids": "its answer is none with token ids and log-probabilities (KeyError('token_ids'))",
+    "no log-probabilities": "its answer is none with token ids and log-probabilities (TypeError",
+    "fewer log-probabilities": "its log-probabilities are not those of its tokens",
+    "not finite": "its log-probabilities are not those of its tokens",
+    "too long": "tokens ended by 'stop', where one ends at",
+    "no JSON": "its answer is none with token ids and log-probabilities",
+}
+"""What is done wrong, and what `Remote` says of it."""
+
+
+class FakeEngine(ThreadingHTTPServer):
+    """``fault``: in ``bad`` samples, after ``good`` of them; or "silent": no answer before the end;
+    or "stale": weights are not read again."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.model: HybridLM | None = None
+        self.fault: str | None = None
+        self.good, self.bad, self.samples, self.updates = 0, 1 << 30, 0, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def served() -> Iterator[FakeEngine]:
+    with FakeEngine() as engine:
+        thread = threading.Thread(target=engine.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield engine
+        finally:
+            engine.closing.set()
+            engine.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeEngine
+
+    def do_POST(self) -> None:
+        engine = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with engine.lock:
+            torch.set_num_threads(1)
+            if self.path == "/collective_rpc":
+                self._update(body)
+                return self._say(200, b'{"results": [null]}')
+            if self.path == "/reset_prefix_cache":
+                return self._say(200, b"")
+            engine.samples += 1
+            wrong = engine.good < engine.samples <= engine.good + engine.bad
+            fault = engine.fault if wrong else None
+            answer = self._completion(body)
+        self._answer(answer, fault)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _update(self, body: Any) -> None:
+        engine = self.server
+        assert body["method"] == "reload_weights"
+        engine.updates += 1
+        if engine.model is None or engine.fault != "stale":
+            engine.model = load(Path(body["kwargs"]["weights_path"]))[0].eval()
+
+    def _completion(self, body: Any) -> dict[str, Any]:
+        assert body["temperature"] == body["top_p"] == 1
+        assert body["return_token_ids"]
+        assert self.server.model is not None
+        generator = Generator(self.server.model, 1, temperature=1.0, seed=body["seed"])
+        stops = frozenset(body["stop_token_ids"])
+        (found,) = generator.run([Request(0, body["prompt"], body["max_tokens"], (0,), stops)])
+        return {
+            "prompt_token_ids": body["prompt"],
+            "token_ids": found.ids,
+            "logprobs": {"token_logprobs": found.logprobs},
+            "finish_reason": found.ended,
+        }
+
+    def _answer(self, choice: dict[str, Any], fault: str | None) -> None:
+        if fault == "silent":
+            self.server.closing.wait()
+        if fault in ("hangs up", "silent"):
+            return self.connection.close()
+        if fault in ("fails", "refuses"):
+            return self._say(503 if fault == "fails" else 400, b"no such field")
+        logprobs = choice["logprobs"]["token_logprobs"]
+        if fault == "other prompt":
+            choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
+        elif fault == "unknown ids":
+            choice["token_ids"][0] = 1 << 20
+        elif fault == "no ids":
+            del choice["token_ids"]
+        elif fault == "no log-probabilities":
+            choice["logprobs"] = None
+        elif fault == "fewer log-probabilities":
+            del logprobs[-1]
+        elif fault == "not finite":
+            logprobs[0] = float("nan")
+        elif fault == "too long":
+            choice |= {"token_ids": [1] * 999, "finish_reason": "stop"}
+            logprobs[:] = [-1.0] * 999
+        content = json.dumps({"choices": [choice]})
+        self._say(200, b"<html>" if fault == "no JSON" else content.encode())
+
+    def _say(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)

@@ -1,0 +1,165 @@
+"""Rollouts by a server: the protocol, whole runs with it, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.chats import write_base
+from helpers.commands import Commands, commands_in_one_process
+from helpers.engine import FAULTS, FakeEngine, served
+from helpers.processes import run_python
+from helpers.questions import ask, write_questions
+from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation.batched import Request
+from nemo_hybrid.generation.remote import Remote
+from nemo_hybrid.train.metrics import read_metrics
+
+STOPS = frozenset({7, 8, 9})
+ASKED = [Request("a", [5, 6], 6, (0, 1, 2), STOPS), Request(4, [11] * 9, 3, (3,), STOPS)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("engine") / "hf")
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with served() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with commands_in_one_process() as run:
+        yield run
+
+
+def remote(engine: FakeEngine, timeout_s: float = 60.0) -> Remote:
+    return Remote(engine.url + "/", 2, seed=1, timeout_s=timeout_s, vocab_size=288)
+
+
+def test_samples_are_those_that_were_asked_for(engine: FakeEngine, base: Path) -> None:
+    remote(engine).update(base)
+    found = list(remote(engine).run(ASKED))
+    assert [(r.request.prompt, r.sample) for r in found] == [("a", 0), ("a", 1), ("a", 2), (4, 3)]
+    assert len({tuple(r.ids) for r in found[:3]}) == 3  # of seeds of their own
+    for rollout in found:
+        assert rollout.ended
+        assert len(rollout.ids) == len(rollout.logprobs) == len(rollout.chosen)
+        assert all(rollout.chosen)
+    assert [r.ids for r in remote(engine).run(ASKED)] == [r.ids for r in found]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_answers_that_are_none_are_named(engine: FakeEngine, base: Path, fault: str) -> None:
+    remote(engine).update(base)
+    engine.fault, engine.good = fault, 1
+    with pytest.raises(UserError) as error:
+        list(remote(engine).run(ASKED))
+    assert f"rollout.engine {engine.url}: " in str(error.value)
+    assert FAULTS[fault] in str(error.value)
+
+
+def test_who_is_silent_is_not_waited_for(engine: FakeEngine, base: Path) -> None:
+    remote(engine).update(base)
+    engine.fault = "silent"
+    with pytest.raises(UserError, match="/v1/completions: timed out"):
+        list(remote(engine, timeout_s=0.2).run(ASKED))
+
+
+def test_a_failure_that_passes_is_none(engine: FakeEngine, base: Path) -> None:
+    """The server is asked again."""
+    remote(engine).update(base)
+    engine.fault, engine.good, engine.bad = "fails", 2, 2
+    assert len(list(remote(engine).run(ASKED))) == 4
+    assert engine.samples == 6
+
+
+@pytest.mark.slow
+def test_a_run_samples_with_the_weights_of_each_step(
+    engine: FakeEngine, base: Path, tmp_path: Path, commands: Commands
+) -> None:
+    """Mismatch says so: a server that keeps the first weights is noticed."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    for name in ("good", "stale"):
+        engine.fault, engine.model = name, None
+        config = ask(
+            base, questions, tmp_path / name, rollout__engine=engine.url, rl__max_mismatch=100.0
+        )
+        (tmp_path / "rl.yaml").write_text(dump_config(config))
+        said = commands("rl", "--config", tmp_path / "rl.yaml")
+        assert said.status == 0, said.err
+        assert f"rollouts by {engine.url}" in said.out
+        found = [row.further for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        assert found[0]["mismatch"] < 1.00001
+        for row in found[1:]:
+            assert (row["mismatch"] < 1.00001) == (name == "good")
+            assert (row["mismatch"] > 1.001) == (name == "stale")
+        assert not (tmp_path / name / "engine").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_divide_experts_give_whole_weights(
+    engine: FakeEngine, base: Path, tmp_path: Path
+) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl")
+    config = ask(
+        base, questions, tmp_path / "run", rollout__engine=engine.url, rollout__lag=1,
+        parallel__ep=2, train__max_steps=2, train__micro_batch_size=1,
+    )  # fmt: skip
+    (tmp_path / "rl.yaml").write_text(dump_config(config))
+    run_python(["-m", "nemo_hybrid", "rl", "--config", tmp_path / "rl.yaml"], 2)
+    found = [row.further for row in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert len(found) == 2
+    assert all(row["mismatch"] < 1.00001 for row in found)
+    assert engine.updates == 3
+
+
+def test_nothing_is_lost_when_the_server_fails(
+    engine: FakeEngine, base: Path, tmp_path: Path, commands: Commands
+) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl")
+    config = ask(base, questions, tmp_path / "run", rollout__engine=engine.url)
+    (tmp_path / "rl.yaml").write_text(dump_config(config))
+    engine.fault, engine.good = "other prompt", 45
+    said = commands("rl", "--config", tmp_path / "rl.yaml")
+    assert said.status == 2
+    assert "it answers to other token ids" in said.err
+    assert said.err.count("error: ") == 1
+    # 20 samples of a step: two steps were made.
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000002"]
+    engine.fault = None
+    said = commands("rl", "--config", tmp_path / "rl.yaml")
+    assert said.status == 0, said.err
+    assert [row.step for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+
+
+MISTAKES = [
+    ({"rollout__engine": "vllm"}, "rollout.engine must be local or begin with http:// or https://"),
+    ({"lora__rank": 2}, "rollout.engine: a server is given whole weights, no adapters"),
+    ({"rl__router_replay": True}, "rollout.engine: no server says which experts"),
+    ({"rollout__engine": "http://127.0.0.1:9"}, "http://127.0.0.1:9: /collective_rpc: <urlopen"),
+]
+
+
+def test_mistakes_are_named(
+    engine: FakeEngine, base: Path, tmp_path: Path, commands: Commands
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"prompt": "ab", "environment": "letters"}) + "\n")
+    for number, (changes, message) in enumerate(MISTAKES):
+        config = ask(base, questions, tmp_path / f"{number}", rollout__engine=engine.url)
+        for name, value in changes.items():
+            section, key = name.split("__")
+            setattr(getattr(config, section), key, value)
+        (tmp_path / "rl.yaml").write_text(dump_config(config))
+        said = commands("rl", "--config", tmp_path / "rl.yaml")
+        assert said.status == 2, (changes, said)
+        assert message in said.err, said.err
+        assert not list(tmp_path.glob(f"{number}/checkpoints/*"))
