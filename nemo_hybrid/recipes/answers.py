@@ -27,8 +27,9 @@ from nemo_kernels.loss import linear_cross_entropy
 class Answer:
     """A judged sample: ids of the prompt and of the ``new`` tokens that were sampled."""
 
-    prompt: int
-    """Its place among the prompts of the step."""
+    prompt: int | str
+    sample: int
+    """Numbers, see `Rollout`."""
     environment: str
     ids: list[int]
     new: int

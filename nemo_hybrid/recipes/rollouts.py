@@ -155,7 +155,7 @@ class Rollouts:
         requests = [self._request(prompt, range(1)) for prompt in own]
         with self._world.agreed():
             rollouts = list(self._generate(requests))
-        answers = self._judged(rollouts, dict(enumerate(prompts)))
+        answers = self._judged(rollouts, own)
         gathered = [answer for found in self._world.gather(answers) for answer in found]
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
 
@@ -195,24 +195,22 @@ class Rollouts:
     def _sample(self, number: int, share: Share) -> Turn:
         """Answers to the prompts of a turn, judged and compared."""
         config, world, n = self._config, self._world, self._config.rollout.samples
-        asked, requests = {}, []
-        for place, (prompt, before) in enumerate(self._prompts.curriculum.turn(number)):
-            asked[place] = prompt
-            if place % world.size == world.rank:
-                # Whoever is asked again gives other answers.
-                numbers = range(before * n, (before + 1) * n)
-                requests.append((place, self._request(prompt, numbers)))
+        asked = self._prompts.curriculum.turn(number)
+        own = asked[world.rank :: world.size]
+        # Whoever is asked again gives other answers.
+        requests = [self._request(p, range(before * n, (before + 1) * n)) for p, before in own]
         with self._timed("rollout_s"):
-            rollouts = self._answered([request for _, request in requests])
-        places = {id(request): place for place, request in requests}
-        rollouts.sort(key=lambda r: (places[id(r.request)], r.sample))
+            rollouts = self._answered(requests)
+        order = {id(request): i for i, request in enumerate(requests)}
+        rollouts.sort(key=lambda r: (order[id(r.request)], r.sample))
         with self._timed("score_s"):
-            judged = self._judged(rollouts, asked, [places[id(r.request)] for r in rollouts])
-            own = compared(judged, n, config.rl.std)
-        gathered = [answer for answers in world.gather(own) for answer in answers]
-        answers = sorted(gathered, key=lambda answer: answer.prompt)  # is stable
+            judged = compared(self._judged(rollouts, [p for p, _ in own]), n, config.rl.std)
+        of_rank, size = world.gather(judged), world.size
+        # Of every prompt n, in the order of prompts.
+        ranks = [(place % size, place // size * n) for place in range(len(asked))]
+        answers = [a for rank, first in ranks for a in of_rank[rank][first : first + n]]
         experts = {
-            places[id(rollout.request)] * n + i % n: rollout.experts
+            (i // n * size + world.rank) * n + i % n: rollout.experts
             for i, rollout in enumerate(rollouts)
             if rollout.experts is not None
         }
@@ -269,39 +267,34 @@ class Rollouts:
         )  # fmt: skip
         return generator.run(requests)
 
-    def _judged(
-        self,
-        rollouts: Sequence[Rollout],
-        asked: Mapping[int, Prompt],
-        places: Sequence[int] | None = None,
-    ) -> list[Answer]:
-        """Of every rollout; ``places``: of their prompts in ``asked``, where that matters."""
-        by_number = {prompt.number: prompt for prompt in asked.values()}
+    def _judged(self, rollouts: Sequence[Rollout], asked: Sequence[Prompt]) -> list[Answer]:
+        """Of every rollout."""
+        by_number = {prompt.number: prompt for prompt in asked}
         jobs = []
         for rollout in rollouts:
             prompt = by_number[rollout.request.prompt]
             text = self._prompts.tokenizer.decode(rollout.said)
             jobs.append(Job(str(prompt.environment), prompt.row, text, str(rollout.ended)))
-        scores = self._pool.score(jobs)
-        answers = []
-        for place, rollout, score in zip(places or range(len(jobs)), rollouts, scores, strict=True):
-            known = isinstance(score, Score)
-            answers.append(
-                Answer(
-                    prompt=place,
-                    environment=str(by_number[rollout.request.prompt].environment),
-                    ids=[*rollout.request.ids, *rollout.ids],
-                    new=len(rollout.ids),
-                    logprobs=rollout.logprobs,
-                    chosen=rollout.chosen,
-                    ended=str(rollout.ended),
-                    reward=score.reward if isinstance(score, Score) else math.nan,
-                    parts=score.parts if isinstance(score, Score) else {},
-                    note=score.why if isinstance(score, Failure) else score.extracted,
-                )
+        scores = [
+            Score(math.nan, extracted=score.why) if isinstance(score, Failure) else score
+            for score in self._pool.score(jobs)
+        ]
+        return [
+            Answer(
+                prompt=rollout.request.prompt,
+                sample=rollout.sample,
+                environment=job.environment,
+                ids=[*rollout.request.ids, *rollout.ids],
+                new=len(rollout.ids),
+                logprobs=rollout.logprobs,
+                chosen=rollout.chosen,
+                ended=job.ended,
+                reward=score.reward,
+                parts=score.parts,
+                note=score.extracted,
             )
-            assert known or answers[-1].note
-        return answers
+            for job, rollout, score in zip(jobs, rollouts, scores, strict=True)
+        ]
 
     def _write(self, turn: Turn) -> None:
         """As `nemo-hybrid rollout` does, and what was thought of the answers."""

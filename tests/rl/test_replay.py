@@ -59,7 +59,7 @@ def packed(rollouts: Sequence[Rollout]) -> tuple[Packed, Experts]:
     experts = {}
     for rollout in rollouts:
         answer = Answer(
-            prompt=0, environment="", ids=[*rollout.request.ids, *rollout.ids],
+            prompt=0, sample=0, environment="", ids=[*rollout.request.ids, *rollout.ids],
             new=len(rollout.ids), logprobs=rollout.logprobs, chosen=rollout.chosen, ended="stop",
             reward=1.0, advantage=1.0,
         )  # fmt: skip
