@@ -205,11 +205,12 @@ class RlConfig(TrainingConfig):
         self.precision.validate(self.train.max_steps)
         train, rl, samples = self.train, self.rl, self.rollout.samples
         pattern, remote = (shape or self.model).pattern, self.rollout.engine != "local"
-        idle = {"clip", "clip_low", "clip_high", "ratio"} if rl.updates == 1 else set()
-        if self.teachers:
-            idle.add("std")
+        idle = {"std": "teachers"} if self.teachers else {}
+        if rl.updates == 1:
+            alone = "rl.updates 1: set that"
+            idle |= dict.fromkeys(("clip", "clip_low", "clip_high", "ratio"), alone)
         if rl.importance == "none":
-            idle |= {"importance_low", "importance_high"}
+            idle |= dict.fromkeys(("importance_low", "importance_high"), "rl.importance none")
         refuse(
             (not self.model.from_hf, "model.from_hf is missing: name the checkpoint to train"),
             (not self.data.path, "data.path is missing: name the prompts to learn from"),
@@ -270,15 +271,8 @@ class RlConfig(TrainingConfig):
                 "rl.importance_low exceeds rl.importance_high",
             ),
             *(
-                (name in idle, f"rl.{name} has no effect with rl.{why}")
+                (name in idle, f"rl.{name} has no effect with {idle.get(name)}")
                 for name in rl.changed()
-                for why in [
-                    "importance none"
-                    if name.startswith("importance")
-                    else "updates 1: set that"
-                    if name != "std"
-                    else "teachers"
-                ]
             ),
             *((True, why) for why in self._misnamed()),
             (
