@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_hybrid.chips import LAUNCH_S, Rates
+from nemo_hybrid.model.wide import Wide
 from nemo_kernels.launch import Launch, noted
 
 _PRODUCTS = {
@@ -180,6 +181,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if Wide in types:  # what it does is seen when it does that
+            return NotImplemented
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

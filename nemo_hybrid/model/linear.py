@@ -1,10 +1,6 @@
-"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations, and which may
-have a low-rank adapter.
-
-Where one weight is used several times in a pass, each use rounds its share of the gradient to the
-weight's dtype, and small shares are lost in the sum. Given as an fp32 copy, the weight multiplies
-in the activations' dtype as ever, but its gradient leaves in fp32: the shares add up there, and
-the copy's own backward pass rounds their sum once.
+"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations (see ``wide``),
+and which may have a low-rank adapter. Such a weight multiplies in the activations' dtype as ever,
+but its gradient leaves in fp32.
 """
 
 from collections.abc import Callable

@@ -20,6 +20,7 @@ from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_hybrid.model.sequence import Sequences
+from nemo_hybrid.model.wide import widened
 from nemo_kernels.documents import Packing
 
 
@@ -62,12 +63,11 @@ class MTPBlock(nn.Module):
         return self.layers[0], self.layers[-1]
 
     def wide(self) -> dict[str, Tensor]:
-        """fp32 copies of the trained parameters, by name. Where they stand in for these at several
-        depths, gradients are summed in fp32 and rounded once. Empty where nothing is rounded."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if not torch.is_grad_enabled() or all(p.dtype.itemsize > 2 for p in trained.values()):
+        """What stands in at several depths for the trained parameters, by name, so that gradients
+        are summed in fp32 and rounded once."""
+        if not torch.is_grad_enabled():
             return {}
-        return {name: p.float() for name, p in trained.items()}
+        return {name: widened(p) for name, p in self.named_parameters() if p.requires_grad}
 
 
 def shift_left(x_BS: Tensor, k: int, seq_idx_BS: Tensor | None, fill: int = 0) -> Tensor:

@@ -28,12 +28,17 @@ from helpers.tiny_models import (
     tiny_config,
 )
 from nemo_hybrid.checkpoint.names import to_hub
+from nemo_hybrid.commands.step_time import paths_of
 from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.meter import Meter
+from nemo_hybrid.model import mtp
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
+from nemo_hybrid.model.wide import widened
 from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets, labels_and_validity
+from nemo_kernels import backend
 from nemo_kernels.documents import Documents
 
 # Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
@@ -437,3 +442,22 @@ def test_the_model_sums_its_depths_so(recompute: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))
     for ours, plain in zip(gradients, plain_gradients, strict=True):
         assert (ours.float() - plain.float()).norm() < 1e-2 * plain.float().norm()
+
+
+def test_sums_in_fp32_keep_no_copies_of_weights() -> None:
+    """Counted on tensors without data: as much as without such sums; copies would be noticed."""
+    with torch.device("meta"):
+        model = HybridLM(tiny_config("M", mtp_num_depths=2)).bfloat16()
+    ids_BS = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    kept = []
+    for wide in (widened, lambda p: p, lambda p: p.float()):
+        by_path = backend.choosing(**paths_of("gpu"))
+        with patch.object(mtp, "widened", wide), by_path, Meter() as meter:
+            meter.owned("", model.parameters())
+            held = model.forward_mtp(model.forward_hidden(ids_BS)[0], ids_BS)
+            kept.append(meter.live)
+            del held
+    small = sum(p.numel() for p in model.mtp.parameters() if p.dim() < 2)
+    assert 0 <= kept[0] - kept[1] <= 4 * small
+    copies = 2 * sum(p.numel() for p in model.mtp.parameters())
+    assert kept[2] - kept[1] > copies > 8 * small

@@ -65,13 +65,12 @@ class LoopExperts(Experts):
         h_RF = x_RL.new_empty(x_RL.shape[0], routed.w_up_EFL.shape[1])
         if not keep and _may_be_at_once(x_RL, routed.w_up_EFL):
             return _at_once(x_RL, routed), h_RF
-        y_RL = torch.empty_like(x_RL, dtype=acc)
+        y_RL, up_EFL, down_ELF = torch.empty_like(x_RL, dtype=acc), routed.up_EFL, routed.down_ELF
         for e, rows in _occupied(routed.groups):
-            _pre_activation(x_RL[rows], routed.w_up_EFL[e].to(x_RL.dtype), h_RF[rows])
+            _pre_activation(x_RL[rows], up_EFL[e], h_RF[rows])
             act = h_RF[rows].to(acc).relu()
             act.mul_(act).mul_(routed.weight_R[rows, None])
-            down = routed.w_down_ELF[e].to(x_RL.dtype).to(acc)
-            torch.mm(act, down.t(), out=y_RL[rows])
+            torch.mm(act, down_ELF[e].to(acc).t(), out=y_RL[rows])
         return y_RL, h_RF
 
     def pre_activation(self, routed: Routed) -> Tensor:
