@@ -64,7 +64,7 @@ _OWN = ("ssd", "conv1d", "norm", "attention", "moe", "loss")
 # bytes, and whether parameter by parameter.
 _UPDATE = (
     ("gradient into the bucket, divided, added to the share", 8 + 8 + 12, True),
-    ("norm in fp64, twice", 2 * (4 + 8 + 8), True),
+    ("norm in fp64", 4 + 8 + 8, True),
     ("clipping", 8, False),
     ("fused AdamW", 28, False),
     ("rounded to weights", 6, False),

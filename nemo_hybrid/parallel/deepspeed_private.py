@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -120,11 +119,15 @@ class ZeroOptimizer:
         for part in self.parts():
             yield part, pieces[part.master][part.master_start].reshape(-1)
 
-    def grad_norm(self) -> float:
-        """Global norm of the accumulated and reduced gradient; NaN where it is not finite."""
-        norm = float(self._zero.scaled_global_norm())
-        # The library reports an infinite or undefined norm as -1.
-        return norm if 0 <= norm < math.inf else math.nan
+    def grad_norm(self) -> Tensor:
+        """Global norm of the accumulated and reduced gradient, which the library sums in fp64."""
+        norm: Tensor = self._zero.scaled_global_norm()
+        return norm
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        for pieces in self._zero.averaged_gradients.values():
+            for piece in pieces:
+                piece.mul_(factor)
 
     def discard_gradients(self) -> None:
         """Drop what was accumulated, as the library does when it skips a step by itself."""

@@ -55,7 +55,7 @@ def train_step(
         counter.add(parts.loads)
         if number < len(batches):
             engine.end_micro_batch()
-    norm = torch.tensor(engine.grad_norm() / world.size, device=world.device)
+    norm = engine.grad_norm() / world.size
     probe = run.probe
     health = probe.read(engine.gradients(), world.sum) if probe.active else None
     # From here on the same numbers on every rank, to the last bit.

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -81,12 +82,15 @@ def train(world: World, store: Path, out: Path, scenario: Scenario) -> None:
         run = built(config, world)
     starve(run.model, scenario.starved)
     break_it(run, scenario.fault)
+    zero = run.engine.engine.optimizer
+    norms = patch.object(zero, "scaled_global_norm", wraps=zero.scaled_global_norm).start()
     data = read_steps(config, blend, world.reader, world.readers)
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for step in range(STEPS):
         batches = [masked(batch) for batch in next(data)]
         outcome = train_step(run, batches, config.train.lr)
+        assert norms.call_count == step + 1, "norms of a gradient are passes over all of it"
         if scenario.optimizer == "sgd":
             tensors |= {
                 f"grad{step}|{f.name}|{f.start}": f.tensors["exp_avg"].clone()
