@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -54,8 +53,6 @@ if TYPE_CHECKING:
 
 Key = tuple[int | str, int]
 """A prompt and the number of its sample."""
-_PATIENCE = timedelta(days=365)
-"""Longest wait for a process that has more to generate."""
 
 
 @dataclass(config=CHECKED)
@@ -211,11 +208,10 @@ def rollout_command(options: RolloutOptions) -> None:
         for request in opened.requests(options.max_new_tokens)
         if (left := [n for n in range(options.samples) if (request.prompt, n) not in done])
     ][rank::size]
-    patient = world.side(_PATIENCE)
     together: Agreement = ALONE
     if dispatcher:
         dispatcher.join()
-        together = replace(world, size=options.ep, group=dispatcher.group)
+        together = replace(world, size=options.ep, group=dispatcher.group, host=None)
     generator = batched.Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, drafts=options.speculate,
@@ -228,7 +224,7 @@ def rollout_command(options: RolloutOptions) -> None:
         file = part.open("ab")
     with together.agreed(), closing(generator.run(requests)) as rollouts, naming("write", part):
         tokens = _write(file, rollouts, opened, total, show=not rank)
-    counts = patient.gather((total, tokens))
+    counts = world.gather((total, tokens))
     world.from_rank_0(work.finish, keys)
     if not rank:
         seconds, made = time.monotonic() - began, [sum(n) for n in zip(*counts, strict=True)]

@@ -25,7 +25,9 @@ from nemo_hybrid.process import launched, torchrun_listens
 from nemo_kernels.products import sum_in_fp32
 
 TIMEOUT = timedelta(minutes=30)
-"""Longest wait for another process."""
+"""Longest wait for what another process computes."""
+_PATIENCE = timedelta(days=365)
+"""Longest wait for what one does on its host: it may make samples, or have more to generate."""
 _POLL_S = 0.05
 _SILENT_S = 10.0
 
@@ -33,6 +35,8 @@ _SILENT_S = 10.0
 @dataclass(frozen=True)
 class World(Agreement):
     """``rank`` of ``size`` processes, computing on ``device``; ``group``: None for all of them.
+    What is no tensor goes through ``host`` (None: as tensors do), which waits longer and not on a
+    GPU.
 
     ``cp`` processes after each other read the same rows, of which each has one part; together they
     are one reader."""
@@ -42,6 +46,7 @@ class World(Agreement):
     device: torch.device
     group: dist.ProcessGroup | None = None
     cp: int = 1
+    host: dist.ProcessGroup | None = None
 
     @property
     def reader(self) -> int:
@@ -90,12 +95,13 @@ class World(Agreement):
                 dist.init_process_group(
                     backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
                 )
-        return World(rank, size, device, cp=cp)
+        host = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        return World(rank, size, device, cp=cp, host=host)
 
-    def side(self, timeout: timedelta = TIMEOUT) -> World:
-        """The same processes with a channel of their own, such as for a thread beside the training;
-        for CPU tensors. All processes call this together."""
-        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
+    def side(self) -> World:
+        """The same processes with a channel of their own, for a thread beside the training; for CPU
+        tensors. All processes call this together."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT), host=None)
 
     @staticmethod
     def stop() -> None:
@@ -106,7 +112,7 @@ class World(Agreement):
 
     def gather(self, item: Any) -> list[Any]:
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, self.group)
+        dist.all_gather_object(items, item, self.host or self.group)
         return items
 
     def sum(self, tensor: Tensor) -> Tensor:

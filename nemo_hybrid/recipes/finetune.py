@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 from torch import nn
@@ -34,7 +33,6 @@ from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run import Data, Run, Trained
 from nemo_hybrid.train.run_dir import MODEL, SAMPLES
 
-_PREPARING = timedelta(days=7)  # longest wait for rank 0 to make samples
 _LOOKED_AT = 20  # samples
 _FEW = 10  # held-out samples
 _ENDING = 3  # learnt tokens: a line break may follow the one that ends a turn
@@ -96,8 +94,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
     # ---- data ----------------------------------------------------------------------------------
 
     def _open_rows(self, world: World) -> PackedSamples:
-        # With a channel of its own, on which the others may wait for hours.
-        world.side(_PREPARING).from_rank_0(self._make_samples)
+        world.from_rank_0(self._make_samples)
         with world.agreed():
             return self._open_samples()
 
