@@ -389,3 +389,19 @@ def test_without_gradients_the_pre_activation_is_not_even_written() -> None:
     assert writes()
     with torch.no_grad():
         assert not writes()
+
+
+@pytest.mark.parametrize(("widths", "even"), [((32, 48), {True}), ((24, 40), {False})])
+def test_depths_of_whole_blocks_are_read_without_masks(
+    widths: tuple[int, int], even: set[bool]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    ids_TK = draw_ids(generator, 9, 3, 2, 1.0)
+    inputs = draw_inputs(generator, 9, 2, 3, *widths)
+    dy = torch.randn(inputs[0].shape, generator=generator)
+    with tiles(SMALL), mock.patch.object(kernel, "launch", wraps=kernel.launch) as launches:
+        ours = run(ids_TK, inputs, dy)
+    asked = [call.kwargs["EVEN_K"] for call in launches.mock_calls if "EVEN_K" in call.kwargs]
+    assert len(asked) == 4
+    assert set(asked) == even
+    assert deviation(ours, oracle(ids_TK, inputs, dy)) < FP32

@@ -24,15 +24,19 @@ from nemo_kernels.launch import Tile
 @triton.jit
 def _product(
     a_MK, b_KN, ok_M, ok_N, depth, a_step, b_step,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """a @ b in fp32 from pointers to their first blocks, which advance by the steps."""
+    """a @ b in fp32 from pointers to their first blocks, which advance by the steps. ``EVEN_K``:
+    all blocks are whole."""
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     offset_K = tl.arange(0, BLOCK_K)
     for done in range(0, depth, BLOCK_K):
-        ok_K = offset_K < depth - done
-        a = tl.load(a_MK, mask=ok_M[:, None] & ok_K[None, :], other=0.0)
-        b = tl.load(b_KN, mask=ok_K[:, None] & ok_N[None, :], other=0.0)
+        ok_MK, ok_KN = ok_M[:, None], ok_N[None, :]
+        if not EVEN_K:
+            ok_K = offset_K < depth - done
+            ok_MK, ok_KN = ok_MK & ok_K[None, :], ok_KN & ok_K[:, None]
+        a = tl.load(a_MK, mask=ok_MK, other=0.0)
+        b = tl.load(b_KN, mask=ok_KN, other=0.0)
         acc_MN = tl.dot(a, b, acc_MN, input_precision="ieee")
         a_MK += a_step
         b_KN += b_step
@@ -63,7 +67,7 @@ def _relu(x):
 @triton.jit
 def up_kernel(
     x_TL, token_R, w_EFL, weight_R, h_RF, act_RF, expert_M, first_M, end_M, L, F,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """h = x @ w^T, and act = weight * relu(h)^2 of h as it is stored. An output may be None."""
     expert, row_M, ok_M, f_N, ok_N = _block(expert_M, first_M, end_M, F, BLOCK_M, BLOCK_N)
@@ -73,7 +77,9 @@ def up_kernel(
     l_K = tl.arange(0, BLOCK_K)
     x_MK = x_TL + token_M[:, None] * L + l_K[None, :]
     w_KN = w_EFL + expert * F * L + (l_K[:, None] + f_N[None, :] * L)
-    acc_MN = _product(x_MK, w_KN, ok_M, ok_N, L, BLOCK_K, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc_MN = _product(
+        x_MK, w_KN, ok_M, ok_N, L, BLOCK_K, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+    )
     h_MN = acc_MN.to(x_TL.dtype.element_ty)
     place_MN = row_M.to(tl.int64)[:, None] * F + f_N[None, :]
     ok_MN = ok_M[:, None] & ok_N[None, :]
@@ -89,7 +95,7 @@ def up_kernel(
 @triton.jit
 def rows_kernel(
     a_RP, b_EPQ, out_RQ, expert_M, first_M, end_M, P, Q, stride_P, stride_Q,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """out = a @ b, b of the row's expert. One stride of b is 1."""
     expert, row_M, ok_M, q_N, ok_N = _block(expert_M, first_M, end_M, Q, BLOCK_M, BLOCK_N)
@@ -100,7 +106,7 @@ def rows_kernel(
     a_MK = a_RP + row_M[:, None] * P + p_K[None, :]
     b_KN = b_EPQ + expert * P * Q + (p_K[:, None] * stride_P + q_N[None, :] * stride_Q)
     b_step = BLOCK_K * stride_P
-    acc_MN = _product(a_MK, b_KN, ok_M, ok_N, P, BLOCK_K, b_step, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc_MN = _product(a_MK, b_KN, ok_M, ok_N, P, BLOCK_K, b_step, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     out_MN = out_RQ + row_M[:, None] * Q + q_N[None, :]
     tl.store(out_MN, acc_MN.to(out_RQ.dtype.element_ty), mask=ok_M[:, None] & ok_N[None, :])
 
@@ -123,7 +129,7 @@ def _relu2_dgrad(dact_MN, h_RF, dh_RF, act_RF, weight_M, row_M, ok_M, f_N, F):
 def down_dgrad_kernel(
     dy_TL, token_R, w_ELF, weight_R, h_RF, dh_RF, act_RF, dweight_RN,
     expert_M, first_M, end_M, L, F,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """From dact = dy @ w: dh = 2 * weight * relu(h) * dact, act once more for the gradient of w,
     and the sums of relu(h)^2 * dact over each column block, parts of the routing weight's."""
@@ -136,7 +142,9 @@ def down_dgrad_kernel(
     l_K = tl.arange(0, BLOCK_K)
     dy_MK = dy_TL + token_M[:, None] * L + l_K[None, :]
     w_KN = w_ELF + expert * L * F + (l_K[:, None] * F + f_N[None, :])
-    dact_MN = _product(dy_MK, w_KN, ok_M, ok_N, L, BLOCK_K, BLOCK_K * F, BLOCK_M, BLOCK_N, BLOCK_K)
+    dact_MN = _product(
+        dy_MK, w_KN, ok_M, ok_N, L, BLOCK_K, BLOCK_K * F, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
+    )
     row_M = row_M.to(tl.int64)
     weight_M = tl.load(weight_R + row_M, mask=ok_M, other=0.0).to(tl.float32)
     # In halves, for which registers suffice.

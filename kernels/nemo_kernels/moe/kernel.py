@@ -248,7 +248,8 @@ def _over_tiles(
 ) -> None:
     """``size``: rows, columns and depth of the product."""
     blocks = tiles.expert_M.numel() * triton.cdiv(size[1], tile.n)
-    launch(kernel, (blocks,), *arguments, flop=2 * prod(size), **tile.options())
+    options = {"EVEN_K": size[2] % tile.k == 0, **tile.options()}
+    launch(kernel, (blocks,), *arguments, flop=2 * prod(size), **options)
 
 
 def up(tile: Tile, routed: Routed, h_RF: Tensor | None, act_RF: Tensor | None) -> None:
