@@ -168,6 +168,23 @@ def test_documents_are_isolated_bit_for_bit() -> None:
     assert not torch.equal(before["y"][:, ~odd_S], crossing[:, ~odd_S])
 
 
+def test_long_rows_are_taken_block_by_block() -> None:
+    """Three blocks of a chunk each: in the first row a document ends with one, in the second one
+    goes on."""
+    case = Case(2, 2 * CHUNK + 5, 2, 1, 2, 3, (CHUNK, CHUNK + 5), True)
+    tensors, documents = inputs(case), packed(case.documents)
+    truth = run(reference.ssd_scan, [t.double() for t in tensors], documents)
+    bands = fp32_bands(tensors, documents)
+    with mock.patch.object(kernel, "_BLOCK", 2 * CHUNK):
+        with mock.patch.object(kernel._Scan, "apply", wraps=kernel._Scan.apply) as scans:
+            found = distances(run(kernel.ssd_scan, tensors, documents), truth)
+        with mock.patch.object(Tensor, "masked_fill", lambda state, *_: state):
+            crossing = distances(run(kernel.ssd_scan, tensors, documents), truth)
+    assert [call.args[0].shape[1] for call in scans.call_args_list] == [CHUNK, CHUNK, 5]
+    assert {n: d for n, d in found.items() if d > bands[n]} == {}
+    assert all(crossing[n] > SABOTAGE * bands[n] for n in ("y", "state", "dt", "C"))
+
+
 def test_strong_decay_and_no_time() -> None:
     """Decays down to exp(-300), and tokens that take no time, of which the gradient is that of the
     recurrence; the reference's is 0."""

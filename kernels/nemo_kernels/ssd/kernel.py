@@ -35,6 +35,9 @@ DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
 _DTYPES = (torch.bfloat16, torch.float32)
 _CHUNKS = (16, 128)
 """Chunks are powers of two in this range, the asked length where that is one."""
+_BLOCK = 8192
+"""Tokens of all rows that are worked on at a time, if rows have several chunks: states, scores and
+decays of all would take more memory than inputs and results."""
 _WIDTH = 16  # channels of a head that move on together
 
 
@@ -68,10 +71,37 @@ def ssd_scan(
     lowest, highest = _CHUNKS
     chunk = min(max(triton.next_power_of_2(min(chunk_size, length)), lowest), highest)
     x_BSHP, B_BSGN, C_BSGN = (_side_by_side(t) for t in (x_BSHP, B_BSGN, C_BSGN))
+    block = max(_BLOCK // (max(rows, 1) * chunk), 1) * chunk
     inputs = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, initial_state_BHPN, seq_idx_BS)
     with torch.cuda.device_of(x_BSHP):
-        y_BSHP, state_BHPN = _Scan.apply(*inputs, chunk)
-    return y_BSHP, state_BHPN
+        return _Scan.apply(*inputs, chunk) if length <= block else _in_blocks(block, chunk, *inputs)
+
+
+def _in_blocks(
+    block: int,
+    chunk: int,
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    state_BHPN: Tensor | None,
+    seq_idx_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """So many tokens of every row at a time, each with the state that those before it leave."""
+    numbers = None if seq_idx_BS is None else seq_idx_BS.split(block, 1)
+    blocks = zip(*(t.split(block, 1) for t in (x_BSHP, dt_BSH, B_BSGN, C_BSGN)), strict=True)
+    parts = []
+    for i, (x, dt, B, C) in enumerate(blocks):
+        of_block = None if numbers is None else numbers[i].contiguous()
+        y, last_BHPN = _Scan.apply(x, dt, A_H, B, C, D_H, state_BHPN, of_block, chunk)
+        parts.append(y)
+        state_BHPN = last_BHPN
+        if numbers is not None and i + 1 < len(numbers):  # nothing is left of what has ended
+            begins_B = numbers[i + 1][:, 0] != numbers[i][:, -1]
+            state_BHPN = last_BHPN.masked_fill(begins_B[:, None, None, None], 0)
+    return torch.cat(parts, 1), last_BHPN
 
 
 def ssd_step(
