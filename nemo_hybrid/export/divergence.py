@@ -42,29 +42,28 @@ class PerToken(NamedTuple):
 
 @torch.no_grad()
 def per_token(a: States, b: States, labels_T: Tensor, *, show: bool = False) -> PerToken:
-    """Compare in chunks of tokens: logits in the states' dtype, softmax and sums in float64."""
-    chunk = max(1, CHUNK_BYTES // (8 * len(a.head_VD)))
+    """Compare in chunks of tokens, where A's head is: logits in the states' dtype, softmax and sums
+    in float64."""
+    chunk, device = max(1, CHUNK_BYTES // (8 * len(a.head_VD))), a.head_VD.device
     parts = []
     with progress_bar("comparing", len(labels_T), show) as progress:
         for start in range(0, len(labels_T), chunk):
             rows = slice(start, start + chunk)
-            label_C1 = labels_T[rows, None]
-            p_CV, q_CV = _log_probs(a, rows), _log_probs(b, rows)
-            parts.append(
-                PerToken(
-                    p_CV.gather(1, label_C1)[:, 0],
-                    q_CV.gather(1, label_C1)[:, 0],
-                    (p_CV.exp() * (p_CV - q_CV)).sum(1),
-                    p_CV.argmax(1) == q_CV.argmax(1),
-                )
+            label_C1 = labels_T[rows, None].to(device)
+            p_CV, q_CV = (_logits(of, rows).to(device).double().log_softmax(-1) for of in (a, b))
+            found = (
+                p_CV.gather(1, label_C1)[:, 0],
+                q_CV.gather(1, label_C1)[:, 0],
+                (p_CV.exp() * (p_CV - q_CV)).sum(1),
+                p_CV.argmax(1) == q_CV.argmax(1),
             )
+            parts.append(PerToken(*(of_C.cpu() for of_C in found)))
             progress(min(start + chunk, len(labels_T)))
     return PerToken(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _log_probs(states: States, rows: slice) -> Tensor:
-    h_CD = states.h_TD[rows].to(states.head_VD.device)
-    return F.linear(h_CD, states.head_VD).cpu().double().log_softmax(-1)
+def _logits(states: States, rows: slice) -> Tensor:
+    return F.linear(states.h_TD[rows].to(states.head_VD.device), states.head_VD)
 
 
 def states(model: HybridLM, pieces: Sequence[Tensor], title: str, show: bool) -> States:
