@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.files import side_by_side
 
 OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
@@ -35,12 +36,18 @@ class Head(Undrawn, nn.Linear):
 @torch.no_grad()
 def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: int) -> None:
     """Draw all parameters of the model in place; buffers are left as built."""
+
+    def draw(part: tuple[str, int, Tensor]) -> None:
+        name, expert, tensor = part
+        draw_parameter(tensor, name, cfg, generator_of(seed, name, expert))
+
+    parts = []
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            for slot, expert in enumerate(owned_experts):
-                draw_parameter(parameter[slot], name, cfg, generator_of(seed, name, expert))
+            parts += [(name, *expert) for expert in zip(owned_experts, parameter, strict=True)]
         else:
-            draw_parameter(parameter, name, cfg, generator_of(seed, name, 0))
+            parts.append((name, 0, parameter))
+    side_by_side(draw, parts)  # torch draws normal numbers by one thread
 
 
 def generator_of(seed: int, name: str, expert: int) -> torch.Generator:
