@@ -19,6 +19,7 @@ from nemo_hybrid.commands.step_time import OPS, Counted, count, paths_of, report
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.meter import Meter
+from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.train.flops import train_flops_per_token
 from nemo_kernels import backend
@@ -188,6 +189,44 @@ def test_what_one_row_of_a_scan_takes(path: str, expected: float) -> None:
     assert meter.peak == pytest.approx(expected, rel=0.05)
     if path == "triton":
         assert meter.peak <= expected
+
+
+def test_memory_of_a_scan_grows_with_its_tensors_alone() -> None:
+    """What goes in and comes out, with gradients, some of it as parts and as a whole; what is kept.
+    Of eight times the tokens all at once it were eight times as much."""
+    pytest.importorskip("triton")
+    above = []
+    for tokens in (8192, 65536):
+        x, B, C = (
+            torch.empty(1, tokens, n, m, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for n, m in ((64, 64), (8, 128), (8, 128))
+        )
+        dt = torch.empty(1, tokens, 64, device="meta", requires_grad=True)
+        A_H, D_H = torch.empty(2, 64, device="meta", requires_grad=True)
+        with Meter() as meter, backend.choosing(ssd="triton"):
+            y, _ = ssd_scan(x, dt, A_H, B, C, D_H, 128)
+            y.backward(torch.empty_like(y))
+        tensors = 2 * sum(t.nbytes for t in (x, dt, B, C)) + 2 * x.nbytes
+        above.append(meter.peak - tensors - sum(meter.kept.values()))
+    assert above[1] < 1.5 * above[0]
+
+
+def test_a_token_is_decoded_in_place_and_without_waiting() -> None:
+    """So that a CUDA graph can hold it: no value is read or comes from the host, and of a token
+    nothing stays but its hidden state."""
+    pytest.importorskip("triton")
+    with torch.device("meta"):
+        model = HybridLM(TINY).bfloat16()
+        caches, ids_B = model.new_caches(2, 32), torch.zeros(2, dtype=torch.int64)
+    tensors = [t for cache in caches.layers if cache for t in vars(cache).values()]
+    with Meter() as meter, backend.choosing(**paths_of("gpu")), torch.no_grad():
+        states = [model.decode(ids_B, caches)]
+        once = meter.live
+        states.append(model.decode(ids_B, caches))
+    assert meter.live == 2 * once == sum(h_BD.nbytes for h_BD in states)
+    assert not +meter.waits
+    after = [t for cache in caches.layers if cache for t in vars(cache).values()]
+    assert all(a is b for a, b in zip(after, tensors, strict=True))
 
 
 @pytest.mark.parametrize("changed", [{"recompute": "ME*-"}, {"ep": 4, "processes": 4}])
