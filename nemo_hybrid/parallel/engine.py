@@ -229,11 +229,11 @@ def _deepspeed_config(
             "compute_grad_norm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            # An all-reduce of each bucket: its shares reduced to their owners send half as much, but
-            # by as many collectives as processes, each of which passes all of these in turn.
+            # An all-reduce of each bucket: shares reduced to their owners send half as much, but by
+            # as many collectives as processes, each of which passes all of these in turn.
             "use_multi_rank_bucket_allreduce": True,
-            # Beside the backward pass it would take two buckets (each 2.5 GB for Nano's stacks), and
-            # hide what ZeRO-1 does in one micro-batch of each global batch.
+            # Beside the backward pass it would take two buckets (each 2.5 GB for Nano's stacks),
+            # and hide what ZeRO-1 does in one micro-batch of each global batch.
             "overlap_comm": False,
             "parameter_alignment": True,  # what a GPU multiplies begins at multiples of 16 bytes
             "reduce_bucket_size": max(REDUCE_BUCKET, largest),
