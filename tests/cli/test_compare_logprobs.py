@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.export import divergence
 from nemo_hybrid.export.divergence import per_token
 from nemo_hybrid.hub import HybridLM
+from nemo_hybrid.meter import Meter
 
 CONFIG = tiny_config("MEM*E-", mtp_num_depths=1)
 TEXT = "def add(a, b):\n    return a + b\n" * 3
@@ -301,3 +303,14 @@ def test_weights_that_do_not_fit(
 )
 def test_wrong_options(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in fails(capsys, *words.split())
+
+
+def test_distributions_are_compared_where_the_head_is() -> None:
+    """Of a model on a GPU numbers per token come to the host, and no logits."""
+    h_TD, head_VD = torch.empty(6, 8, device="meta"), torch.empty(32, 8, device="meta")
+    of = divergence.States(h_TD, head_VD)
+    with Meter() as meter:
+        found = per_token(of, of, torch.zeros(6, dtype=torch.int64))
+    names = Counter({work.name: n for (work, _), n in meter.works.items()})
+    assert names["_log_softmax"] == 2
+    assert meter.waits["values read"] == len(found) == 4
