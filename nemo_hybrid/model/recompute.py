@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_hybrid.model.latent_moe import Experts
 from nemo_hybrid.model.layer import Layer, Layers
 from nemo_hybrid.model.router import RoutingStats
+from nemo_hybrid.model.wide import widened
 from nemo_kernels.documents import Packing, Shard, Tile, divided
 
 TILED = "E-"
@@ -118,9 +119,8 @@ def _pieces_of(
 
 
 class _InPieces(torch.autograd.Function):
-    """Keeps the layer's input. Its backward pass runs the pieces once more with fp32 copies of the
-    weights, which are there for as long: so shares of gradients add up in fp32, and are rounded
-    once."""
+    """Keeps the layer's input. Its backward pass runs the pieces once more with weights that are
+    `widened`: so shares of gradients add up in fp32, and are rounded once."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,7 @@ class _InPieces(torch.autograd.Function):
         layer, names, sizes, tiles = ctx.pieces
         _, of_x, *of_parameters = ctx.needs_input_grad
         wide = [
-            p.float().detach().requires_grad_() if wanted else p
+            widened(p).detach().requires_grad_() if wanted else p
             for p, wanted in zip(ctx.parameters, of_parameters, strict=True)
         ]
         (x_BSD,) = ctx.saved_tensors
