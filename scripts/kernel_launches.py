@@ -32,8 +32,8 @@ BOTH, HOPPER, BLACKWELL = (90, 100), (90,), (100,)
 BF16, FP32 = torch.bfloat16, torch.float32
 SUPER, NANO = (512, 22, 1024, 2688), (128, 6, 2688, 1856)
 """Experts, experts per token, L and F."""
-ODD = (16, 1020, 2690)
-"""Experts, L and F that are not aligned."""
+ODD, UNEVEN = (16, 1020, 2690), (8, 272, 144)
+"""Experts, L and F that are not aligned; that are, but no multiples of a block."""
 SQUARE, RHT = Rounding((16, 16)), Rounding(rht=True)
 SIDES = (
     # (rows, columns) of activations forward and backward, of gradients, of weights, and without the
@@ -65,6 +65,8 @@ def calls() -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
     for dtype in (BF16, FP32):
         yield BOTH, partial(experts_on_rows, 4096, *ODD, dtype)
         yield BOTH, partial(emulated_experts, 4096, *ODD, dtype)
+    for rows in (2048, 8192):
+        yield BOTH, partial(experts_on_rows, rows, *UNEVEN, BF16)
     for experts in (128, 256, 512, 1024):
         yield BOTH, partial(router_and_sort, 16384, 4096, experts)
     for dtype in (BF16, FP32):

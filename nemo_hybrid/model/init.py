@@ -15,6 +15,7 @@ from nemo_hybrid.files import side_by_side
 
 OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
+_FEW = 1 << 24  # numbers
 
 
 class Undrawn:
@@ -47,7 +48,12 @@ def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: i
             parts += [(name, *expert) for expert in zip(owned_experts, parameter, strict=True)]
         else:
             parts.append((name, 0, parameter))
-    side_by_side(draw, parts)  # torch draws normal numbers by one thread
+    # Torch draws normal numbers by one thread; of few, others cost more than they save.
+    if sum(p.numel() for p in model.parameters()) > _FEW:
+        side_by_side(draw, parts)
+    else:
+        for part in parts:
+            draw(part)
 
 
 def generator_of(seed: int, name: str, expert: int) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from helpers.tiny_models import loud_model, random_ids, tiny_config
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import FP32_NAMES
+from nemo_hybrid.model import init
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.train.flops import parameter_counts
@@ -28,6 +30,13 @@ def owner_of(owned: range) -> LocalDispatcher:
     dispatcher = LocalDispatcher(len(owned))
     dispatcher.owned = owned
     return dispatcher
+
+
+def test_several_threads_draw_the_same() -> None:
+    alone = tensors(HybridLM(CONFIG, seed=5))
+    with patch.object(init, "_FEW", 0):
+        together = tensors(HybridLM(CONFIG, seed=5))
+    assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())
 
 
 @pytest.mark.parametrize("owned", [range(0, 4), range(4, 8), range(6, 8)])
