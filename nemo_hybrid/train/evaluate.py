@@ -30,7 +30,8 @@ def small_steps(model: HybridLM, world: World) -> Iterator[Callable[[], dict[str
 
     def see(layer: Mamba2, projected: Tensor) -> None:
         dt = F.softplus(projected[..., -layer.heads :].float() + layer.dt_bias)
-        small_total.add_(torch.stack([(dt < limit).sum(), torch.tensor(dt.numel()).to(dt.device)]))
+        small_total[0] += (dt < limit).sum()
+        small_total[1] += dt.numel()
 
     def share() -> dict[str, float]:
         small, total = world.sum(small_total).tolist()
