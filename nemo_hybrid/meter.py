@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_hybrid.chips import LAUNCH_S, Rates
-from nemo_hybrid.model.wide import Wide
 from nemo_kernels.launch import Launch, noted
+from nemo_kernels.wide import Wide
 
 _PRODUCTS = {
     "mm": ("self", "mat2"),

@@ -6,12 +6,13 @@ parallel layout, and a process draws only the experts it owns.
 
 import hashlib
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from nemo_hybrid.config.model import ModelConfig
-from nemo_hybrid.files import side_by_side
 
 OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
@@ -50,7 +51,8 @@ def initialize(model: nn.Module, cfg: ModelConfig, owned_experts: range, seed: i
             parts.append((name, 0, parameter))
     # Torch draws normal numbers by one thread; of few, others cost more than they save.
     if sum(p.numel() for p in model.parameters()) > _FEW:
-        side_by_side(draw, parts)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(draw, parts))
     else:
         for part in parts:
             draw(part)

@@ -1,6 +1,6 @@
-"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations (see ``wide``),
-and which may have a low-rank adapter. Such a weight multiplies in the activations' dtype as ever,
-but its gradient leaves in fp32.
+"""Linear layers without bias, whose weight may come in fp32 beside bf16 activations, and which may
+have a low-rank adapter. Such a weight (see ``nemo_kernels.wide``) multiplies in the activations'
+dtype as ever, but its gradient leaves in fp32.
 """
 
 from collections.abc import Callable

@@ -20,8 +20,8 @@ from nemo_hybrid.model.linear import Linear
 from nemo_hybrid.model.norm import RMSNorm
 from nemo_hybrid.model.router import RoutingStats
 from nemo_hybrid.model.sequence import Sequences
-from nemo_hybrid.model.wide import widened
 from nemo_kernels.documents import Packing
+from nemo_kernels.wide import widened
 
 
 class MTPBlock(nn.Module):

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from nemo_hybrid.model.latent_moe import Experts
 from nemo_hybrid.model.layer import Layer, Layers
 from nemo_hybrid.model.router import RoutingStats
-from nemo_hybrid.model.wide import widened
 from nemo_kernels.documents import Packing, Shard, Tile, divided
+from nemo_kernels.wide import widened
 
 TILED = "E-"
 """Letters of layers in which tokens know nothing of each other."""

@@ -35,11 +35,11 @@ from nemo_hybrid.meter import Meter
 from nemo_hybrid.model import mtp
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.mtp import MTPBlock, shift_left
-from nemo_hybrid.model.wide import widened
 from nemo_hybrid.objectives.base import Normalizer
 from nemo_hybrid.objectives.next_token import NextToken, count_targets, labels_and_validity
 from nemo_kernels import backend
 from nemo_kernels.documents import Documents
+from nemo_kernels.wide import widened
 
 # Documents per row of the window of S + 1 tokens; a last document of length 1 means that the last
 # target belongs to a document that has no input.
