@@ -22,6 +22,8 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.objectives import policy
 from nemo_kernels.loss import linear_cross_entropy
 
+Key = tuple[int | str, int]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -44,6 +46,11 @@ class Answer:
     note: str | None = None
     """What was taken for the answer, or why it could not be judged."""
     prox: list[float] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the others of its step."""
+        return self.prompt, self.sample
 
     @property
     def said(self) -> list[int]:
@@ -79,16 +86,14 @@ class Packed:
         self.batch = Batch.from_packs(packs, length, pad_id, numbers)
         self.sums: dict[str, float] = {}
 
-    def route(self, experts: Mapping[int, NDArray[np.int16]]) -> None:
+    def route(self, experts: Mapping[Key, NDArray[np.int16]]) -> None:
         """Have the model's own passes send tokens to the experts that they went to when they were
-        sampled: of all tokens of each answer but the last, by identity of the answers."""
-        shape = next((of.shape[1:] for of in experts.values()), None)
-        if shape is None:  # nothing but padding
-            return
+        sampled: of all tokens of each answer but the last."""
+        shape = next(iter(experts.values())).shape[1:]
         out_BSLK = np.full((len(self.rows), self._length, *shape), -1, np.int16)
         for b, row in enumerate(self.rows):
             for answer, end in _ends(row):
-                out_BSLK[b, end - len(answer.ids) : end - 1] = experts[id(answer)]
+                out_BSLK[b, end - len(answer.ids) : end - 1] = experts[answer.key]
         self.experts_BSLK = torch.from_numpy(out_BSLK)
 
     def measure(self, model: HybridLM, first: bool) -> None:
@@ -107,10 +112,9 @@ class Packed:
     def _routed(self) -> Batch:
         return replace(self.batch, experts_BSLK=self.experts_BSLK)
 
-    def prox(self) -> dict[int, list[float]]:
-        """By identity of the answers."""
+    def prox(self) -> dict[Key, list[float]]:
         return {
-            id(answer): self.prox_BS[b, answer.laid(end)].tolist()
+            answer.key: self.prox_BS[b, answer.laid(end)].tolist()
             for b, row in enumerate(self.rows)
             for answer, end in _ends(row)
         }
@@ -118,8 +122,8 @@ class Packed:
     def weighted(self) -> Batch:
         """The batch to train on; counts what was done to it in ``sums``."""
         options, of = self._options, [answer for row in self.rows for answer in row]
-        numbers = {id(answer): number for number, answer in enumerate(of)}
-        sequence_BS = self._laid(lambda a: [numbers[id(a)]] * a.new)
+        numbers = {answer.key: number for number, answer in enumerate(of)}
+        sequence_BS = self._laid(lambda a: [numbers[a.key]] * a.new)
         learnt_BS = self._laid(lambda a: [c and _counts(a, options.overlong) for c in a.chosen])
         known = policy.Tokens(
             pi_T=self.pi_BS.flatten(),

@@ -41,6 +41,7 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.answers import (
     Answer,
+    Key,
     Packed,
     compared,
     figures,
@@ -91,8 +92,8 @@ class Turn:
 
     number: int
     answers: list[Answer]
-    experts: dict[int, NDArray[np.int16]]
-    """See `Rollout`, by places of answers; each is kept by one process, where training needs it."""
+    experts: dict[Key, NDArray[np.int16]]
+    """See `Rollout`; of each answer one process keeps them, where training needs them."""
     agreement: dict[str, float] = field(default_factory=dict)
     """How far sampling and training disagree with the weights that sampled, where others learn."""
 
@@ -166,10 +167,11 @@ class Rollouts:
 
     def _kept(self, turn: Turn) -> dict[str, Any]:
         experts = _together(self._world.gather(turn.experts))
+        of = [experts[answer.key] for answer in turn.answers if experts]
         return {
             "number": turn.number,
             "answers": [to_json(answer) for answer in turn.answers],
-            "experts": {n: b64encode(of.tobytes()).decode() for n, of in experts.items()},
+            "experts": [b64encode(one.tobytes()).decode() for one in of],
             "agreement": turn.agreement,
         }
 
@@ -178,12 +180,12 @@ class Rollouts:
         top_k, world = self._model.config.num_experts_per_tok, self._world
         for kept in state["turns"]:
             answers = [from_json(answer) for answer in kept["answers"]]
+            own = slice(world.rank, None, world.size)
             experts = {
-                int(n): np.frombuffer(b64decode(of), np.int16).reshape(
-                    len(answers[int(n)].ids) - 1, -1, top_k
+                answer.key: np.frombuffer(b64decode(of), np.int16).reshape(
+                    len(answer.ids) - 1, -1, top_k
                 )
-                for n, of in kept["experts"].items()
-                if int(n) % world.size == world.rank
+                for answer, of in zip(answers[own], kept["experts"][own], strict=False)
             }
             self._turns.append(Turn(kept["number"], answers, experts, kept["agreement"]))
 
@@ -206,15 +208,10 @@ class Rollouts:
         with self._timed("score_s"):
             judged = compared(self._judged(rollouts, [p for p, _ in own]), n, config.rl.std)
         of_rank, size = world.gather(judged), world.size
-        # Of every prompt n, in the order of prompts.
-        ranks = [(place % size, place // size * n) for place in range(len(asked))]
-        answers = [a for rank, first in ranks for a in of_rank[rank][first : first + n]]
-        experts = {
-            (i // n * size + world.rank) * n + i % n: rollout.experts
-            for i, rollout in enumerate(rollouts)
-            if rollout.experts is not None
-        }
-        turn = Turn(number, answers, experts)
+        places = [(place % size, place // size * n) for place in range(len(asked))]
+        answers = [a for rank, first in places for a in of_rank[rank][first : first + n]]
+        experts = {(r.request.prompt, r.sample): r.experts for r in rollouts}
+        turn = Turn(number, answers, {k: of for k, of in experts.items() if of is not None})
         if all(math.isnan(answer.reward) for answer in answers):
             raise UserError(
                 f"none of the {len(answers)} answers of a step could be judged: environment "
@@ -317,16 +314,15 @@ class Rollouts:
         log-probabilities by the model as it is. ``first``: it has learnt nothing of them."""
         rl, length = self._config.rl, self._config.data.sequence_length
         passes = _passes(self._packs(turn.answers), share)
-        numbers = {id(answer): n for n, answer in enumerate(turn.answers)}
         batches = []
         with self._timed("prox_s"):
             for rows in passes:
                 own = rows[share.rank :: share.world_size]
                 packed = Packed(own, rl, length, self._pad_id)
                 if rl.router_replay:  # of a pass at a time: those of a step take much memory
-                    here = turn.experts.keys() & {numbers[id(a)] for row in rows for a in row}
-                    found = _together(self._world.gather({n: turn.experts[n] for n in here}))
-                    packed.route({id(a): found[numbers[id(a)]] for row in own for a in row})
+                    here = turn.experts.keys() & {answer.key for row in rows for answer in row}
+                    parts = self._world.gather({key: turn.experts[key] for key in here})
+                    packed.route(_together(parts))
                 packed.measure(self._model, first)
                 batches.append(packed)
         return passes, batches
@@ -359,10 +355,9 @@ class Rollouts:
 
     def _keep_prox(self, turn: Turn, batches: Sequence[Packed]) -> None:
         """Have all ranks know the log-probabilities before the first update of all answers."""
-        numbers = {id(answer): i for i, answer in enumerate(turn.answers)}
-        found = [packed.prox() for packed in batches]
-        everything = _together(self._world.gather({numbers[i]: p[i] for p in found for i in p}))
-        turn.answers = [replace(a, prox=everything[i]) for i, a in enumerate(turn.answers)]
+        own = _together([packed.prox() for packed in batches])
+        prox = _together(self._world.gather(own))
+        turn.answers = [replace(answer, prox=prox[answer.key]) for answer in turn.answers]
 
     def _agreement(self, turn: Turn, batches: Sequence[Packed]) -> dict[str, float]:
         """How far sampling and training disagree, over all ranks."""
@@ -399,8 +394,8 @@ class Rollouts:
 T = TypeVar("T")
 
 
-def _together(parts: Sequence[Mapping[int, T]]) -> dict[int, T]:
-    return {number: value for part in parts for number, value in part.items()}
+def _together(parts: Sequence[Mapping[Key, T]]) -> dict[Key, T]:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _passes(packs: list[list[Answer]], share: Share) -> list[list[list[Answer]]]:

@@ -22,12 +22,12 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LatentMoE
 from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.model.router import Router
-from nemo_hybrid.recipes.answers import Answer, Packed
+from nemo_hybrid.recipes.answers import Answer, Key, Packed
 from nemo_kernels.documents import Tile
 
 PATTERN, VOCABULARY, LENGTH = "ME*-ME", 512, 96
 CLOSE = 2e-5  # see tests/generation/test_batched.py
-Experts = dict[int, NDArray[np.int16]]
+Experts = dict[Key, NDArray[np.int16]]
 
 
 def loud(**changes: object) -> HybridLM:
@@ -59,7 +59,8 @@ def packed(rollouts: Sequence[Rollout]) -> tuple[Packed, Experts]:
     experts = {}
     for rollout in rollouts:
         answer = Answer(
-            prompt=0, sample=0, environment="", ids=[*rollout.request.ids, *rollout.ids],
+            prompt=rollout.request.prompt, sample=rollout.sample, environment="",
+            ids=[*rollout.request.ids, *rollout.ids],
             new=len(rollout.ids), logprobs=rollout.logprobs, chosen=rollout.chosen, ended="stop",
             reward=1.0, advantage=1.0,
         )  # fmt: skip
@@ -67,7 +68,7 @@ def packed(rollouts: Sequence[Rollout]) -> tuple[Packed, Experts]:
             rows.append([])
         rows[-1].append(answer)
         assert rollout.experts is not None
-        experts[id(answer)] = rollout.experts
+        experts[answer.key] = rollout.experts
     assert len(rows) > 2
     return Packed(rows, PolicyOptions(), LENGTH, pad_id=0), experts
 
