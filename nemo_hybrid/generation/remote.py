@@ -94,7 +94,7 @@ class Remote:
         return None
 
     def _ask(self, path: str, body: Any) -> bytes:
-        """What the server answers, asked again where it fails. Raises UserError."""
+        """What the server answers, asked again where it fails at once. Raises UserError."""
         content = json.dumps(body).encode()
         why = ""
         for _ in range(_TRIES):
@@ -109,6 +109,8 @@ class Remote:
                     break
             except (OSError, HTTPException) as error:
                 why = str(error) or repr(error)
+                if "timed out" in why:  # it was waited for long enough
+                    break
         raise self._error(f"{path}: {why}")
 
     def _error(self, why: str) -> UserError:

@@ -71,6 +71,7 @@ def test_who_is_silent_is_not_waited_for(engine: FakeEngine, base: Path) -> None
     engine.fault = "silent"
     with pytest.raises(UserError, match="/v1/completions: timed out"):
         list(remote(engine, timeout_s=0.2).run(ASKED))
+    assert engine.samples <= 4  # each once
 
 
 def test_a_failure_that_passes_is_none(engine: FakeEngine, base: Path) -> None:
