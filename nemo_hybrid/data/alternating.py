@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.data.batch import Batch
-from nemo_hybrid.data.loader import BLOCK, Share, Stored
+from nemo_hybrid.data.loader import BLOCK, ByNumber, Share, Stored
 
 
-class Alternating:
+class Alternating(ByNumber):
     """The rows of ``long``, and in a share of the steps those of ``short``, as many tokens per
     micro-batch: which, depends on the step's number alone. Each numbers its samples for itself.
     Of processes that divide long rows each has whole short ones.
@@ -23,9 +22,6 @@ class Alternating:
         self.quota = round(share * BLOCK)
         self.times = long.sequence_length // short.sequence_length
         self._last = long
-
-    def begin(self, model: object, world: object) -> None:
-        pass
 
     def step(self, number: int, share: Share) -> list[Batch]:
         # Spread evenly, so that a phase of a few steps has its share, too.
@@ -45,12 +41,6 @@ class Alternating:
 
     def heldout(self, share: Share) -> Iterator[Batch]:
         return self.long.heldout(share)
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
 
     def metrics(self) -> dict[str, float]:
         return {"sequence_length": self._last.sequence_length}

@@ -354,8 +354,24 @@ def require_tokenizer(data: Learnt, directory: Path) -> None:
         )
 
 
-class Stored:
-    """A run's data out of ``rows``: what a step reads depends on its number alone.
+class ByNumber:
+    """What is alike in all data whose steps depend on their number alone: no state, no figures."""
+
+    def begin(self, model: object, world: object) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+class Stored(ByNumber):
+    """A run's data out of ``rows``.
 
     ``limit``: held-out rows of an evaluation, at most. ``workers``: threads that read ahead.
     Reading a window is a copy out of a memory map, during which Python's lock is mostly free, and
@@ -369,9 +385,6 @@ class Stored:
         self.limit, self.workers = limit, workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
-
-    def begin(self, model: object, world: object) -> None:
-        pass
 
     def step(self, number: int, share: Share) -> list[Batch]:
         if self._pool is None:
@@ -395,15 +408,6 @@ class Stored:
             world_size=share.world_size,
             limit=self.limit,
         )
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 def heldout_batches(

@@ -28,10 +28,8 @@ def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
     """Raise UserError where the formats do not fit the model; nothing is built for it."""
     if config.precision.low:
         model = without_storage(shape, config.parallel.ep)
-        rows, sizes = (
-            config.train.micro_batch_size,
-            divided(config.data.sequence_length, config.parallel.cp),
-        )
+        rows = config.train.micro_batch_size
+        sizes = divided(config.data.sequence_length, config.parallel.cp)
         count = pieces(rows, sizes, config.train.tile)
         for piece in {piece for size in sizes for piece in divided(size, count)}:
             policy.check(model, config.precision, shape, rows * piece)
