@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Literal
 
@@ -36,7 +37,7 @@ from nemo_hybrid.export.layout import (
     stored_scales,
     stored_tensors,
 )
-from nemo_hybrid.files import naming
+from nemo_hybrid.files import naming, side_by_side
 from nemo_hybrid.precision.assign import (
     BLOCK,
     Format,
@@ -49,7 +50,11 @@ from nemo_hybrid.precision.quantize import Layout, Search, amax_of, decoded, wei
 from nemo_hybrid.terminal import progress_bar
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes kept free for everything else
-_AT_ONCE = 1 << 20  # numbers that are quantized: their copies in fp32 are small
+_AT_ONCE = 1 << 20, 1 << 17
+"""Numbers that are quantized, as their copies in fp32 are small; and those of them of which errors
+of chosen scales are measured, which takes longer than choosing."""
+Squares = defaultdict[str, float]
+"""Sums of squared errors by kind of scales, and under "" that of squared weights."""
 
 
 @dataclass
@@ -87,7 +92,7 @@ def export_directory(
 
     Every tensor is read once (q, k and v twice, for their common scale). In memory are the
     quantized tensors of one output file, which has ``max_shard_bytes`` at most, and one tensor of
-    the source.
+    the source for each core, eight at most.
     ``out`` is whole or absent; its manifest has a checksum of every file. ``describe`` gives
     further files, by name, of the directory, in which then everything else is.
 
@@ -238,8 +243,9 @@ class _Exporter:
     ) -> None:
         self.plan, self.layout, self.search, self.shared = plan, layout, search, shared
         self._read = 0
-        # family -> kind of scales -> sum of squared errors; "" of squared weights
-        self._squares: dict[str, dict[str, float]] = {}
+        self._reading = Lock()
+        self._squares: defaultdict[str, Squares] = defaultdict(lambda: defaultdict(float))
+        """By family."""
 
     def write(
         self, writer: Writer, name: str, shard: list[_Item], done: Callable[[float], None]
@@ -250,23 +256,30 @@ class _Exporter:
 
             def load(read: Read, dtype: torch.dtype | None = None) -> Tensor:
                 tensor = file.read(read.name, read.row)
-                self._read += tensor.nbytes
-                done(self._read)
+                with self._reading:
+                    self._read += tensor.nbytes
+                    done(self._read)
                 tensor = tensor.to(dtype or tensor.dtype)
                 check_finite(tensor, read.name, file.path)
                 return tensor
+
+            def quantize(item: _Item) -> tuple[dict[str, Tensor], Squares]:
+                weight = load(item.read)
+                try:
+                    return self._quantized(weight, item)
+                except UserError as error:
+                    raise UserError(f"{item.read.name}: {error}") from None
 
             for item in shard:
                 made |= {part: t for part, t in item.like.items() if not t.is_meta}
                 if item.format == "bf16":
                     reads |= dict.fromkeys(item.like.keys() - made.keys(), item.read)
-                else:
-                    weight = load(item.read)
-                    try:
-                        made |= self._quantized(weight, item)
-                    except UserError as error:
-                        raise UserError(f"{item.read.name}: {error}") from None
-                    del weight  # before the next one is read
+            quantized = [item for item in shard if item.format != "bf16"]
+            results = side_by_side(quantize, quantized)
+            for item, (parts, squares) in zip(quantized, results, strict=True):
+                made |= parts
+                for scales, s in squares.items():
+                    self._squares[family(item.place)][scales] += s
             like = {part: tensor for item in shard for part, tensor in item.like.items()}
 
             def fetch(part: str) -> Tensor:
@@ -276,15 +289,17 @@ class _Exporter:
 
             writer.write(name, safetensors_parts(like, {"format": "pt"}, fetch))
 
-    def _quantized(self, weight: Tensor, item: _Item) -> dict[str, Tensor]:
-        """The item's tensors that are made of its weight, a few rows at a time."""
+    def _quantized(self, weight: Tensor, item: _Item) -> tuple[dict[str, Tensor], Squares]:
+        """The item's tensors that are made of its weight, a few rows at a time; and errors of the
+        first of these rows."""
         amax = self.shared.get(item.place)
         amax = amax_of(weight) if amax is None else amax
         made = {
             part: torch.empty_like(t, device="cpu") for part, t in item.like.items() if t.is_meta
         }
         module = next(iter(item.like)).rpartition(".")[0]
-        step = max(BLOCK, _AT_ONCE // weight.shape[1] // BLOCK * BLOCK)
+        step, few = (max(BLOCK, n // weight.shape[1] // BLOCK * BLOCK) for n in _AT_ONCE)
+        squares: Squares = defaultdict(float)
         for i in range(0, len(weight), step):
             w = weight[i : i + step]
             stored = weight_tensors(w, item.format, self.layout, amax, self.search)
@@ -292,12 +307,13 @@ class _Exporter:
                 whole = made[f"{module}.{part}"]
                 (whole[i : i + step] if tensor.dim() > 1 else whole).copy_(tensor)
             if item.format != "fp8" and self.search != "amax":
+                w = w[:few]
+                chosen = {part: t[:few] if t.dim() > 1 else t for part, t in stored.items()}
                 plain = weight_tensors(w, item.format, self.layout, amax)
-                sums = self._squares.setdefault(family(item.place), defaultdict(float))
-                sums[""] += float(w.float().square().sum())
-                for scales, values in ((self.search, stored), ("amax", plain)):
-                    sums[scales] += float(decoded(values).sub_(w).square_().sum())
-        return made
+                squares[""] += float(w.float().square().sum())
+                for scales, values in ((self.search, chosen), ("amax", plain)):
+                    squares[scales] += float(decoded(values).sub_(w).square_().sum())
+        return made, squares
 
     def errors(self) -> dict[str, dict[str, float]]:
         """See `ExportFacts.errors`."""
