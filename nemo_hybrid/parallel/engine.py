@@ -39,6 +39,9 @@ def prepare_deepspeed(world: World) -> None:
     # DeepSpeed calls collectives by names that newer torch versions call deprecated.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed_private.check_library()
+    if hasattr(torch.compiler, "set_default_backend"):
+        # DeepSpeed's Muon, which nobody asks for, would import the whole compiler for its own.
+        torch.compiler.set_default_backend("eager")
     if world.device.type == "cpu":
         deepspeed_private.without_shm_comm()
     deepspeed.init_distributed(verbose=False)
