@@ -16,6 +16,7 @@ from nemo_hybrid.checkpoint.adapter import CONFIG as ADAPTER
 from nemo_hybrid.checkpoint.directory import STEP, writing
 from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.checkpoint.names import is_training_state
+from nemo_hybrid.checkpoint.steps import remembered
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.files import sync
 
@@ -60,6 +61,15 @@ def about(shape: ModelConfig, learnt: object = None) -> str:
         f"(`max_position_embeddings`){trained}. No position embedding limits it; how far the model "
         f"holds beyond what it was trained on has to be measured.\n\n{_CLAMPED}"
     )
+
+
+def short_card(
+    tags: Iterable[str], base: Path, title: str, told: str, shape: ModelConfig, run: Path
+) -> str:
+    """A model card that tells one thing more. ``run``: the checkpoint of a run that trained it, or
+    any directory."""
+    learnt = remembered(run).get("data.sequence_length")
+    return f"{card_head(tags, base)}\n# {title}\n\n{told}\n\n{about(shape, learnt)}\n"
 
 
 def code(text: str) -> str:

@@ -38,14 +38,20 @@ if TYPE_CHECKING:
 
 
 Drafts = Annotated[int, Field(ge=0, le=7)]
-StateDtype = Literal["float32", "float16"]
-StateRounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(config=CHECKED, kw_only=True)
-class ThinkingOptions(CommandOptions):
-    """Options of whoever lets models think."""
+class SamplingOptions(CommandOptions):
+    """Options of whoever lets models speak, and think."""
 
+    top_p: Share = 1.0
+    """Draw only from the most probable tokens that together have this probability."""
+    seed: Seed = 1234
+    """Seed of the draws."""
+    ssm_cache: Literal["float32", "float16"] = "float32"
+    """What Mamba states are kept in between tokens; they are calculated with in float32."""
+    ssm_rounding: Literal["nearest", "stochastic"] | None = None
+    """How float16 states are rounded; null: stochastic, which keeps what adds up slowly."""
     thinking: Literal["auto", "on", "off"] = "auto"
     """Whether chat templates are told to ask for thinking; auto: they are told nothing."""
     thinking_budget: Annotated[int | None, NOT_NEGATIVE] = None
@@ -67,11 +73,20 @@ class ThinkingOptions(CommandOptions):
                 f"--thinking_markers: {self.thinking_markers!r} names first what closes thinking: "
                 "name first what opens it",
             ),
+            (
+                self.ssm_rounding and self.ssm_cache == "float32",
+                "--ssm_rounding is for --ssm_cache float16: float32 states are not rounded",
+            ),
         )
+
+    @property
+    def states(self) -> StateFormat:
+        """What the generator is told of both options of Mamba states."""
+        return "float32" if self.ssm_cache == "float32" else self.ssm_rounding or "stochastic"
 
 
 @dataclass(config=CHECKED)
-class GenerateOptions(ThinkingOptions):
+class GenerateOptions(SamplingOptions):
     """Continue prompts with a trained model."""
 
     from_: str
@@ -84,19 +99,11 @@ class GenerateOptions(ThinkingOptions):
     """Most tokens to generate; generation stops earlier at the end-of-sequence token."""
     temperature: NotNegativeFloat = 0.0
     """0: always the most probable token; 1: the model's distribution; lower is more careful."""
-    top_p: Share = 1.0
-    """Draw only from the most probable tokens that together have this probability."""
-    seed: Seed = 1234
-    """Seed of the draws."""
     slots: PositiveInt = 16
     """Prompts that are continued at once; the texts do not depend on it."""
     speculate: Drafts = 0
     """Tokens, 0 to 7, that the MTP block drafts before each pass; at temperature 0 texts stay the
     same."""
-    ssm_cache: StateDtype = "float32"
-    """What Mamba states are kept in between tokens; they are calculated with in float32."""
-    ssm_rounding: StateRounding | None = None
-    """How float16 states are rounded; null: stochastic, which keeps what adds up slowly."""
     chat: bool = False
     """Give the prompt as a user's message, rendered with the model's chat template."""
 
@@ -112,19 +119,7 @@ class GenerateOptions(ThinkingOptions):
                 "--thinking is for conversations: give --chat, or --prompts",
             ),
         )
-        check_rounding(self)
         check_text(self.prompt)
-
-
-def check_rounding(options: GenerateOptions | RolloutOptions) -> None:
-    """Raises UserError for rounding of what is not rounded."""
-    unrounded = options.ssm_rounding and options.ssm_cache == "float32"
-    refuse((unrounded, "--ssm_rounding is for --ssm_cache float16: float32 states are not rounded"))
-
-
-def state_format(options: GenerateOptions | RolloutOptions) -> StateFormat:
-    """What the generator is told of both options."""
-    return "float32" if options.ssm_cache == "float32" else options.ssm_rounding or "stochastic"
 
 
 class Opened(NamedTuple):
@@ -256,7 +251,7 @@ def generate_command(options: GenerateOptions) -> None:
     opened = open_model(options, ask)
     generator = Generator(
         ready(opened.model), options.slots, temperature=options.temperature, top_p=options.top_p,
-        seed=options.seed, drafts=options.speculate, states=state_format(options),
+        seed=options.seed, drafts=options.speculate, states=options.states,
         markers=opened.markers,
     )  # fmt: skip
     began = time.monotonic()

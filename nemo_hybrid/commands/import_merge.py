@@ -15,7 +15,6 @@ from nemo_hybrid.errors import UserError
 
 if TYPE_CHECKING:
     from nemo_hybrid.checkpoint.companions import Companions
-    from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.model.hybrid import HybridLM
 
 
@@ -66,7 +65,7 @@ def merge_command(options: MergeOptions) -> None:
     from nemo_hybrid.checkpoint import adapter
     from nemo_hybrid.checkpoint.directory import new_directory
     from nemo_hybrid.checkpoint.load import load, save_model
-    from nemo_hybrid.checkpoint.publish import CARD
+    from nemo_hybrid.checkpoint.publish import CARD, code, origin_name, short_card
     from nemo_hybrid.checkpoint.steps import reading
 
     out = new_directory(options.out)
@@ -80,22 +79,15 @@ def merge_command(options: MergeOptions) -> None:
         return *load(directory, base=base), base, directory
 
     model, companions, base, directory = reading(options.from_, read, adapter.locate)
-    card = {CARD: _merged_card(base, directory, model.config).encode()}
-    save_model(model, out, replace(companions, files={**companions.files, **card}))
-    print(f"{out}: {base} with the adapter of {directory}")
-
-
-def _merged_card(base: Path, adapter: Path, shape: HybridConfig) -> str:
-    from nemo_hybrid.checkpoint.publish import about, card_head, code, origin_name
-    from nemo_hybrid.checkpoint.steps import remembered
-
-    name, added = code(origin_name(base)), code(origin_name(adapter))
-    return (
-        f"{card_head(['merge'], base)}\n# {name} with an adapter\n\n"
+    name, added = code(origin_name(base)), code(origin_name(directory))
+    told = (
         f"The weights of {name} with the LoRA adapter {added} added to them by nemo_hybrid "
-        f"{__version__}. The base model's licence and limits apply.\n\n"
-        f"{about(shape, remembered(adapter).get('data.sequence_length'))}\n"
+        f"{__version__}. The base model's licence and limits apply."
     )
+    card = short_card(["merge"], base, f"{name} with an adapter", told, model.config, directory)
+    files = {**companions.files, CARD: card.encode()}
+    save_model(model, out, replace(companions, files=files))
+    print(f"{out}: {base} with the adapter of {directory}")
 
 
 COMMANDS = {

@@ -108,17 +108,13 @@ def files_of(directory: Path) -> dict[str, Path]:
 
 def _card(directory: Path) -> str:
     """Of a model that has none: a checkpoint of pre-training."""
-    from nemo_hybrid.checkpoint.publish import about, card_head, code, origin_name
-    from nemo_hybrid.checkpoint.steps import remembered
+    from nemo_hybrid.checkpoint.publish import code, origin_name, short_card
     from nemo_hybrid.config.hf import read_config
 
-    shape = read_config(directory)
-    return (
-        f"{card_head(['pre-trained'], directory)}\n# {code(origin_name(directory))}\n\n"
-        f"Trained with nemo_hybrid {__version__}: layers {code(shape.pattern)}, hidden "
-        f"{shape.hidden_size}.\n\n"
-        f"{about(shape, remembered(directory).get('data.sequence_length'))}\n"
-    )
+    shape, name = read_config(directory), code(origin_name(directory))
+    told = f"Trained with nemo_hybrid {__version__}: layers {code(shape.pattern)}, hidden "
+    told += f"{shape.hidden_size}."
+    return short_card(["pre-trained"], directory, name, told, shape, directory)
 
 
 COMMANDS = {"push": Command(push_command, PushOptions, reads="from_")}

@@ -21,22 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.agreement import ALONE, Agreement
 from nemo_hybrid.commands.command import Command, check_place
-from nemo_hybrid.commands.generate import (
-    Drafts,
-    StateDtype,
-    StateRounding,
-    ThinkingOptions,
-    check_rounding,
-    state_format,
-)
-from nemo_hybrid.config.base import (
-    CHECKED,
-    NotNegativeFloat,
-    PositiveInt,
-    Seed,
-    Share,
-    refuse,
-)
+from nemo_hybrid.commands.generate import Drafts, SamplingOptions
+from nemo_hybrid.config.base import CHECKED, NotNegativeFloat, PositiveInt, refuse
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import lock, naming, read_json, replace_file, sync
 from nemo_hybrid.process import launched
@@ -56,7 +42,7 @@ Key = tuple[int | str, int]
 
 
 @dataclass(config=CHECKED)
-class RolloutOptions(ThinkingOptions):
+class RolloutOptions(SamplingOptions):
     """Write samples of what a model says to prompts."""
 
     from_: str
@@ -73,17 +59,9 @@ class RolloutOptions(ThinkingOptions):
     """Most tokens of a sample; it ends earlier at the end-of-sequence token."""
     temperature: NotNegativeFloat = 1.0
     """0: always the most probable token; 1: the model's distribution; lower is more careful."""
-    top_p: Share = 1.0
-    """Draw only from the most probable tokens that together have this probability."""
-    seed: Seed = 1234
-    """Seed of the draws."""
     speculate: Drafts = 0
     """Tokens, 0 to 7, that the MTP block drafts before each pass; they change what is drawn, but
     not how probable it is."""
-    ssm_cache: StateDtype = "float32"
-    """What Mamba states are kept in between tokens; they are calculated with in float32."""
-    ssm_rounding: StateRounding | None = None
-    """How float16 states are rounded; null: stochastic, which keeps what adds up slowly."""
     ep: PositiveInt = 1
     """Processes that divide the experts between them; must divide the number of processes."""
 
@@ -91,7 +69,6 @@ class RolloutOptions(ThinkingOptions):
         super().validate()
         check_place(self.out)
         refuse((Path(self.out).is_dir(), f"--out: {self.out} is a directory: name a file"))
-        check_rounding(self)
 
 
 class Line(NamedTuple):
@@ -215,7 +192,7 @@ def rollout_command(options: RolloutOptions) -> None:
     generator = batched.Generator(
         opened.model.to(world.device), options.slots, temperature=options.temperature,
         top_p=options.top_p, seed=options.seed, drafts=options.speculate,
-        states=state_format(options), markers=opened.markers,
+        states=options.states, markers=opened.markers,
         most=dispatcher.most if dispatcher else batched.alone,
     )  # fmt: skip
     began, total = time.monotonic(), sum(len(request.samples) for request in requests)
@@ -275,7 +252,7 @@ def _identity(options: RolloutOptions, opened: Opened) -> dict[str, Any]:
     return {
         "weights": " ".join(map(base_digest, weights)),
         "stops": sorted(opened.stops),
-        "ssm_cache": state_format(options),
+        "ssm_cache": options.states,
         "markers": opened.markers and [[*ids] for ids in vars(opened.markers).values()],
         **{n: getattr(options, n) for n in ("samples", "max_new_tokens", "temperature", "top_p",
                                             "seed", "speculate", "thinking_budget")},
