@@ -13,7 +13,7 @@ Shapes: E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -29,9 +29,9 @@ from nemo_hybrid.checkpoint.convert import write_as_stored
 from nemo_hybrid.checkpoint.directory import STEP, new_directory, verify, writing
 from nemo_hybrid.checkpoint.load import plan_model
 from nemo_hybrid.checkpoint.names import OPTIMIZER_INDEX
-from nemo_hybrid.checkpoint.publish import CARD, about, card_head
+from nemo_hybrid.checkpoint.publish import CARD, short_card
 from nemo_hybrid.checkpoint.state import FREE, Masters
-from nemo_hybrid.checkpoint.steps import list_steps, remembered, saying_if_removed, step_of
+from nemo_hybrid.checkpoint.steps import list_steps, saying_if_removed, step_of
 from nemo_hybrid.checkpoint.tensors import TensorFile, check_finite
 from nemo_hybrid.checkpoint.weights import Read
 from nemo_hybrid.checkpoint.writing import write_model_files
@@ -40,6 +40,9 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
 
 REPORT = "average.json"
+_AT_ONCE = 1 << 14
+"""Numbers that stay in a core's cache. Torch does not divide so few between threads, which wait for
+each other on busy cores."""
 SCHEDULES = {"minus_sqrt": lambda x: 1 - math.sqrt(x), "linear": lambda x: 1 - x}
 
 
@@ -103,17 +106,16 @@ class Source:
         self.masters = Masters(directory, stack) if trained else None
 
     def read(self, name: str) -> Tensor:
-        """A tensor in fp32, by its name on disk."""
+        """A tensor, of any shape, by its name on disk: an fp32 master, or as it is stored. Not to
+        be written to."""
         read = self._reads[name]
         master = self.masters.read(read.own, read.expert) if self.masters else None
         if master is not None:
-            tensor = master.view(self.plan.entry(read).shape)
-        else:
-            if read.file not in self._files:
-                opened = self.plan.stored.open(read.file)
-                self._files[read.file] = self._stack.enter_context(opened)
-            tensor = self._files[read.file].read(read.name, read.row).float()
-        return tensor
+            return master
+        if read.file not in self._files:
+            opened = self.plan.stored.open(read.file)
+            self._files[read.file] = self._stack.enter_context(opened)
+        return self._files[read.file].view(read.name, read.row)
 
 
 def average(
@@ -139,14 +141,19 @@ def average(
             _check_alike(source, last)
 
         def mean(file: TensorFile, read: Read) -> Tensor:
-            total = torch.zeros(last.plan.entry(read).shape)
-            for source, (_, coefficient) in zip(sources, parts, strict=True):
-                total.add_(source.read(read.hub_name), alpha=coefficient)
-            if not total.sum().isfinite():  # of all at once, which is quicker
-                for source in sources:
-                    check_finite(source.read(read.hub_name), read.hub_name, source.directory)
-                check_finite(total, read.hub_name, out)
-            return total.to(read.dtype)
+            result = torch.empty(last.plan.entry(read).shape, dtype=read.dtype)
+            tensors = [source.read(read.hub_name) for source in sources]
+            finite = True
+            for target, *pieces in zip(*_in_pieces(result, *tensors), strict=True):
+                total = torch.zeros(target.shape)
+                for piece, (_, coefficient) in zip(pieces, parts, strict=True):
+                    total.add_(piece, alpha=coefficient)
+                finite = finite and bool(total.sum().isfinite())  # of many at once: quick
+                target.copy_(total)
+            for tensor, place in zip((*tensors, result), (*directories, out), strict=True):
+                if not finite:
+                    check_finite(tensor, read.hub_name, place)
+            return result
 
         writer = stack.enter_context(writing(out))
         label = f"averaging {len(sources)} checkpoints"
@@ -156,6 +163,11 @@ def average(
         if CARD not in last.companions.files:
             writer.write_text(CARD, _card(sources, parts, weights))
     return parts
+
+
+def _in_pieces(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """Of each tensor pieces of a few numbers."""
+    return (tensor.view(-1).split(_AT_ONCE) for tensor in tensors)
 
 
 def _check_alike(one: Source, other: Source) -> None:
@@ -211,19 +223,15 @@ def _card(sources: Sequence[Source], parts: Sequence[tuple[Path, float]], weight
             zip(sources, parts, strict=True), 1
         )
     ]
-    how = weights if weights in SCHEDULES else "given numbers"
-    last = sources[-1]
-    return "\n".join(
-        [
-            card_head(["merge"], last.directory),
-            f"# Weighted mean of {len(rows)} checkpoints\n",
-            f"Made by nemo_hybrid {__version__} (`average`, weights: {how}), summed in fp32 and "
-            f"rounded once; where they lay stands in {REPORT}. The training state was not "
-            "averaged: a run cannot resume from this. Licence and limits of the sources apply.\n",
-            "| checkpoint | read from | coefficient |\n| --- | --- | --- |",
-            *rows,
-            "",
-            about(last.config, remembered(last.directory).get("data.sequence_length")),
-            "",
-        ]
+    how, last = weights if weights in SCHEDULES else "given numbers", sources[-1]
+    told = [
+        f"Made by nemo_hybrid {__version__} (`average`, weights: {how}), summed in fp32 and "
+        f"rounded once; where they lay stands in {REPORT}. The training state was not averaged: a "
+        "run cannot resume from this. Licence and limits of the sources apply.\n",
+        "| checkpoint | read from | coefficient |\n| --- | --- | --- |",
+        *rows,
+    ]
+    title = f"Weighted mean of {len(rows)} checkpoints"
+    return short_card(
+        ["merge"], last.directory, title, "\n".join(told), last.config, last.directory
     )

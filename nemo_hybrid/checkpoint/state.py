@@ -328,7 +328,8 @@ def load_state(directory: Path, wanted: Iterable[Fragment]) -> dict[str, Any]:
         rank, kind = source
         with TensorFile(directory / _file(rank, kind)) as opened:
             for piece, fragment in reads[rank]:
-                _copy_overlap(opened, piece, fragment, kind)
+                place, numbers = _overlap(opened, piece, fragment, kind)
+                fragment.tensors[kind].view(-1)[place].copy_(numbers)
 
     side_by_side(read, product(reads, KINDS))
     return state
@@ -402,11 +403,14 @@ def _locate(
             reads[piece.rank].append((piece, fragment))
 
 
-def _copy_overlap(opened: TensorFile, piece: _Saved, fragment: Fragment, kind: str) -> None:
+def _overlap(
+    opened: TensorFile, piece: _Saved, fragment: Fragment, kind: str
+) -> tuple[slice, torch.Tensor]:
+    """Where in a fragment a stored one lies, and a view of what it holds of it."""
     start, stop = max(piece.start, fragment.start), min(piece.stop, fragment.stop)
     key = _check_entry(opened, fragment.name, piece, kind)
-    target = fragment.tensors[kind].view(-1)[start - fragment.start : stop - fragment.start]
-    opened.read_into(target, key, slice(start - piece.start, stop - piece.start))
+    numbers = opened.view(key, slice(start - piece.start, stop - piece.start))
+    return slice(start - fragment.start, stop - fragment.start), numbers
 
 
 def _check_entry(opened: TensorFile, name: str, piece: _Saved, kind: str) -> str:
@@ -430,21 +434,32 @@ class Masters:
         self._files: dict[int, TensorFile] = {}
 
     def read(self, name: str, expert: int | None = None) -> torch.Tensor | None:
-        """A master, flat; of a stack the matrix of one expert. None: it was not trained."""
+        """A master, flat, which may be a view of the file; of a stack the matrix of one expert.
+        None: it was not trained."""
         if name not in self._saved:
             return None
         shape, kind = self._saved[name][0], KINDS[0]
-        size = prod(shape) if expert is None else prod(shape[1:])
+        size = prod(shape if expert is None else shape[1:])
         wanted = Fragment(name, size * (expert or 0), size, shape)
         reads: dict[int, list[tuple[_Saved, Fragment]]] = defaultdict(list)
-        _locate(self._directory, wanted, self._saved, reads, [kind])
-        for rank, pieces in reads.items():
-            if rank not in self._files:
-                opened = TensorFile(self._directory / _file(rank, kind))
-                self._files[rank] = self._stack.enter_context(opened)
-            for piece, fragment in pieces:
-                _copy_overlap(self._files[rank], piece, fragment, kind)
-        return wanted.tensors[kind]
+        _locate(self._directory, wanted, self._saved, reads, ())
+        parts = [
+            _overlap(self._open(rank), piece, wanted, kind)
+            for rank, pieces in reads.items()
+            for piece, _ in pieces
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
+        master = torch.empty(size)
+        for place, numbers in parts:
+            master[place] = numbers
+        return master
+
+    def _open(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            opened = TensorFile(self._directory / _file(rank, KINDS[0]))
+            self._files[rank] = self._stack.enter_context(opened)
+        return self._files[rank]
 
 
 def load_rank_state(directory: Path, rank: int) -> dict[str, Any] | None:

@@ -125,13 +125,13 @@ class TensorFile:
 
     def read(self, name: str, at: int | slice | None = None) -> torch.Tensor:
         """A tensor, or a part of its first dimension, in memory of its own."""
-        return self._view(name, at).clone()
+        return self.view(name, at).clone()
 
     @torch.no_grad()
     def read_into(self, target: torch.Tensor, name: str, at: int | slice | None = None) -> None:
         """The same into a tensor of that shape, rounded or widened to its dtype."""
-        target.copy_(self._view(name, at))
+        target.copy_(self.view(name, at))
 
-    def _view(self, name: str, at: int | slice | None) -> torch.Tensor:
-        """A view of the mapped file."""
+    def view(self, name: str, at: int | slice | None = None) -> torch.Tensor:
+        """The same without a copy: not to be written to, and read while the file is open."""
         return self._file.get_tensor(name) if at is None else self._file.get_slice(name)[at]
