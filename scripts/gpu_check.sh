@@ -38,6 +38,7 @@ imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 on=()
 capability=9.0
 if [[ -n "$dry" ]]; then
+    imports torch || { echo "error: $PYTHON cannot import torch: set PYTHON" >&2; exit 2; }
     on=(--device cpu --tiny)
 else
     found="$("$PYTHON" - <<'EOP'

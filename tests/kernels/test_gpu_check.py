@@ -111,6 +111,10 @@ def test_a_dry_run_needs_no_gpu(tmp_path: Path, pretender: str) -> None:
     ran = re.findall(r"^ran (.*)", (tmp_path / "log.txt").read_text(), re.MULTILINE)
     assert len(ran) == len(PARTS) - 2
     assert all(line.endswith("--device cpu --tiny") for line in ran)
+    done = gpu_check(pretender, "--dry", str(tmp_path / "none"), ABSENT="torch")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {pretender} cannot import torch: set PYTHON\n"
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_pytest_it_does_not_pass(tmp_path: Path, pretender: str) -> None:
