@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from numpy.typing import NDArray
 
+from nemo_hybrid.checkpoint.companions import read_companions
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.checkpoint.steps import resolve
-from nemo_hybrid.commands.generate import stop_ids
 from nemo_hybrid.data.chat import check_answers, read_messages, read_tools
 from nemo_hybrid.data.readers import read_records
 from nemo_hybrid.data.sources import BadRecord, Unusable, find_sources
@@ -92,7 +92,7 @@ def ask(directory: Path, data: Path, chat_template: str | None, limit: int) -> l
     model = load_model(directory).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    stops = frozenset(stop_ids(directory, model.config.eos_token_id))
+    stops = frozenset(read_companions(directory).stops(model.config.eos_token_id))
     longest = max(len(ids) for ids in tokenizer.encode([q.right for q in questions]))
     requests = (
         Request(number, ids.tolist(), longest + 8, stops=stops)

@@ -42,6 +42,10 @@ class Companions:
         """All ids that end a text as the lists have it."""
         return [*(self.eos_token_ids or ()), *(self.stop_ids or ())]
 
+    def stops(self, default: int) -> list[int]:
+        """Ids that end what is generated: the last list, else the first, else ``default``."""
+        return self.stop_ids or self.eos_token_ids or [default]
+
 
 def read_companions(directory: Path) -> Companions:
     """Read what a Hugging Face directory, or a token store, holds of them.

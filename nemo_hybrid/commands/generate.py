@@ -151,6 +151,7 @@ def open_model(
     """The model that is named, and what ``ask`` wants of it; prompts are read before weights are.
     ``build``: see `load`. Raises UserError."""
     from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
+    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.load import load
     from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.config.hf import read_config
@@ -192,7 +193,7 @@ def open_model(
         budgets = any(prompt.budget is not None for prompt in prompts)
         refuse((words and not budgets, "--thinking_markers are for budgets, and there is none"))
         markers = Markers(*map(tuple, reader.marker_ids)) if budgets else None
-        stops = frozenset(stop_ids(directory, shape.eos_token_id))
+        stops = frozenset(read_companions(directory).stops(shape.eos_token_id))
         ends = stops & {*markers.opening, *markers.closing} if markers else ()
         refuse((ends, f"markers of thinking hold token {ends and min(ends)}, which ends texts"))
         model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
@@ -216,17 +217,6 @@ def _dequantized(directory: Path) -> HybridLM:
             file=sys.stderr,
         )
     return model
-
-
-def stop_ids(directory: Path, default: int) -> list[int]:
-    """Ids that end a text: of generation_config.json, else of config.json, else ``default``.
-
-    Raises UserError for ids that are none.
-    """
-    from nemo_hybrid.checkpoint.companions import read_companions
-
-    companions = read_companions(directory)
-    return companions.stop_ids or companions.eos_token_ids or [default]
 
 
 def generate_command(options: GenerateOptions) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command
-from nemo_hybrid.commands.generate import Drafts, stop_ids
+from nemo_hybrid.commands.generate import Drafts
 from nemo_hybrid.config.base import (
     CHECKED,
     POSITIVE,
@@ -80,6 +80,7 @@ def harness_command(options: HarnessOptions) -> None:
 
 def _open(options: HarnessOptions) -> Harness:
     from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
+    from nemo_hybrid.checkpoint.companions import read_companions
     from nemo_hybrid.checkpoint.load import load
     from nemo_hybrid.checkpoint.steps import reading
     from nemo_hybrid.data.prompts import PromptReader
@@ -106,7 +107,7 @@ def _open(options: HarnessOptions) -> Harness:
             model,
             tokenizer,
             reader,
-            frozenset(stop_ids(directory, shape.eos_token_id)),
+            frozenset(read_companions(directory).stops(shape.eos_token_id)),
             row_tokens=options.row_tokens,
             slots=options.slots,
             drafts=options.speculate,

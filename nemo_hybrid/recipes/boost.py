@@ -52,13 +52,13 @@ class Boost(Finetune):
     def _requests(self, rows: PackedSamples) -> list[Request]:
         """What held-out samples have before the first learnt token, to be answered."""
         assert self.origin is not None
-        companions, store = read_companions(self.origin), rows.heldout
-        ends = companions.stop_ids or companions.eos_token_ids or [self.shape.eos_token_id]
+        store = rows.heldout
+        stops = frozenset(read_companions(self.origin).stops(self.shape.eos_token_id))
         if store is None:
             return []
         found = []
         for number in range(min(_ANSWERS, self.config.train.eval_sequences, len(store.lengths))):
             ids, targets = store.sample(number)
             start = max(1, int(targets.argmax()))
-            found.append(Request(number, ids[:start].tolist(), _MOST_TOKENS, stops={*ends}))
+            found.append(Request(number, ids[:start].tolist(), _MOST_TOKENS, stops=stops))
         return found

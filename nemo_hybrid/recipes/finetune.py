@@ -192,7 +192,7 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
         """What a user may not have meant."""
         config, rows = self.config, self.rows
         known = read_companions(self.origin) if self.origin else Companions()
-        ends = known.stop_ids or known.eos_token_ids or [run.model.config.eos_token_id]
+        ends = known.stops(run.model.config.eos_token_id)
         samples = map(rows.train.sample, range(min(_LOOKED_AT, len(rows.train.lengths))))
         if not any(set(ids[targets][-_ENDING:].tolist()) & set(ends) for ids, targets in samples):
             yield (

@@ -175,10 +175,9 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
 
     def _data(self) -> Rollouts:
         assert self.origin is not None
-        companions = read_companions(self.origin)
-        ends = companions.stop_ids or companions.eos_token_ids or [self.shape.eos_token_id]
+        stops = frozenset(read_companions(self.origin).stops(self.shape.eos_token_id))
         self._rollouts = Rollouts(
-            self.config, self.rows, self._pool, frozenset(ends), self.shape.pad_token_id
+            self.config, self.rows, self._pool, stops, self.shape.pad_token_id
         )
         return self._rollouts
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_hybrid import HybridConfig, HybridLM
-from nemo_hybrid.commands.generate import GenerateOptions, generate_command, stop_ids
+from nemo_hybrid.checkpoint.companions import read_companions
+from nemo_hybrid.commands.generate import GenerateOptions, generate_command
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.generation.batched import Generator, Request, Rollout
@@ -56,17 +57,17 @@ def test_text_in_and_text_out(
 
 def test_what_ends_a_text(tmp_path: Path) -> None:
     """generation_config.json before config.json before the default."""
-    assert stop_ids(tmp_path, 2) == [2]
+    assert read_companions(tmp_path).stops(2) == [2]
     (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert stop_ids(tmp_path, 2) == [5, 6]
+    assert read_companions(tmp_path).stops(2) == [5, 6]
     (tmp_path / "generation_config.json").write_text('{"temperature": 1.0}')
-    assert stop_ids(tmp_path, 2) == [5, 6]
+    assert read_companions(tmp_path).stops(2) == [5, 6]
     for value, ids in (("7", [7]), ("[7, 8]", [7, 8])):
         (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
-        assert stop_ids(tmp_path, 2) == ids
+        assert read_companions(tmp_path).stops(2) == ids
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(UserError, match="eos_token_id"):
-        stop_ids(tmp_path, 2)
+        read_companions(tmp_path).stops(2)
 
 
 def test_chat_asks_with_the_template_and_prints_the_answer_alone(
