@@ -265,7 +265,8 @@ class Meter(TorchDispatchMode):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
+        again = torch._C._current_autograd_node() is not None  # in a backward pass
+        if storage._cdata not in self._known and not again:
             self._known.add(storage._cdata)
             self.kept[self._scopes[-1]] += storage.nbytes()
         return tensor

@@ -1,31 +1,44 @@
-"""The smallest context-parallel size with which a run fits, by what it recomputes."""
+"""What makes a run fit: the smallest context-parallel size, by what is recomputed; or one change
+after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 from nemo_hybrid.commands.plan import Plan, PlanOptions, gb, make_plan
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import UserError
 
-RECOMPUTED = ("", "E", "ME", "ME*-")
+TILE = 8192
+"""Tokens of a tile, as it is advised."""
+_SHORTEST = 128
+"""Tokens of a sample, below which shorter ones are no advice."""
+TILED = f" --train.tile {TILE} --train.offload true"
+CHOICES: dict[str, dict[str, Any]] = {
+    f"--train.recompute '{letters}'": {"recompute": letters} for letters in ("", "E", "ME", "ME*-")
+} | {
+    f"--train.recompute '{letters}'{TILED}": {"recompute": letters, "tile": TILE, "offload": True}
+    for letters in ("ME", "ME*-")
+}
 """From the least to the most that is computed once more."""
 
 
 def fitting(
     config: TrainingConfig, options: PlanOptions, shape: ModelConfig
 ) -> dict[str, tuple[int, Plan]]:
-    """Letters of `RECOMPUTED` -> the smallest parallel.cp, of powers of two, with which that fits,
+    """Names of `CHOICES` -> the smallest parallel.cp, of powers of two, with which that fits,
     and its plan; those with which none does are left out."""
     found: dict[str, tuple[int, Plan]] = {}
-    for letters in RECOMPUTED:
+    for name, choice in CHOICES.items():
         cp = 1
-        while cp <= options.processes and letters not in found:
+        while cp <= options.processes and name not in found:
             tried = deepcopy(config)
-            tried.train = replace(config.train, recompute=letters)
+            tried.train = replace(config.train, **choice)
             tried.parallel = replace(config.parallel, cp=cp)
             try:
                 tried.validate(shape)
@@ -33,7 +46,7 @@ def fitting(
             except UserError:  # heads cannot be divided so, or the batch
                 pass
             else:
-                found |= {letters: (cp, plan)} if plan.fits else {}
+                found |= {name: (cp, plan)} if plan.fits else {}
             cp *= 2
     return found
 
@@ -41,19 +54,97 @@ def fitting(
 def fit_lines(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
     """What fits, and which is the smallest: of equal sizes the one that recomputes least."""
     found = fitting(config, options, shape)
-    yield f"smallest parallel.cp with {options.processes} processes, by train.recompute:"
-    for letters in RECOMPUTED:
-        name = letters or "nothing"
-        if letters in found:
-            cp, plan = found[letters]
-            yield f"  {name:8} {cp:3}: {gb(plan.needed)}, {plan.step_s:.3f} s a step"
+    yield f"smallest parallel.cp with {options.processes} processes:"
+    for name in CHOICES:
+        if name in found:
+            cp, plan = found[name]
+            yield f"  {cp:3} {name}: {gb(plan.needed)}, {plan.step_s:.3f} s a step"
         else:
-            yield f"  {name:8}   -"
+            yield f"    - {name}"
     if found:
-        letters, (cp, plan) = min(found.items(), key=lambda item: item[1][0])
-        yield (
-            f"take --parallel.cp {cp} --train.recompute '{letters}': {gb(plan.needed)} of "
-            f"{gb(plan.capacity)}"
-        )
+        name, (cp, plan) = min(found.items(), key=lambda item: item[1][0])
+        yield f"take --parallel.cp {cp} {name}: {gb(plan.needed)} of {gb(plan.capacity)}"
     else:
         yield "none fits: take more processes, or a device with more memory"
+
+
+def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
+    """What makes a run fit, one change after the other, each with the memory it leads to.
+
+    Tried in this order: ZeRO-2, smaller micro-batches, recomputation, tiles and offloading, more
+    expert parallelism, rows over more processes, more processes; and, since it changes what is
+    learnt, at last shorter samples. A change that takes no memory away is left out. Ends with the
+    first that fits; if none does, says so.
+    """
+    config, options = deepcopy(config), replace(options)
+    at = make_plan(config, shape, options)
+    for name, change in _candidates(config, shape, options):
+        tried = deepcopy(config), replace(options)
+        _apply(change, *tried)
+        try:
+            tried[0].validate(shape)
+            found = make_plan(tried[0], shape, tried[1])
+        except UserError:
+            continue
+        if found.needed > 0.98 * at.needed:
+            continue
+        _apply(change, config, options)  # which the next candidates go on from
+        at = found
+        yield f"{name}: {gb(found.needed)}" + (", fits" if found.fits else "")
+        if found.fits:
+            return
+    while config.data.sequence_length >= 2 * _SHORTEST:
+        config.data.sequence_length //= 2
+        with suppress(UserError):
+            found = make_plan(config, shape, options)
+            if found.fits:
+                shorter = f"--data.sequence_length {config.data.sequence_length}"
+                yield f"{shorter}, of which less is learnt: {gb(found.needed)}, fits"
+                return
+    yield (
+        "even so it does not fit, nor with a smaller data.sequence_length: take still more "
+        "processes, or a device with more memory"
+    )
+
+
+def _apply(change: dict[str, int | str], config: TrainingConfig, options: PlanOptions) -> None:
+    for key, value in change.items():
+        section, _, field = key.partition(".")
+        setattr(options if section == "plan" else getattr(config, section), field, value)
+
+
+def _candidates(
+    config: TrainingConfig, shape: ModelConfig, options: PlanOptions
+) -> Iterator[tuple[str, dict[str, int | str]]]:
+    if config.parallel.stage(options.processes) == 1:
+        yield "--parallel.zero 2", {"parallel.zero": 2}
+    micro = config.train.micro_batch_size
+    while micro > 1 and micro % 2 == 0:
+        micro //= 2
+        yield f"--train.micro_batch_size {micro}", {"train.micro_batch_size": micro}
+    for letters in ("E", "ME", "ME*-"):
+        if set(letters) > set(config.train.recompute) - {"e"}:
+            yield f'--train.recompute "{letters}"', {"train.recompute": letters}
+    yield f"--train.tile {TILE}", {"train.tile": TILE}
+    yield "--train.offload true", {"train.offload": True}
+    ep, processes = config.parallel.ep, options.processes
+    while shape.n_routed_experts % (2 * ep) == 0 and processes % (2 * ep) == 0:
+        ep *= 2
+        yield f"--parallel.ep {ep}", {"parallel.ep": ep}
+    cp, batch = config.parallel.cp, config.train.global_batch_size
+    while processes % (2 * cp) == 0:
+        cp *= 2
+        yield f"--parallel.cp {cp}", {"parallel.cp": cp}
+    cp = config.parallel.cp  # of these, what was taken
+    for _ in range(6):
+        processes *= 2
+        change: dict[str, int | str] = {"plan.processes": processes}
+        if shape.n_routed_experts % (2 * ep) == 0:
+            ep *= 2
+            change["parallel.ep"] = ep
+        words = f"{processes} processes, --parallel.ep {ep}"
+        if batch % (processes // cp * config.train.micro_batch_size):
+            batch *= 2
+            change["train.global_batch_size"] = batch
+            words += f", --train.global_batch_size {batch}"
+        yield words, change

@@ -25,10 +25,12 @@ from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import TrainingConfig, TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.recompute import TILED, pieces
 from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 from nemo_hybrid.precision.policy import weight_dtype
 from nemo_hybrid.train.flops import layer_parameters, without_storage
 from nemo_hybrid.train.optim import parameter_groups
+from nemo_kernels.documents import divided
 
 STATE_BYTES = 12
 """fp32 master and two fp32 moments of one parameter."""
@@ -98,6 +100,10 @@ class Layout:
     """Which weights stay frozen, and what is held beside them; None: all are trained."""
     cp: int = 1
     """Processes over which each row is divided."""
+    tile: int = 0
+    """Tokens that layers E and - take at a time; 0: all."""
+    offload: bool = False
+    """Inputs of recomputed layers wait in CPU memory."""
 
     @property
     def part(self) -> int:
@@ -107,6 +113,18 @@ class Layout:
     @property
     def tokens(self) -> int:
         return self.rows * self.part
+
+    @property
+    def recomputed(self) -> str:
+        """Letters of layers that keep their input alone, and perhaps "e"."""
+        return self.recompute + TILED * bool(self.tile)
+
+    def at_a_time(self, letter: str) -> Layout:
+        """With as many tokens as a layer takes at a time."""
+        if not self.tile or letter not in TILED:
+            return self
+        count = pieces(self.rows, divided(self.length, self.cp), self.tile)
+        return replace(self, tile=0, cp=1, length=math.ceil(self.part / count))
 
     @cached_property
     def model(self) -> HybridLM:
@@ -160,6 +178,8 @@ def layout_of(config: TrainingConfig, cfg: ModelConfig, processes: int, cpu: boo
         host_copy=config.checkpoint.asynchronous,
         beginning=config if isinstance(config, FinetuneConfig | RlConfig) else None,
         cp=config.parallel.cp,
+        tile=config.train.tile,
+        offload=config.train.offload,
     )
 
 
@@ -176,12 +196,14 @@ class Memory:
     """Reduction buffers, and temporaries of the operation that runs."""
     host_copy: float = 0
     """Copy of weights and optimizer state for the checkpoint, in CPU memory."""
+    offloaded: float = 0
+    """Inputs of recomputed layers, in CPU memory."""
     checkpoint: float = 0
     """Weights and optimizer state of all processes, on disk."""
 
     @property
     def device(self) -> float:
-        """Everything but the copy in CPU memory."""
+        """Everything but what is in CPU memory."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
 
     def at(self, moment: str, gradients: float, activations: float, buffers: float) -> Memory:
@@ -206,11 +228,16 @@ def groups_of(at: Layout) -> list[Group]:
 def saved(at: Layout, letter: str) -> int:
     """Bytes that autograd keeps of one layer for one micro-batch, its input included.
 
-    A recomputed layer keeps its input alone; "e" leaves out the experts' pre-activation.
+    A recomputed layer keeps its input alone, or nothing on the device where inputs are offloaded;
+    "e" leaves out the experts' pre-activation.
     """
-    if letter in at.recompute:
-        return at.tokens * at.width * at.cfg.hidden_size
-    return _saved(at, letter)
+    if letter not in at.recomputed:
+        return _saved(at, letter)
+    return 0 if at.offload and not at.cpu else _stream(at)
+
+
+def _stream(at: Layout) -> int:
+    return at.tokens * at.width * at.cfg.hidden_size
 
 
 def _saved(at: Layout, letter: str) -> int:
@@ -272,7 +299,8 @@ def moments(at: Layout) -> list[Memory]:
     """The moments of a step after the first that can be the largest: the loss and the beginning of
     the backward pass, when all activations are there, and the reduction and the optimizer's step,
     when all gradients are. In between the ones go as the others come."""
-    cfg, b, groups = at.cfg, at.width, groups_of(at)
+    cfg, b, groups, depths = at.cfg, at.width, groups_of(at), at.cfg.mtp_num_depths
+    layers = cfg.pattern + depths * cfg.mtp_pattern
     numel, share = (
         sum(numbers) for numbers in zip(*((g.numel, g.part) for g in groups), strict=True)
     )
@@ -283,6 +311,7 @@ def moments(at: Layout) -> list[Memory]:
             (g.width + STATE_BYTES) * g.numel * (at.ep if g.experts else 1) for g in groups
         ),
         host_copy=at.host_copy * (STATE_BYTES * share + sum(g.width * g.numel for g in groups)),
+        offloaded=sum(_stream(at) for c in layers if c in at.recomputed and not saved(at, c)),
     )
     # ZeRO-1 keeps all gradients until the last micro-batch; ZeRO-2 the share alone.
     own = 4 * (share if at.zero == 1 else sum(g.touched() for g in groups))
@@ -292,10 +321,9 @@ def moments(at: Layout) -> list[Memory]:
     if at.cpu:  # what is never touched takes no memory
         bucket = min(bucket, numel)
 
-    depths, head = cfg.mtp_num_depths, cfg.vocab_size * cfg.hidden_size
-    stream = b * at.tokens * cfg.hidden_size
+    head, stream = cfg.vocab_size * cfg.hidden_size, _stream(at)
     # Activations: layers, final norms, inputs of every depth.
-    kept = sum(saved(at, letter) for letter in cfg.pattern + depths * cfg.mtp_pattern)
+    kept = sum(saved(at, letter) for letter in layers)
     kept += (1 + 5 * depths) * stream
     held = (1 + depths) * stream  # gradients of the hidden states that the loss reads
     if at.cpu or "loss" in at.reference:
@@ -304,13 +332,7 @@ def moments(at: Layout) -> list[Memory]:
     else:  # with their gradient, in the model's dtype
         rows = min((1 + depths) * at.tokens, _LOSS_CHUNK_KERNEL // (4 * cfg.vocab_size))
         logits = (4 + b) * rows * cfg.vocab_size
-    # One layer's backward pass: temporaries, gradients of its weights, what is made once more.
-    work = {
-        c: _TEMPORARIES[at.cpu][c] * _saved(at, c)
-        + b * sum(p.numel() for p in layer_parameters(cfg, c, at.ep).values())
-        + (_saved(at, c) - saved(at, c))
-        for c in {*cfg.pattern, *(cfg.mtp_pattern * depths)}
-    }
+    work = {letter: _backward(at, letter) for letter in set(layers)}
     worst = max(work, key=work.__getitem__)
     return [
         base.at("loss", before, kept, 2 * held + 4 * head + logits),
@@ -328,6 +350,23 @@ def moments(at: Layout) -> list[Memory]:
         ),
         base.at("optimizer", own, 0, 4 * max(g.part for g in groups)),
     ]
+
+
+def _backward(at: Layout, letter: str) -> float:
+    """One layer's backward pass: temporaries, gradients of its weights, what is made once more.
+
+    A layer in tiles also has the input and its gradient; and gradients of its weights are sums in
+    fp32, and besides the share of one tile.
+    """
+    one = at.at_a_time(letter)
+    tiled = one is not at
+    weights = sum(p.numel() for p in layer_parameters(at.cfg, letter, at.ep).values())
+    again = _saved(one, letter) + 2 * tiled * _stream(at) - saved(at, letter)
+    return (
+        _TEMPORARIES[at.cpu][letter] * _saved(one, letter)
+        + (8 if tiled else at.width) * weights
+        + again
+    )
 
 
 def peak(at: Layout) -> Memory:

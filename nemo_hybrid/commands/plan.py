@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,12 +64,8 @@ class PlanOptions(CommandOptions):
     network_gb_s: PositiveFloat = 50.0
     """Bandwidth per device and direction between nodes: 50 is 400 Gbit/s."""
     fit: bool = False
-    """Look for the smallest parallel.cp that fits, whatever the configuration says of it and of
-    train.recompute."""
-
-
-_SHORTEST = 128
-"""Tokens of a sample, below which shorter ones are no advice."""
+    """Look for the smallest parallel.cp that fits, whatever the configuration says of it, for
+    several choices of train.recompute, and of train.tile and train.offload besides."""
 
 
 _PUBLISHED = {
@@ -103,6 +98,10 @@ class Plan:
     device: Device
     network_gb_s: float
     kernels: KernelOptions
+    short: Plan | None = None
+    """Of the steps on short rows, if there are any."""
+    share: float = 0
+    """How many of all steps these are."""
 
     @property
     def needed(self) -> float:
@@ -136,13 +135,21 @@ class Plan:
 
     def of(self, accumulation: int) -> Plan:
         """The same with another number of micro-batches per step."""
-        same = accumulation == self.at.accumulation
-        return self if same else replace(self, at=replace(self.at, accumulation=accumulation))
+        if accumulation == self.at.accumulation:
+            return self
+        short = self.short and self.short.of(accumulation)
+        return replace(self, at=replace(self.at, accumulation=accumulation), short=short)
 
     @property
     def step_s(self) -> float:
         """Nothing overlaps, as in the engine."""
         return sum(part.seconds for part in self.parts.values())
+
+    @property
+    def mean_s(self) -> float:
+        """Of a step, those on short rows among them."""
+        short_s = self.short.step_s if self.short else 0
+        return (1 - self.share) * self.step_s + self.share * short_s
 
 
 def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
@@ -212,15 +219,26 @@ def make_plan(config: TrainingConfig, shape: ModelConfig, options: PlanOptions) 
 
     device = _device(options)
     at = layout_of(config, shape, options.processes, cpu=options.device == "cpu")
-    return Plan(
-        at=at,
-        memory=peak(at),
-        capacity=(device.memory_gb - options.reserve_gb) * 1e9,
-        flops=train_flops_per_token(shape, at.length),
-        device=device,
-        network_gb_s=options.network_gb_s,
-        kernels=config.kernels,
-    )
+
+    def plan(at: Layout) -> Plan:
+        return Plan(
+            at=at,
+            memory=peak(at),
+            capacity=(device.memory_gb - options.reserve_gb) * 1e9,
+            flops=train_flops_per_token(shape, at.length),
+            device=device,
+            network_gb_s=options.network_gb_s,
+            kernels=config.kernels,
+        )
+
+    long, rows = plan(at), getattr(config.data, "short", None)
+    if not (rows and rows.sequence_length):
+        return long
+    # As many tokens, in whole rows.
+    in_one = at.length // (at.cp * rows.sequence_length)
+    short = plan(replace(at, rows=at.rows * in_one, length=rows.sequence_length, cp=1))
+    memory = max(long.memory, short.memory, key=lambda m: m.device)
+    return replace(long, memory=memory, short=short, share=rows.share)
 
 
 def _device(options: PlanOptions) -> Device:
@@ -264,7 +282,7 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     passes = _layers(at, "E")
     # Rows go and come back; so do their gradients; recomputation sends the rows once more. The
     # fp32 weight of a row goes along, and its gradient comes back.
-    again = "E" in at.recompute
+    again = "E" in at.recomputed
     slot = (6 if again else 4) * cfg.expert_size * at.width + (3 if again else 2) * 4
     slots = at.tokens * at.accumulation * passes * cfg.num_experts_per_tok
 
@@ -296,83 +314,10 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
     }
 
 
-def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
-    """What makes a run fit, one change after the other, each with the memory it leads to.
-
-    Tried in this order: ZeRO-2, smaller micro-batches, recomputation, more expert parallelism,
-    more processes; and, since it changes what is learnt, at last shorter samples. A change that
-    takes no memory away is left out. Ends with the first that fits; if none does, says so.
-    """
-    config, options = deepcopy(config), replace(options)
-    at = make_plan(config, shape, options)
-    for name, change in _candidates(config, shape, options):
-        tried = deepcopy(config), replace(options)
-        _apply(change, *tried)
-        try:
-            found = make_plan(tried[0], shape, tried[1])
-        except UserError:
-            continue
-        if found.needed > 0.98 * at.needed:
-            continue
-        _apply(change, config, options)  # which the next candidates go on from
-        at = found
-        yield f"{name}: {gb(found.needed)}" + (", fits" if found.fits else "")
-        if found.fits:
-            return
-    while config.data.sequence_length >= 2 * _SHORTEST:
-        config.data.sequence_length //= 2
-        with suppress(UserError):
-            found = make_plan(config, shape, options)
-            if found.fits:
-                shorter = f"--data.sequence_length {config.data.sequence_length}"
-                yield f"{shorter}, of which less is learnt: {gb(found.needed)}, fits"
-                return
-    yield (
-        "even so it does not fit, nor with a smaller data.sequence_length: take still more "
-        "processes, or a device with more memory"
-    )
-
-
-def _apply(change: dict[str, int | str], config: TrainingConfig, options: PlanOptions) -> None:
-    for key, value in change.items():
-        section, _, field = key.partition(".")
-        setattr(options if section == "plan" else getattr(config, section), field, value)
-
-
-def _candidates(
-    config: TrainingConfig, shape: ModelConfig, options: PlanOptions
-) -> Iterator[tuple[str, dict[str, int | str]]]:
-    if config.parallel.stage(options.processes) == 1:
-        yield "--parallel.zero 2", {"parallel.zero": 2}
-    micro = config.train.micro_batch_size
-    while micro > 1 and micro % 2 == 0:
-        micro //= 2
-        yield f"--train.micro_batch_size {micro}", {"train.micro_batch_size": micro}
-    for letters in ("E", "ME", "ME*-"):
-        if set(letters) > set(config.train.recompute) - {"e"}:
-            yield f'--train.recompute "{letters}"', {"train.recompute": letters}
-    ep, processes = config.parallel.ep, options.processes
-    while shape.n_routed_experts % (2 * ep) == 0 and processes % (2 * ep) == 0:
-        ep *= 2
-        yield f"--parallel.ep {ep}", {"parallel.ep": ep}
-    batch = config.train.global_batch_size
-    for _ in range(6):
-        processes *= 2
-        change: dict[str, int | str] = {"plan.processes": processes}
-        if shape.n_routed_experts % (2 * ep) == 0:
-            ep *= 2
-            change["parallel.ep"] = ep
-        words = f"{processes} processes, --parallel.ep {ep}"
-        if batch % (processes * config.train.micro_batch_size):
-            batch *= 2
-            change["train.global_batch_size"] = batch
-            words += f", --train.global_batch_size {batch}"
-        yield words, change
-
-
 def _lines(
     found: Plan, config: TrainingConfig, shape: ModelConfig, options: PlanOptions
 ) -> Iterator[str]:
+    from nemo_hybrid.commands.fit import changes
     from nemo_hybrid.train.flops import parameter_counts
 
     at, memory = found.at, found.memory
@@ -388,7 +333,7 @@ def _lines(
         f"{at.processes} x {options.device}, EP {at.ep}, "
         f"{f'CP {at.cp}, ' if at.cp > 1 else ''}ZeRO-{at.zero}, "
         f"{config.precision.recipe}{' (planned as bf16)' if config.precision.low else ''}, "
-        f"recompute {at.recompute or 'nothing'}"
+        f"recompute {at.recompute or 'nothing'}{f', tiles of {at.tile} tokens' if at.tile else ''}"
     )
     yield (
         f"{at.rows} x {at.length} tokens per micro-batch"
@@ -402,6 +347,7 @@ def _lines(
     yield (
         f"  in CPU memory: checkpoint copy {gb(memory.host_copy)} (process 0), building the model "
         f"{gb(4 * local)}"
+        f"{f', inputs of layers {gb(memory.offloaded)}' if at.offload else ''}"
     )
     room = f"{gb(found.capacity)} ({options.reserve_gb:g} GB reserved)"
     if found.fits:
@@ -427,10 +373,15 @@ def _lines(
         f"({found.flops / 1e9:.4g} GFLOP per token), MFU "
         f"{rate * found.flops / (found.device.matmul_tflops * 1e12):.1%}"
     )
+    if (short := found.short) is not None:
+        yield (
+            f"  a step on rows of {short.at.length} tokens {short.step_s:.3f} s; {found.share:g} "
+            f"of the steps are such: {found.tokens / found.mean_s:,.0f} tokens/s per process"
+        )
     if (steps := config.train.max_steps) and command != "rl":
         stages = config.train.batch_sizes(at.length).split(steps)
         per_pass = at.rows * at.processes // at.cp
-        hours = sum(n * found.of(size // per_pass).step_s for n, size in stages) / 3600
+        hours = sum(n * found.of(size // per_pass).mean_s for n, size in stages) / 3600
         kept = config.checkpoint.keep
         yield (
             "the whole run, "

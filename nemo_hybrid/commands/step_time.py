@@ -74,9 +74,9 @@ _UPDATE = (
 class Even(AllToAllDispatcher):
     """Sends every process as many rows; the network takes no time, that is planned apart."""
 
-    def __init__(self, experts: int, ep_size: int, slots: int) -> None:
-        super().__init__(experts, ep_size, 0)
-        self.slots = slots
+    def forward(self, x_TL: Tensor, topk_ids_TK: Tensor, *given: Any) -> Tensor:
+        self.slots = topk_ids_TK.numel()
+        return super().forward(x_TL, topk_ids_TK, *given)
 
     def exchange(self, *_: Any) -> None:
         pass
@@ -178,14 +178,13 @@ def _accumulate(gradient: Tensor, parameter: Tensor) -> None:
 
 def _model(cfg: ModelConfig, at: Layout) -> HybridLM:
     shape = HybridConfig(*(getattr(cfg, f.name) for f in fields(ModelConfig)))
-    slots = at.tokens * cfg.num_experts_per_tok
     with torch.device("meta"):
-        even = Even(cfg.n_routed_experts, at.ep, slots) if at.ep > 1 else None
+        even = Even(cfg.n_routed_experts, at.ep, 0) if at.ep > 1 else None
         parts = Apart(at.cp) if at.cp > 1 else None
         model = HybridLM(shape, dispatcher=even, sequence=parts).to(
             torch.float32 if at.width == 4 else torch.bfloat16
         )
-    recompute_layers(model, at.recompute)
+    recompute_layers(model, at.recompute, at.tile)
     return model
 
 

@@ -15,13 +15,13 @@ import torch
 
 from cli import plan_memory
 from helpers.corpus import TINY_MODEL, write_corpus
-from helpers.plans import CONFIG, MODELS, family, layout, run
+from helpers.plans import CONFIG, MODELS, layout, run
 from helpers.processes import run_python
 from nemo_hybrid.chips import DEVICES
 from nemo_hybrid.cli import main
-from nemo_hybrid.commands import plan
+from nemo_hybrid.commands.fit import changes
 from nemo_hybrid.commands.memory import Group, Layout, groups_of, layout_of, moments, peak
-from nemo_hybrid.commands.plan import Part, PlanOptions, changes, gb, make_plan
+from nemo_hybrid.commands.plan import Part, PlanOptions, gb, make_plan
 from nemo_hybrid.commands.step_time import count, paths_of
 from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
@@ -381,55 +381,6 @@ def test_measured_peaks(tmp_path: Path, record_property: Callable[[str, object],
         assert {r["weights"] for r in real} == {predicted.weights}
         # A kind of more than a third of it cannot be missing: 1.2 x 2/3 is 0.8.
         assert predicted.device == pytest.approx(measured, rel=0.2)
-
-
-# ---- rows divided over processes -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "length", "cp", "states", "heads"),
-    [
-        ("super", 1 << 17, 8, 7.4e6, 294e6),
-        ("super", 1 << 20, 32, 8.2e6, 1040e6),
-        ("nano", 1 << 20, 16, 4.0e6, None),
-        ("ultra", 1 << 20, 64, 16.6e6, None),
-    ],
-)
-def test_exchanges_of_divided_rows(
-    name: str, length: int, cp: int, states: float, heads: float | None
-) -> None:
-    """Bytes of one layer and pass against figures worked out for these models by hand: states do
-    not grow with the row, queries, keys and values do."""
-    shape = family(name)
-    config = run(length=length, micro_batch_size=1)
-    config.parallel = replace(config.parallel, cp=cp, ep=1)
-    config.train.global_batch_size = 1
-    at = layout_of(config, shape, cp, cpu=False)
-    sizes = {letter: size / 2 * (1 - 1 / cp) for letter, _, size in plan._of_parts(at)}
-    # The way to the next process is no all-to-all: the end of the part before goes as a whole.
-    assert sizes["M"] == pytest.approx(states, rel=0.02)
-    if heads:
-        assert sizes["*"] == pytest.approx(heads, rel=0.02)
-    again = {c: s for c, _, s in plan._of_parts(replace(at, recompute="M"))}
-    assert again["M"] == pytest.approx(3 * sizes["M"] / (1 - 1 / cp))
-    assert list(plan._of_parts(replace(at, cp=1))) == []
-
-
-def test_the_smallest_layout_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--parallel.ep 8 --train.micro_batch_size 1 --train.global_batch_size 64"
-    words += f" --model {MODELS / 'nano.yaml'} --data.sequence_length 262144 --plan.processes 64"
-    assert main(["plan", *words.split(), "--plan.device", "h100", "--plan.fit"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    sizes = {line.split()[0]: line.split()[1].strip(":") for line in said[1:-1]}
-    assert said[-1].startswith("take --parallel.cp ")
-    cp, letters = re.search(r"cp (\d+) --train.recompute '(.*)':", said[-1]).groups()  # type: ignore[union-attr]
-    assert min(int(n) for n in sizes.values() if n != "-") == int(cp)
-    # What is proposed fits, and half of it does not.
-    taken = [*words.split(), "--plan.device", "h100", "--train.recompute", letters]
-    main(["plan", *taken, "--parallel.cp", cp])
-    assert "\nfits: " in capsys.readouterr().out
-    main(["plan", *taken, "--parallel.cp", str(int(cp) // 2)])
-    assert "\ndoes not fit: " in capsys.readouterr().out
 
 
 def test_sizes_in_words() -> None:
