@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import deepspeed.ops
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ _GROUP_FUNCTIONS = (
     "_get_expert_parallel_group",
     "_get_expert_parallel_group_dict",
 )
+_OPTIONS = ("compute_grad_norm", "parameter_alignment")
 _ZERO_FIELDS = (
     "_release_preflattened_grad_buffers",
     "all_grad_tensors",
@@ -39,6 +41,7 @@ def check_library() -> None:
     """Raise RuntimeError, naming the tested version, unless the library has what we call."""
     _require("its groups", groups, _GROUP_FUNCTIONS)
     _require("its operations", deepspeed.ops, ("__compatible_ops__",))
+    _require("its options of ZeRO", DeepSpeedZeroConfig(), _OPTIONS)
 
 
 def without_shm_comm() -> None:

@@ -67,6 +67,14 @@ def test_a_changed_optimizer_is_named(name: str) -> None:
         private.ZeroOptimizer(raw)
 
 
+def test_a_version_without_our_options_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    private.check_library()
+    older = SimpleNamespace(parameter_alignment=False)
+    monkeypatch.setattr(private, "DeepSpeedZeroConfig", lambda: older)
+    with pytest.raises(RuntimeError, match="lacks compute_grad_norm in its options of ZeRO"):
+        private.check_library()
+
+
 def test_state_is_that_of_the_optimizer_and_lies_beside_the_parameter() -> None:
     parameter = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.AdamW([parameter], fused=True)
