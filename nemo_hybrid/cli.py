@@ -35,7 +35,7 @@ OTHER_RANKS_WAIT_S = 3.0
 TOP_OPTIONS = {
     "--help": "Show this help.",
     "--version": "Show the version, and the commit.",
-    "--completion": "Show a script that lets bash complete commands and options.",
+    "--completion": "Show a script that lets bash and zsh complete commands and options.",
 }
 
 

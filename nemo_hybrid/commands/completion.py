@@ -1,4 +1,4 @@
-"""`--completion`: commands, options and their choices for bash, in a script that asks no Python."""
+"""`--completion`: commands, options and their choices for bash and zsh; no Python runs for it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 _SCRIPT = """\
+if [[ -n ${{ZSH_VERSION-}} ]]; then
+    autoload -Uz compinit bashcompinit && compinit -u && bashcompinit
+fi
 _nemo_hybrid() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}}
-    local command='' words='' said
-    for said in "${{COMP_WORDS[@]:1:COMP_CWORD - 1}}"; do
+    local command='' offered='' said
+    for said in "${{COMP_WORDS[@]:1:$((COMP_CWORD - 1))}}"; do
         case $said in
             launch) command=launch ;;
             {names}) command=$said; break ;;
@@ -18,11 +21,11 @@ _nemo_hybrid() {{
     case $command in
 {options}
     esac
-    [[ $before != --* || $word == -* ]] || words=''  # a value: of a file, unless it is a choice
+    [[ $before != --* || $word == -* ]] || offered=''  # a value: of a file, unless it is a choice
     case $command$before in
 {choices}
     esac
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
 }}
 complete -o default -F _nemo_hybrid {prog}
 """
@@ -53,5 +56,5 @@ def _choices(hint: Any) -> Sequence[str]:
 
 def _cases(words: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(
-        f"        {case}) words='{' '.join(found)}' ;;" for case, found in words.items()
+        f"        {case}) offered='{' '.join(found)}' ;;" for case, found in words.items()
     )
