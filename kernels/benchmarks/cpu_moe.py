@@ -2,10 +2,16 @@
 
 Both sides get the same tokens, routing and weights. Before anything is timed, output and gradients
 of each are compared with a computation in float64.
+
+    python kernels/benchmarks/cpu_moe.py      # this project's paths and transformers', by shape
+
+prints the least CPU time of each in turns, by one thread, which other work on a machine disturbs
+less than the clock on the wall.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +19,7 @@ from typing import Any
 
 import torch
 from measuring import Meter, deviation
-from moe_peers import transformers_layer
+from moe_peers import nemo_kernels_layer, transformers_layer
 from moe_problem import UNIFORM, Problem, Shape, draw
 from torch import Tensor
 
@@ -99,3 +105,36 @@ def summary(result: dict[str, Any]) -> str:
             f"**{result['speedups'][dtype]:.2f} x**."
         )
     return "\n".join(lines)
+
+
+SHAPES = (
+    Shape("16 of 64 x 128", 2048, 256, 16, 4, 64, 128),
+    Shape("128 of 64 x 64", 2048, 256, 128, 8, 64, 64),
+    Shape("32 of 512 x 512", 1024, 1024, 32, 4, 512, 512),
+    Shape("16 of 1024 x 1024", 512, 2048, 16, 2, 1024, 1024),
+)
+"""Experts of width x inner width."""
+
+
+def least_ms(shape: Shape, dtype: str, seconds: float = 8.0) -> dict[str, float]:
+    """CPU time of output and gradients, by path, and of transformers' grouped_mm."""
+    p = draw(shape, UNIFORM, "cpu", getattr(torch, dtype))
+    layers = {name: nemo_kernels_layer(name, p) for name in ("reference", "grouped_mm")}
+    layers["transformers"] = transformers_layer("grouped_mm", p)
+    least = dict.fromkeys(layers, float("inf"))
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop or float("inf") in least.values():
+        for name, layer in layers.items():
+            began = time.process_time()
+            _with_gradients(layer, p)
+            least[name] = min(least[name], 1e3 * (time.process_time() - began))
+    return least
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("| experts | dtype | reference | grouped_mm | transformers |\n|---|---|---:|---:|---:|")
+    for shape in SHAPES:
+        for dtype in TOLERANCES:
+            row = " | ".join(f"{ms:.1f}" for ms in least_ms(shape, dtype).values())
+            print(f"| {shape.name} | {dtype} | {row} |", flush=True)
