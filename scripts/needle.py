@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Does a long-context phase make a model find what it read 16,384 tokens before?
 
-A tiny model learns, in rows of 32 to 512 tokens, to answer questions about key-value pairs
-that lie in random filler. Then it goes on (continue_from) with rows of 16,384 tokens that alternate
-with rows of 512 (data.short), over two processes (parallel.cp); and, as a control, with rows of 512
-alone that hold as many tokens.
-Prints accuracy by length and by distance, and whether what is asked of it holds; OUT/figures.json
-has every figure. Random answers are right once in 32 times.
+A tiny model learns, in rows of 16 to 512 tokens, to answer questions about key-value pairs that
+lie in random filler. Then it goes on (continue_from) with
+rows of 16,384 tokens that alternate with rows of 512 (data.short), divided over processes
+(parallel.cp); and, as a control, with rows of 512 alone that hold as many tokens.
+
+Then every model answers questions, rows being divided over as many processes, and prints accuracy
+by length, by distance, and with the border between processes closed: each process then reads its
+part without any exchange, so that neither states nor convolutions' inputs nor keys and values of
+the first part reach the questions, which stand at the end of the last one. Random answers are right
+once in 32 times, and one of the row's values once in 8.
+
+OUT/figures.json has every figure. Status 1 where what is asked of them does not hold.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import numpy as np
 import torch
 
 from nemo_hybrid.checkpoint.companions import Companions
+from nemo_hybrid.checkpoint.load import load
 from nemo_hybrid.checkpoint.steps import resolve
 from nemo_hybrid.config.read import dump_config, load_config
 from nemo_hybrid.config.run import (
@@ -39,23 +46,27 @@ from nemo_hybrid.config.run import (
 )
 from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.files import replace_file
+from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.pretrain import Pretrain
 from nemo_hybrid.train.run import Run
+from nemo_kernels.documents import Shard, divided
 
-VALUES, KEYS, FILLER = 32, 64, 32
+VALUES, KEYS, FILLER = 32, 16, 32
 PAIRS = 8
-"""Of a row: as many needles, and as many questions at its end."""
+"""Needles of a row that is measured, and questions at its end."""
 MODEL = {
-    "pattern": "ME*M*",
+    "pattern": "M*E",
     "vocab_size": VALUES + KEYS + FILLER,
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
-    "mamba_num_heads": 8,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
     "mamba_head_dim": 16,
-    "ssm_state_size": 16,
+    "ssm_state_size": 8,
     "n_groups": 2,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -64,7 +75,8 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 64,
     "mtp_num_depths": 0,
     "eos_token_id": 0,
-    "initializer_range": 0.1,
+    "initializer_range": 0.03,
+    "chunk_size": 16,
 }
 
 
@@ -74,6 +86,7 @@ class Stage(NamedTuple):
     length: int
     rows: int
     steps: int
+    pairs: int = PAIRS
 
 
 class Sizes(NamedTuple):
@@ -87,19 +100,19 @@ class Sizes(NamedTuple):
     questions: int
 
 
+LEARNING = (Stage(16, 128, 900, 4), Stage(32, 64, 100))
+"""Steps in which a model begins to look for what it is asked, instead of guessing among the values
+that it has not yet seen asked for: rows without filler, then twice as many pairs. From longer rows
+it learns that later or never."""
 WHOLE = Sizes(
-    stages=(Stage(32, 64, 300), Stage(64, 48, 200), Stage(192, 24, 200), Stage(512, 16, 300)),
+    stages=(*LEARNING, Stage(64, 48, 75), Stage(192, 24, 75), Stage(512, 16, 75)),
     long=Stage(16_384, 1, 32),
     short=512,
-    lengths=(512, 4096, 8192, 16_384, 32_768),
+    lengths=(512, 4096, 16_384),
     questions=256,
 )
 QUICK = Sizes(
-    stages=(Stage(32, 64, 100),),
-    long=Stage(512, 1, 8),
-    short=32,
-    lengths=(32, 128, 512),
-    questions=64,
+    stages=LEARNING, long=Stage(512, 1, 8), short=32, lengths=(32, 128, 512), questions=64
 )
 
 
@@ -114,16 +127,16 @@ class Row(NamedTuple):
     """There: tokens since the key was met."""
 
 
-def make_row(sample: int, length: int, seed: int) -> Row:
+def make_row(sample: int, length: int, seed: int, pairs: int = PAIRS) -> Row:
     """Pairs of a key and its value at random places of the filler; then the keys once more, each
     followed by its value, the answer."""
     draw = np.random.default_rng((seed, length, sample))
-    body = length - 2 * PAIRS
+    body = length - 2 * pairs
+    keys, values = VALUES + draw.choice(KEYS, pairs, replace=False), draw.integers(0, VALUES, pairs)
     ids_S = draw.integers(VALUES + KEYS, VALUES + KEYS + FILLER, length)
     asked_S, distance_S = np.zeros(length, bool), np.zeros(length, int)
-    places = 2 * draw.choice(body // 2, PAIRS, replace=False)
-    keys, values = VALUES + draw.choice(KEYS, PAIRS, replace=False), draw.integers(0, VALUES, PAIRS)
-    for at in (places, body + 2 * draw.permutation(PAIRS)):
+    places = 2 * draw.choice(body // 2, pairs, replace=False)
+    for at in (places, body + 2 * draw.permutation(pairs)):
         ids_S[at], ids_S[at + 1] = keys, values
         distance_S[at + 1] = at - places
     asked_S[body + 1 :: 2] = True
@@ -131,17 +144,24 @@ def make_row(sample: int, length: int, seed: int) -> Row:
 
 
 class Needles:
-    """Rows by number, as training and data.short read them."""
+    """Rows by number, as training and data.short read them; ``path``: see `path_of`."""
 
     tokens = 0
     tokenizer_dir = Path()
     tokenizer_sha256 = ""
-    digests = ("needles",)
     weights = (1.0,)
     later_weights = None
 
+    def __init__(self, path: str) -> None:
+        self.digests = (Path(path).name,)
+        self.pairs = int(self.digests[0].rpartition("_")[-1])
+
+    @staticmethod
+    def path_of(pairs: int = PAIRS) -> str:
+        return f"needles_{pairs}"
+
     def rows(self, samples: Sequence[int], sequence_length: int, seed: int) -> Batch:
-        made = [make_row(sample, sequence_length, seed) for sample in samples]
+        made = [make_row(sample, sequence_length, seed, self.pairs) for sample in samples]
         packs = [[(row.ids_S, row.asked_S)] for row in made]
         return Batch.from_packs(packs, sequence_length, 0, tuple(samples))
 
@@ -150,9 +170,11 @@ class Searching(Pretrain):
     """Pre-training that reads needles."""
 
     def _open_rows(self, world: World) -> Any:
-        if self.config.data.short.sequence_length:
-            self.short = Needles()  # type: ignore[assignment]
-        return Needles()
+        data = self.config.data
+        if data.short.path:
+            self.short = Needles(data.short.path)  # type: ignore[assignment]
+        assert data.path
+        return Needles(data.path)
 
     def companions(self) -> Companions:
         return Companions()
@@ -171,45 +193,65 @@ class Answers(NamedTuple):
     right_Q: np.ndarray
 
     def accuracy(self, near: float = 0, far: float = np.inf) -> float:
-        return float(self.right_Q[(self.distance_Q > near) & (self.distance_Q <= far)].mean())
+        right_Q = self.right_Q[(self.distance_Q > near) & (self.distance_Q <= far)]
+        return float(right_Q.mean()) if len(right_Q) else float("nan")
+
+
+class Part(NamedTuple):
+    """Which of how many parts of every row a process has."""
+
+    number: int
+    parts: int
+
+    def sizes(self, length: int) -> list[int]:
+        return divided(length, self.parts)
 
 
 @torch.no_grad()
-def answers(model: Any, length: int, questions: int, seed: int, closed: bool = False) -> Answers:
-    """``closed``: nothing of a row's first half can be seen from its second half."""
-    found: list[np.ndarray] = []
+def answers(
+    model: Any, length: int, questions: int, seed: int, part: Part, closed: bool = False
+) -> Answers:
+    """Of the process that has the last part of every row, and with it the questions; none of the
+    others. All processes call it.
+
+    ``closed``: each takes its part for a row of its own, and nothing is exchanged.
+    """
+    found, sizes = [np.empty((2, 0), int)], part.sizes(length)
+    low = sum(sizes[: part.number])
+    tokens = slice(low, low + sizes[part.number])
     for sample in range(-(-questions // PAIRS)):
         row = make_row(sample, length, seed)
-        parts = np.split(np.arange(length), [length // 2] if closed else [])
-        pack = [(row.ids_S[part], row.asked_S[part]) for part in parts]
-        batch = Batch.from_packs([pack], length, 0)
-        h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.packing)
-        asked_S = torch.from_numpy(row.asked_S).nonzero()[:, 0]
-        guessed = model.lm_head(h_BSD[0, asked_S - 1]).argmax(-1)
-        right = (guessed == batch.ids_BS[0, asked_S]).numpy()
-        found.append(np.stack([row.distance_S[row.asked_S], right]))
+        batch = Batch.from_packs([[(row.ids_S, row.asked_S)]], length, 0)
+        shard = None
+        if part.parts > 1 and not closed:
+            reach = model.config.conv_kernel - 1
+            shard = Shard.cut(batch.documents, sizes, part.number, reach)
+        ids_T = batch.ids_BS[0, tokens]
+        h_BTD, _ = model.forward_hidden(ids_T[None], shard)
+        asked_Q = row.asked_S[tokens].nonzero()[0]
+        right_Q = model.lm_head(h_BTD[0, asked_Q - 1]).argmax(-1) == ids_T[asked_Q]
+        found.append(np.stack([row.distance_S[tokens][asked_Q], right_Q.numpy()]))
     distance_Q, right_Q = np.concatenate(found, 1)
     return Answers(distance_Q, right_Q.astype(bool))
 
 
-def measure(directory: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
-    """Accuracies of a checkpoint: by length, and of the long rows by distance and with the border
-    closed."""
-    from nemo_hybrid.hub import HybridLM
-
-    model, long = HybridLM.from_hf(str(resolve(directory))).eval(), sizes.long.length
-    by_length = {n: answers(model, n, sizes.questions, seed) for n in sizes.lengths}
+def measure(model: Any, sizes: Sizes, seed: int, part: Part) -> dict[str, Any]:
+    """Accuracies by length, and of the long rows by distance and with the borders closed; of what
+    the last part's process answers. All processes call it."""
+    long, last = sizes.long.length, part.sizes(sizes.long.length)[-1]
+    by_length = {n: answers(model, n, sizes.questions, seed, part) for n in sizes.lengths}
+    closed = answers(model, long, sizes.questions, seed, part, closed=True)
     quarters = {
         f"{q}/4 to {q + 1}/4": by_length[long].accuracy(q * long / 4, (q + 1) * long / 4)
         for q in range(4)
     }
-    closed = answers(model, long, sizes.questions, seed, closed=True)
     return {
+        "questions": {str(n): len(found.right_Q) for n, found in by_length.items()},
         "by_length": {str(n): found.accuracy() for n, found in by_length.items()},
         "by_distance": quarters,
-        "closed, beyond the border": closed.accuracy(near=long / 2),
-        "closed, before it": closed.accuracy(far=long / 2 - 2 * PAIRS),
-        "open, beyond the border": by_length[long].accuracy(near=long / 2),
+        "closed, beyond the border": closed.accuracy(near=last),
+        "closed, before it": closed.accuracy(far=last - 2 * PAIRS),
+        "open, beyond the border": by_length[long].accuracy(near=last),
     }
 
 
@@ -221,7 +263,7 @@ def configuration(out: Path, stage: Stage, seed: int, lr: float, from_: Path | N
         run_dir=str(out),
         continue_from=None if from_ is None else str(from_),
         model=ModelOptions(**({} if from_ else MODEL)),
-        data=DataOptions(path="needles", sequence_length=stage.length),
+        data=DataOptions(path=Needles.path_of(stage.pairs), sequence_length=stage.length),
         train=PretrainOptions(
             max_steps=stage.steps,
             seed=seed,
@@ -242,25 +284,28 @@ def configuration(out: Path, stage: Stage, seed: int, lr: float, from_: Path | N
     )
 
 
-def run(config: RunConfig, processes: int) -> Path:
-    """Train in processes of their own; the run's directory."""
+def in_processes(processes: int, *words: str) -> None:
+    """This script with other words."""
     from nemo_hybrid.commands.launch import launch
 
+    status = launch(processes, [sys.executable, str(Path(__file__).absolute()), *words])
+    if status:
+        raise SystemExit(status)
+
+
+def run(config: RunConfig, processes: int) -> Path:
+    """Train in processes of their own; the run's directory."""
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory.with_suffix(".yaml")
     file.write_text(dump_config(config))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    status = launch(processes, [sys.executable, str(Path(__file__).absolute()), "--run", str(file)])
-    if status:
-        raise SystemExit(status)
+    in_processes(processes, "--run", str(file))
     return directory
 
 
 def worker(file: Path) -> None:
     from nemo_hybrid.train.loop import train
 
-    torch.set_num_threads(1)
     train(Searching(load_config([file])), os.getppid())
 
 
@@ -268,29 +313,43 @@ def base_of(out: Path, sizes: Sizes) -> Path:
     """The model that has learnt with short rows; what is there already is not made again."""
     last: Path | None = None
     for number, stage in enumerate(sizes.stages):
-        config = configuration(out / f"base_{stage.length}", stage, number, 3e-3, last)
+        config = configuration(out / f"base_{number}", stage, number, 2e-3, last)
         last = run(config, 1)
     assert last is not None
     return last
 
 
-def phases(out: Path, sizes: Sizes, base: Path, seed: int, cp: int) -> dict[str, Any]:
-    """What the long rows of a seed make of the model, and as many tokens in short rows."""
-    found: dict[str, Any] = {}
+def phases(out: Path, sizes: Sizes, base: Path, seed: int, cp: int) -> dict[str, Path]:
+    """The runs that went on with the long rows of a seed, and with as many tokens in short rows."""
     long = configuration(out / f"long_{seed}", sizes.long, seed, 1e-3, base)
-    short = ShortOptions(sequence_length=sizes.short, path="needles")
+    short = ShortOptions(sequence_length=sizes.short, path=Needles.path_of())
     long = replace(
         long, data=replace(long.data, short=short), parallel=replace(long.parallel, cp=cp)
     )
     rows = sizes.long.rows * sizes.long.length // sizes.short
     stage = Stage(sizes.short, rows, sizes.long.steps)
     control = configuration(out / f"control_{seed}", stage, seed, 1e-3, base)
-    for name, config, processes in (("long", long, cp), ("control", control, 1)):
-        began = time.monotonic()
-        directory = run(config, processes)
-        found[name] = {"seconds": time.monotonic() - began}
-        found[name] |= measure(directory, sizes, 1000 + seed)
+    return {"long": run(long, cp), "control": run(control, 1)}
+
+
+def measured(directory: Path, quick: bool, seed: int, cp: int) -> dict[str, Any]:
+    """What is in the directory after processes have measured its model, unless it is already."""
+    file = directory / "needles.json"
+    if not file.exists():
+        words = ["--measure", str(directory), "--seed", str(seed), "--cp", str(cp)]
+        in_processes(cp, *words, *["--quick"] * quick)
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
+
+
+def measurer(directory: Path, sizes: Sizes, seed: int, cp: int) -> None:
+    world = World.start(cp)
+    sequence = SequenceShards.of(world)
+    model, _ = load(resolve(directory), build=lambda config: HybridLM(config, sequence=sequence))
+    found = measure(model, sizes, seed, Part(world.part, cp))
+    if world.part == cp - 1:
+        replace_file(directory / "needles.json", json.dumps(found, indent=1).encode())
+    World.stop()
 
 
 def lines(figures: dict[str, Any], sizes: Sizes) -> Iterator[str]:
@@ -312,7 +371,14 @@ def lines(figures: dict[str, Any], sizes: Sizes) -> Iterator[str]:
         yield f"{name:12}" + "".join(f"{a:9.3f}" for a in pair)
 
 
-def judged(figures: dict[str, Any], sizes: Sizes) -> list[tuple[str, float, str, bool]]:
+class Bar(NamedTuple):
+    name: str
+    value: float
+    bar: str
+    holds: bool
+
+
+def judged(figures: dict[str, Any], sizes: Sizes) -> list[Bar]:
     """What is asked of the whole run: figure, bar, and whether it holds."""
     length, short = str(sizes.long.length), str(sizes.short)
     seeds = list(figures["seeds"].values())
@@ -328,38 +394,57 @@ def judged(figures: dict[str, Any], sizes: Sizes) -> list[tuple[str, float, str,
         (f"worst at {short} afterwards", min(kept), ">=", 0.95),
     ]
     return [
-        (name, value, f"{sign} {bar}", value >= bar if sign == ">=" else value <= bar)
+        Bar(name, value, f"{sign} {bar}", value >= bar if sign == ">=" else value <= bar)
         for name, value, sign, bar in found
     ]
 
 
-def main() -> None:
+def verdict(bars: Sequence[Bar]) -> int:
+    """Says which bars hold. The status: 1 where one does not."""
+    for name, value, bar, holds in bars:
+        print(f"{name:28} {value:6.3f} {bar:8} {'holds' if holds else 'DOES NOT HOLD'}")
+    return 0 if all(bar.holds for bar in bars) else 1
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="directory of the runs; they go on there")
     parser.add_argument("--seeds", type=int, default=3, help="of the rows of the long phase")
-    parser.add_argument("--cp", type=int, default=2, help="processes over which long rows go")
-    parser.add_argument("--quick", action="store_true", help="up to 512 tokens: shows that it runs")
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--cp", type=int, choices=(2, 4), default=2, help="processes over which long rows go"
+    )
+    parser.add_argument("--quick", action="store_true", help="up to 512 tokens, no bars")
+    for hidden in ("--run", "--measure"):
+        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     words = parser.parse_args()
-    if words.run:
-        worker(words.run)
-        return
-    if not words.out:
-        parser.error("--out is missing")
     torch.set_num_threads(1)
     sizes, began = QUICK if words.quick else WHOLE, time.monotonic()
+    if words.run:
+        worker(words.run)
+        return 0
+    if words.measure:
+        measurer(words.measure, sizes, words.seed, words.cp)
+        return 0
+    if not words.out:
+        parser.error("--out is missing")
     base = base_of(words.out, sizes)
-    figures: dict[str, Any] = {"base": measure(base, sizes, 1000), "seeds": {}}
-    figures["base"]["seconds"] = time.monotonic() - began
+    figures: dict[str, Any] = {"base": measured(base, words.quick, 1000, words.cp), "seeds": {}}
     for seed in range(words.seeds):
-        figures["seeds"][str(seed)] = phases(words.out, sizes, base, 78 + seed, words.cp)
+        runs = phases(words.out, sizes, base, 78 + seed, words.cp)
+        figures["seeds"][str(seed)] = {
+            name: measured(directory, words.quick, 1001 + seed, words.cp)
+            for name, directory in runs.items()
+        }
     print(*lines(figures, sizes), sep="\n")
-    if not words.quick:  # after which nothing is learnt yet
-        for name, value, bar, holds in judged(figures, sizes):
-            print(f"{name:28} {value:6.3f} {bar:8} {'holds' if holds else 'DOES NOT HOLD'}")
-    print(f"{time.monotonic() - began:.0f} s in all")
-    (words.out / "figures.json").write_text(json.dumps(figures, indent=1))
+    bars = [] if words.quick else judged(figures, sizes)
+    status = verdict(bars)
+    figures["bars"] = [bar._asdict() for bar in bars]
+    figures["seconds"] = time.monotonic() - began
+    print(f"{figures['seconds']:.0f} s in all")
+    replace_file(words.out / "figures.json", json.dumps(figures, indent=1))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
