@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step
+from nemo_hybrid.meter import Meter
+from nemo_kernels.conv1d import causal_conv1d, causal_conv1d_step, reference
 from nemo_kernels.documents import Documents
 
 K = 4
@@ -54,6 +55,33 @@ def test_equals_torch(length):
     t = inputs(length=length)
     for a, b in zip(with_gradients(causal_conv1d, t), with_gradients(by_torch, t), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[23], [9, 14]])
+def test_long_documents_have_their_gradient_piece_by_piece(lengths, monkeypatch):
+    tensors, documents = inputs(length=23), Documents.from_numbers(packed(lengths))
+    whole = with_gradients(lambda *t: causal_conv1d(*t, documents), tensors)
+    monkeypatch.setattr(reference, "_POSITIONS", 5)
+    pieces = with_gradients(lambda *t: causal_conv1d(*t, documents), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(whole[:2], pieces[:2], strict=True))
+    for a, b in zip(whole[2:], pieces[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_of_the_gradient_is_that_of_a_piece(monkeypatch):
+    monkeypatch.setattr(reference, "_POSITIONS", 64)
+
+    def most(length):
+        x_BSC = torch.empty(1, length, 6, device="meta", requires_grad=True)
+        weight_CK, bias_C = torch.empty(6, K, device="meta"), torch.empty(6, device="meta")
+        with Meter() as meter:
+            causal_conv1d(x_BSC, weight_CK.requires_grad_(), bias_C).sum().backward()
+        return meter.peak
+
+    one = 2048 * 6 * 4
+    assert most(4096) - most(2048) < 4 * one
+    monkeypatch.setattr(reference, "_POSITIONS", 4096)
+    assert most(4096) - most(2048) > 6 * one
 
 
 @pytest.mark.parametrize("lengths", [[11], [1, 2, 3, 5], [4, 5, 2], [1] * 11])

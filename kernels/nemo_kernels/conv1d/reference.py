@@ -6,7 +6,7 @@ convolution, whose weight gradient takes some ten times as long, and needs no pa
 document's slices stay in the cache. Computed in fp32, cast at the store.
 
 Shapes: B batch, S sequence, C channels, K kernel width, J = K-1, n tokens of a document, m of the
-longest one.
+longest one or of a piece of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_kernels.documents import Documents
+
+_POSITIONS = 8192
+"""Of longer documents as many at a time have products in the weight's gradient: memory."""
 
 
 def causal_conv1d(
@@ -68,18 +71,21 @@ class _CausalConv1d(torch.autograd.Function):
         dtype = torch.promote_types(x_BSC.dtype, torch.float32)
         weight_KC = weight_CK.t().to(dtype).contiguous()
         longest = max((end - start for _, start, end in ctx.spans), default=0)
+        longest = min(longest, _POSITIONS)
         dz_BSC = torch.ops.aten.silu_backward(dy_BSC, z_BSC)
         dx_BSC = torch.empty(x_BSC.shape, dtype=dtype, device=x_BSC.device)
-        # Products are first added over documents, position by position, then over positions.
+        # Products are first added over documents, and pieces of them, position by position.
         dweight_KmC = x_BSC.new_zeros(len(weight_KC), longest, len(weight_CK), dtype=dtype)
         for row, start, end in ctx.spans:
             n = end - start
             x_nC, dz_nC = x_BSC[row, start:end].to(dtype), dz_BSC[row, start:end].to(dtype)
             dx_nC = torch.mul(dz_nC, weight_KC[-1], out=dx_BSC[row, start:end])
-            dweight_KmC[-1, :n].addcmul_(x_nC, dz_nC)
-            for j in range(1, min(len(weight_KC), n)):
-                dx_nC[:-j].addcmul_(dz_nC[j:], weight_KC[-1 - j])
-                dweight_KmC[-1 - j, : n - j].addcmul_(x_nC[:-j], dz_nC[j:])
+            for j in range(min(len(weight_KC), n)):
+                if j:
+                    dx_nC[:-j].addcmul_(dz_nC[j:], weight_KC[-1 - j])
+                pieces = zip(x_nC[: n - j].split(longest), dz_nC[j:].split(longest), strict=True)
+                for x_mC, dz_mC in pieces:
+                    dweight_KmC[-1 - j, : len(x_mC)].addcmul_(x_mC, dz_mC)
         dweight_CK = dweight_KmC.sum(1).t().to(weight_CK.dtype)
         dbias_C = dz_BSC.sum((0, 1), dtype=dtype).to(bias_C.dtype)
         return dx_BSC.to(x_BSC.dtype), dweight_CK, dbias_C, None
