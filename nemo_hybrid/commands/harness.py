@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from nemo_hybrid.commands.command import Command
+from nemo_hybrid.commands.command import Command, check_place
 from nemo_hybrid.commands.generate import Drafts
 from nemo_hybrid.config.base import (
     CHECKED,
@@ -61,10 +61,8 @@ def harness_command(options: HarnessOptions) -> None:
         raise UserError("lm-eval is not installed: pip install nemo-hybrid[harness]")
     out = options.out and Path(options.out)
     if out:
-        refuse(
-            (out.exists(), f"{out} exists already: name another --out"),
-            (not out.parent.is_dir(), f"{out.parent} is no directory, so {out} cannot be written"),
-        )
+        check_place(str(out))
+        refuse((out.exists(), f"{out} exists already: name another --out"))
     from nemo_hybrid.files import replace_file
     from nemo_hybrid.generation.harness import KEPT, find_tasks, scores
 

@@ -49,6 +49,17 @@ OPTIONS_BY_NAME = dict[str, dict[str, Any]]
 """Things that have options of their own, by names that the user gives them."""
 
 
+_MAPPINGS = {
+    GLOBS: "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one",
+    PHASES: 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"',
+    dict[float, int]: 'a mapping of tokens to sequences such as "{2e9: 768, 8e9: 1536}"',
+    NAMED: 'a mapping of names to texts such as "{math: runs/math/model}"',
+    Mapping[str, float]: 'a mapping of names to numbers such as "{math: 0.6, choice: 0.4}"',
+    OPTIONS_BY_NAME: 'a mapping of names to options such as "{arithmetic: {format_reward: 0.1}}"',
+}
+"""Types, without bounds, in words."""
+
+
 class OptionError(UserError):
     """An option whose value cannot be had."""
 
@@ -181,16 +192,4 @@ def type_in_words(hint: Any) -> str:
         return 'a list such as "[q_proj, o_proj]"'
     if get_origin(hint) is Literal:
         return f"one of {', '.join(args)}"
-    if hint == GLOBS:
-        return "a mapping of globs to formats such as \"{'*.o_proj': bf16}\" or a YAML file of one"
-    if hint == PHASES:
-        return 'a mapping of tokens to blends such as "{2e12: {data/a: 0.3, data/b: 0.7}}"'
-    if hint == dict[float, int]:
-        return 'a mapping of tokens to sequences such as "{2e9: 768, 8e9: 1536}"'
-    if hint == NAMED:
-        return 'a mapping of names to texts such as "{math: runs/math/model}"'
-    if hint == SHARES:
-        return 'a mapping of names to numbers such as "{math: 0.6, choice: 0.4}"'
-    if hint == OPTIONS_BY_NAME:
-        return 'a mapping of names to options such as "{arithmetic: {format_reward: 0.1}}"'
-    return "a mapping of paths to numbers"
+    return _MAPPINGS.get(hint, "a mapping of paths to numbers")
