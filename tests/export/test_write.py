@@ -23,6 +23,7 @@ from nemo_hybrid.checkpoint.names import to_hub
 from nemo_hybrid.checkpoint.tensors import TensorFile, tensor_bytes
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import FP32_NAMES
+from nemo_hybrid.export import write
 from nemo_hybrid.export.calibrate import Calibration
 from nemo_hybrid.export.layout import ExportFacts, modules_of
 from nemo_hybrid.export.write import export_directory
@@ -169,6 +170,27 @@ def test_every_tensor(source, tmp_path, target) -> None:
                                    target == "nvfp4" else set())  # fmt: skip
     for errors in facts.errors.values():
         assert 0.05 < errors["four_over_six"] < errors["amax"] < 0.15
+
+
+def test_pieces_of_weights_change_no_byte(tmp_path, source, monkeypatch) -> None:
+    """However many numbers are quantized at once; errors measured on a part of them are near those
+    of all."""
+    assignment = planned(CONFIG, "nvfp4", "conservative", {}, calibrated=False)
+    found, files = [], []
+    for numbers in (write._AT_ONCE, (1 << 10, 1 << 9)):
+        monkeypatch.setattr(write, "_AT_ONCE", numbers)
+        out = tmp_path / str(numbers[0])
+        facts = export_directory(
+            source, out, assignment, target="nvfp4", search="four_over_six", show_progress=False
+        )
+        found.append(facts.errors)
+        files.append([path.read_bytes() for path in sorted(out.glob("*.safetensors"))])
+    assert files[0] == files[1]
+    whole, parts = found
+    assert whole != parts
+    assert whole.keys() == parts.keys()
+    for kind, errors in whole.items():
+        assert parts[kind] == pytest.approx(errors, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
