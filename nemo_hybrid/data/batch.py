@@ -92,14 +92,15 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        if self.shard is not None and self.ahead is not None:
+        if self.shard is not None:
             moved["shard"] = self.shard.to(device)
+        if self.ahead is not None:
             moved["ahead"] = Ahead(*(to_device(t, device) for t in self.ahead))
         return replace(self, documents=self.documents.to(device), **moved)
 
-    def cut(self, part: int, parts: int, reach: int, ahead: Ahead) -> Batch:
+    def cut(self, part: int, parts: int, reach: int, ahead: Ahead | None = None) -> Batch:
         """The part-th of so many parts of every row, on the CPU; the model's convolution reaches
-        ``reach`` tokens back."""
+        ``reach`` tokens back. ``ahead``: of whole rows, where anything is asked of it."""
         sizes = divided(self.ids_BS.shape[1], parts)
         low = sum(sizes[:part])
         tokens = slice(low, low + sizes[part])
@@ -111,7 +112,7 @@ class Batch:
         return replace(
             self,
             shard=Shard.cut(self.documents, sizes, part, reach),
-            ahead=Ahead(*(t[..., tokens] for t in ahead)),
+            ahead=ahead and Ahead(*(t[..., tokens] for t in ahead)),
             **own,
         )
 

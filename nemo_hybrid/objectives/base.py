@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from nemo_hybrid.data.batch import Batch
+from nemo_hybrid.errors import UserError
 
 
 class Normalizer(NamedTuple):
@@ -42,8 +43,17 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def cut(self, batch: Batch, part: int, parts: int, step: int) -> Batch:
-        """One of so many parts of the batch's rows, on the CPU; asked for with parallel.cp."""
+        """One of so many parts of the batch's rows, on the CPU; asked for with parallel.cp, which
+        an objective without this cannot have."""
         raise NotImplementedError
+
+    def check_divided(self) -> None:
+        """Raise UserError where it cannot learn from parts of rows."""
+        if type(self).cut is Objective.cut:
+            raise UserError(
+                f"{type(self).__name__} learns from whole rows alone: set parallel.cp to 1, or "
+                "give it the method `cut` (docs/extending.md)"
+            )
 
     def forward(self, batch: Batch, normalizer: Normalizer) -> LossParts:
         raise NotImplementedError

@@ -66,6 +66,8 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
         probe=probe,
     )
     objective = recipe.objective(model)
+    if world.cp > 1:
+        objective.check_divided()
     groups = parameter_groups(model, config.train)
     engine = Engine(
         objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher

@@ -3,6 +3,7 @@ training loop as it is."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ def test_state_that_is_not_taken_back_would_be_noticed(runs: Path) -> None:
     plain, forgetful = rows(runs, "plain"), rows(runs, "forgetful")
     assert [figures(row) for row in forgetful[:SAVED]] == [figures(row) for row in plain[:SAVED]]
     assert figures(forgetful[-1]) != figures(plain[-1])
+
+
+@pytest.mark.slow
+def test_its_objective_divides_rows(store: Path, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("divided_words.py")
+    one, two = (
+        json.loads(run_python([program, store, tmp_path / str(n)], n)[0].stdout.splitlines()[-1])
+        for n in (1, 2)
+    )
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_without_a_cut_it_says_so(store: Path, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("divided_words.py")
+    for ended in run_python([program, store, tmp_path / "run", "without_cut"], 2):
+        assert "Entropy learns from whole rows alone: set parallel.cp to 1" in ended.stdout
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_pages_are_short() -> None:
