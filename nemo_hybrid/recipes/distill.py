@@ -17,6 +17,7 @@ from nemo_hybrid.data.loader import Rows
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
+from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.model.sequence import Sequences
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.kl import Distilled
@@ -46,6 +47,7 @@ class Distill(Finetune):
         dispatcher = next((layer.dispatcher for layer in layers), None)
         with world.agreed():
             self.teacher = frozen_teacher(self.origin, self.shape, dispatcher, model.sequence)
+        recompute_layers(self.teacher, "", self.config.train.tile)
         return trained
 
     def objective(self, model: HybridLM) -> Objective:
@@ -64,6 +66,7 @@ class Distill(Finetune):
             config.data.sequence_length,
             config.train.seed,
             run.world,
+            run.objective,
         )
         quantization_aware(run.model, formats, seen)
 
@@ -105,12 +108,18 @@ def student_formats(config: FinetuneConfig, shape: HybridConfig) -> Assignment:
 
 @torch.no_grad()
 def teacher_inputs(
-    teacher: HybridLM, assignment: Assignment, rows: Rows, length: int, seed: int, world: World
+    teacher: HybridLM,
+    assignment: Assignment,
+    rows: Rows,
+    length: int,
+    seed: int,
+    world: World,
+    objective: Objective,
 ) -> dict[str, Tensor]:
     """Place -> the largest magnitude, fp32 scalar, of its inputs, where the format rounds inputs:
     over the first rows of ``length`` tokens that are trained on, `CALIBRATION_TOKENS` or as many as
-    there are. They are the same ones, however processes divide them and the experts. All processes
-    call this together.
+    there are. They are the same ones, however processes divide them and the experts. Rows are
+    divided as ``objective`` divides them. All processes call this together.
 
     Raises UserError on all of them where the teacher gives no finite numbers.
     """
@@ -120,11 +129,15 @@ def teacher_inputs(
     count = -(-min(CALIBRATION_TOKENS, rows.tokens) // length)
     with watching(teacher, places) as seen:
         # As many passes everywhere, because experts of other processes take part in them.
-        for i in range(world.rank, -(-count // world.size) * world.size, world.size):
-            batch = rows.rows([i % count], length, seed).to(teacher.lm_head.weight.device)
+        for i in range(world.reader, -(-count // world.readers) * world.readers, world.readers):
+            batch = rows.rows([i % count], length, seed)
+            if world.cp > 1:
+                batch = objective.cut(batch, world.part, world.cp, 0)
+            batch = batch.to(teacher.lm_head.weight.device)
             h_BSD, _ = teacher.forward_hidden(batch.ids_BS, batch.packing)
             if any(place.startswith("mtp.") for place in places):
-                teacher.forward_mtp(h_BSD, batch.ids_BS, batch.packing)
+                ahead_DBS = None if batch.ahead is None else batch.ahead.ids_DBS
+                teacher.forward_mtp(h_BSD, batch.ids_BS, batch.packing, ahead_DBS=ahead_DBS)
     of_ranks = world.gather([float(seen[place].amax_E.max()) for place in places])
     amax_P = torch.tensor(of_ranks).amax(0)
     if not amax_P.isfinite().all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from helpers.chats import tune, write_base, write_chats
 from helpers.commands import Commands, commands_in_one_process
-from helpers.corpus import ALL_EXPERTS
+from helpers.corpus import ALL_EXPERTS, TINY_MODEL
 from helpers.processes import run_command
+from helpers.tiny_models import loud_model
 from nemo_hybrid.checkpoint.load import load_model
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import dump_config
+from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.store import Store
 from nemo_hybrid.export.calibrate import calibrate
 from nemo_hybrid.precision.assign import assign
 from nemo_hybrid.precision.simulate import quantization_aware
+from nemo_hybrid.recipes.distill import teacher_inputs
 from nemo_hybrid.train.metrics import read_metrics
 
 DIVISIBLE = {"mamba_num_heads": 16, "mamba_head_dim": 4, "moe_intermediate_size": 32}
@@ -185,3 +189,33 @@ def test_a_mistake_is_named(
     assert status == 2
     assert words in err
     assert err.count("error: ") == 1
+
+
+def test_the_teacher_reads_parts_of_divided_rows() -> None:
+    """Whole ones would be too long for a process."""
+    shape = HybridConfig(**TINY_MODEL | DIVISIBLE | {"mtp_num_depths": 0})
+    ids_BW = torch.arange(33).remainder(shape.vocab_size)[None]
+    batch = Batch.from_windows(ids_BW, torch.zeros_like(ids_BW, dtype=torch.bool))
+    half = Batch.from_windows(ids_BW[:, 16:], torch.zeros(1, 17, dtype=torch.bool))
+    cut: list[tuple[int, ...]] = []
+
+    def divide(given: Batch, *at: int) -> Batch:
+        assert given is batch
+        cut.append(at)
+        return half
+
+    teacher, seen = loud_model(shape), []
+    teacher.backbone.embeddings.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    found = teacher_inputs(
+        teacher,
+        assign(shape, PRESET, {}),
+        SimpleNamespace(tokens=64, rows=lambda *_: batch),  # type: ignore[arg-type]
+        32,
+        0,
+        SimpleNamespace(reader=0, readers=1, part=1, cp=2, gather=lambda x: [x]),  # type: ignore[arg-type]
+        SimpleNamespace(cut=divide),  # type: ignore[arg-type]
+    )
+    assert cut == [(1, 2, 0)] * 2
+    assert all(torch.equal(ids_BS, half.ids_BS) for ids_BS in seen)
+    assert len(seen) == 2
+    assert found
