@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+import long_context_figures
 import long_context_fits
 import pytest
 
@@ -169,3 +170,10 @@ def test_the_table_of_the_page_is_what_the_script_prints(name: str, tokens: int)
     page = (MODELS.parents[1] / "docs/long_context.md").read_text().splitlines()
     (line,) = long_context_fits.lines(name, tokens)
     assert line in page
+
+
+def test_the_script_of_figures_counts_what_offloading_leaves() -> None:
+    """As many inputs of 24 layers as of 8."""
+    (_, few, bar), (_, many, _) = long_context_figures.offload()
+    assert 1 <= few <= bar
+    assert many == pytest.approx(few, abs=0.1)
