@@ -31,7 +31,7 @@ _CHUNK = 16 << 20
 _CHUNKS_AHEAD = 64  # written, but not hashed yet
 _HASHED_AT_ONCE = 1 << 18  # bytes; they stay in the core's cache
 _WORTH_A_THREAD = 1 << 20  # bytes; smaller pieces are hashed before a thread would have started
-_MAX_JSON = 100_000_000  # bytes of any file: thrice an index of a million tensors
+MAX_JSON = 100_000_000  # bytes of any file: thrice an index of a million tensors
 
 
 @dataclass(frozen=True)
@@ -246,16 +246,16 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: float = MAX_JSON) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
-    return parse_json(json_bytes(path), path)
+    return parse_json(json_bytes(path, most), path)
 
 
-def json_bytes(path: Path) -> bytes:
+def json_bytes(path: Path, most: float = MAX_JSON) -> bytes:
     """The bytes of a JSON file. Raises UserError for one that is absent, or absurdly large."""
     with naming("read", path):
-        if path.stat().st_size > _MAX_JSON:
-            raise UserError(f"{path} is larger than {_MAX_JSON} bytes; no such file is")
+        if path.stat().st_size > most:
+            raise UserError(f"{path} is larger than {most} bytes; no such file is")
         return path.read_bytes()
 
 

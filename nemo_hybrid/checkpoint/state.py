@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from itertools import chain, product
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -298,7 +298,7 @@ def _read_run_state(directory: Path) -> dict[str, Any]:
     path = directory / RUN_STATE
     if not path.is_file():
         raise UserError(f"{directory} is not a training checkpoint: it has no {RUN_STATE}")
-    state = read_json(path)
+    state = read_json(path, inf)  # `rl` keeps answers there
     version = state.get("format_version")
     if not isinstance(version, int):
         raise CheckpointError(f"{path} has no format_version")
