@@ -150,7 +150,7 @@ class _InPieces(torch.autograd.Function):
             with torch.enable_grad():
                 y, stats = _called(layer, dict(zip(names, wide, strict=True)), x, tile)
             outputs, gradients = [y], [dy]
-            if stats is not None and dsums[1] is not None:
+            if stats is not None and dsums[1] is not None and stats.shares_BE.requires_grad:
                 outputs, gradients = [y, stats.shares_BE], [dy, dsums[1]]
             torch.autograd.backward(outputs, gradients)
         dx_BSD = torch.cat([x.grad for x in x_BTD], 1) if of_x else None

@@ -101,6 +101,18 @@ def test_tiles_change_nothing_but_rounding(tile: int) -> None:
         assert torch.equal(parts.loads[name], counts_E)
 
 
+def test_tiles_that_no_gradient_leaves_for_the_router() -> None:
+    """Experts alone are trained, in a first layer: the loss of balance has no part in that."""
+
+    def gradient(tile: int) -> Tensor:
+        model = loud_model(tiny_config("E"), tile=tile)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".experts." in name)
+        return step(model)[1]["backbone.layers.0.mixer.experts.up_proj"]
+
+    torch.testing.assert_close(gradient(4), gradient(0))
+
+
 def furthest(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm()) if b.norm() else float(a.norm())
 
