@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -250,9 +251,9 @@ class RlConfig(TrainingConfig):
             ),
             *self.lora.mistakes(train.train_router),
             (
-                not self.rollout.engine.startswith(("local", "http://", "https://")),
-                "rollout.engine must be local or begin with http:// or https://, got "
-                f"{self.rollout.engine!r}",
+                remote and not _of_server(self.rollout.engine),
+                "rollout.engine must be local or begin with http:// or https:// and a host, as in "
+                f"http://HOST:PORT, got {self.rollout.engine!r}",
             ),
             (
                 remote and self.lora.rank,
@@ -299,3 +300,12 @@ class RlConfig(TrainingConfig):
             for name in names:
                 if name not in (*self.environments, "default"):
                     yield f"{option}: there is no environment {name!r} in environments"
+
+
+def _of_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.port != 0 and parts.username is None
+    except ValueError:  # no port, or no address
+        return False
+    return known and bool(parts.hostname) and url.isprintable() and " " not in url

@@ -143,6 +143,9 @@ def test_nothing_is_lost_when_the_server_fails(
 
 MISTAKES = [
     ({"rollout__engine": "vllm"}, "rollout.engine must be local or begin with http:// or https://"),
+    ({"rollout__engine": "localhost:8000"}, "rollout.engine must be local or begin with http"),
+    ({"rollout__engine": "http://"}, "rollout.engine must be local or begin with http"),
+    ({"rollout__engine": "http://[::1"}, "rollout.engine must be local or begin with http"),
     ({"lora__rank": 2}, "rollout.engine: a server is given whole weights, no adapters"),
     ({"rl__router_replay": True}, "rollout.engine: no server says which experts"),
     ({"rollout__engine": "http://127.0.0.1:9"}, "http://127.0.0.1:9: /collective_rpc: <urlopen"),
