@@ -12,8 +12,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, build_opener
 from urllib.request import Request as Call
-from urllib.request import urlopen
 
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.generation.batched import Request, Rollout
@@ -24,6 +24,13 @@ _SHOWN = 200
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
 
 
+class _Here(HTTPRedirectHandler):
+    """Follows no redirection: the library would drop what is asked, and take a page for success."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Remote:
     """Generates as `batched.Generator` does at temperature 1, by the server at ``url``, which is
     asked for ``slots`` samples at once, with ``timeout_s`` for each. Its seeds are those of the
@@ -32,6 +39,7 @@ class Remote:
     def __init__(self, url: str, slots: int, seed: int, timeout_s: float, vocab_size: int) -> None:
         self._url, self._slots, self._seed = url.rstrip("/"), slots, seed
         self._timeout_s, self._vocab_size = timeout_s, vocab_size
+        self._open = build_opener(_Here).open
 
     def update(self, directory: Path) -> None:
         """Have the server read the weights of a Hugging Face directory, and forget what it computed
@@ -86,7 +94,7 @@ class Remote:
         if len(found.logprobs) != len(found.ids) or not finite:
             return "its log-probabilities are not those of its tokens"
         inner = found.request.stops & {*found.ids[:-1]}
-        if ended != found.ended or inner or len(found.ids) > found.request.most:
+        if not ended or ended != found.ended or inner or len(found.ids) > found.request.most:
             return (
                 f"its answer of {len(found.ids)} tokens ended by {ended!r}, where one ends at "
                 f"{found.request.most} or at one of {sorted(found.request.stops)}"
@@ -100,7 +108,7 @@ class Remote:
         for _ in range(_TRIES):
             call = Call(self._url + path, content, {"Content-Type": "application/json"})
             try:
-                with urlopen(call, timeout=self._timeout_s) as answer:
+                with self._open(call, timeout=self._timeout_s) as answer:
                     said: bytes = answer.read()
                     return said
             except HTTPError as error:

@@ -20,6 +20,7 @@ from nemo_hybrid.model.hybrid import HybridLM
 FAULTS = {
     "fails": "HTTP Error 503",
     "refuses": "HTTP Error 400: Bad Request: no such field",
+    "moved": "HTTP Error 302",
     "hangs up": "Remote end closed connection",
     "other prompt": "it answers to other token ids",
     "unknown ids": "it answers with token ids that the model does not know",
@@ -28,6 +29,7 @@ FAULTS = {
     "fewer log-probabilities": "its log-probabilities are not those of its tokens",
     "not finite": "its log-probabilities are not those of its tokens",
     "too long": "tokens ended by 'stop', where one ends at",
+    "cut short": "its answer of 1 tokens ended by None, where one ends at",
     "no JSON": "its answer is none with token ids and log-probabilities",
 }
 """What is done wrong, and what `Remote` says of it."""
@@ -107,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
             "finish_reason": found.ended,
         }
 
+    def do_GET(self) -> None:
+        self._say(200, b"<html>")
+
     def _answer(self, choice: dict[str, Any], fault: str | None) -> None:
         if fault == "silent":
             self.server.closing.wait()
@@ -114,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         if fault in ("fails", "refuses"):
             return self._say(503 if fault == "fails" else 400, b"no such field")
+        if fault == "moved":
+            return self._say(302, b"", "/page")
         logprobs = choice["logprobs"]["token_logprobs"]
         if fault == "other prompt":
             choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
@@ -130,11 +137,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too long":
             choice |= {"token_ids": [1] * 999, "finish_reason": "stop"}
             logprobs[:] = [-1.0] * 999
+        elif fault == "cut short":
+            choice |= {"token_ids": [1], "finish_reason": None}
+            logprobs[:] = [-1.0]
         content = json.dumps({"choices": [choice]})
         self._say(200, b"<html>" if fault == "no JSON" else content.encode())
 
-    def _say(self, status: int, content: bytes) -> None:
+    def _say(self, status: int, content: bytes, moved: str | None = None) -> None:
         self.send_response(status)
+        if moved:
+            self.send_header("Location", moved)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
