@@ -96,6 +96,7 @@ def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) ->
     while config.data.sequence_length >= 2 * _SHORTEST:
         config.data.sequence_length //= 2
         with suppress(UserError):
+            config.validate(shape)
             found = make_plan(config, shape, options)
             if found.fits:
                 shorter = f"--data.sequence_length {config.data.sequence_length}"

@@ -27,6 +27,7 @@ from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOpti
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import ModelOptions, RunConfig
+from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.latent_moe import LocalDispatcher
 from nemo_hybrid.model.lora import add_adapters
@@ -204,10 +205,14 @@ def test_where_nothing_else_helps_the_samples_are_too_long() -> None:
     config.train.recompute = "ME*-"
     options = PlanOptions(processes=2, device="cpu", reserve_gb=0)
     needed = make_plan(config, config.model, options).needed
-    (said,) = changes(config, replace(options, memory_gb=0.6 * needed / 1e9), config.model)
+    options = replace(options, memory_gb=0.6 * needed / 1e9)
+    (said,) = changes(config, options, config.model)
     assert said.startswith("--data.sequence_length 32768")
     assert said.endswith(", fits")
     assert config.data.sequence_length == 65536
+    config.data.short = ShortOptions(sequence_length=65536, path="none")  # none is shorter
+    (said,) = changes(config, options, config.model)
+    assert said.startswith("even so it does not fit")
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
