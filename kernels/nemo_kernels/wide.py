@@ -59,6 +59,8 @@ class Wide(Tensor):
     ) -> Any:
         kwargs, first = kwargs or {}, args[0]
         if isinstance(first, cls):
+            in_place = func._schema.name.endswith("_")
+            assert not in_place, f"what {func} would write into a weight's stand-in would be lost"
             if func is _aten.detach.default:
                 return cls(first.rounded)
             if func is _aten.empty_like.default:

@@ -49,6 +49,8 @@ def test_it_has_no_memory_but_the_weights() -> None:
     assert (type(like), like.dtype, like.shape) == (Tensor, FP32, weight.shape)
     assert torch.equal(wide + 0, weight.float())
     assert widened(wide) is wide
+    with pytest.raises(AssertionError, match="would be lost"):
+        wide.detach().mul_(2)
     fp32, vector = torch.ones(2, 2), torch.ones(2, dtype=BF16)
     assert widened(fp32) is fp32
     assert type(widened(vector)) is Tensor
