@@ -119,6 +119,7 @@ files=(
     tests/kernels/test_nvfp4_grouped.py
     tests/kernels/test_nvfp4_gemm.py
     tests/kernels/test_moe.py
+    tests/kernels/test_wide.py
 )
 if [[ -n "$dry" ]]; then
     :
