@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -232,8 +234,25 @@ def lock(path: Path, final: Path) -> int:
 def side_by_side(action: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results of action for every item, in their order, by several threads: reading, copying
     and hashing keep more than one core busy, and most disks. Raises what the first item raises."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    items = list(items)
+    workers = max(1, min(8, os.cpu_count() or 1, len(items)))
+    with _sharing_cores(workers) as start, ThreadPoolExecutor(workers, initializer=start) as pool:
         return list(pool.map(action, items))
+
+
+@contextmanager
+def _sharing_cores(workers: int) -> Iterator[Callable[[], None]]:
+    """What each of so many threads calls first: torch's operations in it then take its share of
+    the cores. All of them in each thread keep waiting for one another."""
+    torch = sys.modules.get("torch")  # not imported for this: hashing does without
+    if torch is None:
+        yield lambda: None
+        return
+    before = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, max(1, before // workers))
+    finally:
+        torch.set_num_threads(before)  # threads to come take the number that was set last
 
 
 def hash_file(path: Path) -> str:

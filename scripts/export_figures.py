@@ -49,14 +49,12 @@ EXPERT_BYTES = 2 * 2 * 1024 * 1024  # up and down projection of one expert below
 
 def worker(kind: str, source: Path, out: Path) -> dict[str, float]:
     """One measurement; call it in a process of its own."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     from nemo_hybrid.config.hf import HybridConfig
     from nemo_hybrid.export.write import export_directory
     from nemo_hybrid.precision.assign import planned
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     shape = HybridConfig.from_hf(str(source))
     imported = _resident("VmRSS")
     began = time.perf_counter()
@@ -118,7 +116,7 @@ def throughput(place: Path, gb: float, repeat: int, pause: float) -> dict[str, A
             out = place / "out"
             done = subprocess.run(
                 [sys.executable, __file__, "--worker", kind, str(place / "source"), str(out)],
-                capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ},
+                capture_output=True, text=True,
             )  # fmt: skip
             if done.returncode:
                 raise RuntimeError(f"{kind}: {done.stderr}")
