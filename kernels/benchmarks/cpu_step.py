@@ -3,13 +3,14 @@
     python kernels/benchmarks/cpu_step.py --out cpu_step.json
 
 One step is forward, backward and AdamW on the same batch from the same weights; no gradient
-checkpointing, no multi-token prediction. Every candidate (ours and each ``experts_implementation``
-of transformers, in fp32 and bf16) first runs alone in a process of its own, which gives its peak
-memory and a first time. The fastest of each side then run in turns in one process; their medians
-make the result. Losses must agree to 1e-3 in fp32, and the check must be able to fail: routing is
-spread over the experts, and without the routed experts the loss is another. The routed experts of
-one layer are timed alone as well (``cpu_moe``), and so are the matrix products of each step, in
-turns with it (``step_products``): what a step takes beside them is what can be saved.
+checkpointing, no multi-token prediction. Every candidate (ours, also with the path of the routed
+experts that ``auto`` leaves, and each ``experts_implementation`` of transformers; in fp32 and bf16)
+first runs alone in a process of its own, which gives its peak memory and a first time. The fastest
+of each side then run in turns in one process; their medians make the result. Losses must agree to
+1e-3 in fp32, and the check must be able to fail: routing is spread over the experts, and without
+the routed experts the loss is another. The routed experts of one layer are timed alone as well
+(``cpu_moe``), and so are the matrix products of each step, in turns with it (``step_products``):
+what a step takes beside them is what can be saved.
 
 transformers clamps Mamba time steps from below by ``time_step_min``; ours have no clamp. The peer's
 configuration gets a ``time_step_min`` so small that the clamp never acts.
@@ -46,19 +47,27 @@ NO_CLAMP = 1e-30
 
 
 class Candidate(NamedTuple):
-    """``experts`` is transformers' experts_implementation; empty for our model."""
+    """``experts`` is transformers' experts_implementation; empty for our model, whose op moe takes
+    ``path``."""
 
     experts: str
     dtype: str
+    path: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"transformers ({self.experts})" if self.experts else "nemo_hybrid"
+        chosen = "" if self.path == "auto" else f" ({self.path})"
+        return f"transformers ({self.experts})" if self.experts else f"nemo_hybrid{chosen}"
 
 
 PEER_EXPERTS = ("eager", "grouped_mm", "batched_mm")
 DTYPES = ("float32", "bfloat16")
-CANDIDATES = [Candidate(e, d) for e in ("", *PEER_EXPERTS) for d in DTYPES]
+OTHER_PATH = "grouped_mm"
+CANDIDATES = [
+    *(Candidate("", d) for d in DTYPES),
+    *(Candidate("", d, OTHER_PATH) for d in DTYPES),
+    *(Candidate(e, d) for e in PEER_EXPERTS for d in DTYPES),
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,9 @@ def build(candidate: Candidate, work: Workload) -> tuple[nn.Module, Callable[[],
     """A model in training mode and a function that computes the loss of the batch."""
     import torch
 
+    from nemo_kernels import backend
+
+    backend.choose(moe=candidate.path)
     ours = build_ours()
     ids_BS = batch(work)
     if not candidate.experts:
@@ -299,10 +311,11 @@ def child(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def fastest(rows: list[dict[str, Any]], ours: bool) -> Candidate:
+    """Of ours with the path that ``auto`` takes."""
     times = {
         candidate: row["seconds_alone"]
         for candidate, row in zip(CANDIDATES, rows, strict=True)
-        if bool(candidate.experts) != ours
+        if bool(candidate.experts) != ours and candidate.path == "auto"
     }
     return min(times, key=lambda candidate: times[candidate])
 
