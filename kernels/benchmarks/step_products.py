@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+linear = torch.ops.mkldnn._linear_pointwise  # a product with its right operand transposed
 PRODUCTS = {aten.mm, aten.mv, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_,
-            aten._grouped_mm}  # fmt: skip
+            aten._grouped_mm, linear}  # fmt: skip
 """Without those within attention, which torch computes in one operation with all the rest of it."""
 
 
@@ -58,7 +59,7 @@ def replay(step: Callable[[], Any]) -> tuple[Callable[[], float], int]:
         (func, [stand_in(x) for x in args], {k: stand_in(x) for k, x in kwargs.items()})
         for func, args, kwargs in recorder.calls
     ]
-    flop = sum(_flop(args) for _, args, _ in recorder.calls)
+    flop = sum(_flop(func, args) for func, args, _ in recorder.calls)
     recorder.calls.clear()
 
     @torch.no_grad()
@@ -71,8 +72,9 @@ def replay(step: Callable[[], Any]) -> tuple[Callable[[], float], int]:
     return products, flop
 
 
-def _flop(args: tuple[Any, ...]) -> int:
+def _flop(func: Any, args: tuple[Any, ...]) -> int:
     """Two per element of the left operand and column of the right one."""
     left, right = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()][-2:]
+    right = right.t() if func.overloadpacket == linear else right
     columns = right.shape[-1] if right.dim() > 1 else 1
     return 2 * left.numel() * columns

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_hybrid.model.init import Undrawn
 from nemo_kernels.moe import LowRank
-from nemo_kernels.products import fp32_product
+from nemo_kernels.products import fp32_product, goes_to_onednn, mm
 
 
 class Adapter(nn.Module):
@@ -61,23 +61,25 @@ class Linear(Undrawn, nn.Linear):
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if weight.dtype == x.dtype:
+    if weight.dtype == x.dtype and not goes_to_onednn(x, len(weight)):
         return F.linear(x, weight)
-    return _WideGradient.apply(x, weight)
+    return _Product.apply(x, weight)
 
 
-class _WideGradient(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """Of a weight whose gradient is wider, or of matrices that torch does not multiply itself."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        return mm(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx, dweight = dy @ weight, None
+        dx, dweight = mm(dy.flatten(0, -2), weight).view_as(x), None
         if ctx.needs_input_grad[1]:
             dweight = fp32_product(dy.flatten(0, -2).t(), x.flatten(0, -2))
         return dx, dweight

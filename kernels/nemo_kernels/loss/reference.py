@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nemo_kernels.products import add_fp32_product, mm
+
 # Logits of one chunk: small enough to stay in a CPU's second-level caches between the passes over
 # them; on a GPU, large enough to fill it.
 _CHUNK_BYTES = {"cpu": 4 << 20}
@@ -75,7 +77,7 @@ class LinearCrossEntropy(HeadLoss):
         for rows_C in rows_N.split(chunk_size):
             h_CD = h_RD.index_select(0, rows_C).to(acc)
             label_C1 = labels_R.index_select(0, rows_C)[:, None]
-            p_CV = torch.mm(h_CD, w_VD.t())
+            p_CV = mm(h_CD, w_VD.t())
             p_CV.sub_(p_CV.amax(1, keepdim=True))
             label_logit_C1 = p_CV.gather(1, label_C1)
             sum_C1 = p_CV.exp_().sum(1, keepdim=True)
@@ -85,9 +87,9 @@ class LinearCrossEntropy(HeadLoss):
             scale_C1 = scale_R.index_select(0, rows_C).to(acc)[:, None]
             p_CV.mul_(scale_C1 / sum_C1).scatter_add_(1, label_C1, -scale_C1)
             if dh_RD is not None:
-                dh_RD[rows_C] = torch.mm(p_CV, w_VD).to(h_RD.dtype)
+                dh_RD[rows_C] = mm(p_CV, w_VD).to(h_RD.dtype)
             if dweight_VD is not None:
-                dweight_VD.addmm_(p_CV.t(), h_CD)
+                add_fp32_product(dweight_VD, p_CV.t(), h_CD)
         ctx.save_for_backward(dh_RD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(ce_R)
