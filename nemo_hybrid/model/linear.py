@@ -77,9 +77,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx, dweight = mm(dy.flatten(0, -2), weight).view_as(x), None
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = mm(dy.flatten(0, -2), weight).view_as(x)
         if ctx.needs_input_grad[1]:
             dweight = fp32_product(dy.flatten(0, -2).t(), x.flatten(0, -2))
         return dx, dweight
