@@ -27,6 +27,7 @@ from nemo_hybrid.config.hf import HybridConfig, read_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.fp32 import keeps_fp32
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.init import with_memory
 from nemo_hybrid.model.lora import merge_adapters
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _load(
             "are BF16 (%s); HybridLM.from_hf(path, dtype=torch.bfloat16) takes half the memory",
             directory, held,
         )  # fmt: skip
-    model = model.to_empty(device="cpu")
+    model = with_memory(model)
     plan.copy_into(tensors_by_name(model))
     plan.log()
     return model, companions

@@ -46,6 +46,7 @@ from nemo_hybrid.export.layout import HF_QUANT
 from nemo_hybrid.export.sensitivity import PLOT_FILE, TABLE_FILE
 from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.init import with_memory
 from nemo_hybrid.precision.assign import WITH_INPUTS, Format
 from nemo_hybrid.precision.quantize import decoded
 from nemo_hybrid.precision.simulate import quantized_inputs, rounded_input
@@ -200,7 +201,7 @@ def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> 
 def _dequantized(export: Export, dtype: torch.dtype) -> HybridLM:
     with torch.device("meta"):
         model = HybridLM(export.config).to(dtype)
-    model = model.to_empty(device="cpu")
+    model = with_memory(model)
     targets = tensors_by_name(model)
     with Opened(export) as opened, torch.no_grad():
         for name, tensor in opened.others():

@@ -295,7 +295,10 @@ class _Exporter:
         amax = self.shared.get(item.place)
         amax = amax_of(weight) if amax is None else amax
         made = {
-            part: torch.empty_like(t, device="cpu") for part, t in item.like.items() if t.is_meta
+            # Not empty_like, which imports torch's compiler for tensors without storage.
+            part: torch.empty(t.shape, dtype=t.dtype)
+            for part, t in item.like.items()
+            if t.is_meta
         }
         module = next(iter(item.like)).rpartition(".")[0]
         step, few = (max(BLOCK, n // weight.shape[1] // BLOCK * BLOCK) for n in _AT_ONCE)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from nemo_hybrid.config.model import ModelConfig
 OUTPUT_SIDE = ("out_proj", "o_proj", "down_proj", "fc2_latent_proj")
 """Projections that write into the residual stream: sigma / sqrt(layers)."""
 _FEW = 1 << 24  # numbers
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Undrawn:
@@ -33,6 +35,14 @@ class Embedding(Undrawn, nn.Embedding):
 
 class Head(Undrawn, nn.Linear):
     pass
+
+
+def with_memory(model: Model) -> Model:
+    """A model built on the meta device, on the CPU; what its tensors hold is undefined. As
+    `nn.Module.to_empty`, for which torch imports its compiler: a second of every command."""
+    empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
+    return model
 
 
 @torch.no_grad()

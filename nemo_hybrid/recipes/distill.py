@@ -16,6 +16,7 @@ from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.loader import Rows
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.model.hybrid import HybridLM
+from nemo_hybrid.model.init import with_memory
 from nemo_hybrid.model.latent_moe import Dispatcher, LatentMoE
 from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.model.sequence import Sequences
@@ -154,7 +155,7 @@ def frozen_teacher(
     """The weights that fine-tuning began with. Raises UserError."""
     with torch.device("meta"):
         teacher = HybridLM(shape, dispatcher=dispatcher, sequence=sequence)
-    teacher.to_empty(device="cpu").requires_grad_(False)
+    with_memory(teacher).requires_grad_(False)
     load_weights(
         origin,
         tensors_by_name(teacher),

@@ -116,7 +116,8 @@ def _set_determinism(wanted: bool) -> None:
     if wanted:
         # cuBLAS reads it when CUDA starts; without it torch refuses its matrix products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    # As use_deterministic_algorithms, which imports torch's compiler: a second of every start.
+    torch.set_deterministic_debug_mode("error" if wanted else "default")
 
 
 def _find_checkpoint(world: World, config: TrainingConfig, lock: RunLock) -> Path | None:
