@@ -127,6 +127,7 @@ class Opened(NamedTuple):
 
     directory: Path
     model: HybridLM
+    reader: PromptReader
     tokenizer: TextTokenizer | None
     prompts: list[Prompt]
     stops: frozenset[int]
@@ -197,7 +198,7 @@ def open_model(
         ends = stops & {*markers.opening, *markers.closing} if markers else ()
         refuse((ends, f"markers of thinking hold token {ends and min(ends)}, which ends texts"))
         model = _dequantized(given) if exported else load(given, build=build or HybridLM)[0]
-        return Opened(given, model.eval(), tokenizer, prompts, stops, markers)
+        return Opened(given, model.eval(), reader, tokenizer, prompts, stops, markers)
 
     return reading(options.from_, read, locate)
 

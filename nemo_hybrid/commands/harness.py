@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from nemo_hybrid.commands.command import Command, check_place
-from nemo_hybrid.commands.generate import Drafts
+from nemo_hybrid.commands.generate import Drafts, GenerateOptions, open_model
 from nemo_hybrid.config.base import (
     CHECKED,
     POSITIVE,
@@ -24,6 +25,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.terminal import print_table
 
 if TYPE_CHECKING:
+    from nemo_hybrid.data.prompts import Prompt, PromptReader
     from nemo_hybrid.generation.harness import Harness
 
 
@@ -72,49 +74,34 @@ def harness_command(options: HarnessOptions) -> None:
     print_table(("task", "version", "examples", "metric", "value", "+-"), rows)
     if out:
         content = {name: found[name] for name in KEPT if name in found}
-        content["options"] = {**vars(options), "lm_eval": _version()}
+        content["options"] = {**vars(options), "lm_eval": version("lm-eval")}
         replace_file(out, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _open(options: HarnessOptions) -> Harness:
-    from nemo_hybrid.checkpoint.adapter import base_directory, is_adapter, locate
-    from nemo_hybrid.checkpoint.companions import read_companions
-    from nemo_hybrid.checkpoint.load import load
-    from nemo_hybrid.checkpoint.steps import reading
-    from nemo_hybrid.data.prompts import PromptReader
-    from nemo_hybrid.data.tokenizer import load_tokenizer
     from nemo_hybrid.export.divergence import ready
     from nemo_hybrid.generation.harness import Harness
 
-    def read(given: Path) -> Harness:
-        base = base_directory(given) if is_adapter(given) else given
-        directory = given if (given / "tokenizer.json").is_file() else base
-        tokenizer = load_tokenizer(directory)
-        model = ready(load(given)[0])
-        shape = model.config
-        reader = PromptReader(
-            directory, tokenizer, shape.vocab_size, shape.max_position_embeddings, new=0
-        )
-        refuse(
-            (
-                options.speculate and not shape.mtp_num_depths,
-                f"{given} has no MTP block that could draft tokens",
-            )
-        )
-        return Harness(
-            model,
-            tokenizer,
-            reader,
-            frozenset(read_companions(directory).stops(shape.eos_token_id)),
-            row_tokens=options.row_tokens,
-            slots=options.slots,
-            drafts=options.speculate,
-            seed=options.seed,
-            closing="</think>" if options.thinking == "strip" else None,
-            show=True,
-        )
+    def no_prompts(reader: PromptReader) -> list[Prompt]:
+        if reader.tokenizer is None:
+            raise UserError(f"{reader.directory} has no tokenizer.json, and tasks are texts")
+        return []
 
-    return reading(options.from_, read, locate)
+    asked = GenerateOptions(options.from_, speculate=options.speculate)
+    opened = open_model(asked, no_prompts)
+    assert opened.tokenizer is not None
+    return Harness(
+        ready(opened.model),
+        opened.tokenizer,
+        opened.reader,
+        opened.stops,
+        row_tokens=options.row_tokens,
+        slots=options.slots,
+        drafts=options.speculate,
+        seed=options.seed,
+        closing="</think>" if options.thinking == "strip" else None,
+        show=True,
+    )
 
 
 def _rows(results: Any, versions: Any, shots: Any) -> Any:
@@ -133,12 +120,6 @@ def _rows(results: Any, versions: Any, shots: Any) -> Any:
                     f"{value:.4f}",
                     shown,
                 )
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm-eval")
 
 
 COMMANDS = {"harness": Command(harness_command, HarnessOptions, reads="from_")}

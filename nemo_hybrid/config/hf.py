@@ -237,7 +237,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     if raw.get("quantization_config") is not None:
         raise UserError(
             "quantization_config is set; only unquantized checkpoints can be read (exports by "
-            "verify-export, generate and rollout)"
+            "verify-export, generate, rollout, eval-mtp and harness)"
         )
     for name, only in _FIXED.items():
         value = only if raw.get(name) is None else raw[name]

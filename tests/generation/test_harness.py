@@ -10,13 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.chats import TEMPLATE
 from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands.harness import HarnessOptions, _open
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.data.tokenizer import train_tokenizer
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.export.verify import load_exported
+from nemo_hybrid.export.write import export_directory
+from nemo_hybrid.precision.assign import assign
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = pytest.mark.slow  # what lm-eval imports
@@ -185,3 +190,17 @@ def test_command(
     assert f"{out} exists already" in capsys.readouterr().err
     assert main([*words[:4], "nowhere", "--out", str(tmp_path / "x")]) == 2
     assert "lm-eval has no task nowhere" in capsys.readouterr().err
+
+
+def test_an_export_is_scored_by_its_dequantized_weights(directory: Path, tmp_path: Path) -> None:
+    shape, out = HybridConfig.from_hf(directory), tmp_path / "export"
+    assignment = assign(shape, None, {"*.mixer.in_proj": "nvfp4_w4a16"})
+    export_directory(directory, out, assignment, target="nvfp4", show_progress=False)
+    before, asked = [5, 6], [7, 8]
+    logits_SV = load_exported(out)(torch.tensor([before + asked])).logits[0].double()
+    wanted = logits_SV.log_softmax(-1)[[1, 2], asked].sum().detach()
+    (found,), (other,) = (
+        ours(place)._loglikelihood_tokens([(None, before, asked)]) for place in (out, directory)
+    )
+    torch.testing.assert_close(torch.tensor(found[0]).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert abs(other[0] - float(wanted)) > 1e-3

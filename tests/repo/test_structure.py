@@ -60,7 +60,6 @@ MAKERS = {
     "commands/generate": {"chat", "prompts", "sources"},
     "commands/rollout": {"prompts"},
     "commands/exact_match": {"prompts"},
-    "commands/harness": {"prompts"},
     "generation/harness": {"prompts"},
     "export/calibrate": {"sources"},
 }
