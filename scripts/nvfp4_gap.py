@@ -15,7 +15,6 @@ Exit status: 0 done, 1 a run failed, 2 a mistake in options or files.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import make_directories, naming, replace_file
 from nemo_hybrid.terminal import print_table
 from nemo_hybrid.train.metrics import METRICS_FILE, StepMetrics, read_metrics
-from nemo_hybrid.train.plots import smooth
+from nemo_hybrid.train.plots import png, smooth, styled
 from nemo_hybrid.train.progress import clock
 from nemo_hybrid.train.run_dir import CONFIG_FILE
 
@@ -302,10 +301,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def plot(variants: Mapping[str, Any]) -> bytes:
     """PNG of the gap of the training loss over training, one line per variant."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 5.0), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = styled(1, 5.0, grid=False)
     axes.axhline(0, color="#333333", lw=1, label=BASE)
     for name, found in variants.items():
         if name != BASE:
@@ -316,11 +312,8 @@ def plot(variants: Mapping[str, Any]) -> bytes:
     axes.set_title("Training loss relative to bf16, mean ± spread over seeds", loc="left")
     axes.set_xlabel("tokens")
     axes.set_ylabel("gap in per cent, smoothed over a tenth of the run")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
 
 
 def _quoted(result: Mapping[str, Any]) -> Any:

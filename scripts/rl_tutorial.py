@@ -166,18 +166,15 @@ def shares(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(runs: dict[str, Sequence[dict[str, Any]]], out: Path) -> None:
-    import matplotlib
+    from nemo_hybrid.files import replace_file
+    from nemo_hybrid.train.plots import png, styled
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots()
+    figure, (axes,) = styled(1, 5.0)
     for name, rows in runs.items():
         axes.plot([row["step"] for row in rows], [row["reward"] for row in rows], label=name)
     axes.set(xlabel="step", ylabel="mean reward of a step's answers", ylim=(0, 1))
     axes.legend()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    replace_file(out, png(figure))
 
 
 def show(summaries: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import time
@@ -212,11 +211,11 @@ def _show(measured: Sequence[Measured]) -> None:
 
 def _plot(measured: Sequence[Measured]) -> bytes:
     """Shares by depth, of the run with the most drafts; and what drafts gain, by their number."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9.0, 4.0), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    from nemo_hybrid.train.plots import png, styled
+
+    figure, (left, right) = styled(1, 4.0, columns=2)
     for temperature, color in zip(TEMPERATURES, ("#2f6fab", "#d9822b"), strict=True):
         label = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         own = [m for m in measured if m.temperature == temperature]
@@ -231,13 +230,8 @@ def _plot(measured: Sequence[Measured]) -> bytes:
     right.set(xlabel="drafts per pass", ylabel="tokens per pass; speed over plain", ylim=(0, None))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#e4e4e4", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
 
 
 COMMANDS = {"eval-mtp": Command(eval_mtp_command, EvalMtpOptions, reads="from_")}

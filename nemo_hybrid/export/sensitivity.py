@@ -5,7 +5,6 @@ Shapes: B rows, S sequence, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,13 +210,13 @@ def _plot(
     measured: Sequence[Sensitivity], assignment: Mapping[str, Format], formats: Sequence[Format]
 ) -> bytes:
     """KL over layers: a mark per family, a colour per format, filled where it was chosen."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from nemo_hybrid.train.plots import png, styled
 
     colors = dict(zip(formats, ("#d9822b", "#2f6fab", "#7a9a3b"), strict=False))
     marks = dict(zip(SPENT_ON, "osD^v", strict=True))
-    figure = Figure(figsize=(9.0, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = styled(1, 4.5)
     for s in measured:
         for format, kl in s.kl.items():
             filled = assignment[s.places[0]] == format
@@ -235,10 +234,5 @@ def _plot(
     axes.set_title("filled: chosen format; none filled: bf16", loc="right", fontsize=9)
     axes.set_xlabel("layer")
     axes.set_ylabel("KL of the logits, nats per token")
-    axes.grid(color="#e4e4e4", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)

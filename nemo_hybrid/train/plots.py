@@ -55,7 +55,9 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     plots = run_dir / PLOTS
     with naming("write plots in", plots):
         plots.mkdir(exist_ok=True)
-        return [_save(figure, plots / name) for name, figure in figures.items()]
+        for name, figure in figures.items():
+            replace_file(plots / name, png(figure))
+    return [plots / name for name in figures]
 
 
 def write_missing_plots(run_dir: Path | str) -> None:
@@ -82,7 +84,7 @@ def smooth(values: Sequence[float], span: int) -> np.ndarray:
 
 
 def _losses(rows: list[StepMetrics], name: str) -> Figure:
-    figure, (axes,) = _figure(1, height=5.0)
+    figure, (axes,) = styled(1, height=5.0)
     steps = [m.step for m in rows]
     train = [[m.loss, *m.mtp_losses] for m in rows]
     axes.plot(steps, [losses[0] for losses in train], color=_TRAIN, lw=0.8, alpha=0.3)
@@ -117,7 +119,7 @@ def _column(rows: list[list[float]], k: int) -> list[float]:
 def _learning_rate(rows: list[StepMetrics]) -> Figure:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (upper, lower) = _figure(2, height=5.5, sharex=True)
+    figure, (upper, lower) = styled(2, height=5.5, sharex=True)
     steps = [m.step for m in rows]
     upper.plot(steps, [m.lr for m in rows], color=_TRAIN, lw=1.8)
     upper.set_ylim(bottom=0)
@@ -145,7 +147,7 @@ def _expert_load(steps: list[int], loads: dict[str, np.ndarray]) -> Figure:
     for i, row in enumerate(final.values()):
         last[i, : len(row)] = row
 
-    figure, (upper, lower) = _figure(2, height=min(12.0, 5.0 + 0.25 * len(final)), grid=False)
+    figure, (upper, lower) = styled(2, height=min(12.0, 5.0 + 0.25 * len(final)), grid=False)
     _heat_map(upper, last, (-0.5, width - 0.5, len(final) - 0.5, -0.5))
     upper.set_title(f"Expert load at step {steps[-1]}", loc="left", fontweight="bold")
     upper.set_xlabel("expert")
@@ -190,14 +192,14 @@ def _relative(counts: np.ndarray) -> np.ndarray:
     return counts / mean if mean else np.zeros(len(counts))
 
 
-def _figure(
-    rows: int, height: float, sharex: bool = False, grid: bool = True
+def styled(
+    rows: int, height: float, columns: int = 1, *, sharex: bool = False, grid: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of our own: pyplot would keep it in a global list."""
+    """A figure of our own, ``height`` in inches: pyplot would keep it in a global list."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, height), dpi=120, layout="constrained")
-    axes = list(figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0])
+    axes = list(figure.subplots(rows, columns, sharex=sharex, squeeze=False).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(colors=_INK, labelsize=9)
@@ -207,8 +209,7 @@ def _figure(
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    replace_file(path, picture.getvalue())
-    return path
+    return picture.getvalue()
