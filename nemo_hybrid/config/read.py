@@ -97,7 +97,7 @@ def merge(files: Iterable[str | Path], pairs: Pairs, kind: type[Config]) -> Conf
     read = [(file, read_keys(Path(file), kind)) for file in files]
     for name in sections(kind):
         given = [text for option, text in pairs if option == f"--{name}"]
-        read += [(file, read_section(Path(file), name, kind)) for file in given]
+        read += [(file, read_keys(Path(file), kind, name)) for file in given]
     for file, found in read:
         _replace(values, found, file)
         origin |= dict.fromkeys(found, file)
@@ -126,15 +126,11 @@ def _replace(values: dict[str, Any], found: dict[str, Any], file: str | Path) ->
     values |= found
 
 
-def read_keys(file: Path, kind: type[TrainingConfig] = RunConfig) -> dict[str, Any]:
-    """The dotted keys of one configuration file: sections read in, keys checked, paths absolute."""
-    return read_section(file, "", kind)
-
-
-def read_section(
-    file: Path, section: str, kind: type[TrainingConfig] = RunConfig
+def read_keys(
+    file: Path, kind: type[TrainingConfig] = RunConfig, section: str = ""
 ) -> dict[str, Any]:
-    """The same of a file that holds the keys of one section, such as a model's shape."""
+    """The dotted keys of one configuration file, or of a file of one section, such as a model's
+    shape: sections read in, keys checked, paths absolute."""
     return _in_section(_read_yaml(file), section, file, kind)
 
 
@@ -158,7 +154,7 @@ def _in_section(
         if name not in sections(kind):
             flat |= _known({name: value}, file, kind)
         elif isinstance(value, str):
-            flat |= read_section(_resolve(value, file.parent), name, kind)
+            flat |= read_keys(_resolve(value, file.parent), kind, name)
         else:
             flat |= _in_section({} if value is None else value, name, file, kind)
     return flat

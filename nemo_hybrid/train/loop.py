@@ -223,7 +223,7 @@ class Loop:
     def run_to_end(self) -> None:
         """Until train.max_steps. Raises TrainingError, Stopped, or UserError from writing."""
         train, at = self.run.config.train, self.position
-        before = self._heldout() if at.step == 0 and train.eval_sequences else None
+        before = self._heldout() if at.step == 0 else None
         while at.step < train.max_steps:
             self.watch.beat()
             began = time.monotonic()
@@ -255,33 +255,27 @@ class Loop:
                 seconds = time.monotonic() - began
                 if recorded := self.profile.end_step(at.step):
                     self._note(recorded)
-                self._record(lr, outcome, Timing(seconds, waited, before, self._heldout_if_due()))
+                heldout = self._heldout() if self._due(train.eval_every) else None
+                if self.display:
+                    timing = Timing(seconds, waited, before, heldout)
+                    self.display.step(at, lr, outcome, timing, logged=self._due(train.log_every))
                 before = None
-                self._save_if_due()
+                if self._due(self.run.config.checkpoint.every):
+                    self.run.guard.counters.rollbacks_in_a_row = 0
+                    self._save()
             if outcome.stop:
-                self._stop()
+                self._save_last()
+                raise Stopped(f"stopped by a signal after step {at.step}, checkpoint written")
         self.saver.wait()
 
-    def _record(self, lr: float, outcome: Outcome, timing: Timing) -> None:
-        train, done = self.run.config.train, self.position.step
-        if self.display:
-            logged = done == train.max_steps or done % train.log_every == 0
-            self.display.step(self.position, lr, outcome, timing, logged)
+    def _due(self, every: int) -> bool:
+        """At the end, and each time that so many steps are done; 0: at the end alone."""
+        done = self.position.step
+        return done == self.run.config.train.max_steps or (every > 0 and done % every == 0)
 
-    def _heldout_if_due(self) -> dict[str, float] | None:
-        train, done = self.run.config.train, self.position.step
-        due = done == train.max_steps or (train.eval_every > 0 and done % train.eval_every == 0)
-        return self._heldout() if train.eval_sequences and due else None
-
-    def _heldout(self) -> dict[str, float]:
-        return self.run.recipe.evaluate(self.run)
-
-    def _save_if_due(self) -> None:
-        config, done = self.run.config, self.position.step
-        every = config.checkpoint.every
-        if done == config.train.max_steps or (every and done % every == 0):
-            self.run.guard.counters.rollbacks_in_a_row = 0
-            self._save()
+    def _heldout(self) -> dict[str, float] | None:
+        wanted = self.run.config.train.eval_sequences
+        return self.run.recipe.evaluate(self.run) if wanted else None
 
     def _save(self, wait: bool = False) -> None:
         with self.run.world.agreed():
@@ -295,10 +289,6 @@ class Loop:
         self.saver.wait()  # raises if writing is why the run stops
         if self.saved != self.position:
             self._save(wait=True)
-
-    def _stop(self) -> None:
-        self._save_last()
-        raise Stopped(f"stopped by a signal after step {self.position.step}, checkpoint written")
 
     def _passed_over(self, outcome: Outcome) -> None:
         """Say so; after several in a row go back to the last checkpoint, or give up."""

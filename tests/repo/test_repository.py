@@ -19,7 +19,7 @@ from nemo_hybrid.cli import COMMANDS
 from nemo_hybrid.commands.plan import PlanOptions
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.read import key_types, load_config, read_section
+from nemo_hybrid.config.read import key_types, load_config, read_keys
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.config.words import split_words
@@ -50,7 +50,7 @@ def test_run_configuration_loads_and_validates(file: str) -> None:
 @pytest.mark.parametrize("file", MODELS)
 def test_model_configuration_loads_and_validates(file: str) -> None:
     config = RunConfig()
-    for key, value in read_section(ROOT / file, "model").items():
+    for key, value in read_keys(ROOT / file, section="model").items():
         setattr(config.model, key.removeprefix("model."), value)
     config.model.validate()
 
