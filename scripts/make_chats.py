@@ -7,7 +7,8 @@
                first: Dalan
                city: Soren
 
-DIR/train.jsonl and DIR/heldout.jsonl hold one OpenAI-style object {"messages": [...]} per line.
+DIR/train.jsonl and DIR/heldout.jsonl hold one OpenAI-style object {"messages": [...]} per line;
+DIR/questions.jsonl what heldout.jsonl asks, as prompts of `rollout` with their answers.
 Names are made of syllables, and no name is in both files: a right answer to a held-out question
 takes the format, and copying of names that were never learnt. Some conversations have a system
 message; some a second turn, which changes a name, so that its card needs the first turn too. The
@@ -20,7 +21,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_hybrid.errors import UserError
@@ -41,6 +42,8 @@ CARDS = {
     "person": "last: {last}\nfirst: {first}\ncity: {city}",
     "home": "home: {city}\nname: {first}\nfamily: {last}",
 }
+TURN = "<s>{role}\n{content}</s>\n"
+"""As configs/chat_template.jinja has it: models without a template can be asked, too."""
 HELD_OUT = 20
 """One conversation and one name of so many are held out."""
 
@@ -73,22 +76,30 @@ def conversation(draw: random.Random, names: Sequence[str], card: str) -> list[d
 
 
 def make_chats(conversations: int, seed: int, card: str = "person") -> dict[str, str]:
-    """Content of both files by name. Raises UserError for fewer than 20 conversations."""
+    """Content of the files by name. Raises UserError for fewer than 20 conversations."""
     if conversations < HELD_OUT:
         raise UserError(f"--conversations must be at least {HELD_OUT}, got {conversations}")
     draw = random.Random(seed)
     train, heldout = make_names(draw)
-    plan = (
-        ("train.jsonl", train, conversations),
-        ("heldout.jsonl", heldout, conversations // HELD_OUT),
+    kept, held = (
+        [conversation(draw, names, CARDS[card]) for _ in range(count)]
+        for names, count in ((train, conversations), (heldout, conversations // HELD_OUT))
     )
-    return {
-        name: "".join(
-            json.dumps({"messages": conversation(draw, names, CARDS[card])}) + "\n"
-            for _ in range(count)
-        )
-        for name, names, count in plan
+    rows = {
+        "train.jsonl": [{"messages": messages} for messages in kept],
+        "heldout.jsonl": [{"messages": messages} for messages in held],
+        "questions.jsonl": [question for messages in held for question in questions(messages)],
     }
+    return {name: "".join(json.dumps(r) + "\n" for r in found) for name, found in rows.items()}
+
+
+def questions(messages: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """What comes before each answer, and the answer."""
+    text = ""
+    for message in messages:
+        if message["role"] == "assistant":
+            yield {"prompt": f"{text}<s>assistant\n", "answer": message["content"]}
+        text += TURN.format(**message)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -108,7 +119,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, text in files.items():
-        print(f"{given.out / name}: {text.count(chr(10)):,} conversations")
+        print(f"{given.out / name}: {text.count(chr(10)):,} lines")
     return 0
 
 

@@ -3,23 +3,20 @@
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import exact_match
 import finetune_figures
 import make_chats
 import pytest
 
 from helpers.processes import run_python
-from nemo_hybrid import HybridConfig, HybridLM
+from nemo_hybrid import HybridConfig, HybridLM, cli
 from nemo_hybrid.config.finetune import FinetuneConfig, SampleOptions
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import BadRecord, find_sources
 from nemo_hybrid.data.template import load_template, need_template
 from nemo_hybrid.data.tokenizer import train_tokenizer
-from nemo_hybrid.generation.batched import Request, Rollout
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "configs" / "chat_template.jinja"
@@ -115,78 +112,33 @@ def test_the_template_refuses_roles_that_it_has_no_form_for(model: Path) -> None
         template.render([{"role": "tool", "content": "x"}])
 
 
-@pytest.fixture
-def parrot(chats: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Answers questions as the file does, except those that hold a word of the returned list."""
-    maker = SampleMaker(SampleOptions(chat_template=str(TEMPLATE)), model, seed=0)
-    wrong: list[str] = []
-    known: dict[tuple[int, ...], tuple[str, list[int]]] = {}
-    for messages in read(chats / "heldout.jsonl"):
-        text = ""
-        for message in messages:
-            if message["role"] == "assistant":
-                asked = maker.tokenizer.encode_chat(f"{text}<s>assistant\n")[0]
-                ids = maker.tokenizer.encode([message["content"]])[0].tolist()
-                known[tuple(asked.tolist())] = text, [*ids, EOS, 50, 51]
-            text += f"<s>{message['role']}\n{message['content']}</s>\n"
-
-    class Parrot:
-        def __init__(self, model: HybridLM, slots: int) -> None:
-            pass
-
-        def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
-            for request in requests:
-                text, ids = known[tuple(request.ids)]
-                rollout = Rollout(request, 0)
-                for token in [50, *ids] if any(word in text for word in wrong) else ids:
-                    if not rollout.ended:
-                        rollout.ids.append(token)
-                yield rollout
-
-    monkeypatch.setattr(exact_match, "Generator", Parrot)
-    return wrong
-
-
-def test_the_score_is_the_share_of_equal_answers(
-    chats: Path, model: Path, parrot: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_questions_are_the_held_out_answers_as_the_template_asks_for_them(
+    chats: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = chats / "heldout.jsonl", tmp_path / "result.json"
-    words = ["--from", str(model), "--data", str(file), "--chat_template", str(TEMPLATE)]
-    words += ["--out", str(out), "--at_least", "1"]
-    total = sum(m["role"] == "assistant" for chat in read(file) for m in chat)
-    assert exact_match.main(words) == 0
-    assert f"exact match: 100.0% of {total} answers" in capsys.readouterr().out
+    tokenizer = SampleMaker(SampleOptions(), model, seed=0).tokenizer
+    template = need_template(load_template(tokenizer, model, str(TEMPLATE)), model)
+    wanted = [
+        {
+            "prompt": template.render(messages[:turn], add_generation_prompt=True),
+            "answer": message["content"],
+        }
+        for messages in read(chats / "heldout.jsonl")
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    questions = chats / "questions.jsonl"
+    assert [json.loads(line) for line in questions.read_text().splitlines()] == wanted
 
-    parrot.append(sorted(names(read(file)[0], "user"))[0])
-    assert exact_match.main(words) == 1
-    result = json.loads(out.read_text())
-    wrong = [a for a in result["answers"] if not a["matched"]]
-    assert result["score"] == pytest.approx(1 - len(wrong) / total)
-    assert {a["where"] for a in wrong} == {f"{file} line 1"}
-    assert all(a["answer"][1:] == a["right"] for a in wrong)
-
-    assert exact_match.main([*words, "--limit", "1", "--at_least", "0"]) == 0
-    assert len(json.loads(out.read_text())["answers"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: "),
-        ('{"text": "x"}', "line 1: the messages are no list"),
-        ('{"messages": [{"role": "user", "content": "</s>"}]}', "line 1: "),
-        ("", "holds no conversation"),
-    ],
-)
-def test_files_that_hold_no_questions(
-    line: str, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bad.jsonl").write_text(line)
-    words = ["--from", str(model), "--data", str(tmp_path / "bad.jsonl")]
-    assert exact_match.main([*words, "--chat_template", str(TEMPLATE)]) == 2
-    assert message in capsys.readouterr().err
-    assert exact_match.main(words) == 2
-    assert "has no chat template" in capsys.readouterr().err
+    samples = [
+        {"prompt": number, "sample": 0, "text": row["answer"] if number else "another"}
+        for number, row in enumerate(wanted)
+    ]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    words = ["eval", "--rollouts", str(answers), "--data", str(questions), "--json"]
+    assert cli.main(words) == 0
+    share = json.loads(capsys.readouterr().out)["pass_at"]["1"]
+    assert share == pytest.approx(1 - 1 / len(wanted))
 
 
 def test_the_tutorial_runs_what_is_there() -> None:
