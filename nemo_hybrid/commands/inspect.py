@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic.dataclasses import dataclass as options
 
 from nemo_hybrid.commands.command import Command, check_paths
-from nemo_hybrid.config.base import CHECKED, CommandOptions
+from nemo_hybrid.config.base import CHECKED, CommandOptions, field_types
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import LAYER_LETTERS
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import RunConfig
+from nemo_hybrid.config.yaml_text import read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.terminal import print_table
 
@@ -190,12 +190,7 @@ def _shape_in_yaml(path: Path) -> HybridConfig:
     """The shape in a run's configuration, or in a file of the section ``model`` alone."""
     from nemo_hybrid.checkpoint.steps import model_shape
 
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError):
-        content = None  # load_config says what is wrong, and where
-    run_keys = {f.name for f in fields(RunConfig)}
-    if isinstance(content, dict) and run_keys & content.keys():
+    if field_types(RunConfig).keys() & read_yaml(path).keys():
         return model_shape(load_config([path]).model)
     return model_shape(load_config([], ["--model", str(path)]).model)
 

@@ -166,7 +166,7 @@ def verify_directory(
         scales = read_scales(opened)
     before = None if source is None else states(source, pieces, "source", show)
     del source  # one model at a time
-    model = _dequantized(export, torch.float32)
+    model = _dequantized(export)
     found = measure(before, model, scales, pieces, data or "random token ids", show)
     result.measured = found
     _check_scales(model, scales, pieces, result, show)
@@ -183,9 +183,8 @@ def verify_directory(
     return result
 
 
-def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> HybridLM:
-    """The model of an exported directory, its weights dequantized, rounded to dtype but for the
-    fp32 list, on the CPU.
+def load_exported(directory: str | Path) -> HybridLM:
+    """The model of an exported directory, its weights dequantized to fp32, on the CPU.
 
     Where keys and values have scales its caches keep them in FP8; other activations are not
     quantized, nor keys and values of a forward pass over the whole text. Raises UserError unless
@@ -195,12 +194,12 @@ def load_exported(directory: str | Path, dtype: torch.dtype = torch.float32) -> 
     if not _check_tensors(export, result):
         faults = "\n  ".join(check.note for check in result.checks if not check.passed)
         raise UserError(f"{directory} is not a sound export:\n  {faults}")
-    return _dequantized(export, dtype)
+    return _dequantized(export)
 
 
-def _dequantized(export: Export, dtype: torch.dtype) -> HybridLM:
+def _dequantized(export: Export) -> HybridLM:
     with torch.device("meta"):
-        model = HybridLM(export.config).to(dtype)
+        model = HybridLM(export.config)
     model = with_memory(model)
     targets = tensors_by_name(model)
     with Opened(export) as opened, torch.no_grad():

@@ -61,12 +61,10 @@ def _summed(y: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
 class AllToAllDispatcher(nn.Module):
     """Owns experts ``[ep_rank * E / ep, (ep_rank + 1) * E / ep)`` of every MoE layer.
 
-    ``join`` comes before the first use. Raises ValueError unless ``ep_size`` divides ``experts``.
+    ``ep_size`` divides ``experts``. ``join`` comes before the first use.
     """
 
     def __init__(self, experts: int, ep_size: int, rank: int) -> None:
-        if experts % ep_size:
-            raise ValueError(f"{experts} experts cannot be divided over {ep_size} processes")
         super().__init__()
         self.num_experts = experts
         self.ep_size = ep_size

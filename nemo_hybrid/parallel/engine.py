@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,17 +48,13 @@ def prepare_deepspeed(world: World) -> None:
 
 
 class Engine:
-    """Backward, reduction, clipping and the optimizer step of ``module``.
-
-    ``groups`` are optimizer parameter groups (see ``train.optim``); ``named`` maps parameters to
-    the names that checkpoints use.
-    """
+    """Backward, reduction, clipping and AdamW's step of ``module``, with ``groups`` of parameters
+    (see ``train.optim``), which have the names that they have in ``model``."""
 
     def __init__(
         self,
         module: nn.Module,
         model: nn.Module,
-        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         groups: list[dict[str, Any]],
         config: TrainingConfig,
         world: World,
@@ -84,7 +80,7 @@ class Engine:
         groups.sort(key=lambda g: (g["params"][0].dtype == torch.float32) != fp32_first)
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=make_optimizer(groups),
+            optimizer=torch.optim.AdamW(groups),
             config=_deepspeed_config(config, zero, accumulation, largest),
             dist_init_required=False,
         )

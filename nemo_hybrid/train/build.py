@@ -69,9 +69,7 @@ def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None 
     if world.cp > 1:
         objective.check_divided()
     groups = parameter_groups(model, config.train)
-    engine = Engine(
-        objective, model, torch.optim.AdamW, groups, config, world, accumulation, dispatcher
-    )
+    engine = Engine(objective, model, groups, config, world, accumulation, dispatcher)
     engine.seed_masters(trained.masters)
     # Measured by all ranks at once where it has to be measured: they share the cores in training.
     # The formula of the work per token is that of training everything.

@@ -137,7 +137,7 @@ def _accumulated(world: World, store: Path, zero: int) -> dict[str, list[float]]
     dispatcher = AllToAllDispatcher(world.size, world.size, world.rank)
     model = nn.ModuleDict({"layer": _Linear(dispatcher)})
     groups = parameter_groups(model, config.train)
-    ours = Engine(model["layer"], model, torch.optim.AdamW, groups, config, world, 2, dispatcher)
+    ours = Engine(model["layer"], model, groups, config, world, 2, dispatcher)
     for micro in range(2):
         share = SHARES[micro * 2 + world.rank]
         ours.backward(ours(share))

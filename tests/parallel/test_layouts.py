@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from helpers.bands import SABOTAGE, jittered
-from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from parallel.comparing import TOLERANCES, distances, pooled_distances, read, relative
 from parallel.conftest import BF16, BROKEN, FP32, STARVED_RANK
 from parallel.equal import ALL_OF_RANK_1, OPTIMIZERS, STARVED, Outcome, reference
@@ -166,8 +165,3 @@ def test_reduction_over_the_wrong_group_is_noticed(results: Results) -> None:
     """Of expert gradients, over ranks that hold different experts."""
     with pytest.raises(AssertionError, match=r"experts\.\w+: replicas differ"):
         read(results(4), "w4-ep2-zero2-acc1-sgd-wrong-group", 4, 2)
-
-
-def test_experts_that_cannot_be_divided() -> None:
-    with pytest.raises(ValueError, match="6 experts cannot be divided over 4 processes"):
-        AllToAllDispatcher(6, 4, 0)
