@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nemo_hybrid.config.run import TrainOptions
 from nemo_hybrid.model.fp32 import keeps_fp32
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.parallel.world import World
 
 
 def parameter_groups(model: nn.Module, train: TrainOptions) -> list[dict[str, Any]]:
@@ -99,27 +98,6 @@ def describe_schedule(train: TrainOptions) -> list[str]:
         f"warning: {peak}, but the run ends after {train.max_steps}, at {reached:g}: "
         "lower train.warmup_steps"
     ]
-
-
-class LoadCounter:
-    """Routed slots per expert and layer over one global batch, on all ranks."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, counts: dict[str, Tensor]) -> None:
-        """Add one micro-batch: layer name -> counts [E]."""
-        for name, counts_E in counts.items():
-            held = self._counts.get(name)
-            self._counts[name] = counts_E if held is None else held + counts_E
-
-    def total(self, world: World) -> dict[str, Tensor]:
-        """Sum over ranks and start anew."""
-        counts, self._counts = self._counts, {}
-        if counts:
-            stacked = world.sum(torch.stack(list(counts.values())))
-            counts = dict(zip(counts, stacked, strict=True))
-        return counts
 
 
 @torch.no_grad()

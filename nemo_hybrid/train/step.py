@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.objectives.base import Normalizer
-from nemo_hybrid.train.optim import LoadCounter, update_router_bias
+from nemo_hybrid.train.optim import update_router_bias
 from nemo_hybrid.train.run import Outcome, Run
 
 
@@ -45,14 +45,14 @@ def train_step(
     normalizer = Normalizer(totals[:-3], rows, step)
 
     sums: dict[str, Tensor] = {}
-    counter = LoadCounter()
+    loads: dict[str, Tensor] = {}
     engine.start(len(batches))
     for number, batch in enumerate(batches, 1):
         run.precision.start_micro_batch(number)
         parts = engine(batch, normalizer)
         engine.backward(parts.loss)
         sums = {name: sums.get(name, 0) + part for name, part in parts.sums.items()}
-        counter.add(parts.loads)
+        loads = {layer: loads.get(layer, 0) + counts_E for layer, counts_E in parts.loads.items()}
         if number < len(batches):
             engine.end_micro_batch()
     norm = engine.grad_norm() / world.size
@@ -61,7 +61,8 @@ def train_step(
     # From here on the same numbers on every rank, to the last bit.
     *summed, norm = world.sum(torch.stack([*sums.values(), norm]))
     means = run.objective.means(dict(zip(sums, summed, strict=True)), normalizer)
-    loads = counter.total(world)
+    if loads:
+        loads = dict(zip(loads, world.sum(torch.stack([*loads.values()])), strict=True))
     grad_norm = float(norm)
     of = " of short rows" if in_one > 1 else ""
     objection = run.guard.judge(means["loss"], grad_norm, of)

@@ -10,7 +10,7 @@ from helpers.bands import SABOTAGE, band
 from helpers.tiny_models import loud_model, tiny_config
 from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.model.router import Router
-from nemo_hybrid.train.optim import LoadCounter, max_violation, update_router_bias
+from nemo_hybrid.train.optim import max_violation, update_router_bias
 
 
 def router(**changes: object) -> Router:
@@ -153,32 +153,3 @@ def test_bias_updates_balance_a_starved_expert() -> None:
         update_router_bias(model, {"backbone.layers.0": load()}, 1e-2)
     assert int(load()[3]) > 0
     assert max_violation(load()) < 0.1 < start
-
-
-class TwoRanks:
-    """Stands for a world whose other rank counted ``other``."""
-
-    def __init__(self, other: Tensor) -> None:
-        self.other, self.calls = other, 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        self.calls += 1
-        return tensor.add_(self.other)
-
-
-def test_load_counter_sums_micro_batches_and_ranks_and_starts_anew() -> None:
-    counter = LoadCounter()
-    first = {"a": torch.tensor([1, 2, 3]), "b": torch.tensor([0, 1, 0])}
-    counter.add(first)
-    counter.add({"a": torch.tensor([10, 0, 0]), "b": torch.tensor([0, 0, 7])})
-    world = TwoRanks(torch.tensor([[100, 100, 100], [200, 200, 200]]))
-    total = counter.total(world)
-    assert {n: t.tolist() for n, t in total.items()} == {
-        "a": [111, 102, 103],
-        "b": [200, 201, 207],
-    }
-    assert world.calls == 1  # one message for all layers
-    assert first["a"].tolist() == [1, 2, 3]  # what was handed in is untouched
-    assert counter.total(world) == {}
-    counter.add({"a": torch.tensor([4, 0, 0])})
-    assert counter.total(TwoRanks(torch.zeros(1, 3, dtype=torch.int64)))["a"].tolist() == [4, 0, 0]
