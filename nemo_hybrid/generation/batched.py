@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -109,6 +109,7 @@ _FAILED = 2**62
 """In place of a number of passes: the process makes none any more."""
 
 
+@dataclass(frozen=True)
 class Generator:
     """Generates with a model in ``slots`` rows or fewer; with ``drafts`` by its MTP block, see
     `speculative`; with Mamba states kept as ``states`` says. While prompts are read they are fp32.
@@ -120,24 +121,17 @@ class Generator:
     they have to agree then on what happened (`Agreement.agreed`).
     """
 
-    def __init__(
-        self,
-        model: HybridLM,
-        slots: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        drafts: int = 0,
-        states: StateFormat = "float32",
-        markers: Markers | None = None,
-        experts: bool = False,
-        most: Most = alone,
-    ) -> None:
-        self._model, self._slots, self._seed, self._most = model, slots, seed, most
-        self._states: StateFormat = states
-        self._temperature, self._top_p, self._drafts = temperature, top_p, drafts
-        self._markers, self._experts = markers, experts
+    model: HybridLM
+    slots: int
+    _: KW_ONLY
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    drafts: int = 0
+    states: StateFormat = "float32"
+    markers: Markers | None = None
+    experts: bool = False
+    most: Most = alone
 
     @torch.inference_mode()
     def run(
@@ -147,17 +141,15 @@ class Generator:
         has grown. Raises UserError where the model's logits are no numbers, and for a budget where
         there are no markers."""
         waiting = deque(request for request in requests if request.samples)
-        if self._markers is None and any(request.budget is not None for request in waiting):
+        if self.markers is None and any(request.budget is not None for request in waiting):
             raise UserError("a budget of thinking needs the markers that open and close it")
-        rows = min(self._slots, sum(len(request.samples) for request in waiting))
+        rows = min(self.slots, sum(len(request.samples) for request in waiting))
         speculation = None
-        if self._drafts:
-            speculation = Speculation(
-                self._model, rows, self._drafts, self._temperature, self._top_p
-            )
-        device = self._model.lm_head.weight.device
-        thinking = Thinking(self._markers, rows, device) if self._markers else None
-        slots = _Slots(self._model, rows, speculation, thinking, self._states, self._experts)
+        if self.drafts:
+            speculation = Speculation(self.model, rows, self.drafts, self.temperature, self.top_p)
+        device = self.model.lm_head.weight.device
+        thinking = Thinking(self.markers, rows, device) if self.markers else None
+        slots = _Slots(self.model, rows, speculation, thinking, self.states, self.experts)
         prompts = self._prompts([])
         while True:
             free = len(slots.free)
@@ -168,15 +160,15 @@ class Generator:
             if batch:
                 prompts = self._prompts(batch)
             left = prompts.samples or waiting or free < len(slots.rollouts)
-            passes = self._most(1 + bool(batch) * prompts.pieces if left else 0)
+            passes = self.most(1 + bool(batch) * prompts.pieces if left else 0)
             if passes in (0, _FAILED):
                 return
             if passes > 1:  # of nobody, where others need the experts of this process
                 (prompts if batch else self._prompts([])).read(passes - 1)
-            slots.take(prompts, self._seed)
+            slots.take(prompts, self.seed)
             if not prompts.samples:
                 prompts = self._prompts([])  # their caches are not needed any more
-            grown = slots.step(self._temperature, self._top_p)
+            grown = slots.step(self.temperature, self.top_p)
             try:
                 for rollout in grown:
                     if watch:
@@ -184,13 +176,13 @@ class Generator:
                     if rollout.ended:
                         yield rollout
             except (Exception, GeneratorExit):  # between two passes: others would wait for them
-                self._most(_FAILED)
+                self.most(_FAILED)
                 raise
             if not waiting and not prompts.samples:
                 slots = slots.without_free()
 
     def _prompts(self, requests: Sequence[Request]) -> _Prompts:
-        return _Prompts(self._model, requests, self._drafts > 0, self._experts)
+        return _Prompts(self.model, requests, self.drafts > 0, self.experts)
 
 
 class _Prompts:

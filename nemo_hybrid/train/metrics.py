@@ -127,21 +127,17 @@ class Timing(NamedTuple):
     """The same after this step."""
 
 
+@dataclass(frozen=True)
 class Meter:
     """Turns what a step did into its row of metrics; for rank 0 alone.
 
     ``flops`` per token, by `Batch.in_one`; ``peak`` FLOP/s of one of ``processes``.
     """
 
-    def __init__(
-        self,
-        flops: Callable[[int], float],
-        peak: float | None,
-        processes: int,
-        device: torch.device,
-    ) -> None:
-        self.flops, self.peak = flops, peak
-        self.processes, self.device = processes, device
+    flops: Callable[[int], float]
+    peak: float | None
+    processes: int
+    device: torch.device
 
     def metrics(
         self,
