@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
@@ -20,25 +20,12 @@ from typing import Any, NamedTuple
 from nemo_hybrid.commands.command import Command
 from nemo_hybrid.terminal import print_table
 
-# Distribution and import names.
-REQUIRED = {
-    "torch": "torch",
-    "deepspeed": "deepspeed",
-    "transformers": "transformers",
-    "tokenizers": "tokenizers",
-    "datasets": "datasets",
-    "safetensors": "safetensors",
-}
-OPTIONAL = {
-    "triton": "triton",
-    "mamba-ssm": "mamba_ssm",
-    "causal-conv1d": "causal_conv1d",
-    "flash-attn": "flash_attn",
-    "transformer-engine": "transformer_engine",
-    "math-verify": "math_verify",
-    "wandb": "wandb",
-    "trackio": "trackio",
-}
+REQUIRED = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors")
+OPTIONAL = (
+    "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-engine", "math-verify",
+    "wandb", "trackio",
+)  # fmt: skip
+"""Distributions, whose modules have their names, but for the hyphens."""
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "sve")
 _ON_TORCH = ("torch", "deepspeed", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-engine")
 IMPORT_LIMIT_S = 120
@@ -67,8 +54,7 @@ class Package(NamedTuple):
 def doctor() -> int:
     """Print the report; return 0 when all required packages work, else 1."""
     # Each import takes a core and some memory: two at a time, those that need torch together.
-    everything = REQUIRED | OPTIONAL
-    groups = [{n: m for n, m in everything.items() if (n in _ON_TORCH) == on} for on in (1, 0)]
+    groups = [[n for n in REQUIRED + OPTIONAL if (n in _ON_TORCH) == on] for on in (True, False)]
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = [pool.submit(probe, group) for group in groups]
         packages = futures[0].result()
@@ -89,11 +75,12 @@ def doctor() -> int:
     return 1 if broken else 0
 
 
-def probe(modules: Mapping[str, str]) -> list[Package]:
+def probe(names: Sequence[str]) -> list[Package]:
     """Import the modules of these distributions one after another in a process of its own: they
     share what takes most of the time, and a broken extension may end the process. What comes
     behind such a one is imported in a further process."""
-    problems = {name: "not installed" for name in modules if util.find_spec(modules[name]) is None}
+    modules = {name: name.replace("-", "_") for name in names}
+    problems = {name: "not installed" for name in names if util.find_spec(modules[name]) is None}
     while left := [name for name in modules if name not in problems]:
         found, ended = _imported([modules[name] for name in left])
         problems |= zip(left, found, strict=False)
