@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -81,7 +81,7 @@ class ZeroOptimizer:
     def __init__(self, zero: Any) -> None:
         _require("its ZeRO optimizer", zero, _ZERO_FIELDS)
         self._zero = zero
-        for parameter in self._parameters():
+        for parameter in chain.from_iterable(zero.bit16_groups):
             _require("a parameter of its ZeRO optimizer", parameter, (_MAPPING,))
             mapping = getattr(parameter, _MAPPING)
             if mapping is not None:
@@ -144,10 +144,6 @@ class ZeroOptimizer:
     def publish_masters(self) -> None:
         """Round the masters into the model's weights, on every rank."""
         self._zero.update_lp_params()
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for parameters in self._zero.bit16_groups:
-            yield from parameters
 
 
 def _require(what: str, owner: object, names: Iterable[str]) -> None:

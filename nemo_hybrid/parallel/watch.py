@@ -42,7 +42,10 @@ class Watch:
         # Without torchrun a run may well outlive the shell that started it.
         self._parent = launcher if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self._parent is not None:
-            self._check_store()
+            # Where it was gone before ``launcher`` was asked for, so is its store, without which
+            # processes would try to meet for as long as they wait for each other.
+            if not torchrun_listens():
+                _end()
             threading.Thread(target=self._poll, name="watch", daemon=True).start()
 
     def __enter__(self) -> Watch:
@@ -78,15 +81,6 @@ class Watch:
     def check_parent(self) -> None:
         """End this process if its launcher is gone; before anything of a step is recorded."""
         if self._parent is not None and os.getppid() != self._parent:
-            _end()
-
-    def _check_store(self) -> None:
-        """End this process if its launcher was gone when it began, when ``launcher`` was not it.
-
-        torchrun's agent keeps the store where processes meet; without it they would try to
-        connect for as long as they wait for each other.
-        """
-        if not torchrun_listens():
             _end()
 
 
