@@ -199,7 +199,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class MetricsWriter:
-    """Append the metrics of a run; for rank 0 alone. A context manager.
+    """Append the metrics of a run; for rank 0 alone.
 
     ``resume_step`` is the number of steps that the checkpoint holds, 0 for a fresh start: rows of
     later steps, left by the run that was interrupted, are cut away first. Raises UserError where
@@ -221,12 +221,6 @@ class MetricsWriter:
             purge_step = resume_step + 1 if resume_step else 0
             self._board = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=purge_step)
         self._board.add_text("mfu formula", MFU_FORMULA, resume_step + 1)
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def write(
         self, metrics: StepMetrics, expert_load: Mapping[str, Sequence[int]] | None = None

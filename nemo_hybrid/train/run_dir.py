@@ -12,11 +12,10 @@ import fcntl
 import logging
 import os
 import platform
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from nemo_hybrid.checkpoint import steps
 from nemo_hybrid.checkpoint.manifest import read_manifest
@@ -31,6 +30,7 @@ from nemo_hybrid.config.read import (
     read_keys,
 )
 from nemo_hybrid.config.run import PrecisionOptions, TrainingConfig
+from nemo_hybrid.config.yaml_text import parse_yaml, read_yaml
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import TEMPORARY, hash_file, naming, replace_file
 from nemo_hybrid.process import number_of
@@ -279,13 +279,10 @@ def _same_run(config: TrainingConfig, checkpoints: list[Path]) -> None:
 
 def _read_saved(path: Path) -> dict[str, Any]:
     """The contents of a configuration file. Raises UserError for what is none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not the configuration of a run; choose another run_dir")
-    return content
+    with suppress(UserError):
+        if content := read_yaml(path):
+            return content
+    raise UserError(f"{path} is not the configuration of a run; choose another run_dir")
 
 
 def _is_intact(checkpoint: Path, name: str) -> bool:
@@ -297,7 +294,7 @@ def _is_intact(checkpoint: Path, name: str) -> bool:
 
 
 def _compared(config: TrainingConfig) -> dict[str, Any]:
-    options = _flat(yaml.safe_load(dump_config(config)), type(config))
+    options = _flat(parse_yaml(dump_config(config)), type(config))
     return _without_shape(options) if config.model.from_hf else options
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -67,7 +68,7 @@ def make_run(
         train=PretrainOptions(max_steps=30, eval_sequences=SEQUENCES, micro_batch_size=4),
     )
     heldout = {30: last}
-    with MetricsWriter(run_dir, 0) as writer:
+    with closing(MetricsWriter(run_dir, 0)) as writer:
         for step in range(1, 31):
             losses = heldout.get(step) if evaluations == 2 else None
             before = [first] * len(last) if step == 1 else None

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def row(step: int, **changes: object) -> StepMetrics:
 
 
 def write(run_dir: Path, resume: int, steps: range) -> None:
-    with MetricsWriter(run_dir, resume) as writer:
+    with closing(MetricsWriter(run_dir, resume)) as writer:
         for step in steps:
             writer.write(row(step), {"layers.1": [step, 2, 3]})
 
@@ -57,14 +58,14 @@ def test_rows_read_back_exactly(tmp_path):
         row(1, heldout_loss=8.5, heldout_mtp_losses=[8.25, 8.125], heldout_loss_before=9.5),
         row(2, loss=math.inf, grad_norm=-math.inf, mfu=0.1 + 0.2),
     ]
-    with MetricsWriter(tmp_path, 0) as writer:
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
         for r in rows:
             writer.write(r)
     assert read_metrics(tmp_path / "metrics.jsonl") == rows
 
 
 def test_not_a_number_stays_valid_json(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
         writer.write(row(1, loss=math.nan, mtp_losses=[math.nan, 1.0]))
 
     def refuse(constant: str) -> None:
@@ -205,7 +206,7 @@ def test_evaluation_of_the_initial_weights_is_at_step_0():
 
 def test_tensorboard_shows_step_0_once_after_a_fresh_start_again(tmp_path):
     for _ in range(2):
-        with MetricsWriter(tmp_path, 0) as writer:
+        with closing(MetricsWriter(tmp_path, 0)) as writer:
             for r in evaluated_rows():
                 writer.write(r)
     assert tensorboard_points(tmp_path, "heldout/loss") == [(0, 9.0), (1, 8.0), (3, 7.0)]

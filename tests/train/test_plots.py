@@ -1,6 +1,7 @@
 """Plots: what they draw is checked on the figure's data, and that the files are whole PNGs."""
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def metrics(step: int, heldout: float | None = None, loss: float | None = None) 
 
 
 def make_run(run_dir: Path, rows: list[StepMetrics], loads: bool = True) -> None:
-    with MetricsWriter(run_dir, 0) as writer:
+    with closing(MetricsWriter(run_dir, 0)) as writer:
         for row in rows:
             load = {"layers.1": [1, 3, 2, 2], "layers.3": [0, 8, 0, 0]} if loads else None
             writer.write(row, load)
