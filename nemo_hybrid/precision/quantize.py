@@ -32,7 +32,7 @@ from nemo_hybrid.precision.assign import BLOCK, Format
 from nemo_kernels.lowp.packing import encode, pack
 from nemo_kernels.lowp.reference import Quantized, dequantize, quantize, quantize_modelopt
 from nemo_kernels.lowp.rounding import E2M1_MAX, round_to_nearest_
-from nemo_kernels.lowp.scales import E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX, Blocks, divide
+from nemo_kernels.lowp.scales import E4M3_MAX, Blocks, divide
 
 Search = Literal["amax", "mse", "four_over_six", "training"]
 Layout = Literal["modelopt", "compressed-tensors"]
@@ -40,6 +40,7 @@ Stored = dict[str, Tensor]
 """Last name part on disk -> tensor, of one weight."""
 
 _LEAST_E4M3 = 2.0**-9
+_MOST_FOUR_OVER_SIX = 256.0
 # Of amax: below, the tensor scale amax / 2688 is no normal number; above, BF16 cannot hold it.
 _LEAST_AMAX = 2688 * torch.finfo(torch.float32).tiny
 _MOST_AMAX = torch.finfo(torch.bfloat16).max
@@ -126,7 +127,7 @@ def _nvfp4(w: Tensor, amax: Tensor, search: Search) -> Quantized:
     x_NB = w.view(blocks.shape)
     data = torch.empty(len(x_NB), BLOCK // 2, dtype=torch.uint8, device=w.device)
     scale_N = torch.empty_like(block_amax_N)
-    most = E4M3_MAX_FOUR_OVER_SIX if search == "four_over_six" else E4M3_MAX
+    most = _MOST_FOUR_OVER_SIX if search == "four_over_six" else E4M3_MAX
     tensor_scale = divide(amax, E2M1_MAX * most)
     # A power of two, so that quotients are exact.
     unit = (amax.view(torch.int32) >> _MANTISSA_BITS << _MANTISSA_BITS).view(torch.float32)
@@ -185,7 +186,7 @@ def _four_or_six(x_NB: Tensor, block_amax_N: Tensor, amax: Tensor) -> Tensor:
     """The block maxima, or 1.5 times as much, so that 4 stands for the largest value."""
     magnitude_NB, six_N, four_N = x_NB.abs(), block_amax_N * 1.0, block_amax_N * 1.5
     errors = [
-        _squared_error(magnitude_NB, _emulated(a_N, amax, E4M3_MAX_FOUR_OVER_SIX))
+        _squared_error(magnitude_NB, _emulated(a_N, amax, _MOST_FOUR_OVER_SIX))
         for a_N in (six_N, four_N)
     ]
     return torch.where(errors[1] < errors[0], four_N, six_N)

@@ -29,7 +29,6 @@ class Formula:
     """amax_b * (encode * (1/6)); else (amax_b / 6) * encode."""
     rounded_factor: bool = True
     """x * (1 / (s * (1 / encode))); else x * encode / s."""
-    stretch: float = 1.0
 
     def encode_scale(self, amax: float) -> np.float32:
         if amax == 0:
@@ -44,7 +43,7 @@ class Formula:
             wanted = block_amax * (encode * sixth)
         else:
             wanted = block_amax / F(self.e2m1_max) * encode
-        codes = nearest(np.minimum(wanted * F(self.stretch), F(448)), E4M3)
+        codes = nearest(np.minimum(wanted, F(448)), E4M3)
         scale = E4M3[codes].astype(F)
         with np.errstate(divide="ignore", over="ignore"):
             if self.rounded_factor:
@@ -85,27 +84,6 @@ def hadamard(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         partner = t[:, place ^ h]
         t = np.where(place & h, partner - t, t + partner)
     return torch.from_numpy(t.reshape(x.shape)).to(dtype).float().numpy()
-
-
-def four_over_six(
-    x: np.ndarray, e4m3_max: float = 256.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(codes, scale codes, chosen error, error of 6) of 1x16 blocks: TransformerEngine's choice."""
-    amax, results = np.abs(x).max(), []
-    for stretch in (1.5, 1.0):
-        formula = Formula(e4m3_max=e4m3_max, sixth_first=False, stretch=stretch)
-        codes, scales = formula.quantize(x, (1, 16))
-        value = np.where(codes > 7, -1, 1) * E2M1[codes % 8]
-        value = value.astype(F) * E4M3[scales].astype(F).repeat(16, axis=1)
-        error = np.abs(value * F(amax) / F(6 * e4m3_max) - x).reshape(len(x), -1, 16)
-        total = np.zeros(error.shape[:2], dtype=F)
-        for i in range(16):
-            total = total + error[:, :, i]
-        results.append((codes, scales, total))
-    (codes_4, scales_4, error_4), (codes_6, scales_6, error_6) = results
-    use_4 = error_4 < error_6
-    codes = np.where(use_4.repeat(16, axis=1), codes_4, codes_6)
-    return codes, np.where(use_4, scales_4, scales_6), np.minimum(error_4, error_6), error_6
 
 
 def decades(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -39,11 +39,9 @@ from nemo_kernels.lowp.rounding import (
 from nemo_kernels.lowp.scales import (
     BLOCK,
     E4M3_MAX,
-    E4M3_MAX_FOUR_OVER_SIX,
     Blocks,
     block_scales,
     divide,
-    four_over_six_scales,
 )
 
 __all__ = [
@@ -65,7 +63,7 @@ class Quantized(NamedTuple):
         data: uint8 [..., K/2], two codes per byte, the even element's in the low nibble.
             A code is 8 * sign + index into 0, 0.5, 1, 1.5, 2, 3, 4, 6.
         block_scale: float8_e4m3fn [..., K/16].
-        tensor_scale: fp32, amax/2688 (four_over_six: amax/1536), in the shape of amax; multiply.
+        tensor_scale: fp32, amax/2688, in the shape of amax; multiply.
     """
 
     data: Tensor
@@ -79,7 +77,6 @@ def quantize(
     tile: tuple[int, int] = (1, 16),
     columnwise: bool = False,
     rht: bool = False,
-    four_over_six: bool = False,
     seed: int | None = None,
     amax: Tensor | None = None,
 ) -> Quantized:
@@ -91,19 +88,17 @@ def quantize(
         columnwise: quantize the transpose of the last two dimensions: blocks lie along x's rows.
             For 16x16 the codes are the same, transposed.
         rht: apply :func:`.hadamard.transform` along the blocks first; for 1x16 only.
-        four_over_six: map a block's largest value to 4 where that has the smaller sum of absolute
-            errors, else to 6 (arXiv 2512.02010, as TransformerEngine does it).
         seed: round stochastically, with :func:`.rounding.random_bits` of this seed. An element's
-            number is its place in x, whether columnwise or not. Not with four_over_six.
+            number is its place in x, whether columnwise or not.
         amax: fp32 to take for the largest |x| (after the transform), for example one common to
-            several tensors; larger values saturate. A scalar, or one per part of the tensor:
-            anything that can be broadcast to block_scale. For 16x16, its last two dimensions are 1.
+            several tensors; larger values saturate. A scalar, or of stacked matrices one each,
+            [..., 1, 1].
 
     Raises:
         ValueError: a dimension that blocks lie along is not divisible by 16, or a dtype, a shape or
             a combination of options is not as described.
     """
-    scaled = _scale(x, tile, columnwise, rht, four_over_six, seed, amax)
+    scaled = _scale(x, tile, columnwise, rht, amax)
     codes = torch.empty_like(scaled.x, dtype=torch.uint8)
     for part, x_part, y in scaled.divided():
         if seed is not None:
@@ -125,7 +120,6 @@ def fake_quantize(
     tile: tuple[int, int] = (1, 16),
     columnwise: bool = False,
     rht: bool = False,
-    four_over_six: bool = False,
     seed: int | None = None,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +131,7 @@ def fake_quantize(
 
     Args and errors: as :func:`quantize`.
     """
-    scaled = _scale(x, tile, columnwise, rht, four_over_six, seed, amax)
+    scaled = _scale(x, tile, columnwise, rht, amax)
     return scaled.decoded(seed).view(x.shape), scaled.tensor_scale
 
 
@@ -170,9 +164,7 @@ def scale_operand(x: Tensor, how: Rounding, columnwise: bool, ends_E: Tensor | N
     if x.dim() == 3:
         n_experts, m, _ = x.shape
         ends_E = torch.arange(1, n_experts + 1, dtype=torch.int32, device=x.device) * m
-    return _scale(
-        x, how.tile, columnwise, how.rht, four_over_six=False, seed=how.seed, ends_E=ends_E
-    )
+    return _scale(x, how.tile, columnwise, how.rht, ends_E=ends_E)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,7 +189,7 @@ def quantize_modelopt(x: Tensor, *, amax: Tensor | None = None) -> Quantized:
     x = x.detach().contiguous()
     blocks = Blocks.of(x, (1, BLOCK), columnwise=False)
     block_amax = blocks.amax(x)
-    amax = _tensor_amax(amax, block_amax, (1, BLOCK), columnwise=False)
+    amax = _tensor_amax(amax, x, block_amax)
     tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
     scale = block_amax / (tensor_scale * E2M1_MAX)
     scale = torch.where(block_amax == 0, 1.0, scale).clamp_(2.0**-9, E4M3_MAX)
@@ -252,15 +244,11 @@ def _scale(
     tile: tuple[int, int],
     columnwise: bool,
     rht: bool,
-    four_over_six: bool,
-    seed: int | None,
     amax: Tensor | None = None,
     ends_E: Tensor | None = None,
 ) -> Scaled:
     if rht and tile[0] > 1:
         raise ValueError("rht: expected tile (1, 16), got (16, 16)")
-    if four_over_six and seed is not None:
-        raise ValueError("four_over_six: expected no seed (rounding to nearest), got one")
     _expect_blocks(x, tile, columnwise)
     x = x.detach().contiguous()
     if rht:
@@ -268,18 +256,11 @@ def _scale(
     blocks = Blocks.of(x, tile, columnwise)
     block_amax = blocks.amax(x)
     if ends_E is None:
-        amax = _tensor_amax(amax, block_amax, tile, columnwise)
-        # A part's amax has the place that its blocks have in block_scale, which is transposed.
-        amax_in_grid = torch.atleast_2d(amax).mT if columnwise and amax.dim() else amax
+        amax = amax_in_grid = _tensor_amax(amax, x, block_amax)
     else:
         amax, amax_in_grid = _amax_of_segments(block_amax, ends_E, x.shape[:-1].numel())
-    if four_over_six:
-        scale, factor = four_over_six_scales(x, blocks, block_amax, amax_in_grid)
-        tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX_FOUR_OVER_SIX)
-    else:
-        scale, factor = block_scales(block_amax, amax_in_grid)
-        tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
-    scale, factor = (t.reshape(blocks.grid_view) for t in (scale, factor))
+    scale, factor = (t.reshape(blocks.grid_view) for t in block_scales(block_amax, amax_in_grid))
+    tensor_scale = divide(amax, E2M1_MAX * E4M3_MAX)
     return Scaled(x.view(blocks.shape), blocks, scale, factor, tensor_scale)
 
 
@@ -317,23 +298,13 @@ def _amax_of_segments(block_amax: Tensor, ends_E: Tensor, n_rows: int) -> tuple[
     return amax, in_grid.view(*grid, 1)
 
 
-def _tensor_amax(
-    amax: Tensor | None, block_amax: Tensor, tile: tuple[int, int], columnwise: bool
-) -> Tensor:
-    """The given amax, checked, or that of the tensor; NaN where it is not finite."""
+def _tensor_amax(amax: Tensor | None, x: Tensor, block_amax: Tensor) -> Tensor:
+    """The given amax, checked, or that of x; NaN where it is not finite."""
     if amax is None:
         amax = block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
-    else:
-        grid = block_amax.mT if columnwise else block_amax
-        shape = list(grid.shape)
-        if tile[0] > 1:
-            shape[-2:] = 1, 1
-        given = list(amax.shape)
-        fits = len(given) <= len(shape) and all(
-            n in (1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)
+    elif amax.dtype != torch.float32 or amax.shape not in ((), (*x.shape[:-2], 1, 1)):
+        each = [*x.shape[:-2], 1, 1]
+        raise ValueError(
+            f"amax: expected float32 [] or {each}, got {amax.dtype} {list(amax.shape)}"
         )
-        if amax.dtype != torch.float32 or not fits:
-            raise ValueError(
-                f"amax: expected float32 that can be broadcast to {shape}, got {amax.dtype} {given}"
-            )
     return torch.where(amax.isfinite(), amax, torch.nan)
