@@ -20,31 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemo_kernels.checks import expect, expect_device
 from nemo_kernels.launch import Tile, launch
-from nemo_kernels.lowp.layout import (
-    ATOM_BYTES,
-    ATOM_K,
-    ATOM_ROWS,
-    SEGMENT_ALIGNMENT,
-    Packed,
-    atoms,
-)
+from nemo_kernels.lowp.layout import ATOM_BYTES, ATOM_K, ATOM_ROWS, SEGMENT_ALIGNMENT, Packed
 from nemo_kernels.lowp.operand import expect_ends
-from nemo_kernels.lowp.scales import BLOCK
 
 _E2M1 = tl.constexpr("e2m1")  # a string will not do in the interpreter of Triton 3.6
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gemm(a: Packed, b: Packed, dtype: torch.dtype) -> Tensor:
-    """a b^T [M, N] for a [M, K] and b [N, K], whose tensor scales are scalars.
-
-    Raises:
-        ValueError: shapes, dtypes, strides or devices are not as described, or dtype is not
-            bfloat16, float16 or float32; below also, on CPU tensors and in debug mode, ends.
-    """
-    _expect_operands(a, b, dtype)
+    """a b^T [M, N] for a [M, K] and b [N, K], whose tensor scales are scalars."""
     return _rows(a, b, None, dtype)
 
 
@@ -55,8 +39,11 @@ def grouped_rows(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> Te
         a, b: their tensor scales are [E]; those of a belong to the segments.
         ends_E: int32; expert e's rows end before ends_E[e], a multiple of 128. Rows of the result
             after the last end are zeros (NaN if the last expert's tensor scale is).
+
+    Raises:
+        ValueError: (seen on CPU tensors and in debug mode) ends are others; also below.
     """
-    _expect_operands(a, b, dtype, ends_E, a.data.shape[0], experts_of_b=True)
+    expect_ends(ends_E, a.shape[0], SEGMENT_ALIGNMENT)
     return _rows(a, b, ends_E, dtype)
 
 
@@ -67,7 +54,7 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
         a, b: their tensor scales are [E], those of the segments.
         ends_E: int32; expert e's part of P ends before ends_E[e], a multiple of 128.
     """
-    _expect_operands(a, b, dtype, ends_E, a.shape[-1])
+    expect_ends(ends_E, a.shape[-1], SEGMENT_ALIGNMENT)
     M, N, E = a.shape[0], b.shape[0], len(ends_E)
     out = torch.empty(E, M, N, dtype=dtype, device=a.data.device)
     if not a.data.numel() or not b.data.numel() or not E:
@@ -115,38 +102,6 @@ def _arguments(x: Packed, rows: int, depth: int) -> tuple[Any, ...]:
         ),
         x.tensor_scale,
     )
-
-
-def _expect_operands(
-    a: Packed,
-    b: Packed,
-    dtype: torch.dtype,
-    ends_E: Tensor | None = None,
-    n_rows: int = 0,
-    experts_of_b: bool = False,
-) -> None:
-    """``n_rows``: those that the segments are cut of."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
-    experts: tuple[int, ...] = ()
-    if ends_E is not None:
-        expect_device(a.data, ends_E=ends_E)
-        expect_ends(ends_E, n_rows, SEGMENT_ALIGNMENT)
-        experts = (len(ends_E),)
-    half = a.data.shape[-1]
-    if half % (BLOCK // 2):
-        raise ValueError(f"a.data: expected K to be divisible by {BLOCK}, got {2 * half}")
-    for name, x, outer in (("a", a, ()), ("b", b, experts if experts_of_b else ())):
-        expect(f"{name}.data", x.data, (*outer, None, half), torch.uint8)
-        scale_shape = (*outer, *atoms(x.data.shape[-2], 2 * half), ATOM_BYTES)
-        expect(f"{name}.scale", x.scale, scale_shape, torch.float8_e4m3fn)
-        expect(f"{name}.tensor_scale", x.tensor_scale, experts, torch.float32)
-        for field, tensor in x._asdict().items():
-            expect_device(a.data, **{f"{name}.{field}": tensor})
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}.{field}: expected a contiguous tensor, got strides {tensor.stride()}"
-                )
 
 
 @triton.jit
