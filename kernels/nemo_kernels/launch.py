@@ -61,13 +61,16 @@ def launch(
     moved: int | None = None,
     **options: Any,
 ) -> None:
-    """Run a kernel on a grid of programs.
+    """Run a kernel on a grid of programs, of which there may be none, on the device of its tensors.
 
     ``flop``, ``moved``: see `Launch`. Without ``moved`` each tensor is read or written once, as far
     as it is there.
     """
+    if 0 in grid:
+        return
     if _note is None:
-        kernel[grid](*arguments, **options)
+        with torch.cuda.device_of(next(_tensors(arguments))):
+            kernel[grid](*arguments, **options)
         return
     if moved is None:
         moved = sum(tensor.nbytes for tensor in _tensors(arguments))

@@ -46,8 +46,7 @@ def causal_conv1d(
         seq_idx_BS = documents.seq_idx_BS.contiguous()
         expect("documents.seq_idx_BS", seq_idx_BS, tuple(x_BSC.shape[:2]), torch.int32)
         expect_device(x_BSC, **{"documents.seq_idx_BS": seq_idx_BS})
-    with torch.cuda.device_of(x_BSC):
-        y_BSC: Tensor = _CausalConv1d.apply(x_BSC, weight_CK, bias_C, seq_idx_BS)
+    y_BSC: Tensor = _CausalConv1d.apply(x_BSC, weight_CK, bias_C, seq_idx_BS)
     return y_BSC
 
 
@@ -65,15 +64,11 @@ def causal_conv1d_step(
     expect_device(x_BC, state_BCJ=state_BCJ)
     y_BC = torch.empty(x_BC.shape, dtype=x_BC.dtype, device=x_BC.device)
     # Not fewer channels than threads: the thread that moves one on is the one that has read it.
-    blocks = triton.cdiv(channels, _CHANNELS)
-    if rows * blocks:
-        tensors = (x_BC, state_BCJ, weight_CK.contiguous(), bias_C.contiguous(), y_BC)
-        sizes = (channels, *x_BC.stride(), *state_BCJ.stride(), weight_CK.shape[1], _CHANNELS)
-        moved = sum(t.nbytes for t in (*tensors, state_BCJ))
-        with torch.cuda.device_of(x_BC):
-            launch(
-                tap_kernel.step_kernel, (rows * blocks,), *tensors, *sizes, moved=moved, **_OPTIONS
-            )
+    grid = (rows * triton.cdiv(channels, _CHANNELS),)
+    tensors = (x_BC, state_BCJ, weight_CK.contiguous(), bias_C.contiguous(), y_BC)
+    sizes = (channels, *x_BC.stride(), *state_BCJ.stride(), weight_CK.shape[1], _CHANNELS)
+    moved = sum(t.nbytes for t in (*tensors, state_BCJ))
+    launch(tap_kernel.step_kernel, grid, *tensors, *sizes, moved=moved, **_OPTIONS)
     return y_BC
 
 
@@ -140,5 +135,4 @@ def _over_tiles(kernel: Any, x_BSC: Tensor, weight_CK: Tensor, *tensors: Tensor 
     rows, length, channels = x_BSC.shape
     grid = (rows * triton.cdiv(length, _TOKENS) * triton.cdiv(channels, _CHANNELS),)
     sizes = (length, channels, *x_BSC.stride()[:2], weight_CK.shape[1], _TOKENS, _CHANNELS)
-    if grid[0]:
-        launch(kernel, grid, x_BSC, weight_CK, *tensors, *sizes, **_OPTIONS)
+    launch(kernel, grid, x_BSC, weight_CK, *tensors, *sizes, **_OPTIONS)

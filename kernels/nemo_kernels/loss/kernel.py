@@ -156,10 +156,7 @@ def _apply(
     for name, x in (("h_RD", h_RD), ("weight_VD", weight_VD)):
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name}: expected one of {_DTYPES}, got {x.dtype}")
-    with torch.cuda.device_of(h_RD):
-        return _Chunked.apply(
-            h_RD, weight_VD, compare, scale_R, chunk_size, torch.is_grad_enabled()
-        )
+    return _Chunked.apply(h_RD, weight_VD, compare, scale_R, chunk_size, torch.is_grad_enabled())
 
 
 def _rows_of(weight_VD: Tensor) -> int:

@@ -60,11 +60,10 @@ def grouped_wgrad(a: Packed, b: Packed, ends_E: Tensor, dtype: torch.dtype) -> T
     if not a.data.numel() or not b.data.numel() or not E:
         return out.zero_()
     tile = _WGRAD[N % 256 == 0]
-    with torch.cuda.device_of(out):
-        grid = (E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
-        operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
-        flop = 2 * M * N * a.shape[-1]
-        launch(_wgrad_kernel, grid, *operands, ends_E, out, M, N, flop=flop, **tile.options())
+    grid = (E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
+    flop = 2 * M * N * a.shape[-1]
+    launch(_wgrad_kernel, grid, *operands, ends_E, out, M, N, flop=flop, **tile.options())
     return out
 
 
@@ -74,12 +73,11 @@ def _rows(a: Packed, b: Packed, ends_E: Tensor | None, dtype: torch.dtype) -> Te
     if not a.data.numel() or not b.data.numel():
         return out.zero_()
     tile = _ROWS[N % 256 == 0]
-    with torch.cuda.device_of(out):
-        grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
-        operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
-        sizes = (M, N, K, 0 if ends_E is None else len(ends_E))
-        flop = 2 * M * N * K
-        launch(_rows_kernel, grid, *operands, ends_E, out, *sizes, flop=flop, **tile.options())
+    grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
+    operands = (*_arguments(a, tile.m, tile.k), *_arguments(b, tile.n, tile.k))
+    sizes = (M, N, K, 0 if ends_E is None else len(ends_E))
+    flop = 2 * M * N * K
+    launch(_rows_kernel, grid, *operands, ends_E, out, *sizes, flop=flop, **tile.options())
     return out
 
 

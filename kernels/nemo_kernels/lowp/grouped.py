@@ -24,8 +24,7 @@ def grouped_product(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) 
     tile = expert_kernel.plan(a_PK.dtype, n_rows, n_experts, *widths).up
     out_PN = a_PK.new_empty(n_rows, b_EKN.shape[2], dtype=torch.float32)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
-    with torch.cuda.device_of(a_PK):
-        kernel.product(tile, a_PK, tile_table(counts_E, n_rows, tile.m), b_EKN, out_PN)
+    kernel.product(tile, a_PK, tile_table(counts_E, n_rows, tile.m), b_EKN, out_PN)
     rows_P = torch.arange(n_rows, dtype=torch.int32, device=ends_E.device)
     expert_P = torch.searchsorted(ends_E, rows_P, right=True).clamp_max_(n_experts - 1)
     for scale in (a.tensor_scale, b.tensor_scale):
@@ -42,8 +41,7 @@ def grouped_wgrad(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) ->
     tile = expert_kernel.plan(a_PM.dtype, len(a_PM), n_experts, *widths).wgrad
     out_EMN = a_PM.new_empty(n_experts, a_PM.shape[1], b_PN.shape[1], dtype=torch.float32)
     rows_P = torch.arange(len(a_PM), dtype=torch.int32, device=ends_E.device)
-    with torch.cuda.device_of(a_PM):
-        kernel.wgrad(tile, a_PM, b_PN, rows_P, ends_E, out_EMN)
+    kernel.wgrad(tile, a_PM, b_PN, rows_P, ends_E, out_EMN)
     for scale in (a.tensor_scale, b.tensor_scale):
         if scale is not None:
             out_EMN *= scale[:, None, None]

@@ -86,25 +86,24 @@ def quantize(
     bits_2S = torch.zeros(2, n_scales, dtype=torch.int32, device=device)
     plain = bits_2S[0] if rows is not None or not rht else None
     sizes, n_row_tiles = (m, n, n_scales), triton.cdiv(m, BLOCK * TILE["B"])
-    with torch.cuda.device_of(x_EMN):
-        grid = (n_row_tiles * triton.cdiv(n, BLOCK * AMAX["C"] * AMAX["STEPS"]), n_matrices)
-        transformed = bits_2S[1] if rht else None
-        launch(amax_kernel, grid, x_EMN, plain, transformed, segment_T, *sizes, **AMAX)
-        grid = (n_row_tiles * triton.cdiv(n, BLOCK * TILE["C"]), n_matrices)
-        launch(
-            quantize_kernel,
-            grid,
-            x_EMN,
-            segment_T,
-            *_side(rows, made[0], bits_2S[0]),
-            *_side(columns, made[1], bits_2S[int(rht)]),
-            *sizes,
-            SQUARE=any(how is not None and how.tile[0] > 1 for how in (rows, columns)),
-            RHT=rht,
-            ROW_RANDOM=rows is not None and rows.seed is not None,
-            COLUMN_RANDOM=columns is not None and columns.seed is not None,
-            **TILE,
-        )
+    grid = (n_row_tiles * triton.cdiv(n, BLOCK * AMAX["C"] * AMAX["STEPS"]), n_matrices)
+    transformed = bits_2S[1] if rht else None
+    launch(amax_kernel, grid, x_EMN, plain, transformed, segment_T, *sizes, **AMAX)
+    grid = (n_row_tiles * triton.cdiv(n, BLOCK * TILE["C"]), n_matrices)
+    launch(
+        quantize_kernel,
+        grid,
+        x_EMN,
+        segment_T,
+        *_side(rows, made[0], bits_2S[0]),
+        *_side(columns, made[1], bits_2S[int(rht)]),
+        *sizes,
+        SQUARE=any(how is not None and how.tile[0] > 1 for how in (rows, columns)),
+        RHT=rht,
+        ROW_RANDOM=rows is not None and rows.seed is not None,
+        COLUMN_RANDOM=columns is not None and columns.seed is not None,
+        **TILE,
+    )
     return made[0], made[1]
 
 

@@ -95,8 +95,7 @@ class TritonExperts(Experts):
         shape = (len(groups.end_E), a_RM.shape[1], b_RN.shape[1])
         y_EMN = torch.empty(shape, dtype=dtype, device=a_RM.device)
         row_R = torch.arange(len(a_RM), dtype=torch.int32, device=a_RM.device)
-        with torch.cuda.device_of(a_RM):
-            wgrad(self.plan.wgrad, a_RM, b_RN, row_R, groups.end_E, y_EMN)
+        wgrad(self.plan.wgrad, a_RM, b_RN, row_R, groups.end_E, y_EMN)
         return y_EMN
 
     def combine(self, y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -107,11 +106,9 @@ def combine_slots(y_RL: Tensor, inverse_TK: Tensor) -> Tensor:
     """``nemo_kernels.moe.combine_slots``; no gradients. y is contiguous."""
     (n_tokens, k), width, columns = inverse_TK.shape, y_RL.shape[1], expert_kernel.COMBINED
     out_TL = y_RL.new_empty(n_tokens, width)
-    if out_TL.numel():
-        grid = (n_tokens * triton.cdiv(width, columns),)
-        arguments = (y_RL, inverse_TK, out_TL, width, k, columns)
-        with torch.cuda.device_of(y_RL):
-            launch(expert_kernel.combine_kernel, grid, *arguments, num_warps=4, num_stages=3)
+    grid = (n_tokens * triton.cdiv(width, columns),)
+    arguments = (y_RL, inverse_TK, out_TL, width, k, columns)
+    launch(expert_kernel.combine_kernel, grid, *arguments, num_warps=4, num_stages=3)
     return out_TL
 
 
@@ -141,10 +138,7 @@ def grouped_mlp(
     slots = {"weights_R": weights_R, "counts_E": counts_E}
     _check({"x_RL": x_RL}, slots, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
     experts = _planned(x_RL, weights_R.numel(), w_up_EFL)
-    with torch.cuda.device_of(x_RL):
-        return function.grouped_mlp(
-            experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute
-        )
+    return function.grouped_mlp(experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
 
 
 def moe_mlp(
@@ -164,8 +158,7 @@ def moe_mlp(
     _check({"x_TL": x_TL}, choices, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
     experts = _planned(x_TL, topk_ids_TK.numel(), w_up_EFL)
     arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
-    with torch.cuda.device_of(x_TL):
-        return function.moe_mlp(experts, *arguments, sort=sort_slots)
+    return function.moe_mlp(experts, *arguments, sort=sort_slots)
 
 
 def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:

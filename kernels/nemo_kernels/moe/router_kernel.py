@@ -50,11 +50,10 @@ def topk_router(
         raise ValueError(f"weight_ED: expected at most {MAX_EXPERTS} experts, got {len(weight_ED)}")
     if k > MAX_CHOICES:
         raise ValueError(f"k: expected 1 to {MAX_CHOICES}, got {k}")
-    with torch.cuda.device_of(x_TD):
-        ids, weights, scores = _Router.apply(
-            x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
-        )
-    return ids, weights, scores
+    result: tuple[Tensor, Tensor, Tensor] = _Router.apply(
+        x_TD, weight_ED, bias_E, k, float(scaling_factor), normalize
+    )
+    return result
 
 
 class _Router(torch.autograd.Function):
@@ -73,10 +72,9 @@ class _Router(torch.autograd.Function):
         ids_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
         weights_TK = torch.empty_like(ids_TK, dtype=torch.float32)
         scores_TE = torch.empty_like(logits_TE)
-        if n_tokens:
-            tensors = (logits_TE, bias_E.float().contiguous(), ids_TK, weights_TK, scores_TE)
-            sizes = (n_experts, k, scaling_factor, int(normalize), padded(n_experts), MAX_CHOICES)
-            launch(_router_kernel, (n_tokens,), *tensors, *sizes, **_OPTIONS)
+        tensors = (logits_TE, bias_E.float().contiguous(), ids_TK, weights_TK, scores_TE)
+        sizes = (n_experts, k, scaling_factor, int(normalize), padded(n_experts), MAX_CHOICES)
+        launch(_router_kernel, (n_tokens,), *tensors, *sizes, **_OPTIONS)
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TD, weight_ED, ids_TK, scores_TE)
@@ -97,13 +95,11 @@ class _Router(torch.autograd.Function):
         if dweights_TK is None:
             dweights_TK = scores_TE.new_zeros(n_tokens, k)
         dlogits_TE = torch.empty_like(scores_TE)
-        if n_tokens:
-            gradients = (dweights_TK.contiguous(), dscores_TE.contiguous())
-            sizes = (stride, n_experts, k, ctx.scaling_factor, int(ctx.normalize))
-            tensors = (*gradients, ids_TK, scores_TE, dlogits_TE)
-            choices = (padded(n_experts), MAX_CHOICES)
-            grid = (n_tokens,)
-            launch(_router_backward_kernel, grid, *tensors, *sizes, *choices, **_OPTIONS)
+        gradients = (dweights_TK.contiguous(), dscores_TE.contiguous())
+        sizes = (stride, n_experts, k, ctx.scaling_factor, int(ctx.normalize))
+        tensors = (*gradients, ids_TK, scores_TE, dlogits_TE)
+        choices = (padded(n_experts), MAX_CHOICES)
+        launch(_router_backward_kernel, (n_tokens,), *tensors, *sizes, *choices, **_OPTIONS)
         dx_TD = dweight_ED = None
         if ctx.needs_input_grad[0]:
             dx_TD = split_product(dlogits_TE, weight_ED).to(x_TD.dtype)

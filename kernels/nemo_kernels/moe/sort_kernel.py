@@ -52,32 +52,25 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     Raises:
         ValueError: E is above 1024, or R above 2**31 - 2**16.
     """
-    _expect_sizes(n_experts, "topk_ids_TK", topk_ids_TK.numel())
-    with torch.cuda.device_of(topk_ids_TK):
-        return _sort(topk_ids_TK.reshape(-1), n_experts)
-
-
-def _sort(ids_R: Tensor, n_experts: int) -> Slots:
+    ids_R = topk_ids_TK.reshape(-1)
     n_slots, device = ids_R.numel(), ids_R.device
+    _expect_sizes(n_experts, "topk_ids_TK", n_slots)
     n_blocks = triton.cdiv(n_slots, _SLOTS)
     counts_E = torch.empty(n_experts, dtype=torch.int64, device=device)
     order_R, inverse_R = torch.empty_like(ids_R), torch.empty_like(ids_R)
     # Row b: the slots of each expert in all blocks before b.
     before_BE = torch.empty(n_blocks + 1, n_experts, dtype=torch.int32, device=device)
     counted = before_BE[1:].nbytes
-    experts = padded(n_experts)
-    if n_slots:
-        sizes = {"SLOTS": _SLOTS, "EXPERTS": experts}
-        table = (ids_R, before_BE, n_slots, n_experts)
-        moved = ids_R.nbytes + counted
-        launch(_count_kernel, (n_blocks,), *table, moved=moved, **sizes, **_OPTIONS)
+    sizes = {"SLOTS": _SLOTS, "EXPERTS": padded(n_experts)}
+    table = (ids_R, before_BE, n_slots, n_experts)
+    moved = ids_R.nbytes + counted
+    launch(_count_kernel, (n_blocks,), *table, moved=moved, **sizes, **_OPTIONS)
     blocks, columns = _SCAN
     scan = (before_BE, counts_E, n_blocks, n_experts, blocks, columns)
     grid, moved = (triton.cdiv(n_experts, columns),), counted + before_BE.nbytes + counts_E.nbytes
     launch(_scan_kernel, grid, *scan, moved=moved, **_OPTIONS)
-    if n_slots:
-        places = (ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts)
-        launch(_place_kernel, (n_blocks,), *places, **sizes, COMPARED=_COMPARED, **_OPTIONS)
+    places = (ids_R, before_BE, order_R, inverse_R, n_slots, n_blocks, n_experts)
+    launch(_place_kernel, (n_blocks,), *places, **sizes, COMPARED=_COMPARED, **_OPTIONS)
     return Slots(order_R, inverse_R, counts_E)
 
 
@@ -101,10 +94,8 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
         raise ValueError(f"rows_per_tile: expected 1 to {_MAX_TILE}, got {rows_per_tile}")
     n_tiles = triton.cdiv(n_rows, rows_per_tile) + n_experts
     tiles = Tiles(*(counts_E.new_empty(n_tiles, dtype=torch.int32) for _ in Tiles._fields))
-    with torch.cuda.device_of(counts_E):
-        sizes = (n_experts, n_rows, n_tiles, rows_per_tile)
-        grid = (triton.cdiv(n_tiles, _TILES[0]),)
-        launch(_tile_kernel, grid, counts_E.contiguous(), *tiles, *sizes, *_TILES, **_OPTIONS)
+    sizes, grid = (n_experts, n_rows, n_tiles, rows_per_tile), (triton.cdiv(n_tiles, _TILES[0]),)
+    launch(_tile_kernel, grid, counts_E.contiguous(), *tiles, *sizes, *_TILES, **_OPTIONS)
     return tiles
 
 

@@ -51,8 +51,7 @@ def gated_rms_norm(
         raise ValueError(f"x: expected one of {_DTYPES}, got {x.dtype}")
     if group_size > MAX_GROUP:
         raise ValueError(f"group_size: expected at most {MAX_GROUP}, got {group_size}")
-    with torch.cuda.device_of(x):
-        return _GatedRMSNorm.apply(x, gate, weight_D, eps, group_size)
+    return _GatedRMSNorm.apply(x, gate, weight_D, eps, group_size)
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:
@@ -81,9 +80,8 @@ class _GatedRMSNorm(torch.autograd.Function):
         options = _options(groups, group_size)
         tensors = (x_RD, gate_RD, weight_D.contiguous(), y_RD, r_RG)
         sizes = (len(x_RD), x_RD.stride(0), gate_RD.stride(0), eps, group_size)
-        blocks = triton.cdiv(len(x_RD), options["ROWS"])
-        if blocks:
-            launch(gated_kernel.gated_norm_kernel, (blocks * groups,), *tensors, *sizes, **options)
+        grid = (triton.cdiv(len(x_RD), options["ROWS"]) * groups,)
+        launch(gated_kernel.gated_norm_kernel, grid, *tensors, *sizes, **options)
         ctx.save_for_backward(x, gate, weight_D, r_RG)
         ctx.group_size = group_size
         return y_RD.view(x.shape)
@@ -103,8 +101,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         tensors = (x_RD, gate_RD, weight_D.contiguous(), r_RG, dy_RD, dx_RD, dgate_RD, dweight_KD)
         strides = (x_RD.stride(0), gate_RD.stride(0), dy_RD.stride(0))
         sizes, grid = (rows, *strides, ctx.group_size, steps), (len(dweight_KD) * groups,)
-        if blocks:
-            launch(gated_kernel.gated_norm_backward_kernel, grid, *tensors, *sizes, **options)
+        launch(gated_kernel.gated_norm_backward_kernel, grid, *tensors, *sizes, **options)
         dweight_D = dweight_KD.sum(0).to(weight_D.dtype)
         return dx_RD.view(x.shape), dgate_RD.view(gate.shape), dweight_D, None, None
 

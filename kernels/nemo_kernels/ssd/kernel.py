@@ -73,8 +73,7 @@ def ssd_scan(
     x_BSHP, B_BSGN, C_BSGN = (_side_by_side(t) for t in (x_BSHP, B_BSGN, C_BSGN))
     block = max(_BLOCK // (max(rows, 1) * chunk), 1) * chunk
     inputs = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, initial_state_BHPN, seq_idx_BS)
-    with torch.cuda.device_of(x_BSHP):
-        return _Scan.apply(*inputs, chunk) if length <= block else _in_blocks(block, chunk, *inputs)
+    return _Scan.apply(*inputs, chunk) if length <= block else _in_blocks(block, chunk, *inputs)
 
 
 def _in_blocks(
@@ -131,12 +130,10 @@ def ssd_step(
     dt_BH = dt_BH.contiguous()
     strides = (x_BSHP.stride(0), dt_BH.stride(0), B_BSGN.stride(0), C_BSGN.stride(0))
     tensors = (x_BSHP, dt_BH, A_H, B_BSGN, C_BSGN, D_H, state_BHPN, y_BHP)
-    if y_BHP.numel():
-        moved = sum(t.nbytes for t in (*tensors, state_BHPN))
-        sizes = (heads, groups, head_dim, state, *strides, _WIDTH, padded(state))
-        with torch.cuda.device_of(x_BHP):
-            grid = (rows * heads * triton.cdiv(head_dim, _WIDTH),)
-            launch(chunk_kernel.step_kernel, grid, *tensors, *sizes, moved=moved, num_warps=4)
+    moved = sum(t.nbytes for t in (*tensors, state_BHPN))
+    sizes = (heads, groups, head_dim, state, *strides, _WIDTH, padded(state))
+    grid = (rows * heads * triton.cdiv(head_dim, _WIDTH),)
+    launch(chunk_kernel.step_kernel, grid, *tensors, *sizes, moved=moved, num_warps=4)
     return y_BHP
 
 

@@ -103,9 +103,7 @@ class Passes(NamedTuple):
 
     def _launch(self, kernel: Any, each: int, *arguments: Any, moved: int | None = None) -> None:
         """``each``: programs per chunk."""
-        grid = (self.shape_UH[0] * each,)
-        if grid[0]:
-            launch(kernel, grid, *arguments, moved=moved, **_OPTIONS)
+        launch(kernel, (self.shape_UH[0] * each,), *arguments, moved=moved, **_OPTIONS)
 
     def by_group(self, states_BcHPN: Tensor) -> Tensor:
         """[U,G,hP,N]."""
@@ -117,10 +115,7 @@ class Passes(NamedTuple):
         cs, dt, from_start, to_end = (self._sums(*shape) for _ in range(4))
         times = Times(cs, dt, from_start, to_end, self._sums(*self.shape_UH))
         sizes = (self.length, self.heads, self.chunks, *dt_BSH.stride(), self.chunk)
-        grid = (times.gate.numel(),)
-        if grid[0]:
-            launch(kernels.times_kernel, grid, dt_BSH, A_H, seq_idx_BS, *times, *sizes,
-                   **_OPTIONS)  # fmt: skip
+        self._launch(kernels.times_kernel, self.heads, dt_BSH, A_H, seq_idx_BS, *times, *sizes)
         return times
 
     def for_output(
@@ -207,10 +202,8 @@ class Passes(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of the states after chunks, rounded, of gates by tiles, and, if asked for, of the first
         state."""
-        dafter_BcHPN, dgate_UHT = (
-            torch.empty_like(states_BcHPN),
-            self._sums(*self.shape_UH, self.tiles),
-        )
+        dafter_BcHPN = torch.empty_like(states_BcHPN)
+        dgate_UHT = self._sums(*self.shape_UH, self.tiles)
         dinitial_BHPN = self._sums(self.rows, *self.shape_BcHPN[2:]) if initial else None
         given = (dread_UGhPN, states_BcHPN, dfinal_BHPN, gate_UH)
         results = (dafter_BcHPN, dgate_UHT, dinitial_BHPN)
@@ -220,8 +213,7 @@ class Passes(NamedTuple):
     def _over_states(self, kernel: Any, *tensors: Tensor | None) -> None:
         grid = (self.rows * self.heads * self.tiles,)
         sizes = (self.chunks, self.heads, self.head_dim * self.state, _BLOCK)
-        if grid[0]:
-            launch(kernel, grid, *tensors, *sizes, **_OPTIONS)
+        launch(kernel, grid, *tensors, *sizes, **_OPTIONS)
 
     def output(
         self, within_UHLP: Tensor, across_UGLhP: Tensor, x_BSHP: Tensor, times: Times, D_H: Tensor
@@ -292,9 +284,7 @@ class Passes(NamedTuple):
         tensors = (*sums, times.dt, A_H, times.gate, seq_idx_BS, ddt_BSH, sums_2UH)
         sizes = (times.dt.numel(), times.gate.numel(), self.length, self.heads, self.chunks)
         tile = (self.tiles, self.chunk, self.blocks, triton.next_power_of_2(self.tiles))
-        grid = (times.gate.numel(),)
-        if grid[0]:
-            launch(kernels.time_gradient_kernel, grid, *tensors, *sizes, *tile, **_OPTIONS)
+        self._launch(kernels.time_gradient_kernel, self.heads, *tensors, *sizes, *tile)
         return ddt_BSH, sums_2UH
 
     def _sizes(self) -> tuple[int, ...]:
