@@ -19,7 +19,6 @@ from nemo_kernels.backend import Sizes, draw, relative_deviation
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda", "cpu")
-attention_read = reference.attention_read
 
 
 def attention(

@@ -16,7 +16,6 @@ from nemo_kernels.backend import Sizes
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
-attention_read = reference.attention_read
 
 
 def attention(
