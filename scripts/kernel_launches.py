@@ -23,8 +23,9 @@ from nemo_kernels.loss import kernel as loss_kernel
 from nemo_kernels.lowp import gemm_kernel, layout, quantize_kernel
 from nemo_kernels.lowp.grouped import grouped_product, grouped_wgrad
 from nemo_kernels.lowp.operand import Operand, Rounding
-from nemo_kernels.moe import kernel
-from nemo_kernels.moe.low_rank import LowRank, mlp
+from nemo_kernels.moe import kernel, low_rank
+from nemo_kernels.moe.function import mlp
+from nemo_kernels.moe.low_rank import LowRank
 from nemo_kernels.norm import kernel as norm_kernel
 from nemo_kernels.ssd import kernel as ssd_kernel
 
@@ -106,14 +107,15 @@ def moe_layer(
     x_TL, weights_TK = leaf(tokens, width), leaf(tokens, k, dtype=FP32)
     up_EFL = leaf(experts, inner, width, dtype=weights)
     down_ELF = leaf(experts, width, inner, dtype=weights)
+    slots = kernel.sort_slots(ids_TK, experts)
+    by_slot = (x_TL, weights_TK, slots, slots.counts_E)
+    plain = kernel.experts_for(x_TL, tokens * k, experts, width, inner)
     for recompute in (False, True):
-        kernel.moe_mlp(x_TL, ids_TK, weights_TK, up_EFL, down_ELF, recompute).sum().backward()
+        mlp(plain, *by_slot, up_EFL, down_ELF, recompute).sum().backward()
     parts = (LowRank(leaf(experts, 16, width), leaf(experts, inner, 16), 2.0), None)
     by_path = kernel.experts_for(x_TL, tokens * k, experts, width, inner, 16)
-    slots = kernel.sort_slots(ids_TK, experts)
     matrices = (up_EFL.detach(), down_ELF.detach(), False)
-    y_TL = mlp(by_path, x_TL, weights_TK, slots, slots.counts_E, *matrices, parts)
-    y_TL.sum().backward()
+    low_rank.mlp(by_path, *by_slot, *matrices, parts).sum().backward()
 
 
 def experts_on_rows(rows: int, experts: int, width: int, inner: int, dtype: torch.dtype) -> None:
@@ -123,7 +125,8 @@ def experts_on_rows(rows: int, experts: int, width: int, inner: int, dtype: torc
     for weights, recompute in itertools.product({dtype, FP32}, (False, True)):
         up_EFL = leaf(experts, inner, width, dtype=weights)
         down_ELF = leaf(experts, width, inner, dtype=weights)
-        y_RL = kernel.grouped_mlp(x_RL, weights_R, counts_E, up_EFL, down_ELF, recompute)
+        by_path = kernel.experts_for(x_RL, rows, experts, width, inner)
+        y_RL = mlp(by_path, x_RL, weights_R, None, counts_E, up_EFL, down_ELF, recompute)
         y_RL.sum().backward()
 
 

@@ -24,7 +24,7 @@ from moe_problem import UNIFORM, Problem, Shape, draw
 from torch import Tensor
 
 from nemo_kernels import backend
-from nemo_kernels.moe import moe_mlp, reference
+from nemo_kernels.moe import moe_mlp
 
 OURS = "nemo_hybrid"
 FIRST_ROUNDS = 3
@@ -77,7 +77,7 @@ def _in_float64(p: Problem) -> tuple[Tensor, ...]:
     x_TL, weights_TK, up_EFL, down_ELF = leaves = tuple(
         t.detach().double().requires_grad_() for t in p.leaves
     )
-    y_TL = reference.moe_mlp(x_TL, p.ids_TK, weights_TK, up_EFL, down_ELF)
+    y_TL = moe_mlp(x_TL, p.ids_TK, weights_TK, up_EFL, down_ELF)
     return y_TL, *torch.autograd.grad(y_TL, leaves, p.dy_TL.double())
 
 

@@ -86,7 +86,8 @@ def _layer(p: Problem, ours: str, backward: bool) -> Row:
     def expected() -> Results:
         x_TL, weights_TK, up_EFL, down_ELF = leaves = _wide(p)
         with torch.set_grad_enabled(backward):
-            y_TL = reference.moe_mlp(x_TL, p.ids_TK, weights_TK, up_EFL, down_ELF)
+            inputs = (x_TL, p.ids_TK, weights_TK, up_EFL, down_ELF)
+            y_TL = on_path("reference", lambda: moe.moe_mlp(*inputs))()
         grads = torch.autograd.grad(y_TL, leaves, p.dy_TL.float()) if backward else ()
         return y_TL.detach(), *grads
 

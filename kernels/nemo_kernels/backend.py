@@ -10,8 +10,8 @@ for example ``PATHS = {"mamba_ssm": "nemo_kernels.ssd.external"}``. Such a modul
 * has ``self_check(device_type, sizes) -> float``: the largest deviation of its outputs and
   gradients from the reference at the `Sizes` of the model, relative to the reference's largest.
 
-A path that does not take everything has ``supports(*what) -> bool`` as well, with arguments that
-the op's folder chooses.
+A path that does not take everything has ``refusal(*what) -> str`` as well, with arguments that the
+op's folder chooses: why it does not take a call, or nothing.
 
 ``auto`` takes the first path that runs on the tensor's device, imports, and passes its self-check;
 otherwise, and for shapes that this path does not take, the reference. Probe and self-check happen
@@ -116,12 +116,13 @@ def path(op: str, device_type: str) -> Path:
 
 def implementation(op: str, device_type: str, *what: Any) -> ModuleType:
     """The module that implements op on tensors of a device type; see :func:`path`. ``what`` decides
-    whether a path that ``auto`` took can serve this call."""
-    module = _resolve(op, device_type)[1]
-    may_leave = what and _choices.get(op, "auto") == "auto" and hasattr(module, "supports")
-    if may_leave and not module.supports(*what):
-        return _reference(op)
-    return module
+    whether the path takes this call: if not, ``auto`` leaves it to the reference, and a path that
+    was chosen raises ValueError."""
+    (name, _), module = _resolve(op, device_type)
+    why = module.refusal(*what) if what and hasattr(module, "refusal") else ""
+    if why and _choices.get(op, "auto") != "auto":
+        raise ValueError(f"path {name} of op {op}: {why}; choose auto or reference")
+    return _reference(op) if why else module
 
 
 def importable(op: str, names: Collection[str]) -> list[str]:

@@ -4,9 +4,12 @@ Shapes: T tokens, E experts, K experts per token, L width in which experts work,
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_kernels.moe import function
 
 
 def draw_ids(generator: torch.Generator, n_tokens: int, n_experts: int, k: int, skew: float):
@@ -36,6 +39,31 @@ def draw_inputs(
     down_ELF = (normal(n_experts, width, inner) / inner**0.5).to(dtype)
     x, w, u, d = (t.requires_grad_() for t in (x_TL, weights_TK, up_EFL, down_ELF))
     return x, w, u, d
+
+
+def by_path(
+    path: Any, x_TL: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Tensor, down: Tensor,
+    recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """``moe_mlp`` by the module of a path."""
+    slots = path.sort_slots(ids_TK, len(up))
+    experts = path.experts_for(x_TL, ids_TK.numel(), *_sizes(up))
+    given = (x_TL, weights_TK, slots, slots.counts_E, up, down, recompute)
+    return function.mlp(experts, *given)
+
+
+def rows_by_path(
+    path: Any, x_RL: Tensor, weights_R: Tensor, counts_E: Tensor, up: Tensor, down: Tensor,
+    recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """``grouped_mlp`` by the module of a path."""
+    experts = path.experts_for(x_RL, len(x_RL), *_sizes(up))
+    return function.mlp(experts, x_RL, weights_R, None, counts_E, up, down, recompute)
+
+
+def _sizes(up_EFL: Tensor) -> tuple[int, int, int]:
+    n_experts, inner, width = up_EFL.shape
+    return n_experts, width, inner
 
 
 def naive_moe(x_TL: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Tensor, down: Tensor) -> Tensor:

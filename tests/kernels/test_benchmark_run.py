@@ -246,7 +246,7 @@ def test_no_row_computes_before_it_is_measured(
         raise AssertionError("computed outside of measure")
 
     monkeypatch.setattr(moe_rows.reference, "topk_router", too_early)
-    monkeypatch.setattr(moe_rows.reference, "moe_mlp", too_early)
+    monkeypatch.setattr(moe_rows.moe, "moe_mlp", too_early)
     names = [row.name for row in moe_rows.rows(problem, "triton")]
     assert "router" in names
     assert len(names) == 6

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 import helpers.triton_env  # noqa: F401  repairs the interpreter
-from helpers.moe_inputs import draw_inputs
+from helpers.moe_inputs import by_path, draw_inputs
 from nemo_kernels.conv1d import kernel as conv1d_kernel
 from nemo_kernels.documents import Documents
 from nemo_kernels.launch import Launch, Tile, launch, noted, recorded
@@ -83,10 +83,11 @@ def experts(dtype: torch.dtype, recompute: bool = False) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = draw_inputs(generator, TOKENS, CHOICES, EXPERTS, WIDTH, INNER, dtype)
     x, weights, up, down = (t.requires_grad_() for t in inputs)
-    plan = kernel.TritonExperts(expert_kernel.Plan(*[Tile(16, 16, 16, 4, 2)] * 3))
-    moe_mlp = partial(function.moe_mlp, plan, sort=sort_kernel.sort_slots)
+    by = kernel.TritonExperts(expert_kernel.Plan(*[Tile(16, 16, 16, 4, 2)] * 3))
     with mock.patch.multiple(sort_kernel, _SLOTS=32, _SCAN=(4, 8), _TILES=(16, 16)):
-        moe_mlp(x, IDS_TK, weights, up, down, recompute).sum().backward()
+        slots = sort_kernel.sort_slots(IDS_TK, EXPERTS)
+        given = (x, weights, slots, slots.counts_E, up, down, recompute)
+        function.mlp(by, *given).sum().backward()
 
 
 def router() -> None:
@@ -200,7 +201,7 @@ def meta_inputs() -> list[Tensor]:
 def test_declared_flop_are_those_of_the_products() -> None:
     """Of six products of rows with matrices [F, L], forward and backward, and of native ones."""
     with recorded() as launches:
-        kernel.moe_mlp(*meta_inputs()).sum().backward()
+        by_path(kernel, *meta_inputs()).sum().backward()
     product = 2 * TOKENS * CHOICES * INNER * WIDTH
     assert [one.flop for one in launches if one.flop] == [product] * 6
     assert {one.dtype for one in launches if one.flop} == {torch.bfloat16}

@@ -244,10 +244,10 @@ def test_the_self_check_passes_as_shipped_and_notices_a_block_that_is_left_out()
 
 
 def test_other_dtypes_take_the_reference() -> None:
-    assert not kernel.supports(torch.float16)
-    assert not kernel.supports(FP64)
+    assert kernel.refusal(torch.float16).startswith("expected one of (torch.bfloat16, ")
     h, weight = torch.ones(2, 3, dtype=FP64), torch.ones(4, 3, dtype=FP64)
-    rest = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    expected = r"h_RD: expected one of \(torch.bfloat16, torch.float32\), got torch.float64"
-    with pytest.raises(ValueError, match=expected):
-        kernel.linear_cross_entropy(h, weight, *rest)
+    given = [t.to(DEVICE) for t in (h, weight, torch.zeros(2, dtype=torch.int64), torch.ones(2))]
+    assert linear_cross_entropy(*given)[0].dtype == FP64
+    message = r"path triton of op loss: expected one of .*, got torch.float64"
+    with backend.choosing(loss="triton"), pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*given)

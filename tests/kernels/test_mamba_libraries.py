@@ -144,22 +144,19 @@ def test_what_the_libraries_do_not_reach_is_named(stand_in: Callable[..., Any]) 
 
     external = mamba(stand_in)
     x, B = meta(4, 2**17, 64, 64), meta(4, 2**17, 8, 128)
-    assert external.supports(x, B, 128)
-    assert not external.supports(meta(5, 2**17, 64, 64), B, 128)
-    assert not external.supports(x, B, 32)  # states of more chunks
+    assert not external.refusal(x, B, 128)
+    assert external.refusal(meta(5, 2**17, 64, 64), B, 128)
+    assert external.refusal(x, B, 32)  # states of more chunks
     wide = meta(4, 2**17, 64, 96)[..., :64]  # as many elements, further apart
-    assert not external.supports(wide, B, 128)
-    assert not external.supports(x.double(), B, 128)
-    H = meta(64)
-    with pytest.raises(ValueError, match=r"x: expected .*offsets below 2147483648, got .* choose"):
-        external.ssd_scan(wide, meta(4, 2**17, 64), H, B, B, H, 128)
+    assert external.refusal(wide, B, 128)
+    assert external.refusal(x.double(), B, 128)
+    assert "offsets below 2147483648, got torch.bfloat16 and 3" in external.refusal(wide, B, 128)
 
     library = {"causal_conv1d_fn": causal_conv1d_fn}
     external = stand_in("nemo_kernels.conv1d.external", "causal_conv1d", **library)
     x, weight = meta(4, 2**17, 2**13), meta(2**13, 4)
-    assert external.supports(x, weight)
-    assert not external.supports(meta(5, 2**17, 2**13), weight)
+    assert not external.refusal(x, weight)
+    assert external.refusal(meta(5, 2**17, 2**13), weight)
     for channels, taps in ((12, 4), (16, 5), (16, 1)):
-        assert not external.supports(meta(1, 3, channels), meta(channels, taps))
-        with pytest.raises(ValueError, match=rf"multiple of 8 and 2 to 4 taps, got .*{channels}"):
-            external.causal_conv1d(meta(1, 3, channels), meta(channels, taps), meta(channels))
+        why = external.refusal(meta(1, 3, channels), meta(channels, taps))
+        assert why.endswith(f"got torch.bfloat16, [1, 3, {channels}] and [{channels}, {taps}]")

@@ -15,11 +15,13 @@ from torch import Tensor
 from helpers.bands import SABOTAGE, band
 from helpers.drawn import drawn, st
 from helpers.moe_inputs import (
+    by_path,
     deviation,
     draw_ids,
     draw_inputs,
     naive_moe,
     oracle,
+    rows_by_path,
     with_gradients,
 )
 from nemo_kernels import backend
@@ -55,7 +57,7 @@ def test_moe_mlp_equals_a_loop_over_tokens(
     ids_TK = draw_ids(generator, n_tokens, n_experts, k, skew)
     inputs = draw_inputs(generator, n_tokens, k, n_experts, unit * units[0], unit * units[1])
     dy = torch.randn(inputs[0].shape, generator=generator)
-    ours = with_gradients(lambda x, w, u, d: path.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+    ours = with_gradients(lambda x, w, u, d: by_path(path, x, ids_TK, w, u, d), inputs, dy)
     assert deviation(ours, oracle(ids_TK, inputs, dy)) < 1e-5
 
 
@@ -91,9 +93,9 @@ def test_bf16_is_within_its_rounding(path: ModuleType) -> None:
     ids_TK = draw_ids(generator, 40, 6, 3, 0.5)
     inputs = draw_inputs(generator, 40, 3, 6, 32, 64, torch.bfloat16)
     dy = torch.randn(40, 32, generator=generator).bfloat16()
-    ours = with_gradients(lambda x, w, u, d: path.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+    ours = with_gradients(lambda x, w, u, d: by_path(path, x, ids_TK, w, u, d), inputs, dy)
     assert deviation(ours, oracle(ids_TK, inputs, dy)) < 2e-2
-    y = path.moe_mlp(inputs[0], ids_TK, *inputs[1:])
+    y = by_path(path, inputs[0], ids_TK, *inputs[1:])
     assert y.dtype == torch.bfloat16
 
 
@@ -117,7 +119,7 @@ def test_experts_without_rows_get_exact_zeros(path: ModuleType) -> None:
     generator = torch.Generator().manual_seed(5)
     inputs = draw_inputs(generator, 8, 1, 4, 8, 8)
     ids_TK = torch.full((8, 1), 2)  # one-hot: every token on expert 2
-    y = path.moe_mlp(inputs[0], ids_TK, *inputs[1:])
+    y = by_path(path, inputs[0], ids_TK, *inputs[1:])
     y.sum().backward()
     for weight in inputs[2:]:
         assert weight.grad is not None
@@ -134,7 +136,7 @@ def test_grouped_mlp_equals_moe_mlp_on_sorted_rows(path: ModuleType) -> None:
 
     def by_hand(x: Tensor, w: Tensor, u: Tensor, d: Tensor) -> Tensor:
         order_R, inverse_R, counts_E = path.sort_slots(ids_TK, 5)
-        y_RL = path.grouped_mlp(x[order_R // 2], w.flatten()[order_R], counts_E, u, d)
+        y_RL = rows_by_path(path, x[order_R // 2], w.flatten()[order_R], counts_E, u, d)
         return y_RL[inverse_R].view(15, 2, 8).sum(1)
 
     inputs = (x_TL, weights_TK, up, down)
@@ -305,7 +307,7 @@ def test_what_torch_leaves_open_on_gpus(ids: list[list[int]], monkeypatch) -> No
     inputs = draw_inputs(torch.Generator().manual_seed(0), len(ids), 1, 3, 8, 4)
     dy = torch.randn(len(ids), 8)
     found, expected = (
-        with_gradients(lambda x, w, u, d, path=path: path.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+        with_gradients(lambda x, w, u, d, path=path: by_path(path, x, ids_TK, w, u, d), inputs, dy)
         for path in (grouped_mm, reference)
     )
     for a, b in zip(found, expected, strict=True):
@@ -321,7 +323,9 @@ def test_paths_are_taken_by_name() -> None:
     # Only this path restricts widths, which shows that it really ran.
     inputs = draw_inputs(torch.Generator(), 4, 1, 2, 3, 4)
     ids_TK = torch.zeros(4, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="w_up_EFL: expected widths in multiples of 4"):
+    with pytest.raises(
+        ValueError, match="path grouped_mm of op moe: expected widths in multiples of 4"
+    ):
         moe_mlp(inputs[0], ids_TK, *inputs[1:])
 
 
@@ -364,13 +368,13 @@ def test_auto_leaves_widths_that_cannot_be_aligned_to_the_reference(
     ids_TK = draw_ids(generator, 12, 3, 2, skew=0.0)
     what = (torch.bfloat16, 3, 2, inner, width)
     assert (backend.implementation("moe", "cpu", *what) is grouped_mm) == served
-    expected_TL = reference.moe_mlp(x_TL, ids_TK, weights_TK, up, down)
+    expected_TL = by_path(reference, x_TL, ids_TK, weights_TK, up, down)
     y_TL = moe_mlp(x_TL, ids_TK, weights_TK, up, down)
     torch.testing.assert_close(y_TL, expected_TL, rtol=2e-2, atol=2e-2)
     order_R, _, counts_E = sort_slots(ids_TK, 3)
     rows = (x_TL[order_R // 2], weights_TK.flatten()[order_R], counts_E, up, down)
     torch.testing.assert_close(
-        grouped_mlp(*rows), reference.grouped_mlp(*rows), rtol=2e-2, atol=2e-2
+        grouped_mlp(*rows), rows_by_path(reference, *rows), rtol=2e-2, atol=2e-2
     )
 
 
@@ -381,7 +385,7 @@ def test_fp32_copies_of_weights_keep_their_gradients_in_fp32(path: ModuleType) -
     x, w, up, down = draw_inputs(generator, 32, 2, 4, 16, 32, torch.bfloat16)
     ids = draw_ids(generator, 32, 4, 2, 0.0)
     wide = [t.detach().float().requires_grad_() for t in (up, down)]
-    plain, copied = path.moe_mlp(x, ids, w, up, down), path.moe_mlp(x, ids, w, *wide)
+    plain, copied = by_path(path, x, ids, w, up, down), by_path(path, x, ids, w, *wide)
     assert torch.equal(plain, copied)
     ours = torch.autograd.grad(copied.float().square().sum(), wide)
     rounded = torch.autograd.grad(plain.float().square().sum(), (up, down))
@@ -402,7 +406,7 @@ def test_no_gradient_of_frozen_weights_is_computed(
     inputs = draw_inputs(generator, 32, 2, 4, 16, 32)
     ids = draw_ids(generator, 32, 4, 2, 0.0)
     dy = torch.randn(32, 16, generator=generator)
-    wanted = with_gradients(lambda x, w, u, d: path.moe_mlp(x, ids, w, u, d), inputs, dy)
+    wanted = with_gradients(lambda x, w, u, d: by_path(path, x, ids, w, u, d), inputs, dy)
     for weight, train in zip(inputs[2:], trained, strict=True):
         weight.requires_grad_(train)
     kind = {reference: "LoopExperts", grouped_mm: "GroupedMMExperts"}[path]
@@ -414,7 +418,7 @@ def test_no_gradient_of_frozen_weights_is_computed(
         return tuple(found)
 
     with mock.patch.object(getattr(path, kind), "backward", observed):
-        path.moe_mlp(inputs[0], ids, *inputs[1:]).backward(dy)
+        by_path(path, inputs[0], ids, *inputs[1:]).backward(dy)
     assert [gradient is not None for gradient in found] == [True, True, *trained]
     for tensor, gradient in zip(inputs, wanted[1:], strict=True):
         if tensor.requires_grad:
@@ -440,12 +444,12 @@ def test_recomputation_keeps_less_and_changes_no_bit(
 
     def whole(*inputs: Tensor, recompute: bool) -> Tensor:
         x, w, u, d = inputs
-        return implementation.moe_mlp(x, ids_TK, w, u, d, recompute)
+        return by_path(implementation, x, ids_TK, w, u, d, recompute)
 
     def rows(*inputs: Tensor, recompute: bool) -> Tensor:
         x, w, u, d = inputs
         x_RL, w_R = x[order_R // 3].contiguous(), w.flatten()[order_R]
-        return implementation.grouped_mlp(x_RL, w_R, counts_E, u, d, recompute)
+        return rows_by_path(implementation, x_RL, w_R, counts_E, u, d, recompute)
 
     for function in (whole, rows):
         results, sizes = [], []

@@ -16,14 +16,21 @@ from torch import Tensor
 
 from helpers.bands import band
 from helpers.drawn import drawn, st
-from helpers.moe_inputs import deviation, draw_ids, draw_inputs, oracle, with_gradients
+from helpers.moe_inputs import (
+    by_path,
+    deviation,
+    draw_ids,
+    draw_inputs,
+    oracle,
+    rows_by_path,
+    with_gradients,
+)
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels import backend
 from nemo_kernels.launch import Tile, recorded
-from nemo_kernels.moe import combine_slots, expert_kernel, function, kernel, reference
+from nemo_kernels.moe import combine_slots, expert_kernel, function, kernel, moe_mlp, reference
 from nemo_kernels.moe.expert_kernel import PLANS, Plan
 from nemo_kernels.moe.function import Routed
-from nemo_kernels.moe.kernel import grouped_mlp, moe_mlp
 
 FP32, BF16 = 1e-5, 1.2e-2
 """Largest deviations, relative to the largest value: rounding of sums, and that of h, act and y."""
@@ -44,7 +51,7 @@ def run(
     ids_TK, dy = ids_TK.to(DEVICE), dy.to(DEVICE)
     with guarded_memory():
         y, *gradients = with_gradients(
-            lambda x, w, u, d: moe_mlp(x, ids_TK, w, u, d, recompute), inputs, dy
+            lambda x, w, u, d: by_path(kernel, x, ids_TK, w, u, d, recompute), inputs, dy
         )
     return [t.cpu() for t in (y, *gradients)]
 
@@ -127,7 +134,7 @@ def test_widths_of_published_models(width: int, inner: int) -> None:
     inputs = draw_inputs(generator, 3, 1, 2, width, inner, torch.bfloat16)
     dy = torch.randn(3, width, generator=generator).bfloat16()
     # Not the oracle: three routing weights' gradients say little about rounding over 1856 columns.
-    theirs = with_gradients(lambda x, w, u, d: reference.moe_mlp(x, ids_TK, w, u, d), inputs, dy)
+    theirs = with_gradients(lambda x, w, u, d: by_path(reference, x, ids_TK, w, u, d), inputs, dy)
     assert deviation(run(ids_TK, inputs, dy), theirs) < BF16
 
 
@@ -145,7 +152,7 @@ def test_grouped_mlp_on_sorted_rows(counts: list[int], recompute: bool) -> None:
     counts_E = torch.tensor(counts, device=DEVICE)
     with tiles(SMALL), guarded_memory():
         ours = with_gradients(
-            lambda x, w, u, d: grouped_mlp(x, w[:, 0], counts_E, u, d, recompute),
+            lambda x, w, u, d: rows_by_path(kernel, x, w[:, 0], counts_E, u, d, recompute),
             inputs,
             dy.to(DEVICE),
         )
@@ -185,7 +192,7 @@ def all_trained() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     inputs = draw_inputs(generator, 20, 2, 4, 24, 40, torch.bfloat16)
     dy = torch.randn(20, 24, generator=generator).bfloat16().to(DEVICE)
     whole = tuple(t.detach().to(DEVICE).requires_grad_() for t in inputs)
-    moe_mlp(whole[0], ids_TK, *whole[1:]).backward(dy)
+    by_path(kernel, whole[0], ids_TK, *whole[1:]).backward(dy)
     return ids_TK, dy, whole
 
 
@@ -197,7 +204,7 @@ def test_no_gradient_of_frozen_weights_is_computed(trained: tuple[bool, bool]) -
     for weight, train in zip(part[2:], trained, strict=True):
         weight.requires_grad_(train)
     with mock.patch.object(kernel, "wgrad", wraps=kernel.wgrad) as wgrad:
-        moe_mlp(part[0], ids_TK, *part[1:]).backward(dy)
+        by_path(kernel, part[0], ids_TK, *part[1:]).backward(dy)
     assert wgrad.call_count == sum(trained)
     for tensor, wanted in zip(part, whole, strict=True):
         if tensor.requires_grad:
@@ -220,7 +227,7 @@ def test_what_is_kept_for_the_backward_pass(recompute: bool) -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        moe_mlp(x, ids_TK, w, up, down, recompute)
+        by_path(kernel, x, ids_TK, w, up, down, recompute)
     owned = {t.data_ptr() for t in (x, w, up, down)}
     floats = [t for t in kept if t.is_floating_point() and t.data_ptr() not in owned]
     slots = n_tokens * k
@@ -291,9 +298,9 @@ def test_self_check() -> None:
     with mock.patch.object(kernel.function, "self_check", return_value=0.5) as check:
         for width in (2688, 1024):
             assert kernel.self_check(DEVICE, backend.Sizes(expert_width=width)) == 0.5
-        assert {call.args[0].args[0].plan for call in check.call_args_list} == {*PLANS.values()}
+        assert {call.args[0][0].plan for call in check.call_args_list} == {*PLANS.values()}
         assert kernel.self_check(DEVICE, backend.Sizes(expert_inner=20)) == 0.5
-    assert check.call_args_list[-1].args[0].args[0].plan == expert_kernel.PLAIN
+    assert check.call_args_list[-1].args[0][0].plan == expert_kernel.PLAIN
 
 
 def test_offsets_beyond_int32() -> None:
@@ -303,11 +310,11 @@ def test_offsets_beyond_int32() -> None:
     inputs = draw_inputs(generator, n_rows, 1, 2, width, inner, torch.bfloat16)
     x, w, up, down = (t.detach().to(DEVICE).requires_grad_() for t in inputs)
     counts_E = torch.tensor([n_rows - 20, 20], device=DEVICE)
-    y = grouped_mlp(x, w[:, 0], counts_E, up, down)
+    y = rows_by_path(kernel, x, w[:, 0], counts_E, up, down)
     ours = [y, *torch.autograd.grad(y.float().square().sum(), (x, w))]
     tail = [t.detach()[-20:].cpu().requires_grad_() for t in (x, w)]
     tail += [t.detach()[1:].cpu().requires_grad_() for t in (up, down)]
-    y = reference.grouped_mlp(tail[0], tail[1][:, 0], torch.tensor([20]), tail[2], tail[3])
+    y = rows_by_path(reference, tail[0], tail[1][:, 0], torch.tensor([20]), tail[2], tail[3])
     theirs = [y, *torch.autograd.grad(y.float().square().sum(), tail[:2])]
     last = [t.detach()[-20:].cpu().double() for t in ours]
     assert deviation(last, [t.detach().double() for t in theirs]) < BF16
@@ -324,33 +331,32 @@ def test_plans() -> None:
     assert set(PLANS) == {(few, wide) for few in (False, True) for wide in (False, True)}
 
 
-def test_bad_input_is_named() -> None:
-    inputs = draw_inputs(torch.Generator(), 4, 2, 3, 6, 5)
-    x, w, up, down = (t.detach().to(DEVICE) for t in inputs)
-    ids = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"x_TL: expected one of \(torch.bfloat16, .*float64"):
-        moe_mlp(x.double(), ids, w, up.double(), down.double())
-    with pytest.raises(ValueError, match=r"w_up_EFL: expected one of \(torch.bfloat16, .*float64"):
-        moe_mlp(x, ids, w, up.double(), down.double())
-    with pytest.raises(ValueError, match=r"w_down_ELF: expected a contiguous tensor, got strides"):
-        moe_mlp(x, ids, w, up, down.mT.contiguous().mT)
-    with pytest.raises(ValueError, match=r"x_RL: expected a contiguous tensor, got strides"):
-        grouped_mlp(x.t().contiguous().t(), w[:, 0].contiguous(), ids[:3, 0], up, down)
-    x, ids, w, up, down = (t.to("meta") for t in (x, ids, w, up, down))
-    with pytest.raises(ValueError, match=r"topk_ids_TK: expected at most 2147418112 elements"):
-        moe_mlp(x, ids.new_empty(2**30, 2), w, up, down)
-    with pytest.raises(ValueError, match=r"w_up_EFL: expected 1 to 2\*\*31 - 1 elements per"):
-        moe_mlp(x, ids, w, up.new_empty(1, 2**16, 2**15), down)
-    with pytest.raises(ValueError, match=r"w_up_EFL: expected 1 to 1024 experts, got 1025"):
-        moe_mlp(x, ids, w, up.new_empty(1025, 2, 2), down)
-    assert kernel.supports(torch.bfloat16, 1024, 32, 2688, 1024)
-    for unsupported in (
-        (torch.float64, 8, 2, 64, 64),
-        (torch.bfloat16, 1025, 2, 64, 64),
-        (torch.bfloat16, 64, 33),
-        (torch.bfloat16, 8, 2, 2**16, 2**15),
+def test_what_the_kernels_do_not_take_is_named() -> None:
+    assert not kernel.refusal(torch.bfloat16, 1024, 32, 2688, 1024)
+    for what, why in (
+        ((torch.float64, 8, 2, 64, 64), "expected one of (torch.bfloat16, "),
+        ((torch.bfloat16, 1025, 2, 64, 64), "expected at most 1024 experts, got 1025"),
+        ((torch.bfloat16, 64, 33), "expected at most 32 choices of a token, got 33"),
+        ((torch.bfloat16, 8, 2, 2**16, 2**15), "expected 1 to 2**31 - 1 elements per expert, got"),
     ):
-        assert not kernel.supports(*unsupported)
+        assert kernel.refusal(*what).startswith(why)
+    inputs = draw_inputs(torch.Generator(), 4, 2, 3, 6, 5)
+    x, w, up, down = (t.detach().double().to(DEVICE) for t in inputs)
+    ids = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    message = r"path triton of op moe: expected one of .*, got torch.float64; choose auto or"
+    with backend.choosing(moe="triton"), pytest.raises(ValueError, match=message):
+        moe_mlp(x, ids, w, up, down)
+    assert moe_mlp(x, ids, w, up, down).dtype == torch.float64
+
+
+def test_operands_may_be_apart_in_memory() -> None:
+    generator = torch.Generator().manual_seed(4)
+    ids_TK = draw_ids(generator, 9, 3, 2, 0.0)
+    inputs = draw_inputs(generator, 9, 2, 3, 16, 24)
+    x, w, up, down = (t.detach().to(DEVICE) for t in inputs)
+    y = by_path(kernel, x, ids_TK.to(DEVICE), w, up, down)
+    apart = (x.t().contiguous().t(), w.t().contiguous().t(), up.mT.contiguous().mT, down)
+    assert torch.equal(by_path(kernel, apart[0], ids_TK.to(DEVICE), *apart[1:]), y)
 
 
 @pytest.mark.parametrize("where", ["token", "up", "down"])
@@ -361,10 +367,10 @@ def test_nan_goes_where_the_reference_lets_it_go(where: str) -> None:
     x, w, up, down = (t.detach() for t in draw_inputs(generator, 9, 2, 4, 16, 16))
     {"token": x, "up": up[1], "down": down[1]}[where][3] = torch.nan
     results = []
-    for mlp in (moe_mlp, reference.moe_mlp):
-        device = DEVICE if mlp is moe_mlp else "cpu"
+    for path in (kernel, reference):
+        device = DEVICE if path is kernel else "cpu"
         inputs = [t.to(device).requires_grad_() for t in (x, w, up, down)]
-        y = mlp(inputs[0], ids_TK.to(device), *inputs[1:])
+        y = by_path(path, inputs[0], ids_TK.to(device), *inputs[1:])
         grads = torch.autograd.grad(y, inputs, torch.ones_like(y))
         results.append([t.detach().isnan().cpu() for t in (y, *grads)])
     assert results[1][0].any()
@@ -380,7 +386,7 @@ def test_without_gradients_the_pre_activation_is_not_even_written() -> None:
 
     def writes() -> bool:
         with recorded() as launches:
-            moe_mlp(x, ids_TK, w, up, down)
+            by_path(kernel, x, ids_TK, w, up, down)
         (launch,) = (one for one in launches if one.kernel is expert_kernel.up_kernel)
         return launch.arguments[4] is not None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers.drawn import drawn, st
 from helpers.triton_env import DEVICE, guarded_memory
+from nemo_kernels import backend
 from nemo_kernels.moe import reference, topk_router
 from nemo_kernels.moe import router_kernel as kernel
 
@@ -207,17 +208,13 @@ def test_the_comparisons_notice_mistakes() -> None:
 
 def test_bad_input_is_named() -> None:
     x, w, b = (t.to(DEVICE) for t in (normal(4, 6), normal(40, 6), torch.zeros(40)))
-    with pytest.raises(ValueError, match=r"x_TD: expected one of .*float32.*, got torch.float64"):
-        kernel.topk_router(x.double(), w, b, 2, 1.0)
     with pytest.raises(ValueError, match=r"weight_ED: expected shape \[any, 6\], got \[6, 40\]"):
         topk_router(x, w.t(), b, 2, 1.0)
     with pytest.raises(ValueError, match=r"bias_E: expected shape \[40\], got \[39\]"):
         topk_router(x, w, b[1:], 2, 1.0)
     with pytest.raises(ValueError, match=r"bias_E: expected a tensor on .*, got meta"):
         topk_router(x, w, b.to("meta"), 2, 1.0)
-    with pytest.raises(ValueError, match="k: expected 1 to 32, got 33"):
-        kernel.topk_router(x, w, b, 33, 1.0)
     with pytest.raises(ValueError, match=r"k: expected 1 to 3 \(experts\), got 4"):
         topk_router(x, w[:3], b[:3], 4, 1.0)
-    with pytest.raises(ValueError, match="weight_ED: expected at most 1024 experts, got 1025"):
-        kernel.topk_router(x, x.new_zeros(1025, 6), x.new_zeros(1025), 4, 1.0)
+    with backend.choosing(moe="triton"), pytest.raises(ValueError, match="at most 1024 experts"):
+        topk_router(x, x.new_zeros(1025, 6), x.new_zeros(1025), 4, 1.0)

@@ -203,17 +203,7 @@ def test_debug_mode_checks_values_anywhere(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bad_input_is_named() -> None:
     ids_TK = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
-    too_many = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE).expand(2**16, 2**15)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected torch.int64, got torch.int32"):
         sort_slots(ids_TK.int(), 3)
     with pytest.raises(ValueError, match=r"topk_ids_TK: expected shape \[any, any\], got \[8\]"):
         sort_slots(ids_TK.flatten(), 3)
-    with pytest.raises(ValueError, match="n_experts: expected 1 to 1024, got 1025"):
-        kernel.sort_slots(ids_TK, 1025)
-    with pytest.raises(ValueError, match="topk_ids_TK: expected 0 to 2147418112 routed slots, got"):
-        kernel.sort_slots(too_many, 3)
-    counts_E = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="n_rows: expected 0 to 2147418112 routed slots, got -1"):
-        kernel.tile_table(counts_E, -1, 4)
-    with pytest.raises(ValueError, match="rows_per_tile: expected 1 to 32768, got 0"):
-        kernel.tile_table(counts_E, 4, 0)

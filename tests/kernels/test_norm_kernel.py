@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.bands import SABOTAGE, jittered
 from helpers.triton_env import DEVICE, guarded_memory
 from nemo_kernels import backend
-from nemo_kernels.norm import gated_kernel, gated_rms_norm, kernel, rms_norm
+from nemo_kernels.norm import gated_kernel, gated_rms_norm, kernel, reference, rms_norm
 
 FP32, BF16, FP64, EPS = torch.float32, torch.bfloat16, torch.float64, 1e-5
 ALIGNED, RAGGED = ((2, 8, 64), 16), ((3, 7, 36), 12)
@@ -141,15 +141,14 @@ def test_a_weight_in_fp32_beside_bf16() -> None:
 
 def test_paths_and_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain norm goes to torch's kernel where all is of one dtype."""
-    assert kernel.supports(BF16, BF16)
-    assert not kernel.supports(BF16, FP32)
-    assert kernel.supports(BF16, FP32, 512)
-    assert not kernel.supports(FP64, FP64, 512)
-    assert not kernel.supports(BF16, BF16, kernel.MAX_GROUP + 1)
-    with pytest.raises(ValueError, match=r"x: expected one of .*, got torch.float64"):
-        kernel.gated_rms_norm(*[torch.ones(4, dtype=FP64)] * 3, EPS, 4)
-    with pytest.raises(ValueError, match="group_size: expected at most 4096, got 4097"):
-        kernel.gated_rms_norm(*[torch.ones(4097)] * 3, EPS, 4097)
+    assert not kernel.refusal(BF16, 512)
+    assert kernel.refusal(FP64, 512).endswith("got torch.float64")
+    assert kernel.refusal(BF16, kernel.MAX_GROUP + 1).endswith("got 4097")
+    with backend.choosing(norm="triton"):
+        with pytest.raises(ValueError, match=r"triton of op norm: expected .*float64"):
+            gated_rms_norm(*[torch.ones(4, dtype=FP64, device=DEVICE)] * 3, EPS, 4)
+        x, weight = torch.ones(2, 4, dtype=BF16), torch.full((4,), 1 + 2**-10)
+        assert torch.equal(rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
     x, _, weight, _ = draw((3, 8), BF16)
     with backend.choosing(norm="triton"):
         plain = rms_norm(x, weight, EPS)

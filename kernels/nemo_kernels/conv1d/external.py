@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
 from torch import Tensor
 
-from nemo_kernels.backend import Sizes, draw, relative_deviation
-from nemo_kernels.conv1d import reference
+from nemo_kernels.backend import Sizes
+from nemo_kernels.conv1d import kernel, reference
 from nemo_kernels.documents import Documents
 
 DEVICE_TYPES = ("cuda",)
@@ -24,27 +24,22 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 causal_conv1d_step = reference.causal_conv1d_step
 
 
-def supports(x: Tensor, weight_CK: Tensor) -> bool:
-    """Whether the library's kernels take x, once it lies in one piece, and such a weight."""
+def refusal(x: Tensor, weight_CK: Tensor) -> str:
+    """Of x, once it lies in one piece, and such a weight."""
     channels, taps = weight_CK.shape
     fits = channels % 8 == 0 and 2 <= taps <= 4
-    return fits and x.dtype in _DTYPES and x.numel() <= MAX_OFFSET
+    if fits and x.dtype in _DTYPES and x.numel() <= MAX_OFFSET:
+        return ""
+    return (
+        f"expected one of {_DTYPES}, at most {MAX_OFFSET} elements, channels a multiple of 8 and 2 "
+        f"to 4 taps, got {x.dtype}, {list(x.shape)} and {list(weight_CK.shape)}"
+    )
 
 
 def causal_conv1d(
     x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Documents | None = None
 ) -> Tensor:
-    """``nemo_kernels.conv1d.causal_conv1d``.
-
-    Raises:
-        ValueError: dtype or shape that the library does not take.
-    """
-    if not supports(x_BSC, weight_CK):
-        raise ValueError(
-            f"x_BSC, weight_CK: expected one of {_DTYPES}, at most {MAX_OFFSET} elements, channels "
-            f"a multiple of 8 and 2 to 4 taps, got {x_BSC.dtype}, {list(x_BSC.shape)} and "
-            f"{list(weight_CK.shape)} (path causal_conv1d of op conv1d); choose triton"
-        )
+    """``nemo_kernels.conv1d.causal_conv1d``."""
     length, seq_idx_BS = x_BSC.shape[1], None
     if documents is not None:  # of which the library's forward pass reads whole chunks
         pad = -length % _CHUNK
@@ -58,9 +53,4 @@ def causal_conv1d(
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:
-    length, channels = sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state
-    inputs = draw(device_type, (2, length, channels), (channels, 4), (channels,))
-    documents = Documents.from_numbers((torch.arange(length) // 37).expand(2, -1)).to(device_type)
-    return relative_deviation(
-        lambda impl, *t: impl(*t, documents), (causal_conv1d, reference.causal_conv1d), inputs
-    )
+    return kernel.checked(causal_conv1d, device_type, sizes)

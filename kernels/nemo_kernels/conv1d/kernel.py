@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, C channels, K kernel width, J = K-1, T tiles of tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def causal_conv1d(
     """``nemo_kernels.conv1d.causal_conv1d``. Channels of x lie side by side; tokens may be apart.
 
     Raises:
-        ValueError: dtype, shape or strides that the kernels do not take.
+        ValueError: shapes, strides or devices that do not fit.
     """
     _check("x_BSC", x_BSC, 3, weight_CK, bias_C)
     if x_BSC.stride(2) != 1:
@@ -56,7 +57,7 @@ def causal_conv1d_step(
     """``nemo_kernels.conv1d.causal_conv1d_step``; no gradients.
 
     Raises:
-        ValueError: dtype, shape or strides that the kernel does not take.
+        ValueError: shapes, strides or devices that do not fit.
     """
     _check("x_BC", x_BC, 2, weight_CK, bias_C)
     rows, channels = x_BC.shape
@@ -72,33 +73,36 @@ def causal_conv1d_step(
     return y_BC
 
 
-def supports(x: Tensor, weight_CK: Tensor) -> bool:
-    """Whether the kernels take x's dtype and so many taps."""
-    return x.dtype in _DTYPES and weight_CK.shape[1] <= MAX_TAPS
+def refusal(x: Tensor, weight_CK: Tensor) -> str:
+    taps = weight_CK.shape[1]
+    if x.dtype not in _DTYPES or not 1 <= taps <= MAX_TAPS:
+        return f"expected one of {_DTYPES} and 1 to {MAX_TAPS} taps, got {x.dtype} and {taps}"
+    return ""
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:
-    """With documents that begin amid tiles, in a part of the channels that lie side by side."""
+    return checked(causal_conv1d, device_type, sizes)
+
+
+def checked(convolve: Callable[..., Tensor], device_type: str, sizes: Sizes) -> float:
+    """Largest deviation from the reference, with documents that begin amid tiles, in a part of the
+    channels that lie side by side."""
     length, channels = sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state
     x_BSC, *others = draw(device_type, (2, length, channels + 64), (channels, 4), (channels,))
     numbers_BS = torch.stack([torch.arange(length) // 37, torch.arange(length) // 555])
     documents = Documents.from_numbers(numbers_BS).to(device_type)
     return relative_deviation(
         lambda impl, x, *t: impl(x[..., :channels], *t, documents),
-        (causal_conv1d, reference.causal_conv1d),
+        (convolve, reference.causal_conv1d),
         (x_BSC, *others),
     )
 
 
 def _check(name: str, x: Tensor, dims: int, weight_CK: Tensor, bias_C: Tensor) -> None:
     expect(name, x, (None,) * dims)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name}: expected one of {_DTYPES}, got {x.dtype}")
     expect("weight_CK", weight_CK, (x.shape[-1], None))
     expect("bias_C", bias_C, (x.shape[-1],))
     expect_device(x, weight_CK=weight_CK, bias_C=bias_C)
-    if not 1 <= weight_CK.shape[1] <= MAX_TAPS:
-        raise ValueError(f"weight_CK: expected 1 to {MAX_TAPS} taps, got {weight_CK.shape[1]}")
 
 
 class _CausalConv1d(torch.autograd.Function):

@@ -36,9 +36,9 @@ Compare = Callable[[slice, Tensor, Tensor, "Tensor | None"], None]
 [C, V]."""
 
 
-def supports(dtype: torch.dtype) -> bool:
+def refusal(dtype: torch.dtype) -> str:
     """fp16 would lose small gradients of logits."""
-    return dtype in _DTYPES
+    return "" if dtype in _DTYPES else f"expected one of {_DTYPES}, got {dtype}"
 
 
 def linear_cross_entropy(
@@ -48,11 +48,7 @@ def linear_cross_entropy(
     scale_R: Tensor,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``nemo_kernels.loss.linear_cross_entropy``. A label out of range makes the loss NaN.
-
-    Raises:
-        ValueError: h is neither bf16 nor fp32.
-    """
+    """``nemo_kernels.loss.linear_cross_entropy``. A label out of range makes the loss NaN."""
     scale_R, labels_R = scale_R.float().contiguous(), labels_R.contiguous()
 
     def compare(
@@ -76,11 +72,7 @@ def linear_kl(
     scale_R: Tensor,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """``nemo_kernels.loss.linear_kl``.
-
-    Raises:
-        ValueError: h is neither bf16 nor fp32.
-    """
+    """``nemo_kernels.loss.linear_kl``."""
     scale_R = scale_R.float().contiguous()
 
     def compare(
@@ -153,9 +145,6 @@ class _Chunked(reference.HeadLoss):
 def _apply(
     h_RD: Tensor, weight_VD: Tensor, compare: Compare, scale_R: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    for name, x in (("h_RD", h_RD), ("weight_VD", weight_VD)):
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name}: expected one of {_DTYPES}, got {x.dtype}")
     return _Chunked.apply(h_RD, weight_VD, compare, scale_R, chunk_size, torch.is_grad_enabled())
 
 

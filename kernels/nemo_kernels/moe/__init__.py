@@ -8,7 +8,9 @@ that combining a token's K results is a plain sum.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from nemo_kernels import backend
 from nemo_kernels.checks import expect, expect_device, expect_range, may_read
 from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Slots
-from nemo_kernels.moe.low_rank import LowRank, mlp
+from nemo_kernels.moe.low_rank import LowRank
+from nemo_kernels.moe.low_rank import mlp as low_rank_mlp
 
 __all__ = [
     "PATHS",
@@ -30,6 +33,8 @@ __all__ = [
     "topk_router",
 ]
 
+Both = tuple[LowRank | None, LowRank | None]
+"""What stands beside the up and the down projection."""
 PATHS = {"triton": "nemo_kernels.moe.kernel", "grouped_mm": "nemo_kernels.moe.grouped_mm"}
 
 
@@ -112,7 +117,7 @@ def grouped_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
     experts: Experts | None = None,
-    low_rank: tuple[LowRank | None, LowRank | None] | None = None,
+    low_rank: Both | None = None,
 ) -> Tensor:
     """Experts on rows that are already sorted by expert.
 
@@ -145,15 +150,10 @@ def grouped_mlp(
     if may_read(counts_E) and counts_E.sum() != x_RL.shape[0]:
         total = int(counts_E.sum())
         raise ValueError(f"counts_E: expected a sum of {x_RL.shape[0]} (rows), got {total}")
-    arguments = (x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
-    if experts is not None:
-        return function.grouped_mlp(experts, *arguments)
-    if low_rank is not None:
-        _, by_path = _with_low_rank(x_RL, x_RL.shape[0], w_up_EFL, low_rank)
-        given = (x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, recompute)
-        return mlp(by_path, *given, low_rank)
-    impl = backend.implementation("moe", x_RL.device.type, *_size(w_up_EFL, x_RL))
-    return impl.grouped_mlp(*arguments)
+    if experts is None:
+        experts = _by_path(x_RL, x_RL.shape[0], w_up_EFL, low_rank)[1]
+    matrices = (w_up_EFL, w_down_ELF, recompute)
+    return _mlp(low_rank, experts, x_RL, weights_R, None, counts_E, *matrices)
 
 
 def moe_mlp(
@@ -164,7 +164,7 @@ def moe_mlp(
     w_down_ELF: Tensor,
     recompute: bool = False,
     experts: Experts | None = None,
-    low_rank: tuple[LowRank | None, LowRank | None] | None = None,
+    low_rank: Both | None = None,
 ) -> Tensor:
     """Routed experts on unsorted tokens: sort, gather, experts, sum over each token's K results.
 
@@ -197,16 +197,13 @@ def moe_mlp(
     if not 0 < k <= n_experts:
         raise ValueError(f"topk_ids_TK: expected 1 to {n_experts} (experts) columns, got {k}")
     expect_range("topk_ids_TK", "ids", topk_ids_TK, n_experts)
-    if low_rank is not None and experts is None:
-        impl, by_path = _with_low_rank(x_TL, topk_ids_TK.numel(), w_up_EFL, low_rank)
-        slots = impl.sort_slots(topk_ids_TK, n_experts)
-        matrices = (w_up_EFL, w_down_ELF, recompute)
-        return mlp(by_path, x_TL, topk_weights_TK, slots, slots.counts_E, *matrices, low_rank)
-    impl = backend.implementation("moe", x_TL.device.type, *_size(w_up_EFL, x_TL))
-    arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
-    if experts is not None:
-        return function.moe_mlp(experts, *arguments, sort=impl.sort_slots)
-    return impl.moe_mlp(*arguments)
+    if experts is None:
+        impl, experts = _by_path(x_TL, topk_ids_TK.numel(), w_up_EFL, low_rank)
+    else:
+        impl = backend.implementation("moe", x_TL.device.type, x_TL.dtype, n_experts)
+    slots = impl.sort_slots(topk_ids_TK, n_experts)
+    matrices = (w_up_EFL, w_down_ELF, recompute)
+    return _mlp(low_rank, experts, x_TL, topk_weights_TK, slots, slots.counts_E, *matrices)
 
 
 def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
@@ -216,22 +213,23 @@ def _expect_experts(x: Tensor, w_up_EFL: Tensor, w_down_ELF: Tensor) -> None:
     expect("w_down_ELF", w_down_ELF, (n_experts, x.shape[1], width), dtype=dtype)
 
 
-def _with_low_rank(
-    x: Tensor, n_rows: int, w_up_EFL: Tensor, low_rank: tuple[LowRank | None, LowRank | None]
+def _by_path(
+    x: Tensor, n_rows: int, w_up_EFL: Tensor, low_rank: Both | None
 ) -> tuple[ModuleType, Experts]:
-    """The path that takes these ranks too, and its products."""
+    """The path that takes these widths, those of low-rank parts too, and its products."""
     n_experts, inner, width = w_up_EFL.shape
-    ranks = []
-    for low, size_in, size_out in zip(low_rank, (width, inner), (inner, width), strict=True):
+    widths = [width, inner]
+    both = low_rank or (None, None)
+    for low, size_in, size_out in zip(both, (width, inner), (inner, width), strict=True):
         if low is not None:
             expect("A_ErI", low.A_ErI, (n_experts, None, size_in))
             expect("B_EOr", low.B_EOr, (n_experts, size_out, low.A_ErI.shape[1]))
-            ranks.append(low.A_ErI.shape[1])
-    impl = backend.implementation("moe", x.device.type, *_size(w_up_EFL, x), *ranks)
-    return impl, impl.experts_for(x, n_rows, n_experts, width, inner, *ranks)
+            widths.append(low.A_ErI.shape[1])
+    impl = backend.implementation("moe", x.device.type, x.dtype, n_experts, 1, *widths)
+    return impl, impl.experts_for(x, n_rows, n_experts, *widths)
 
 
-def _size(w_up_EFL: Tensor, x: Tensor) -> tuple[torch.dtype, int, int, int, int]:
-    """What a path's ``supports`` asks for: dtype, experts, choices per token, F and L."""
-    n_experts, inner, width = w_up_EFL.shape
-    return x.dtype, n_experts, 1, inner, width
+def _mlp(low_rank: Both | None, *given: Any) -> Tensor:
+    run: Any = function.mlp if low_rank is None else partial(low_rank_mlp, low_rank=low_rank)
+    result: Tensor = run(*given)
+    return result

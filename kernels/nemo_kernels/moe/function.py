@@ -32,6 +32,9 @@ class Slots(NamedTuple):
     """int64: slots per expert."""
 
 
+Sort = Callable[[Tensor, int], Slots]
+
+
 class Routed(NamedTuple):
     """What experts work on: slots sorted by expert, and the tokens that they belong to."""
 
@@ -117,13 +120,6 @@ def _computed(
     return _combined(experts, y_RL, inverse_TK).to(x_TL.dtype), routed, inverse_TK, h_RF
 
 
-def _apply(experts: Experts, *inputs: Any) -> Tensor:
-    """Without what autograd takes for itself, where there is none."""
-    if torch.is_grad_enabled():
-        return _ExpertMLP.apply(experts, *inputs)
-    return _computed(experts, *inputs)[0]
-
-
 class _ExpertMLP(torch.autograd.Function):
     """Keeps its inputs (not their K-fold gather), the sort and, if asked, the pre-activation."""
 
@@ -158,58 +154,41 @@ def _combined(experts: Experts, y_RL: Tensor, inverse_TK: Tensor | None) -> Tens
     return y_RL if inverse_TK is None else experts.combine(y_RL, inverse_TK)
 
 
-def grouped_mlp(
+def mlp(
     experts: Experts,
-    x_RL: Tensor,
-    weights_R: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    slots: Slots | None,
     counts_E: Tensor,
     w_up_EFL: Tensor,
     w_down_ELF: Tensor,
     recompute: bool = False,
 ) -> Tensor:
-    """``nemo_kernels.moe.grouped_mlp`` by an implementation of the experts."""
-    keep = _keeps(recompute, x_RL, weights_R, w_up_EFL, w_down_ELF)
-    return _apply(experts, x_RL, weights_R, None, counts_E, w_up_EFL, w_down_ELF, keep)
-
-
-def moe_mlp(
-    experts: Experts,
-    x_TL: Tensor,
-    topk_ids_TK: Tensor,
-    topk_weights_TK: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-    *,
-    sort: Callable[[Tensor, int], Slots],
-) -> Tensor:
-    """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts."""
-    slots = sort(topk_ids_TK, w_up_EFL.shape[0])
-    keep = _keeps(recompute, x_TL, topk_weights_TK, w_up_EFL, w_down_ELF)
-    return _apply(experts, x_TL, topk_weights_TK, slots, slots.counts_E, w_up_EFL, w_down_ELF, keep)
-
-
-def _keeps(recompute: bool, *inputs: Tensor) -> bool:
-    """Whether the pre-activation is kept for a backward pass."""
-    return not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    """``nemo_kernels.moe.moe_mlp`` by an implementation of the experts, or without ``slots``
+    ``grouped_mlp``."""
+    tensors = tuple(t.contiguous() for t in (x, weights, w_up_EFL, w_down_ELF))
+    x, weights, w_up_EFL, w_down_ELF = tensors
+    given = (experts, x, weights, slots, counts_E, w_up_EFL, w_down_ELF)
+    if not torch.is_grad_enabled():  # without what autograd takes for itself
+        return _computed(*given, False)[0]
+    return _ExpertMLP.apply(*given, not recompute and any(t.requires_grad for t in tensors))
 
 
 def self_check(
-    moe_mlp: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    device_type: str,
-    sizes: Sizes,
+    by: tuple[Experts, Sort], reference: tuple[Experts, Sort], device_type: str, sizes: Sizes
 ) -> float:
-    """Largest deviation of an implementation of ``moe_mlp`` from the reference's, relative to its
-    largest value, of output and gradients in bf16, with an expert that gets no token."""
+    """Largest deviation of experts from those of the reference, relative to its largest value, of
+    output and gradients in bf16, with an expert that gets no token."""
     repeats, inner, width = sizes.tokens // 3, sizes.expert_inner, sizes.expert_width
     tokens, matrices = 3 * repeats, ((5, inner, width), (5, width, inner))
     inputs = draw(device_type, (tokens, width), (tokens, 2), *matrices)
     ids_TK = torch.tensor([[0, 1], [1, 3], [4, 3]], device=device_type).repeat(repeats, 1)
-    return relative_deviation(
-        lambda mlp, x_TL, weights_TK, up_EFL, down_ELF: mlp(
-            x_TL, ids_TK, weights_TK, up_EFL, down_ELF
-        ),
-        (moe_mlp, reference),
-        inputs,
-    )
+
+    def run(
+        by: tuple[Experts, Sort], x_TL: Tensor, weights_TK: Tensor, up_EFL: Tensor, down_ELF: Tensor
+    ) -> Tensor:
+        experts, sort = by
+        slots = sort(ids_TK, 5)
+        return mlp(experts, x_TL, weights_TK, slots, slots.counts_E, up_EFL, down_ELF)
+
+    return relative_deviation(run, (by, reference), inputs)

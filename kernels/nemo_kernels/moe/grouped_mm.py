@@ -8,8 +8,6 @@ Shapes as in ``reference``.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
@@ -25,8 +23,8 @@ from nemo_kernels.moe.reference import (
 )
 
 __all__ = [
-    "DEVICE_TYPES", "combine_slots", "grouped_mlp", "moe_mlp", "self_check", "sort_slots",
-    "supports", "topk_router",
+    "DEVICE_TYPES", "combine_slots", "experts_for", "refusal", "self_check", "sort_slots",
+    "topk_router",
 ]  # fmt: skip
 
 DEVICE_TYPES = ("cuda", "cpu")
@@ -47,14 +45,6 @@ class GroupedMMExperts(Experts):
         return _of_rows(act_RF, routed.down_ELF.mT, routed.groups), h_RF
 
     def pre_activation(self, routed: Routed) -> Tensor:
-        """Raises ValueError for rows that cannot be aligned."""
-        dtype, (n_experts, *widths) = routed.x_TL.dtype, routed.w_up_EFL.shape
-        if not supports(dtype, n_experts, 1, *widths):
-            raise ValueError(
-                f"w_up_EFL: expected widths in multiples of {_ALIGNMENT // dtype.itemsize} for "
-                f"{dtype} (path grouped_mm of op moe), got {[n_experts, *widths]}; path reference "
-                "takes any"
-            )
         return _of_rows(routed.rows(routed.x_TL), routed.up_EFL.mT, routed.groups)
 
     def backward(self, routed: Routed, h_RF: Tensor, dy_TL: Tensor, wanted: Wanted) -> Gradients:
@@ -100,15 +90,14 @@ def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> Experts
     return GroupedMMExperts()
 
 
-grouped_mlp = partial(function.grouped_mlp, GroupedMMExperts())
-moe_mlp = partial(function.moe_mlp, GroupedMMExperts(), sort=sort_slots)
-
-
 def self_check(device_type: str, sizes: Sizes) -> float:
     """Largest deviation from the reference; see ``function.self_check``."""
-    return function.self_check(moe_mlp, reference.moe_mlp, device_type, sizes)
+    by = (GroupedMMExperts(), sort_slots)
+    return function.self_check(by, (reference.LoopExperts(), sort_slots), device_type, sizes)
 
 
-def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
-    """Whether rows of these widths (F and L, or none) can be aligned."""
-    return all(width % (_ALIGNMENT // dtype.itemsize) == 0 for width in widths)
+def refusal(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> str:
+    """Rows of these widths have to be aligned."""
+    step = _ALIGNMENT // dtype.itemsize
+    wrong = any(width % step for width in widths)
+    return f"expected widths in multiples of {step} for {dtype}, got {list(widths)}" * wrong

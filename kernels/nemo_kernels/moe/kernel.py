@@ -13,7 +13,6 @@ work, F expert inner width, N column blocks.
 
 from __future__ import annotations
 
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,11 +26,11 @@ from nemo_kernels.moe import expert_kernel, function, reference
 from nemo_kernels.moe.expert_kernel import Plan
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Wanted
 from nemo_kernels.moe.router_kernel import MAX_CHOICES, topk_router
-from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, MAX_ROWS, Tiles, sort_slots, tile_table
+from nemo_kernels.moe.sort_kernel import MAX_EXPERTS, Tiles, sort_slots, tile_table
 
 __all__ = [
-    "DEVICE_TYPES", "combine_slots", "grouped_mlp", "moe_mlp", "self_check", "sort_slots",
-    "supports", "topk_router",
+    "DEVICE_TYPES", "combine_slots", "experts_for", "refusal", "self_check", "sort_slots",
+    "topk_router",
 ]  # fmt: skip
 
 DEVICE_TYPES = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
@@ -117,54 +116,19 @@ def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> TritonE
     return TritonExperts(expert_kernel.plan(x.dtype, n_rows, n_experts, *widths))
 
 
-def _planned(x_TL: Tensor, n_rows: int, w_up_EFL: Tensor) -> TritonExperts:
-    n_experts, inner, width = w_up_EFL.shape
-    return experts_for(x_TL, n_rows, n_experts, width, inner)
-
-
-def grouped_mlp(
-    x_RL: Tensor,
-    weights_R: Tensor,
-    counts_E: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    """``nemo_kernels.moe.grouped_mlp``. Keeps the inputs and, without recompute, h [R, F].
-
-    Raises:
-        ValueError: dtype, contiguity or size that the kernels do not take.
-    """
-    slots = {"weights_R": weights_R, "counts_E": counts_E}
-    _check({"x_RL": x_RL}, slots, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
-    experts = _planned(x_RL, weights_R.numel(), w_up_EFL)
-    return function.grouped_mlp(experts, x_RL, weights_R, counts_E, w_up_EFL, w_down_ELF, recompute)
-
-
-def moe_mlp(
-    x_TL: Tensor,
-    topk_ids_TK: Tensor,
-    topk_weights_TK: Tensor,
-    w_up_EFL: Tensor,
-    w_down_ELF: Tensor,
-    recompute: bool = False,
-) -> Tensor:
-    """``nemo_kernels.moe.moe_mlp``. Keeps the inputs, the sort and, without recompute, h [R, F].
-
-    Raises:
-        ValueError: dtype, contiguity or size that the kernels do not take.
-    """
-    choices = {"topk_ids_TK": topk_ids_TK, "topk_weights_TK": topk_weights_TK}
-    _check({"x_TL": x_TL}, choices, w_up_EFL=w_up_EFL, w_down_ELF=w_down_ELF)
-    experts = _planned(x_TL, topk_ids_TK.numel(), w_up_EFL)
-    arguments = (x_TL, topk_ids_TK, topk_weights_TK, w_up_EFL, w_down_ELF, recompute)
-    return function.moe_mlp(experts, *arguments, sort=sort_slots)
-
-
-def supports(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> bool:
-    """Whether the kernels take tokens of this dtype, so many experts, so many choices per token,
-    and matrices of these widths (F, L and those of low-rank parts, or none)."""
-    return dtype in _DTYPES and k <= MAX_CHOICES and not _problem(n_experts, prod(widths[:2]))
+def refusal(dtype: torch.dtype, n_experts: int, k: int = 1, *widths: int) -> str:
+    """Of tokens of this dtype, so many experts, so many choices per token, and matrices of these
+    widths (L, F and those of low-rank parts, or none)."""
+    if dtype not in _DTYPES:
+        return f"expected one of {_DTYPES}, got {dtype}"
+    if n_experts > MAX_EXPERTS:
+        return f"expected at most {MAX_EXPERTS} experts, got {n_experts}"
+    if k > MAX_CHOICES:
+        return f"expected at most {MAX_CHOICES} choices of a token, got {k}"
+    elements = prod(widths[:2])
+    if not 0 < elements < _MAX_MATRIX:
+        return f"expected 1 to 2**31 - 1 elements per expert, got {elements}"
+    return ""
 
 
 def self_check(device_type: str, sizes: backend.Sizes) -> float:
@@ -183,45 +147,13 @@ def self_check(device_type: str, sizes: backend.Sizes) -> float:
         (x_TD, weight_ED),
     )
     widths = sizes.expert_width, sizes.expert_inner
+    plans = {expert_kernel.plan(torch.bfloat16, rows, 1, *widths) for rows in (1, 2**20)}
+    plain = reference.LoopExperts(), reference.sort_slots
     experts = [
-        function.self_check(
-            partial(function.moe_mlp, TritonExperts(plan), sort=sort_slots),
-            reference.moe_mlp,
-            device_type,
-            sizes,
-        )
-        for plan in {expert_kernel.plan(torch.bfloat16, rows, 1, *widths) for rows in (1, 2**20)}
+        function.self_check((TritonExperts(plan), sort_slots), plain, device_type, sizes)
+        for plan in plans
     ]
     return max(router, *experts)
-
-
-def _problem(n_experts: int, elements: int) -> str:
-    """What the kernels do not take: expected ..., got ...; empty if nothing."""
-    if not 0 < elements < _MAX_MATRIX:
-        return f"expected 1 to 2**31 - 1 elements per expert, got {elements}"
-    if not 0 < n_experts <= MAX_EXPERTS:
-        return f"expected 1 to {MAX_EXPERTS} experts, got {n_experts}"
-    return ""
-
-
-def _check(x: dict[str, Tensor], slots: dict[str, Tensor], **matrices: Tensor) -> None:
-    """Raise ValueError for what the kernels do not take, from shapes and dtypes alone. The first of
-    ``slots`` has an element per slot."""
-    for name, t in {**x, **slots, **matrices}.items():
-        if not t.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
-    for name, t in {**x, **matrices}.items():
-        if t.dtype not in _DTYPES:
-            raise ValueError(f"{name}: expected one of {_DTYPES}, got {t.dtype}")
-    slot_name, slot_TK = next(iter(slots.items()))
-    if slot_TK.numel() > MAX_ROWS:
-        raise ValueError(
-            f"{slot_name}: expected at most {MAX_ROWS} elements, got {slot_TK.numel()}"
-        )
-    n_experts, inner, width = matrices["w_up_EFL"].shape
-    problem = _problem(n_experts, inner * width)
-    if problem:
-        raise ValueError(f"w_up_EFL: {problem} (path triton of op moe)")
 
 
 def _tokens(routed: Routed) -> Tensor:

@@ -12,16 +12,12 @@ do not go to memory. On a GPU the loop waits for the group sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_kernels.moe import function
 from nemo_kernels.moe.function import Experts, Gradients, Routed, Slots, Wanted
-
-__all__ = ["combine_slots", "grouped_mlp", "moe_mlp", "sort_slots", "topk_router"]
 
 _FEW = 1 << 17  # numbers of all experts together that stay in a CPU's second-level cache
 
@@ -164,7 +160,3 @@ def _pre_activation(x: Tensor, up: Tensor, h: Tensor) -> None:
 def experts_for(x: Tensor, n_rows: int, n_experts: int, *widths: int) -> Experts:
     """What calculates rows of x by experts with these widths."""
     return LoopExperts()
-
-
-grouped_mlp = partial(function.grouped_mlp, LoopExperts())
-moe_mlp = partial(function.moe_mlp, LoopExperts(), sort=sort_slots)

@@ -21,9 +21,6 @@ from nemo_kernels.launch import launch
 from nemo_kernels.moe.function import Slots
 
 MAX_EXPERTS = 1024
-_MAX_TILE = 2**15
-MAX_ROWS = 2**31 - 2 * _MAX_TILE
-"""Places and counts are int32 inside; the rest is room for sizes rounded up to tiles."""
 _SLOTS, _COMPARED = 256, 16  # slots per block, and how many of them are compared with all at a time
 _SCAN = (512, 8)  # blocks and experts at a time in the running sum
 _TILES = (32, 128)  # tiles that a program writes, and experts that it reads at a time
@@ -47,14 +44,11 @@ def sort_slots(topk_ids_TK: Tensor, n_experts: int) -> Slots:
     """``nemo_kernels.moe.sort_slots``, bit-equal to the reference.
 
     Slots whose id is out of range are counted for no expert and stand behind all others, in their
-    order, so that ``order_R`` and ``inverse_R`` are permutations whatever the ids.
-
-    Raises:
-        ValueError: E is above 1024, or R above 2**31 - 2**16.
+    order, so that ``order_R`` and ``inverse_R`` are permutations whatever the ids. Places and
+    counts are int32 inside.
     """
     ids_R = topk_ids_TK.reshape(-1)
     n_slots, device = ids_R.numel(), ids_R.device
-    _expect_sizes(n_experts, "topk_ids_TK", n_slots)
     n_blocks = triton.cdiv(n_slots, _SLOTS)
     counts_E = torch.empty(n_experts, dtype=torch.int64, device=device)
     order_R, inverse_R = torch.empty_like(ids_R), torch.empty_like(ids_R)
@@ -84,26 +78,13 @@ def tile_table(counts_E: Tensor, n_rows: int, rows_per_tile: int) -> Tiles:
 
     Returns:
         M = ceil(R / rows_per_tile) + E entries; no tile reaches behind row R, whatever the counts.
-
-    Raises:
-        ValueError: a size is out of range.
     """
     n_experts = counts_E.shape[0]
-    _expect_sizes(n_experts, "n_rows", n_rows)
-    if not 0 < rows_per_tile <= _MAX_TILE:
-        raise ValueError(f"rows_per_tile: expected 1 to {_MAX_TILE}, got {rows_per_tile}")
     n_tiles = triton.cdiv(n_rows, rows_per_tile) + n_experts
     tiles = Tiles(*(counts_E.new_empty(n_tiles, dtype=torch.int32) for _ in Tiles._fields))
     sizes, grid = (n_experts, n_rows, n_tiles, rows_per_tile), (triton.cdiv(n_tiles, _TILES[0]),)
     launch(_tile_kernel, grid, counts_E.contiguous(), *tiles, *sizes, *_TILES, **_OPTIONS)
     return tiles
-
-
-def _expect_sizes(n_experts: int, name: str, n_rows: int) -> None:
-    if not 0 < n_experts <= MAX_EXPERTS:
-        raise ValueError(f"n_experts: expected 1 to {MAX_EXPERTS}, got {n_experts}")
-    if not 0 <= n_rows <= MAX_ROWS:
-        raise ValueError(f"{name}: expected 0 to {MAX_ROWS} routed slots, got {n_rows}")
 
 
 def padded(n_experts: int) -> int:

@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     expect("weight_D", weight_D, x.shape[-1:])
     expect_device(x, weight_D=weight_D)
-    impl = backend.implementation("norm", x.device.type, x.dtype, weight_D.dtype)
+    impl = backend.implementation("norm", x.device.type)
     return impl.rms_norm(x, weight_D, eps)
 
 
@@ -38,5 +38,5 @@ def gated_rms_norm(
     if group_size <= 0 or x.shape[-1] % group_size:
         expected = f"expected a divisor of {x.shape[-1]} (channels)"
         raise ValueError(f"group_size: {expected}, got {group_size}")
-    impl = backend.implementation("norm", x.device.type, x.dtype, weight_D.dtype, group_size)
+    impl = backend.implementation("norm", x.device.type, x.dtype, group_size)
     return impl.gated_rms_norm(x, gate, weight_D, eps, group_size)

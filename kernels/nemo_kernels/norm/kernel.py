@@ -28,29 +28,25 @@ _TILE = 2048  # channels of all rows that a program has at a time, where a group
 _PROGRAMS = 512  # of the backward pass, about: four per processor of a GPU
 
 
-def supports(dtype: torch.dtype, weight_dtype: torch.dtype, group_size: int | None = None) -> bool:
-    """Of the plain norm (no group size) torch's kernel wants one dtype for all."""
-    if group_size is None:
-        return dtype == weight_dtype
-    return dtype in _DTYPES and group_size <= MAX_GROUP
+def refusal(dtype: torch.dtype, group_size: int) -> str:
+    """Of the gated norm."""
+    if dtype not in _DTYPES:
+        return f"expected one of {_DTYPES}, got {dtype}"
+    if group_size > MAX_GROUP:
+        return f"expected groups of at most {MAX_GROUP} channels, got {group_size}"
+    return ""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if x.dtype != weight_D.dtype:  # torch's kernel wants one for all
+        return reference.rms_norm(x, weight_D, eps)
     return F.rms_norm(x, x.shape[-1:], weight_D, eps)
 
 
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight_D: Tensor, eps: float, group_size: int
 ) -> Tensor:
-    """``nemo_kernels.norm.gated_rms_norm``.
-
-    Raises:
-        ValueError: x is neither bf16, fp16 nor fp32, or a group has more than 4096 channels.
-    """
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected one of {_DTYPES}, got {x.dtype}")
-    if group_size > MAX_GROUP:
-        raise ValueError(f"group_size: expected at most {MAX_GROUP}, got {group_size}")
+    """``nemo_kernels.norm.gated_rms_norm``."""
     return _GatedRMSNorm.apply(x, gate, weight_D, eps, group_size)
 
 

@@ -16,10 +16,10 @@ import torch
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from torch import Tensor
 
-from nemo_kernels.backend import Sizes, draw, relative_deviation
+from nemo_kernels.backend import Sizes
 from nemo_kernels.checks import span
 from nemo_kernels.documents import Documents
-from nemo_kernels.ssd import reference
+from nemo_kernels.ssd import kernel, reference
 
 DEVICE_TYPES = ("cuda",)
 MAX_OFFSET = 2**31
@@ -34,10 +34,13 @@ _ARGUMENTS: dict[str, Any] = {
 ssd_step = reference.ssd_step
 
 
-def supports(x: Tensor, B: Tensor | None = None, chunk_size: int = 1) -> bool:
-    """Whether the library's kernels take x, and reach all of it and of the states of chunks. (A
-    step is the reference's.)"""
-    return x.dtype in _DTYPES and (B is None or _largest(x, B, chunk_size) <= MAX_OFFSET)
+def refusal(x: Tensor, B: Tensor | None = None, chunk_size: int = 1) -> str:
+    """The library's kernels have to reach all of x and of the states of chunks. (A step is the
+    reference's.)"""
+    largest = 0 if B is None else _largest(x, B, chunk_size)
+    if x.dtype in _DTYPES and largest <= MAX_OFFSET:
+        return ""
+    return f"expected one of {_DTYPES} and offsets below {MAX_OFFSET}, got {x.dtype} and {largest}"
 
 
 def _largest(x_BSHP: Tensor, B_BSGN: Tensor, chunk_size: int) -> int:
@@ -58,17 +61,7 @@ def ssd_scan(
     documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``nemo_kernels.ssd.ssd_scan``.
-
-    Raises:
-        ValueError: dtype or size that the library does not take.
-    """
-    if not supports(x_BSHP, B_BSGN, chunk_size):
-        largest = _largest(x_BSHP, B_BSGN, chunk_size)
-        raise ValueError(
-            f"x: expected one of {_DTYPES} and offsets below {MAX_OFFSET}, got {x_BSHP.dtype} and "
-            f"{largest} (path mamba_ssm of op ssd); choose triton"
-        )
+    """``nemo_kernels.ssd.ssd_scan``."""
     y_BSHP, state_BHPN = mamba_chunk_scan_combined(
         x_BSHP,
         dt_BSH,
@@ -86,16 +79,4 @@ def ssd_scan(
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:
-    heads, head_dim, groups, state, chunk, *_, length = sizes
-    group, each = (2, length, groups, state), (2, length, heads)
-    x_BSHP, B_BSGN, C_BSGN, initial_BHPN, *others = draw(
-        device_type, (*each, head_dim), group, group, (2, heads, head_dim, state), each, (heads,),
-        (heads,),
-    )  # fmt: skip
-    dt_BSH, A_H, D_H = (t.float().sigmoid() for t in others)
-    documents = Documents.from_numbers((torch.arange(length) // 90).expand(2, -1)).to(device_type)
-    return relative_deviation(
-        lambda impl, *t: impl(*t[:6], chunk, documents, t[6])[0],
-        (ssd_scan, reference.ssd_scan),
-        (x_BSHP, dt_BSH, -A_H, B_BSGN, C_BSGN, D_H, initial_BHPN.float()),
-    )
+    return kernel.checked(ssd_scan, device_type, sizes)

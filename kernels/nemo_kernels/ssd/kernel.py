@@ -15,6 +15,7 @@ length, c chunks of a row, U of all rows, R tiles of a chunk's tokens, T tiles o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def ssd_scan(
     """``nemo_kernels.ssd.ssd_scan``.
 
     Raises:
-        ValueError: dtype, shape or device that the kernels do not take.
+        ValueError: shapes or devices that do not fit.
     """
     rows, length, heads, head_dim = _check(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
     if initial_state_BHPN is not None:
@@ -115,7 +116,7 @@ def ssd_step(
     """``nemo_kernels.ssd.ssd_step``; no gradients.
 
     Raises:
-        ValueError: dtype, shape or device that the kernel does not take.
+        ValueError: shapes, strides or devices that do not fit, or a state that is not fp32.
     """
     tokens = (t[:, None] for t in (x_BHP, B_BGN, C_BGN))
     x_BSHP, B_BSGN, C_BSGN = tokens
@@ -137,13 +138,17 @@ def ssd_step(
     return y_BHP
 
 
-def supports(x: Tensor, *_: Any) -> bool:
-    """Whether the kernels take x. In fp16 states could overflow."""
-    return x.dtype in _DTYPES
+def refusal(x: Tensor, *_: Any) -> str:
+    """In fp16 states could overflow."""
+    return "" if x.dtype in _DTYPES else f"expected one of {_DTYPES}, got {x.dtype}"
 
 
 def self_check(device_type: str, sizes: Sizes) -> float:
-    """Over nine chunks, with documents that begin amid them."""
+    return checked(ssd_scan, device_type, sizes)
+
+
+def checked(scan: Callable[..., Any], device_type: str, sizes: Sizes) -> float:
+    """Largest deviation from the reference, over nine chunks amid which documents begin."""
     heads, head_dim, groups, state, chunk, *_, length = sizes
     group = (2, length, groups, state)
     x_BSHP, B_BSGN, C_BSGN, *others = draw(
@@ -159,7 +164,7 @@ def self_check(device_type: str, sizes: Sizes) -> float:
         return torch.cat([y_BSHP.flatten(1), state_BHPN.flatten(1)], 1)
 
     inputs = (x_BSHP, dt_BSH / 8, -A_H, B_BSGN, C_BSGN / 8, D_H, initial_BHPN)
-    return relative_deviation(run, (ssd_scan, reference.ssd_scan), inputs)
+    return relative_deviation(run, (scan, reference.ssd_scan), inputs)
 
 
 def _check(
@@ -167,8 +172,6 @@ def _check(
 ) -> tuple[int, int, int, int]:
     """Rows, tokens, heads and head dim."""
     expect("x", x_BSHP, (None,) * 4)
-    if x_BSHP.dtype not in _DTYPES:
-        raise ValueError(f"x: expected one of {_DTYPES}, got {x_BSHP.dtype}")
     rows, length, heads, head_dim = x_BSHP.shape
     expect("dt", dt_BSH, (rows, length, heads))
     expect("A_H", A_H, (heads,))
