@@ -47,8 +47,6 @@ class Shards:
     ) -> None:
         """Write one more file, ``model-rRRRRR-NNNNN.safetensors``; see `safetensors_parts`."""
         for name, tensor in tensors.items():
-            if name in self.file_of:
-                raise ValueError(f"{name} was given twice")
             if tensor.dtype not in READABLE.values():
                 raise UserError(f"{name} is {tensor.dtype}; weights must be {', '.join(READABLE)}")
         self.count += 1
@@ -73,8 +71,6 @@ def write_shards(
             if pending and pending_bytes + size > max_shard_bytes:
                 shards.write(writer, pending)
                 pending, pending_bytes = {}, 0
-            if name in pending:
-                raise ValueError(f"{name} was given twice")
             pending[name] = part
             pending_bytes += size
     if pending:

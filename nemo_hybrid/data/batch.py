@@ -128,13 +128,6 @@ class Batch:
         tokens_BW: integers. document_starts_BW: bool, True where a document begins.
         keep_B: bool, False for padding rows, whose every label is masked.
         """
-        B, W = tokens_BW.shape
-        S = W - 1
-        if document_starts_BW.shape != (B, W) or S < 1:
-            raise ValueError(
-                f"windows {tuple(tokens_BW.shape)} and document starts "
-                f"{tuple(document_starts_BW.shape)} must both be [B, S + 1] with S >= 1"
-            )
         mask_BS = ~document_starts_BW[:, 1:]
         if keep_B is not None:
             mask_BS = mask_BS & keep_B[:, None]

@@ -60,8 +60,6 @@ def permute(index: int, size: int, *key: int | str) -> int:
     A Feistel network permutes the smallest range 4^h that covers size; its output is fed back
     until it falls below size (cycle walking), which keeps it a permutation.
     """
-    if not 0 <= index < size:
-        raise ValueError(f"index {index} lies outside range({size})")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
     keys = _round_keys(*key)

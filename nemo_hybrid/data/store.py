@@ -122,12 +122,9 @@ class StoreWriter:
         sample store a sample as it is, with targets of the same length."""
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token ids must lie in range({self.vocab_size})")
-        kind = TOKENS if targets is None else SAMPLES
-        self._format = self._format or kind
-        if self._format != kind:
-            raise ValueError("samples have targets, documents have none")
-        if targets is None:
-            ids = ids if ids[-1] == self.eos_id else np.append(ids, self.eos_id)
+        self._format = TOKENS if targets is None else SAMPLES
+        if targets is None and ids[-1] != self.eos_id:
+            ids = np.append(ids, self.eos_id)
         data = {"tokens": ids.astype(self.dtype)}
         if targets is not None:
             data["targets"] = targets.astype(np.uint8)
@@ -244,8 +241,6 @@ class Store:
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start to stop, across shards."""
-        if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"tokens {start} to {stop} lie outside a store of {len(self)}")
         return self._read(self._tokens, start, stop, np.int64)
 
     def _read(self, shards: list[np.memmap], start: int, stop: int, dtype: type[N]) -> NDArray[N]:
@@ -282,8 +277,6 @@ class Store:
     def sample(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """ids and targets of a sample, both [length]; targets: a loss is taken where this token is
         predicted (never the first)."""
-        if not 0 <= number < self.info.documents:
-            raise ValueError(f"sample {number} lies outside a store of {self.info.documents}")
         start, stop = int(self._starts[number]), int(self._starts[number + 1])
         return self.read(start, stop), self._read(self._targets, start, stop, np.bool_)
 

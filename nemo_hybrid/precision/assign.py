@@ -49,11 +49,7 @@ _NAMED_ONLY = {"head": "lm_head", "latent": "latent", "mtp": "mtp"}
 def places(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     """Everything that may be quantized, with the weight's shape: [out, in], of stacks
     [E, out, in]."""
-    return {
-        name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in weights(shape).items()
-        if _is_place(name)
-    }
+    return _shapes(shape, places=True)
 
 
 def weights(shape: HybridConfig) -> dict[str, torch.Tensor]:
@@ -63,17 +59,17 @@ def weights(shape: HybridConfig) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _is_place(name: str) -> bool:
-    return is_stacked(name) or name.endswith(("_proj.weight", "lm_head.weight"))
+def _shapes(shape: HybridConfig, *, places: bool) -> dict[str, tuple[int, ...]]:
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in weights(shape).items()
+        if (is_stacked(name) or name.endswith(("_proj.weight", "lm_head.weight"))) == places
+    }
 
 
 def unquantizable(shape: HybridConfig) -> dict[str, tuple[int, ...]]:
     """All other weights, as in `places`."""
-    return {
-        name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in weights(shape).items()
-        if not _is_place(name)
-    }
+    return _shapes(shape, places=False)
 
 
 def groups(assignment: Mapping[str, Format]) -> list[list[str]]:

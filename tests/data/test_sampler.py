@@ -16,13 +16,11 @@ def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
 
 
-def test_permute_handles_huge_ranges_and_rejects_outsiders() -> None:
+def test_permute_handles_huge_ranges() -> None:
     size = 10**12 + 7
     images = {permute(i, size, 1) for i in range(2000)}
     assert len(images) == 2000
     assert max(images) > size * 0.99
-    with pytest.raises(ValueError, match="outside"):
-        permute(5, 5, 1)
 
 
 @pytest.mark.parametrize("size", [5, 16, 41])

@@ -362,10 +362,8 @@ def test_samples_come_back_across_shards(tmp_path: Path) -> None:
             assert ids.dtype == np.int64
             assert targets.dtype == np.bool_
             assert list(zip(ids.tolist(), targets.tolist(), strict=True)) == sample
-        with pytest.raises(ValueError, match="outside"):
+        with pytest.raises(IndexError):
             store.sample(len(samples))
-        with pytest.raises(ValueError, match="targets"):
-            writer.add(np.array([1]))
 
     run()
 
