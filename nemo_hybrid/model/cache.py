@@ -41,9 +41,24 @@ class LayerCache(Protocol):
         """Remember ``state``, which reading gave, in place of what was."""
 
 
+class ByPosition:
+    """Remembers tensors [B, T, ..] by position; what stands behind a row's length is scratch."""
+
+    def reserve(self, tokens: int) -> None:
+        for name, held_BT in vars(self).items():
+            room = held_BT.shape[1]
+            if tokens > room:
+                more = max(tokens - room, _MORE, room // _SHARE)
+                each = (0, 0) * (held_BT.dim() - 2)
+                setattr(self, name, F.pad(held_BT, (*each, 0, more)))
+
+    def commit(self, state: None) -> None:
+        """Nothing: what counts of it, a row's length says."""
+
+
 @dataclass
-class AttentionCache:
-    """Keys and values by position; those behind a row's length are scratch."""
+class AttentionCache(ByPosition):
+    """Keys and values."""
 
     k_BTGP: Tensor
     v_BTGP: Tensor
@@ -54,42 +69,21 @@ class AttentionCache:
         self.k_BTGP[places] = k_BSGP
         self.v_BTGP[places] = v_BSGP
 
-    def reserve(self, tokens: int) -> None:
-        more = (0, 0, 0, 0, 0, _growth(self.k_BTGP.shape[1], tokens))
-        if more[-1]:
-            self.k_BTGP, self.v_BTGP = F.pad(self.k_BTGP, more), F.pad(self.v_BTGP, more)
-
-    def commit(self, state: None) -> None:
-        """Nothing: what counts of it, a row's length says."""
-
 
 @dataclass
-class ExpertsCache:
-    """Experts that tokens went to, by position as in `AttentionCache`: int16 [B, T, K]."""
+class ExpertsCache(ByPosition):
+    """Experts that tokens went to: int16 [B, T, K]."""
 
     ids_BTK: Tensor
 
     def write(self, ids_BSK: Tensor, before_B: Tensor) -> None:
         self.ids_BTK[_places(ids_BSK, before_B)] = ids_BSK.to(self.ids_BTK.dtype)
 
-    def reserve(self, tokens: int) -> None:
-        more = _growth(self.ids_BTK.shape[1], tokens)
-        if more:
-            self.ids_BTK = F.pad(self.ids_BTK, (0, 0, 0, more))
-
-    def commit(self, state: None) -> None:
-        """Nothing, as there."""
-
 
 def _places(new_BS: Tensor, before_B: Tensor) -> tuple[Tensor, Tensor]:
     """Where S tokens stand behind the first ``before_B`` of each row."""
     row_B1 = torch.arange(len(before_B), device=before_B.device)[:, None]
     return row_B1, before_B[:, None] + torch.arange(new_BS.shape[1], device=before_B.device)
-
-
-def _growth(room: int, tokens: int) -> int:
-    """By how much the room grows for so many tokens."""
-    return 0 if tokens <= room else max(tokens - room, _MORE, room // _SHARE)
 
 
 class MambaState(NamedTuple):
