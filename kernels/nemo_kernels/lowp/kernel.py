@@ -43,10 +43,7 @@ def operands(
     x_EMN = x.detach().contiguous().view(-1, *x.shape[-2:])
     if rows is not None and columns is not None and rows.tile != columns.tile:
         return operands(x, rows, None, ends_E)[0], operands(x, None, columns, ends_E)[1]
-    shared = rows == columns and rows is not None and rows.tile[0] > 1 and not NATIVE
-    made = quantize_kernel.quantize(x_EMN, rows, None if shared else columns, ends_E, packed=NATIVE)
-    if shared:  # the same values in the same places
-        made = made[0], made[0]
+    made = quantize_kernel.quantize(x_EMN, rows, columns, ends_E, packed=NATIVE)
     scalar = x.dim() == 2 and ends_E is None
     return _operand(made[0], x, False, scalar), _operand(made[1], x, True, scalar)
 
