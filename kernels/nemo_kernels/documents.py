@@ -53,6 +53,11 @@ class Documents:
         """From a number per token that changes where a document begins. Waits for a GPU."""
         return Documents.from_starts(_changes(numbers_BS))
 
+    @property
+    def packing(self) -> Documents | None:
+        """None where every row is one document."""
+        return self if len(self.spans) > len(self.seq_idx_BS) else None
+
     def to(self, device: torch.device | str) -> Documents:
         """The same documents with the tensors on device."""
         return replace(
@@ -94,10 +99,11 @@ class Shard:
             before_BS = starts_BS.new_zeros(len(starts_BS), reach)
         if real_BS is not None:
             real_BS = real_BS[:, low:high]
+        own_BS = starts_BS[:, low:high]
         return Shard(
-            local=_packed(Documents.from_starts(starts_BS[:, low:high], real_BS)),
-            halo=_packed(Documents.from_starts(torch.cat([before_BS, starts_BS[:, low:high]], 1))),
-            whole=_packed(documents),
+            local=Documents.from_starts(own_BS, real_BS).packing,
+            halo=Documents.from_starts(torch.cat([before_BS, own_BS], 1)).packing,
+            whole=documents.packing,
             continues_B=~starts_BS[:, low],
             sizes=tuple(sizes),
             real_BS=real_BS,
@@ -140,10 +146,6 @@ def _changes(numbers_BS: Tensor) -> Tensor:
     starts_BS = torch.ones_like(numbers_BS, dtype=torch.bool)
     starts_BS[:, 1:] = numbers_BS[:, 1:] != numbers_BS[:, :-1]
     return starts_BS
-
-
-def _packed(documents: Documents) -> Documents | None:
-    return documents if len(documents.spans) > len(documents.seq_idx_BS) else None
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -64,26 +64,9 @@ class Batch:
     """Known where they are not."""
 
     @property
-    def packed(self) -> bool:
-        """Whether any row holds more than one document."""
-        return len(self.documents.spans) > self.ids_BS.shape[0]
-
-    @property
     def packing(self) -> Packing:
         """What layers are given: None where every row is one document, and whole."""
-        if self.shard is not None:
-            return self.shard
-        return self.documents if self.packed else None
-
-    @property
-    def seq_idx_BS(self) -> Tensor:
-        """int32 index of the document within its row, from 0."""
-        return self.documents.seq_idx_BS
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int32 [documents + 1]: starts of the documents in the T flattened tokens, then T."""
-        return self.documents.cu_seqlens
+        return self.documents.packing if self.shard is None else self.shard
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on device."""

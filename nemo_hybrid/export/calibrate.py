@@ -167,7 +167,7 @@ def _of_store(
     return [
         piece_S[None]
         for batch in batches
-        for piece_S in batch.ids_BS.flatten().split(batch.cu_seqlens.diff().tolist())
+        for piece_S in batch.ids_BS.flatten().split(batch.documents.cu_seqlens.diff().tolist())
     ]
 
 

@@ -61,7 +61,7 @@ class Boosted(NextToken):
 
         def chosen(states: Sequence[Tensor]) -> Tensor:
             drawn_BS = draw(streams_B1, batch.ids_BS.shape[1], len(states))
-            return mixed(states, drawn_BS, batch.seq_idx_BS)
+            return mixed(states, drawn_BS, batch.documents.seq_idx_BS)
 
         how = chosen if self.options.mixing else itemgetter(-1)
         hidden, stats = self.model.forward_mtp(h_BSD, batch.ids_BS, batch.packing, self.depths, how)

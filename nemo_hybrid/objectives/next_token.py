@@ -142,7 +142,7 @@ class NextToken(Objective):
         if batch.shard is not None:
             tokens_B1 = sum(batch.shard.sizes)
             counts_LBE = self.model.sequence.sum(counts_LBE)
-        if batch.packed and batch.documents.real_BS is not None:
+        if batch.documents.packing and batch.documents.real_BS is not None:
             tokens_B1 = batch.documents.real_BS.sum(1, keepdim=True).clamp(min=1)
         top_k = self.model.config.num_experts_per_tok
         losses = iter(balance_loss(shares_LBE, counts_LBE, tokens_B1, top_k))
@@ -207,8 +207,8 @@ def labels_and_validity(batch: Batch, depths: int) -> tuple[Tensor, Tensor]:
     """
     labels, valid = [batch.labels_BS], [batch.loss_mask_BS]
     for k in range(1, depths + 1):
-        labels.append(shift_left(batch.labels_BS, k, batch.seq_idx_BS))
-        valid.append(shift_left(batch.loss_mask_BS, k, batch.seq_idx_BS))
+        labels.append(shift_left(batch.labels_BS, k, batch.documents.seq_idx_BS))
+        valid.append(shift_left(batch.loss_mask_BS, k, batch.documents.seq_idx_BS))
     return torch.stack(labels), torch.stack(valid)
 
 
@@ -222,7 +222,7 @@ def count_targets(batch: Batch, depths: int, per_document: bool = False) -> Tens
 
 def _of_documents(batch: Batch, valid_NBS: Tensor) -> tuple[Tensor, Tensor]:
     """Valid targets of each document [N, documents], and the document of each token [T]."""
-    lengths = batch.cu_seqlens.diff().long()
+    lengths = batch.documents.cu_seqlens.diff().long()
     numbers = torch.arange(len(lengths), device=lengths.device)
     tokens = valid_NBS[0].numel()
     document_T = numbers.repeat_interleave(lengths, output_size=tokens)

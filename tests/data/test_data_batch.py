@@ -53,11 +53,11 @@ def test_equals_a_token_by_token_construction(
     assert batch.ids_BS.tolist() == expected["ids"]
     assert batch.labels_BS.tolist() == expected["labels"]
     assert batch.loss_mask_BS.tolist() == expected["mask"]
-    assert batch.seq_idx_BS.tolist() == expected["seq"]
+    assert batch.documents.seq_idx_BS.tolist() == expected["seq"]
     assert batch.positions_BS.tolist() == expected["pos"]
     assert batch.documents.cu_seqlens.tolist() == expected["bounds"]
     assert batch.documents.max_seqlen == expected["longest"]
-    assert batch.packed == any(s > 0 for row in expected["seq"] for s in row)  # type: ignore[attr-defined]
+    assert (batch.packing is not None) == any(s > 0 for row in expected["seq"] for s in row)  # type: ignore[attr-defined]
 
 
 def test_types_padding_rows_and_to() -> None:
@@ -66,7 +66,7 @@ def test_types_padding_rows_and_to() -> None:
     batch = Batch.from_windows(tokens.int(), starts, (3, -1), torch.tensor([True, False]))
     assert batch.loss_mask_BS.tolist() == [[True] * 3, [False] * 3]
     assert batch.labels_BS.tolist() == [[6, 7, 8], [0, 0, 0]]
-    assert not batch.packed
+    assert batch.packing is None
     fields = vars(batch) | vars(batch.documents)
     types = {k: v.dtype for k, v in fields.items() if isinstance(v, torch.Tensor)}
     assert types == {
@@ -80,4 +80,4 @@ def test_types_padding_rows_and_to() -> None:
     moved = batch.to("meta")
     fields = vars(moved) | vars(moved.documents)
     assert all(v.is_meta for v in fields.values() if isinstance(v, torch.Tensor))
-    assert (moved.documents.max_seqlen, moved.sample_ids, moved.packed) == (3, (3, -1), False)
+    assert (moved.documents.max_seqlen, moved.sample_ids, moved.packing) == (3, (3, -1), None)

@@ -61,7 +61,8 @@ def rows(step: list[Batch]) -> dict[int, tuple[list[int], ...]]:
     out = {}
     for b in step:
         for i, n in enumerate(b.sample_ids):
-            out[n] = (b.ids_BS[i].tolist(), b.labels_BS[i].tolist(), b.seq_idx_BS[i].tolist())
+            of_row = (b.ids_BS[i], b.labels_BS[i], b.documents.seq_idx_BS[i])
+            out[n] = tuple(t.tolist() for t in of_row)
     return out
 
 

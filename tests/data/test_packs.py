@@ -85,7 +85,7 @@ def test_a_batch_of_packs() -> None:
     ]
     assert batch.labels_BS.tolist() == labels
     assert batch.loss_mask_BS.tolist() == [[label > 0 for label in row] for row in labels]
-    assert batch.seq_idx_BS.tolist() == [
+    assert batch.documents.seq_idx_BS.tolist() == [
         [0, 0, 0, 0, 1, 1, 1, 2],
         [0] * 8,
         [0, 1, 1, 2, 2, 2, 2, 2],

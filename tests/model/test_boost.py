@@ -56,9 +56,10 @@ def naive(model: HybridLM, batch: Batch, loss: str, t: float, late: int = 0) -> 
     head_VD, sums = model.lm_head.weight.double(), []
     for k, d_BSD in enumerate(hidden, 1):
         total = torch.zeros((), dtype=torch.float64)
+        seq_idx_BS = batch.documents.seq_idx_BS
         for b, mask_S in enumerate(batch.loss_mask_BS):
             for s in range(len(mask_S) - k):
-                if batch.seq_idx_BS[b, s] == batch.seq_idx_BS[b, s + k] and mask_S[s + k]:
+                if seq_idx_BS[b, s] == seq_idx_BS[b, s + k] and mask_S[s + k]:
                     z_V, own_V = (
                         head_VD @ h.double() for h in (d_BSD[b, s], h_BSD[b, s + k - late])
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_objective_of_rows_without_documents() -> None:
     """Unpacked rows take the path without document numbers."""
     model = loud_model(tiny_config("M*", mtp_num_depths=1))
     batch = packed_batch(model.config, [[12], [12]])
-    assert not batch.packed
+    assert batch.packing is None
     out = model(batch.ids_BS, mtp=True)
     main = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BS.flatten())
     mtp = F.cross_entropy(out.mtp_logits[0][:, :-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten())
@@ -256,7 +257,7 @@ def test_the_mean_over_documents_equals_a_loop_over_them() -> None:
         logits_TV = model.lm_head(hidden_BSD).flatten(0, 1)
         labels_T, mask_T = batch.labels_BS.flatten(), batch.loss_mask_BS.flatten()
         means = []
-        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        for start, end in pairwise(batch.documents.cu_seqlens):
             # Position t of depth k targets token t + 1 + k, the label of t + k, with its mask.
             places = [t for t in range(start, int(end) - k) if mask_T[t + k]]
             if places:

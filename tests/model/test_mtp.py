@@ -337,12 +337,12 @@ def test_crossing_a_document_boundary_is_noticed() -> None:
     assert found.losses > 1
     # Attention of the MTP block over all of a row. (Its embeddings matter beyond the boundary only
     # where there is no prediction; test_packing looks at those positions.)
-    one_document = Documents.from_numbers(torch.zeros_like(batch.seq_idx_BS))
+    one_document = Documents.from_numbers(torch.zeros_like(batch.documents.seq_idx_BS))
     with torch.no_grad():
         h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
         right, _ = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)
         wrong, _ = model.forward_mtp(h_BSD, batch.ids_BS, one_document)
-    later = batch.seq_idx_BS > 0
+    later = batch.documents.seq_idx_BS > 0
     assert (right[0] - wrong[0])[later].abs().max() > 0.1
 
 
@@ -352,7 +352,7 @@ def test_the_block_is_applied_to_its_own_normalised_output() -> None:
     with torch.no_grad():
         h_BSD, _ = model.forward_hidden(batch.ids_BS, batch.documents)
         first, second = model.forward_mtp(h_BSD, batch.ids_BS, batch.documents)[0]
-        e_BSD = model.backbone.embeddings(shift_left(batch.ids_BS, 2, batch.seq_idx_BS))
+        e_BSD = model.backbone.embeddings(shift_left(batch.ids_BS, 2, batch.documents.seq_idx_BS))
         restarted, _ = model.mtp(h_BSD, e_BSD, batch.documents)
         continued, _ = model.mtp(first, e_BSD, batch.documents)
     assert torch.equal(continued, second)

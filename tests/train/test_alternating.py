@@ -118,7 +118,8 @@ def plain(config: RunConfig, counted_as_long: bool = False) -> Plain:
         ce = []
         for k, hidden_BSD in enumerate([h_BSD, *depths]):
             # Predicting token t + 1 + k, which has to be of the same document.
-            inside = batch.seq_idx_BS[:, k:] == batch.seq_idx_BS[:, : length - k]
+            seq_idx_BS = batch.documents.seq_idx_BS
+            inside = seq_idx_BS[:, k:] == seq_idx_BS[:, : length - k]
             valid_BS = batch.loss_mask_BS[:, k:] & inside
             logits = F.linear(hidden_BSD[:, : length - k][valid_BS], model.lm_head.weight)
             ce.append(F.cross_entropy(logits, batch.labels_BS[:, k:][valid_BS]))
