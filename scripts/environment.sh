@@ -2,7 +2,7 @@
 # Sourced by the scripts beside it. make_environment [EXTRA] makes .venv in the repository, or
 # brings it up to date, and leaves it alone when pyproject.toml has not changed since.
 
-TORCH_RANGE='torch>=2.11,<2.14'
+TORCH_RANGE="$(sed -n 's/^ *"\(torch>=.*\)",$/\1/p' "$ROOT/pyproject.toml")"
 CPU_INDEX='https://download.pytorch.org/whl/cpu'
 CPU_INDEX_WAIT_S=15
 VENV="$ROOT/.venv"
@@ -34,33 +34,49 @@ find_python() {
         'Set PYTHON=/path/to/python to choose one.'
 }
 
-# Whether an interpreter imports a torch of the supported range.
-has_torch() {
-    "$1" - <<'EOF' >/dev/null 2>&1
-import sys, torch
-sys.exit(not (2, 11) <= tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 14))
-EOF
+# Of versions of torch, one a line, those in the supported range. $1: an interpreter.
+supported() {
+    "$1" -c '
+import re, sys
+def release(version): return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+first, end = map(release, sys.argv[1].split(","))
+print(*(v for v in sys.stdin.read().split() if first <= release(v) < end), sep="\n")
+' "$TORCH_RANGE"
 }
 
-# Without a GPU, prefer the CPU build of torch: 0.2 GB instead of 3 GB to download. It outranks the
-# plain build of the same version, so pip only has to be shown where it is. Never fatal.
+# Whether an interpreter imports a torch of the supported range.
+has_torch() {
+    [[ -n "$("$1" -c 'import torch; print(torch.__version__)' 2>/dev/null | supported "$1")" ]]
+}
+
+# The newest CPU build of torch in the range that pip finds, with further options of pip; or nothing.
+newest_cpu_torch() {
+    { timeout 30 "$VENV/bin/python" -m pip index versions "$@" torch 2>/dev/null || true; } |
+        { grep -oE '[0-9.]+\+cpu' || true; } | supported "$VENV/bin/python" | head -n 1
+}
+
+# Without a GPU, prefer the CPU build of torch: 0.2 GB instead of 3 GB to download. It is asked for by
+# its own version, since pip would rather take a plain build of a newer one. Never fatal.
 prefer_cpu_torch() {
-    local pip=("$VENV/bin/python" -m pip) offered
+    local newest from=()
     [[ "$(uname -s)-$(uname -m)" == Linux-x86_64 ]] || return 0
     ! command -v nvidia-smi >/dev/null 2>&1 || return 0
     ! has_torch "$VENV/bin/python" || return 0
-    offered="$(timeout 30 "${pip[@]}" index versions torch 2>/dev/null || true)"
-    if [[ "$offered" =~ 2\.1[1-3]\.[0-9]+\+cpu ]]; then
-        return 0 # pip finds a CPU build by itself
+    newest="$(newest_cpu_torch)"
+    if [[ -z "$newest" ]]; then # pip finds none by itself
+        if ! timeout "$CPU_INDEX_WAIT_S" "$VENV/bin/python" -c \
+            "import urllib.request as r; r.urlopen('$CPU_INDEX/torch/', timeout=10).read(1)" \
+            >/dev/null 2>&1; then
+            echo "The CPU builds at $CPU_INDEX cannot be reached; taking torch from pip's own index."
+            return 0
+        fi
+        from=(--extra-index-url "$CPU_INDEX")
+        newest="$(newest_cpu_torch "${from[@]}")"
     fi
-    if ! timeout "$CPU_INDEX_WAIT_S" "$VENV/bin/python" -c \
-        "import urllib.request as r; r.urlopen('$CPU_INDEX/torch/', timeout=10).read(1)" \
-        >/dev/null 2>&1; then
-        echo "The CPU builds at $CPU_INDEX cannot be reached; taking torch from pip's own index."
-        return 0
-    fi
-    "${pip[@]}" install --quiet --no-compile --extra-index-url "$CPU_INDEX" "$TORCH_RANGE" ||
+    if [[ -z "$newest" ]] || ! "$VENV/bin/python" -m pip install --quiet --no-compile \
+        "${from[@]}" "torch==$newest"; then
         echo "No CPU build of torch could be installed; taking torch from pip's own index."
+    fi
 }
 
 make_environment() {

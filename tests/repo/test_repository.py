@@ -182,6 +182,42 @@ def test_environment_is_left_alone_when_nothing_changed(tmp_path: Path) -> None:
     assert make().returncode == 9
 
 
+@pytest.mark.parametrize(
+    ("pip_finds", "index_has", "taken"),
+    [
+        ("9.0.0, 2.13.1, 2.13.0+cpu, 2.13.0, 2.12.9+cpu", "", "torch==2.13.0+cpu"),
+        ("9.0.0+cpu, 2.13.0+cpu", "", "torch==2.13.0+cpu"),
+        ("2.13.1, 2.10.0+cpu", "9.0.0+cpu, 2.13.1+cpu", "--extra-index-url torch==2.13.1+cpu"),
+        ("2.13.1", "2.13.1", "none"),
+    ],
+    ids=["before newer plain builds", "within the range", "from its own index", "none there is"],
+)
+def test_environment_takes_the_newest_cpu_build_of_torch(
+    tmp_path: Path, pip_finds: str, index_has: str, taken: str
+) -> None:
+    bin_dir = tmp_path / ".venv" / "bin"
+    bin_dir.mkdir(parents=True)
+    pip = f"""#!/bin/bash
+case "$*" in
+    *"import torch"*) exit 1 ;;
+    *urllib*) exit 0 ;;
+    *"index versions --extra-index-url"*) echo "Available versions: {index_has}" ;;
+    *"index versions"*) echo "Available versions: {pip_finds}" ;;
+    *"pip install"*) shift 5 && echo "took ${{*/http*/}}" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+    (bin_dir / "python").write_text(pip)
+    (bin_dir / "python").chmod(0o755)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    machine = 'command() { false; }; uname() { [[ "$1" = -s ]] && echo Linux || echo x86_64; }'
+    done = _bash(f"{machine}; prefer_cpu_torch", ROOT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    took = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("took")]
+    assert took == ([] if taken == "none" else [taken.split()])
+    assert ("No CPU build" in done.stdout) == (taken == "none")
+
+
 def test_dockerfile_passes_hadolint() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
