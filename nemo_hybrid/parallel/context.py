@@ -46,7 +46,9 @@ class SequenceShards(WholeSequences):
             dist.new_group(list(range(first, first + world.cp)), timeout=timeout)
             for first in range(0, world.size, world.cp)
         ]
-        return SequenceShards(groups[world.reader])
+        own = groups[world.reader]
+        assert isinstance(own, dist.ProcessGroup)  # those of others are numbers here
+        return SequenceShards(own)
 
     def convolve(
         self, x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, documents: Packing

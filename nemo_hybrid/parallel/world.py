@@ -95,13 +95,13 @@ class World(Agreement):
                 dist.init_process_group(
                     backend, store=_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT
                 )
-        host = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        host = _channel(_PATIENCE) if size > 1 else None
         return World(rank, size, device, cp=cp, host=host)
 
     def side(self) -> World:
         """The same processes with a channel of their own, for a thread beside the training; for CPU
         tensors. All processes call this together."""
-        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT), host=None)
+        return replace(self, group=_channel(TIMEOUT), host=None)
 
     @staticmethod
     def stop() -> None:
@@ -119,6 +119,13 @@ class World(Agreement):
         """Sum over ranks, in place; the tensor is returned."""
         dist.all_reduce(tensor, group=self.group)
         return tensor
+
+
+def _channel(timeout: timedelta) -> dist.ProcessGroup:
+    """Between all processes, for CPU tensors; they call this together."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # a number only for those who are no members
+    return group
 
 
 def _store(rank: int, size: int) -> dist.Store | None:
