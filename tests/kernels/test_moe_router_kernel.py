@@ -39,7 +39,7 @@ def exact(x: Tensor, weight: Tensor, ids_TK: Tensor, scaling: float, normalize: 
     scores_TE = (x @ weight.t()).sigmoid()
     chosen_TK = scores_TE.gather(1, ids_TK)
     if normalize:
-        chosen_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True)
+        chosen_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20)
     return scaling * chosen_TK, scores_TE
 
 
