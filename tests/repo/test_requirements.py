@@ -10,7 +10,7 @@ requirements = pytest.importorskip("requirements", reason="needs tomllib, of Pyt
 @pytest.mark.parametrize(
     ("given", "lowest", "newest"),
     [
-        ("torch>=2.11,<2.15", "torch==2.11.*", "torch>=2.11"),
+        ("torch>=2.11,<2.16", "torch==2.11.*", "torch>=2.11"),
         ("jinja2>=3.1.6", "jinja2==3.1.6", "jinja2>=3.1.6"),
         ("peft==0.21.2", "peft==0.21.2", "peft>=0.21.2"),
         ("pytest>=8", "pytest==8.*", "pytest>=8"),
