@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.moe_inputs import draw_ids, draw_inputs
+from helpers.moe_inputs import by_path, draw_ids, draw_inputs
 from helpers.triton_env import DEVICE
 from nemo_kernels.moe import grouped_mm, kernel, reference
 from nemo_kernels.wide import Wide, widened
@@ -67,7 +67,7 @@ def test_experts_by_every_path(path) -> None:
     def gradients(stand_in: Callable[[Tensor], Tensor]) -> list[Tensor]:
         leaves = [stack.clone().requires_grad_() for stack in stacks]
         wide = [stand_in(leaf) for leaf in leaves]
-        y, again = (path.moe_mlp(x, ids_TK, w_TK, *wide) for x in (x_TL, x_TL.roll(1, 0)))
+        y, again = (by_path(path, x, ids_TK, w_TK, *wide) for x in (x_TL, x_TL.roll(1, 0)))
         (y.float().sum() + 2.0**-9 * again.float().sum()).backward()
         return [leaf.grad for leaf in leaves]
 
