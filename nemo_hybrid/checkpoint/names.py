@@ -28,7 +28,9 @@ RUN_STATE = "run_state.json"
 RESOLVED = "run.yaml"
 OPTIMIZER_INDEX = "optimizer.index.json"
 _TRAINING = (RUN_STATE, RESOLVED, OPTIMIZER_INDEX, MANIFEST)
-_OF_RANKS = re.compile(r"(optimizer-r\d+-\w+|rank-\d+)\.safetensors")
+_OF_RANKS = re.compile(r"(optimizer-r\d+-\w+|(rank-|data-r)\d+)\.safetensors")
+DATA = "data-r{}.safetensors"
+"""Of a rank: its tensors of the data to come, under names that no other rank has."""
 _EXPERT = re.compile(r"(.+\.mixer\.experts)\.(0|[1-9][0-9]{0,8})\.(up_proj|down_proj)\.weight")
 
 

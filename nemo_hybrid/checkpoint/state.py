@@ -5,6 +5,7 @@ A step directory holds, beside the Hugging Face files of `weights.py`::
     optimizer-rRRRRR-KIND.safetensors  fp32 masters or moments: one flat tensor per fragment
     optimizer.index.json               parameter -> global shape and its fragments, over all ranks
     rank-RRRRR.safetensors             RNG states and the like of one rank
+    data-rRRRRR.safetensors            what one rank holds of the data to come; of `rl` alone
     run_state.json, run.yaml           counters and identity of the run; its resolved configuration
     manifest.json                      size and checksum of every file
 
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from itertools import chain, product
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.directory import Writer, write_directory
 from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.checkpoint.names import (
+    DATA,
     OPTIMIZER_INDEX,
     RESOLVED,
     ROUTER_BIAS,
@@ -113,6 +115,7 @@ def save_checkpoint(
     fragments: Iterable[Fragment],
     run_state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
+    data: Mapping[str, torch.Tensor] | None = None,
     companions: Companions,
     resolved_config: str,
     keep: int,
@@ -127,7 +130,7 @@ def save_checkpoint(
     for ``frozen`` ones, which are not trained. ``adapter`` writes, on rank 0, the model files of a
     checkpoint that holds no weights, and gives the names of the parameters in them.
     ``run_state`` (JSON, the same on every rank) and ``rank_state`` (tensors and JSON values by
-    name) come back from `load_state` and `load_rank_state`; tuples come back as lists.
+    name) come back from `load_state` and `load_rank_state`, tuples as lists. ``data``: see `DATA`.
 
     Raises UserError on every rank when one of them cannot write, or when the state is
     incomplete; the checkpoints that were there stay valid.
@@ -140,6 +143,8 @@ def save_checkpoint(
             listing = beside.submit(_write_fragments, writer, fragments, world.rank)
             shards = write_shards(writer, weights, world.rank, max_shard_bytes)
             _write_rank_state(writer, rank_state, world.rank)
+            if data:
+                writer.write(DATA.format(f"{world.rank:05d}"), safetensors_parts(data, {}))
             return shards, listing.result()
 
     def finish(writer: Writer, parts: list[tuple[Shards, dict[str, Any]]]) -> None:
@@ -298,7 +303,7 @@ def _read_run_state(directory: Path) -> dict[str, Any]:
     path = directory / RUN_STATE
     if not path.is_file():
         raise UserError(f"{directory} is not a training checkpoint: it has no {RUN_STATE}")
-    state = read_json(path, inf)  # `rl` keeps answers there
+    state = read_json(path)
     version = state.get("format_version")
     if not isinstance(version, int):
         raise CheckpointError(f"{path} has no format_version")

@@ -8,7 +8,9 @@ header are those of the reference library, so that equal contents give equal byt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,3 +137,11 @@ class TensorFile:
     def view(self, name: str, at: int | slice | None = None) -> torch.Tensor:
         """The same without a copy: not to be written to, and read while the file is open."""
         return self._file.get_tensor(name) if at is None else self._file.get_slice(name)[at]
+
+
+@contextmanager
+def opened(paths: Iterable[Path]) -> Iterator[dict[str, Callable[[], torch.Tensor]]]:
+    """What reads each tensor of several files, by its name, as long as they are open."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path)) for path in paths]
+        yield {name: partial(file.read, name) for file in files for name in file.entries}

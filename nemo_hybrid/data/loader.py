@@ -14,7 +14,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nemo_hybrid.config.batches import BatchSizes
 from nemo_hybrid.config.model import ModelConfig
@@ -361,7 +362,10 @@ class ByNumber:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Any], saved: Mapping[str, Callable[[], Tensor]]) -> None:
         pass
 
     def metrics(self) -> dict[str, float]:

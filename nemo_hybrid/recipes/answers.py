@@ -5,10 +5,11 @@ Shapes: B rows, S tokens per row, T = B*S; Q answers of a micro-batch; P prompts
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ from nemo_hybrid.objectives import policy
 from nemo_kernels.loss import linear_cross_entropy
 
 Key = tuple[int | str, int]
+_OF_TOKENS = {
+    "ids": torch.int32,
+    "logprobs": torch.float64,
+    "chosen": torch.bool,
+    "prox": torch.float64,
+}
+"""Fields of an answer that are lists, and what holds their numbers exactly."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +239,19 @@ def figures(answers: Sequence[Answer], samples: int) -> dict[str, float]:
 
 
 def to_json(answer: Answer) -> dict[str, Any]:
-    content = asdict(answer)
-    return content | {"reward": None if math.isnan(answer.reward) else answer.reward}
+    return {**vars(answer), "reward": None if math.isnan(answer.reward) else answer.reward}
 
 
-def from_json(content: Mapping[str, Any]) -> Answer:
-    reward = content["reward"]
-    return Answer(**{**content, "reward": math.nan if reward is None else reward})
+def to_tensors(answer: Answer) -> dict[str, Tensor]:
+    """All of it: lists of tokens one by one, and the rest, ``about``, as JSON."""
+    about = {name: value for name, value in vars(answer).items() if name not in _OF_TOKENS}
+    return {
+        "about": torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8),
+        **{n: torch.tensor(getattr(answer, n), dtype=dtype) for n, dtype in _OF_TOKENS.items()},
+    }
+
+
+def from_tensors(read: Callable[[str], Tensor]) -> Answer:
+    """``read`` gives what `to_tensors` gave."""
+    lists = {name: read(name).tolist() for name in _OF_TOKENS}
+    return Answer(**(json.loads(bytes(read("about").tolist())) | lists))

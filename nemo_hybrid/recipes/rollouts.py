@@ -12,18 +12,20 @@ import json
 import math
 import shutil
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from nemo_hybrid.checkpoint.manifest import CheckpointError
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.data.batch import Batch
 from nemo_hybrid.data.loader import Share
@@ -45,9 +47,10 @@ from nemo_hybrid.recipes.answers import (
     Packed,
     compared,
     figures,
-    from_json,
+    from_tensors,
     log_probabilities,
     to_json,
+    to_tensors,
 )
 from nemo_hybrid.recipes.curriculum import Curriculum
 from nemo_hybrid.train.run_dir import ENGINE, ROLLOUTS
@@ -117,7 +120,7 @@ class Rollouts:
     ) -> None:
         self._config, self._prompts, self._pool = config, prompts, pool
         self._stops, self._pad_id = stops, pad_id
-        self._turns: list[Turn] = []  # that are learnt from, and sampled ahead
+        self._turns: list[Turn] = []  # that are learnt from later on
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._bad = 0  # steps in a row in which sampling and training disagreed too much
@@ -144,6 +147,8 @@ class Rollouts:
             agreement |= {"off_policy": agreement["mismatch"], **turn.agreement}
         self._figures = figures(turn.answers, config.rollout.samples) | agreement | self._seconds
         self._judge_agreement()
+        if update + 1 == config.rl.updates:
+            del self._turns[0]
         return weighted
 
     def heldout(self, share: Share) -> Iterator[Batch]:
@@ -161,33 +166,43 @@ class Rollouts:
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
 
     def state(self) -> dict[str, Any]:
-        """With the answers that are learnt from later on."""
-        kept = self._turns if self._config.rl.updates > 1 or self._config.rollout.lag else []
-        return {"disagreed": self._bad, "turns": [self._kept(turn) for turn in kept]}
+        turns = [[turn.number, len(turn.answers), turn.agreement] for turn in self._turns]
+        return {"disagreed": self._bad, "kept": turns}
 
-    def _kept(self, turn: Turn) -> dict[str, Any]:
-        experts = _together(self._world.gather(turn.experts))
-        of = [experts[answer.key] for answer in turn.answers if experts]
-        return {
-            "number": turn.number,
-            "answers": [to_json(answer) for answer in turn.answers],
-            "experts": [b64encode(one.tobytes()).decode() for one in of],
-            "agreement": turn.agreement,
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """The experts that this process keeps, and its share of the answers, which all know."""
+        found: dict[str, Tensor] = {}
+        for turn in self._turns:
+            for place, answer in enumerate(turn.answers):
+                name = f"{turn.number}.{place}"
+                if place % self._world.size == self._world.rank:
+                    found |= {f"{name}.{what}": of for what, of in to_tensors(answer).items()}
+                if answer.key in turn.experts:
+                    found[f"{name}.experts"] = torch.from_numpy(turn.experts[answer.key])
+        return found
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], saved: Mapping[str, Callable[[], Tensor]]) -> None:
+        def read(answer: str, what: str) -> Tensor:
+            name = f"{answer}.{what}"
+            if name not in saved:
+                raise CheckpointError(f"damaged checkpoint: it holds no {name} of the answers")
+            return saved[name]()
+
+        if state.get("turns"):
+            raise UserError(
+                "the checkpoint holds answers as an older version kept them: go on with that one"
+            )
         self._bad, self._turns = state["disagreed"], []
-        top_k, world = self._model.config.num_experts_per_tok, self._world
-        for kept in state["turns"]:
-            answers = [from_json(answer) for answer in kept["answers"]]
-            own = slice(world.rank, None, world.size)
+        for number, count, agreement in state.get("kept", []):
+            names = [f"{number}.{place}" for place in range(count)]
+            answers = [from_tensors(partial(read, name)) for name in names]
+            own = slice(self._world.rank, None, self._world.size)
             experts = {
-                answer.key: np.frombuffer(b64decode(of), np.int16).reshape(
-                    len(answer.ids) - 1, -1, top_k
-                )
-                for answer, of in zip(answers[own], kept["experts"][own], strict=False)
+                answer.key: read(name, "experts").numpy()
+                for name, answer in zip(names[own], answers[own], strict=True)
+                if self._config.rl.router_replay
             }
-            self._turns.append(Turn(kept["number"], answers, experts, kept["agreement"]))
+            self._turns.append(Turn(number, answers, experts, agreement))
 
     def metrics(self) -> dict[str, float]:
         return self._figures

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_hybrid.checkpoint.companions import Companions
 from nemo_hybrid.checkpoint.load import tensors_by_name
+from nemo_hybrid.checkpoint.names import DATA
 from nemo_hybrid.checkpoint.state import (
     Fragment,
     check_masters,
@@ -23,6 +24,7 @@ from nemo_hybrid.checkpoint.state import (
     load_state,
     save_checkpoint,
 )
+from nemo_hybrid.checkpoint.tensors import opened
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.errors import UserError
@@ -59,6 +61,7 @@ class Snapshot:
     position: Position
     run_state: dict[str, Any]
     rank_state: dict[str, Any]
+    data: dict[str, Tensor]
     weights: list[tuple[str, Tensor, int]]
     fragments: list[Fragment]
 
@@ -83,6 +86,7 @@ class Snapshot:
             position=replace(position),  # the loop moves its own on
             run_state=run_state,
             rank_state={"torch_rng": torch.get_rng_state()},
+            data=run.data.tensors(),
             weights=list(owned(run)),
             fragments=list(run.engine.fragments()),
         )
@@ -141,6 +145,7 @@ class Saver:
             fragments=snapshot.fragments,
             run_state=snapshot.run_state,
             rank_state=snapshot.rank_state,
+            data=snapshot.data,
             companions=self._companions,
             resolved_config=dump_config(run.config),
             keep=keep,
@@ -197,7 +202,8 @@ def restore(directory: Path, run: Run, rolled_back: bool = False) -> Position:
     run.engine.publish_masters()
     run.guard.restore(state["guard"])
     if not rolled_back:
-        run.data.restore(state.get("data_state", {}))
+        with run.world.agreed(), opened(directory.glob(DATA.format("*"))) as saved:
+            run.data.restore(state.get("data_state", {}), saved)
     if own is not None:
         torch.set_rng_state(own["torch_rng"])
     train, step = run.config.train, int(state["step"])

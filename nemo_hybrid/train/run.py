@@ -6,7 +6,7 @@ one recipe (nemo_hybrid/recipes), one objective (nemo_hybrid/objectives) and its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,8 +45,13 @@ class Data(Protocol):
         """JSON values, the same on every rank, with which `restore` makes the next step what it
         would have been; nothing where the number of the step says it all."""
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's ``state``."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What else it takes: this process's part, under names that no other has. They stay as they
+        are."""
+
+    def restore(self, state: dict[str, Any], saved: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Go on from a checkpoint's ``state``; ``saved`` reads the tensors of all processes, each
+        by its name. Raises UserError."""
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last step by name, for metrics.jsonl; asked for on rank 0."""

@@ -22,8 +22,6 @@ from nemo_hybrid.checkpoint.state import (
 )
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.errors import UserError
-from nemo_hybrid.files import MAX_JSON, read_json
-from nemo_hybrid.recipes import base
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
@@ -66,16 +64,6 @@ def test_rank_state_and_preallocated_tensors(tmp_path, toy) -> None:
     assert torch.equal(buffer[5:15], toy.state["lm_head.weight"]["exp_avg"].flatten()[7:17])
     assert (buffer[:5] == 5).all()
     assert (buffer[15:] == 5).all()
-
-
-def test_answers_in_the_run_state_may_be_larger_than_other_files(tmp_path, toy) -> None:
-    path = toy.save(tmp_path, 1, run_state={"base": "cd34"})[0]
-    large = path / "run_state.json"
-    large.write_bytes(large.read_bytes() + b" " * MAX_JSON)
-    assert load_state(path, [])["step"] == 1
-    assert base._base_of(path) == "cd34"
-    with pytest.raises(UserError, match="is larger than"):
-        read_json(large)
 
 
 def test_only_the_files_that_are_needed_are_opened(tmp_path, toy) -> None:

@@ -7,7 +7,7 @@ OUT/half, in bf16; OUT/alone, a step, and OUT/along, which trains the MTP block 
 taught by BASE, and OUT/swapped, by OTHER. Of PICKY beside BASE, whose routers choose: OUT/ahead,
 which samples a rollout ahead and replays choices, OUT/ahead_resumed, and OUT/drifted, which takes
 experts back wrongly; OUT/behind, which does not sample ahead, and OUT/still, which hardly learns.
-By two: OUT/ahead_ep; OUT/world and OUT/ep; OUT/local, where a process
+By two: OUT/ahead_ep, and OUT/ahead_ep_resumed; OUT/world and OUT/ep; OUT/local, where a process
 divides by its own count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by
 both; OUT/adapted, of adapters; and OUT/failure_0 and OUT/failure_1, what each says when one cannot
 evaluate. By four: OUT/four.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from helpers.bands import SAFETY, unit
@@ -41,6 +43,7 @@ summed, loaded = World.sum, Reinforce._load
 
 STEPS, DRAWS = 3, 2
 TWICE, BETWEEN = 5, 3
+Saved = dict[str, Callable[[], Tensor]]
 
 
 def main(base: Path, other: Path, questions: Path, out: Path) -> None:
@@ -52,8 +55,11 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
         loop.train(recipe_of(ask(base, questions, out / name, **changes)), os.getppid())
 
     def go_on(name: str, from_: str, last: int, **changes: Any) -> None:
-        shutil.copytree(out / from_, out / name)
-        shutil.rmtree(out / name / f"checkpoints/step_{last:08d}")
+        if os.environ.get("RANK", "0") == "0":
+            shutil.copytree(out / from_, out / name)
+            shutil.rmtree(out / name / f"checkpoints/step_{last:08d}")
+        if dist.is_initialized():
+            dist.barrier()
         run(name, **changes)
 
     one = out / "one.jsonl"
@@ -73,7 +79,9 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
         run("idle", parallel__ep=2, train__global_batch_size=4, data__path=str(one))
         routes = {"digits": "b", "default": "a"}
         run("taught", parallel__ep=2, teachers=teachers, routes=routes)
-        run("ahead_ep", parallel__ep=2, train__micro_batch_size=1, **ahead)
+        ahead |= {"checkpoint__every": BETWEEN, "parallel__ep": 2, "train__micro_batch_size": 1}
+        run("ahead_ep", **ahead)
+        go_on("ahead_ep_resumed", "ahead_ep", TWICE, **ahead)
         run("adapted", parallel__ep=2, lora__rank=2, train__max_steps=2)
         rank = os.environ["RANK"]
         with patch.object(Rollouts, "_generate", fails) if rank == "1" else nullcontext():
@@ -92,9 +100,9 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     go_on("resumed", "twice", TWICE, **twice)
     restore = Rollouts.restore
 
-    def forget(self: Rollouts, state: dict[str, Any]) -> None:
-        turns = [{**turn, "answers": turn["answers"][:4]} for turn in state["turns"]]
-        restore(self, {**state, "turns": turns})
+    def forget(self: Rollouts, state: dict[str, Any], saved: Saved) -> None:
+        turns = [[number, 4, agreement] for number, _, agreement in state["kept"]]
+        restore(self, {**state, "kept": turns}, saved)
 
     with patch.object(Rollouts, "restore", forget):
         go_on("forgetful", "twice", TWICE, **twice)
@@ -102,8 +110,8 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     run("ahead", **ahead)
     go_on("ahead_resumed", "ahead", TWICE, **ahead)
 
-    def drift(self: Rollouts, state: dict[str, Any]) -> None:
-        restore(self, state)
+    def drift(self: Rollouts, state: dict[str, Any], saved: Saved) -> None:
+        restore(self, state, saved)
         for turn in self._turns:
             turn.experts = {n: np.roll(of, 1, 0) for n, of in turn.experts.items()}
 

@@ -20,6 +20,7 @@ from helpers.launcher import MEASURED
 from helpers.once import once
 from helpers.processes import run_python
 from helpers.questions import ENVIRONMENTS, ask, write_questions
+from nemo_hybrid.checkpoint.manifest import read_manifest
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.config.read import dump_config
 from nemo_hybrid.data.samples import ROLLOUT, SampleMaker
@@ -167,12 +168,24 @@ def test_a_rollout_ahead_is_of_the_weights_before(runs: Path) -> None:
     assert "off_policy" not in behind[0]
 
 
-def test_what_was_sampled_ahead_is_resumed_to_the_last_bit(runs: Path) -> None:
-    """With the experts, of which a wrong one would be noticed."""
-    ahead, resumed, drifted = (rows(runs, n) for n in ("ahead", "ahead_resumed", "drifted"))
-    assert resumed == ahead
-    ours, theirs = (weights(runs / name, TWICE) for name in ("ahead_resumed", "ahead"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+@pytest.mark.parametrize("name", ["ahead", "ahead_ep"])
+def test_what_was_sampled_ahead_is_resumed_to_the_last_bit(runs: Path, name: str) -> None:
+    """Out of files of tensors, of which each process writes one."""
+    assert rows(runs, f"{name}_resumed") == rows(runs, name)
+    ours, theirs = (weights(runs / run, TWICE) for run in (f"{name}_resumed", name))
+    assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
+    step = runs / name / f"checkpoints/step_{BETWEEN:08d}"
+    of_ranks = [load_file(path) for path in sorted(step.glob("data-r*.safetensors"))]
+    assert len(of_ranks) == (2 if name == "ahead_ep" else 1)
+    experts = [{n for n in found if n.endswith(".experts")} for found in of_ranks]
+    assert sum(map(len, experts)) == len(set().union(*experts)) == 2 * 20  # of two rollouts
+    assert (step / "run_state.json").stat().st_size < 10_000
+    assert not [*runs.glob("plain/checkpoints/*/data-r*")]  # where nothing is learnt from later on
+    assert {path.name for path in step.iterdir()} - {"manifest.json"} == read_manifest(step).keys()
+
+
+def test_a_wrong_expert_that_is_resumed_would_be_noticed(runs: Path) -> None:
+    ahead, drifted = (rows(runs, n) for n in ("ahead", "drifted"))
     assert drifted[:BETWEEN] == ahead[:BETWEEN]
     assert drifted[BETWEEN]["grad_norm"] > 1.1 * ahead[BETWEEN]["grad_norm"]
     assert drifted[-1]["off_policy"] > ahead[-1]["off_policy"] + 0.5

@@ -36,7 +36,7 @@ def main(store: Path, out: Path) -> None:
             shutil.copytree(out / "plain", run_dir)
             shutil.rmtree(run_dir / f"checkpoints/step_{STEPS:08d}")
         if name == "forgetful":
-            own_words.restore = lambda self, state: None
+            own_words.restore = lambda self, state, saved: None
         train(page["SelfTrain"](replace(config, run_dir=str(run_dir))), os.getppid())
     stop()
 
