@@ -133,7 +133,9 @@ class Rollouts:
         number, update = divmod(number, config.rl.updates)
         self._seconds = dict.fromkeys(("rollout_s", "score_s", "prox_s"), 0.0)
         there = {turn.number: turn for turn in self._turns}
-        wanted = range(number, number + 1 + config.rollout.lag)
+        last = (config.train.max_steps - 1) // config.rl.updates
+        ahead = max(number, min(number + config.rollout.lag, last))
+        wanted = range(number, ahead + 1)
         self._turns = [there.get(n) or self._sample(n, share) for n in wanted]
         turn = self._turns[0]
         passes, batches = self._measured(turn, share, first=not update)

@@ -5,7 +5,8 @@ where every rollout is learnt from twice, and OUT/resumed, which goes on from th
 rollout of it; OUT/forgetful, which does not take its answers back; OUT/kept, towards a reference;
 OUT/half, in bf16; OUT/alone, a step, and OUT/along, which trains the MTP block too; OUT/same,
 taught by BASE, and OUT/swapped, by OTHER. Of PICKY beside BASE, whose routers choose: OUT/ahead,
-which samples a rollout ahead and replays choices, OUT/ahead_resumed, and OUT/drifted, which takes
+which samples a rollout ahead and replays choices (OUT/generators.json: whether each generator of it
+was asked for experts), OUT/ahead_resumed, and OUT/drifted, which takes
 experts back wrongly; OUT/behind, which does not sample ahead, and OUT/still, which hardly learns.
 By two: OUT/ahead_ep, and OUT/ahead_ep_resumed; OUT/world and OUT/ep; OUT/local, where a process
 divides by its own count of tokens; OUT/idle, in which one process has no prompt; OUT/taught, by
@@ -15,6 +16,7 @@ evaluate. By four: OUT/four.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -32,9 +34,10 @@ from torch import Tensor
 from helpers.bands import SAFETY, unit
 from helpers.questions import ask
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.generation.batched import Generator
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.world import World
-from nemo_hybrid.recipes import recipe_of
+from nemo_hybrid.recipes import recipe_of, rollouts
 from nemo_hybrid.recipes.reinforce import Reinforce
 from nemo_hybrid.recipes.rollouts import Rollouts
 from nemo_hybrid.train import loop
@@ -107,7 +110,15 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     with patch.object(Rollouts, "restore", forget):
         go_on("forgetful", "twice", TWICE, **twice)
     ahead["checkpoint__every"] = BETWEEN
-    run("ahead", **ahead)
+    generators: list[bool] = []
+
+    def watched(*given: Any, experts: bool, **more: Any) -> Generator:
+        generators.append(experts)
+        return Generator(*given, experts=experts, **more)
+
+    with patch.object(rollouts, "Generator", watched):
+        run("ahead", **ahead)
+    (out / "generators.json").write_text(json.dumps(generators))
     go_on("ahead_resumed", "ahead", TWICE, **ahead)
 
     def drift(self: Rollouts, state: dict[str, Any], saved: Saved) -> None:

@@ -168,6 +168,12 @@ def test_a_rollout_ahead_is_of_the_weights_before(runs: Path) -> None:
     assert "off_policy" not in behind[0]
 
 
+def test_nothing_is_sampled_that_no_step_learns_from(runs: Path) -> None:
+    """Two updates of each rollout."""
+    assert json.loads((runs / "generators.json").read_text()) == [True] * 3
+    assert TWICE == 5
+
+
 @pytest.mark.parametrize("name", ["ahead", "ahead_ep"])
 def test_what_was_sampled_ahead_is_resumed_to_the_last_bit(runs: Path, name: str) -> None:
     """Out of files of tensors, of which each process writes one."""
