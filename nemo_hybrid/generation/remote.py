@@ -21,6 +21,9 @@ from nemo_hybrid.generation.sampling import stream
 
 _TRIES = 3
 _SHOWN = 200
+_MOST = 1 << 20
+_MOST_OF_TOKEN = 1 << 10
+"""Bytes that an answer may have, and as many more for each token of it and of its prompt."""
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
 
 
@@ -68,7 +71,8 @@ class Remote:
             "return_token_ids": True,
             "seed": stream(self._seed, request.prompt, number) % 2**31,
         }
-        said = self._ask("/v1/completions", body)
+        tokens = len(request.ids) + request.most
+        said = self._ask("/v1/completions", body, _MOST + tokens * _MOST_OF_TOKEN)
         try:
             choice = json.loads(said)["choices"][0]
             found = Rollout(
@@ -101,16 +105,20 @@ class Remote:
             )
         return None
 
-    def _ask(self, path: str, body: Any) -> bytes:
-        """What the server answers, asked again where it fails at once. Raises UserError."""
+    def _ask(self, path: str, body: Any, most: int = _MOST) -> bytes:
+        """What the server answers, asked again where it fails at once. Raises UserError, also where
+        it answers with more than so many bytes."""
         content = json.dumps(body).encode()
         why = ""
         for _ in range(_TRIES):
             call = Call(self._url + path, content, {"Content-Type": "application/json"})
             try:
                 with self._open(call, timeout=self._timeout_s) as answer:
-                    said: bytes = answer.read()
+                    said: bytes = answer.read(most + 1)
+                if len(said) <= most:
                     return said
+                why = f"it answers with more than {most:,} bytes, more than was asked for can take"
+                break
             except HTTPError as error:
                 why = f"{error}: {error.read(_SHOWN).decode(errors='replace')}"
                 if error.code < 500:  # asking again would not help

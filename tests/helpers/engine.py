@@ -30,6 +30,7 @@ FAULTS = {
     "not finite": "its log-probabilities are not those of its tokens",
     "too long": "tokens ended by 'stop', where one ends at",
     "cut short": "its answer of 1 tokens ended by None, where one ends at",
+    "endless": "it answers with more than 1,056,768 bytes",
     "no JSON": "its answer is none with token ids and log-probabilities",
 }
 """What is done wrong, and what `Remote` says of it."""
@@ -140,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "cut short":
             choice |= {"token_ids": [1], "finish_reason": None}
             logprobs[:] = [-1.0]
+        elif fault == "endless":
+            choice["text"] = "x" * (2 << 20)
         content = json.dumps({"choices": [choice]})
         self._say(200, b"<html>" if fault == "no JSON" else content.encode())
 
