@@ -162,7 +162,7 @@ class Rollouts:
         own = prompts[self._world.rank :: self._world.size]
         requests = [self._request(prompt, range(1)) for prompt in own]
         with self._world.agreed():
-            rollouts = list(self._generate(requests))
+            rollouts = list(self._generate(requests, False))
         answers = self._judged(rollouts, own)
         gathered = [answer for found in self._world.gather(answers) for answer in found]
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
@@ -261,7 +261,7 @@ class Rollouts:
         """Rollouts with the weights as they are. Raises Unavailable where a server gives none."""
         if self.engine is None:
             with self._world.agreed():
-                return list(self._generate(requests))
+                return list(self._generate(requests, self._config.rl.router_replay))
         weights = Path(self._config.run_dir) / ENGINE
         try:
             self._world.from_rank_0(shutil.rmtree, weights, ignore_errors=True)  # of a killed run
@@ -273,11 +273,12 @@ class Rollouts:
         except UserError as error:
             raise Unavailable(str(error)) from error
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Rollout]:
+    def _generate(self, requests: Sequence[Request], experts: bool) -> Iterator[Rollout]:
+        """``experts``: they know which they went to."""
         config = self._config
         generator = Generator(
             self._model, config.rollout.slots, temperature=1.0, seed=config.train.seed,
-            markers=self._prompts.markers, experts=config.rl.router_replay, most=self.most,
+            markers=self._prompts.markers, experts=experts, most=self.most,
         )  # fmt: skip
         return generator.run(requests)
 

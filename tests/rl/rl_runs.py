@@ -70,6 +70,7 @@ def main(base: Path, other: Path, questions: Path, out: Path) -> None:
     teachers = {"a": str(base), "b": str(other)}
     picky = {"model__from_hf": str(base.with_name("picky")), "rl__updates": 2}
     ahead = {**picky, "rollout__lag": 1, "rl__router_replay": True, "train__max_steps": TWICE}
+    ahead |= {"train__eval_sequences": 4, "data__heldout_path": str(questions)}
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 4:
         run("four", parallel__ep=2, train__micro_batch_size=1)

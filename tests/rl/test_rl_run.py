@@ -169,8 +169,8 @@ def test_a_rollout_ahead_is_of_the_weights_before(runs: Path) -> None:
 
 
 def test_nothing_is_sampled_that_no_step_learns_from(runs: Path) -> None:
-    """Two updates of each rollout."""
-    assert json.loads((runs / "generators.json").read_text()) == [True] * 3
+    """Two updates of each rollout; before and after them an evaluation, which needs no experts."""
+    assert json.loads((runs / "generators.json").read_text()) == [False, *[True] * 3, False]
     assert TWICE == 5
 
 
