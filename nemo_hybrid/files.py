@@ -265,16 +265,16 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, most: float = MAX_JSON) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or broken file, or a key given twice, is a UserError."""
-    return parse_json(json_bytes(path, most), path)
+    return parse_json(json_bytes(path), path)
 
 
-def json_bytes(path: Path, most: float = MAX_JSON) -> bytes:
+def json_bytes(path: Path) -> bytes:
     """The bytes of a JSON file. Raises UserError for one that is absent, or absurdly large."""
     with naming("read", path):
-        if path.stat().st_size > most:
-            raise UserError(f"{path} is larger than {most} bytes; no such file is")
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{path} is larger than {MAX_JSON} bytes; no such file is")
         return path.read_bytes()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -39,7 +38,7 @@ R = TypeVar("R", bound=Learnt)
 def _base_of(checkpoint: Path) -> str | None:
     """Digest of the weights that a run needs in all of its steps, as its checkpoint has it."""
     state = checkpoint / RUN_STATE
-    return read_json(state, inf).get("base") if state.is_file() else None
+    return read_json(state).get("base") if state.is_file() else None
 
 
 class StoreRecipe(Generic[C, R]):
