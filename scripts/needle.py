@@ -113,7 +113,7 @@ of the row, then of the key: rows with little filler, and few sections at first.
 learns that later or never."""
 WHOLE = Sizes(
     stages=(*LEARNING, Stage(256, 24, 100), Stage(512, 16, 100)),
-    long=Stage(16_384, 1, 32, KEYS),
+    long=Stage(16_384, 1, 48, KEYS),
     short=512,
     lengths=(512, 4096, 16_384),
     questions=256,
