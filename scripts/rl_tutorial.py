@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     healing: int = 150
 
 
-QUICK = Lengths(rl=80, noise=25, teacher=40, student=50, healing=60)
+QUICK = Lengths(rl=80, noise=25, teacher=40, student=58, healing=60)
 
 
 def command(*words: str | Path, together: bool = True) -> None:
@@ -129,6 +129,8 @@ def one_seed(out: Path, seed: int, steps: Lengths) -> dict[str, Any]:
         teachers[name] = by_task(found[-1])
     student = reinforce(
         out / "student", start, task, steps.student, "--rollout.samples", "1",
+        "--train.lr", "8e-4", "--train.schedule", "wsd",
+        "--train.decay_steps", str(2 * steps.student // 5),
         "--teachers", json.dumps({name: str(out / name / "model") for name in TASKS}),
         "--routes", json.dumps({name: name for name in TASKS}),
     )  # fmt: skip
