@@ -52,7 +52,7 @@ has_torch() {
 # The newest CPU build of torch in the range that pip finds, with further options of pip; or nothing.
 newest_cpu_torch() {
     { timeout 30 "$VENV/bin/python" -m pip index versions "$@" torch 2>/dev/null || true; } |
-        { grep -oE '[0-9.]+\+cpu' || true; } | supported "$VENV/bin/python" | head -n 1
+        { grep -oE '[0-9.]+\+cpu' || true; } | supported "$VENV/bin/python" | sed -n 1p
 }
 
 # Without a GPU, prefer the CPU build of torch: 0.2 GB instead of 3 GB to download. It is asked for by
