@@ -73,9 +73,6 @@ def test_the_model_is_the_dequantized_one(exported: Made) -> None:
     source = HybridLM.from_hf(str(exported("everything") / "base"), dtype=torch.float32)
     with torch.no_grad():
         assert (model(ids_BS).logits - source(ids_BS).logits).abs().max() > 1e-2
-    small = load_exported(directory, torch.bfloat16)
-    assert small.lm_head.weight.dtype == torch.bfloat16
-    assert small.backbone.layers[0].mixer.A_log.dtype == torch.float32
 
 
 Json = dict[str, Any]
