@@ -21,8 +21,10 @@ from train.conftest import LAYOUT, Unbroken
 
 
 @contextmanager
-def two_agents(out: Path, program: list[str | Path], *torchrun: str) -> Iterator[list[int]]:
-    """Gives their exit statuses, to be read afterwards; each writes to ``out/NODE.log``."""
+def two_agents(
+    out: Path, program: list[str | Path], *torchrun: str
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """They have ended afterwards; each writes to ``out/NODE.log``."""
     endpoint = f"localhost:{free_port()}"
     launch = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
@@ -42,10 +44,10 @@ def two_agents(out: Path, program: list[str | Path], *torchrun: str) -> Iterator
                     stderr=subprocess.STDOUT,
                 )
             )
-    ended: list[int] = []
     try:
-        yield ended
-        ended += [agent.wait(timeout=HANG_S) for agent in agents]
+        yield agents
+        for agent in agents:
+            agent.wait(timeout=HANG_S)
     finally:
         for agent in agents:
             agent.terminate()  # the agent ends its process
@@ -79,15 +81,16 @@ def test_a_worker_killed_on_one_node_is_replaced_on_both(
     run_dir = tmp_path / "run"
     words = ["pretrain", "--config", unbroken.config, "--run_dir", run_dir, *LAYOUT]
     faulty = [TESTS / "helpers/faulty.py", json.dumps({"slow_step": 2.0, "until": 7})]
-    with two_agents(tmp_path, [*faulty, *words], "--max-restarts=2") as ended:
+    with two_agents(tmp_path, [*faulty, *words], "--max-restarts=2") as agents:
         deadline = time.monotonic() + HANG_S
         while steps_recorded(run_dir) < 5:
-            assert time.monotonic() < deadline, "\n".join(logs(tmp_path))
+            running = None in [agent.poll() for agent in agents]
+            assert running and time.monotonic() < deadline, "\n".join(logs(tmp_path))
             time.sleep(0.1)
         time.sleep(0.5)  # both sleep in the next step
         kill(worker(run_dir, 1))
     said = logs(tmp_path)
-    assert ended == [0, 0], "\n".join(said)
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
     assert sorted("2 processes on cpu, expert parallel 2" in log for log in said) == [False, True]
     assert "going on from" in "".join(said)
     assert differences(run_dir, unbroken.run_dir, 4) == []
