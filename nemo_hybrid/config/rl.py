@@ -101,7 +101,8 @@ class RolloutOptions(Options):
     engine_timeout_s: PositiveFloat = 600.0
     """Longest silence of the server."""
     lag: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: answers are sampled before the step that precedes theirs, with its weights."""
+    """1: answers are sampled before the step that precedes theirs, with its weights; by a
+    server while that step is computed."""
     log_every: NotNegativeInt = 0
     """Steps between those whose answers and scores are written to RUN_DIR/rollouts; 0: never."""
 

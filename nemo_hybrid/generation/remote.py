@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, build_opener
@@ -52,13 +55,25 @@ class Remote:
         self._ask("/reset_prefix_cache", {})
 
     def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
-        """The samples of all requests. Raises UserError for answers that are none."""
-        wanted = [(request, number) for request in requests for number in request.samples]
-        pool = ThreadPoolExecutor(self._slots, thread_name_prefix="engine")
-        try:
-            yield from pool.map(lambda one: self._sample(*one), wanted)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """The samples of all requests, which are asked for from now on, whether or not somebody
+        waits for them. Raises UserError for answers that are none, behind which no more are asked
+        for."""
+        wanted = [(r, number, Future[Rollout]()) for r in requests for number in r.samples]
+        waiting = deque(wanted)
+
+        def ask() -> None:
+            with suppress(IndexError):
+                while True:
+                    request, number, found = waiting.popleft()
+                    try:
+                        found.set_result(self._sample(request, number))
+                    except Exception as error:
+                        waiting.clear()
+                        found.set_exception(error)
+
+        for _ in wanted[: self._slots]:  # no pool: Python waits for its threads at its end
+            Thread(target=ask, name="engine", daemon=True).start()
+        return (found.result() for *_, found in wanted)
 
     def _sample(self, request: Request, number: int) -> Rollout:
         body = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -98,7 +98,16 @@ class Turn:
     experts: dict[Key, NDArray[np.int16]]
     """See `Rollout`; of each answer one process keeps them, where training needs them."""
     agreement: dict[str, float] = field(default_factory=dict)
-    """How far sampling and training disagree with the weights that sampled, where others learn."""
+    """How far sampling and training disagree with the weights that sampled, where others learn and
+    it could be measured."""
+
+
+class Asked(NamedTuple):
+    """Prompts of this process, and the rollouts to come."""
+
+    prompts: list[Prompt]
+    requests: list[Request]
+    rollouts: Iterator[Rollout]
 
 
 class Rollouts:
@@ -121,6 +130,7 @@ class Rollouts:
         self._config, self._prompts, self._pool = config, prompts, pool
         self._stops, self._pad_id = stops, pad_id
         self._turns: list[Turn] = []  # that are learnt from later on
+        self._asked: dict[int, Asked] = {}  # by turn: what a server answers while others are learnt
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._bad = 0  # steps in a row in which sampling and training disagreed too much
@@ -132,11 +142,16 @@ class Rollouts:
         config = self._config
         number, update = divmod(number, config.rl.updates)
         self._seconds = dict.fromkeys(("rollout_s", "score_s", "prox_s"), 0.0)
-        there = {turn.number: turn for turn in self._turns}
         last = (config.train.max_steps - 1) // config.rl.updates
         ahead = max(number, min(number + config.rollout.lag, last))
-        wanted = range(number, ahead + 1)
-        self._turns = [there.get(n) or self._sample(n, share) for n in wanted]
+        there = {turn.number for turn in self._turns}
+        for n in sorted({*range(number, ahead + 1)} - there):
+            asked = self._asked.pop(n, None) or self._ask(n)
+            if self.engine and n > number:
+                self._asked[n] = asked
+            else:
+                self._turns.append(self._received(n, asked, share))
+        self._turns.sort(key=lambda turn: turn.number)
         turn = self._turns[0]
         passes, batches = self._measured(turn, share, first=not update)
         with self._timed("prox_s"):
@@ -168,6 +183,8 @@ class Rollouts:
         return {n: v for n, v in figures(gathered, 1).items() if n.startswith("reward")}
 
     def state(self) -> dict[str, Any]:
+        """Without what a server still answers: whoever goes on asks for it again, with the same
+        numbers."""
         turns = [[turn.number, len(turn.answers), turn.agreement] for turn in self._turns]
         return {"disagreed": self._bad, "kept": turns}
 
@@ -211,21 +228,36 @@ class Rollouts:
 
     # ---- sampling ------------------------------------------------------------------------------
 
-    def _sample(self, number: int, share: Share) -> Turn:
-        """Answers to the prompts of a turn, judged and compared."""
-        config, world, n = self._config, self._world, self._config.rollout.samples
-        asked = self._prompts.curriculum.turn(number)
-        own = asked[world.rank :: world.size]
+    def _ask(self, number: int) -> Asked:
+        """Ask this process's prompts of a turn, with the weights as they are: a server answers from
+        now on, the model itself while the rollouts are gone through."""
+        n = self._config.rollout.samples
+        own = self._prompts.curriculum.turn(number)[self._world.rank :: self._world.size]
         # Whoever is asked again gives other answers.
         requests = [self._request(p, range(before * n, (before + 1) * n)) for p, before in own]
-        with self._timed("rollout_s"):
-            rollouts = self._answered(requests)
-        order = {id(request): i for i, request in enumerate(requests)}
+        prompts = [prompt for prompt, _ in own]
+        if self.engine is None:
+            rollouts = self._generate(requests, self._config.rl.router_replay)
+            return Asked(prompts, requests, rollouts)
+        weights = Path(self._config.run_dir) / ENGINE
+        with self._sampling():
+            self._world.from_rank_0(shutil.rmtree, weights, ignore_errors=True)  # of a killed run
+            self.write(weights)
+            self._world.from_rank_0(self.engine.update, weights)
+            self._world.from_rank_0(shutil.rmtree, weights)
+            return Asked(prompts, requests, self.engine.run(requests))
+
+    def _received(self, number: int, asked: Asked, share: Share) -> Turn:
+        """The answers to the prompts of a turn, judged and compared."""
+        config, world, n = self._config, self._world, self._config.rollout.samples
+        with self._sampling(), world.agreed():
+            rollouts = list(asked.rollouts)
+        order = {id(request): i for i, request in enumerate(asked.requests)}
         rollouts.sort(key=lambda r: (order[id(r.request)], r.sample))
         with self._timed("score_s"):
-            judged = compared(self._judged(rollouts, [p for p, _ in own]), n, config.rl.std)
+            judged = compared(self._judged(rollouts, asked.prompts), n, config.rl.std)
         of_rank, size = world.gather(judged), world.size
-        places = [(place % size, place // size * n) for place in range(len(asked))]
+        places = [(place % size, place // size * n) for place in range(config.prompts_per_step)]
         answers = [a for rank, first in places for a in of_rank[rank][first : first + n]]
         experts = {(r.request.prompt, r.sample): r.experts for r in rollouts}
         turn = Turn(number, answers, {k: of for k, of in experts.items() if of is not None})
@@ -237,7 +269,7 @@ class Rollouts:
         every = config.rollout.log_every
         if every and number % every == 0:
             world.from_rank_0(self._write, turn)
-        if config.rollout.lag:  # measured while the weights that sampled are there
+        if config.rollout.lag and self.engine is None:  # while the weights that sampled are there
             _, batches = self._measured(turn, share, first=True)
             for packed in batches:
                 packed.weighted()
@@ -251,27 +283,22 @@ class Rollouts:
         yield
         self._seconds[name] += time.monotonic() - began
 
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Counts the time. Raises Unavailable where a server gives no rollouts."""
+        try:
+            with self._timed("rollout_s"):
+                yield
+        except UserError as error:
+            if self.engine is None:
+                raise
+            raise Unavailable(str(error)) from error
+
     def _request(self, prompt: Prompt, numbers: range) -> Request:
         most = self._config.rollout.response_tokens
         return Request(
             prompt.number, prompt.ids, most, numbers, self._stops, prompt.budget, prompt.thinks
         )
-
-    def _answered(self, requests: Sequence[Request]) -> list[Rollout]:
-        """Rollouts with the weights as they are. Raises Unavailable where a server gives none."""
-        if self.engine is None:
-            with self._world.agreed():
-                return list(self._generate(requests, self._config.rl.router_replay))
-        weights = Path(self._config.run_dir) / ENGINE
-        try:
-            self._world.from_rank_0(shutil.rmtree, weights, ignore_errors=True)  # of a killed run
-            self.write(weights)
-            self._world.from_rank_0(self.engine.update, weights)
-            self._world.from_rank_0(shutil.rmtree, weights)
-            with self._world.agreed():
-                return list(self.engine.run(requests))
-        except UserError as error:
-            raise Unavailable(str(error)) from error
 
     def _generate(self, requests: Sequence[Request], experts: bool) -> Iterator[Rollout]:
         """``experts``: they know which they went to."""
@@ -403,9 +430,9 @@ class Rollouts:
                 f"of log-probabilities| was above rl.max_mismatch {most:g} (now {mismatch:.6g}, at "
                 f"most {self._figures['mismatch_max']:.4g}), or more than {_MOST_FILTERED:.0%} of "
                 f"the answers left the loss for it (now {filtered:.0%}). In fp32 (precision.recipe "
-                "fp32) it is 1 to five digits: compare the two. In bf16 a router may choose other "
-                "experts, which rl.router_replay prevents; `nemo-hybrid compare-logprobs` shows "
-                "two checkpoints apart"
+                "fp32), and without lag, it is 1 to five digits: compare the two. In bf16 a router "
+                "may choose other experts, which rl.router_replay prevents; `nemo-hybrid "
+                "compare-logprobs` shows two checkpoints apart"
             )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nemo_hybrid.checkpoint.load import load
 from nemo_hybrid.generation.batched import Generator, Request
@@ -36,9 +37,17 @@ FAULTS = {
 """What is done wrong, and what `Remote` says of it."""
 
 
+class Answered(NamedTuple):
+    prompt: list[int]
+    seed: int
+    ids: list[int]
+
+
 class FakeEngine(ThreadingHTTPServer):
     """``fault``: in ``bad`` samples, after ``good`` of them; or "silent": no answer before the end;
-    or "stale": weights are not read again."""
+    or "stale": weights are not read again. ``given``: the weights of each update; ``answered``:
+    what was sampled with them. ``hold`` is called before a sample is drawn, with the number of
+    updates when it was asked for."""
 
     daemon_threads = True
 
@@ -46,7 +55,10 @@ class FakeEngine(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model: HybridLM | None = None
         self.fault: str | None = None
-        self.good, self.bad, self.samples, self.updates = 0, 1 << 30, 0, 0
+        self.good, self.bad, self.samples = 0, 1 << 30, 0
+        self.given: list[dict[str, Tensor]] = []
+        self.answered: list[list[Answered]] = []
+        self.hold: Callable[[int], object] = lambda updates: None
         self.lock, self.closing = threading.Lock(), threading.Event()
 
     @property
@@ -73,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         engine = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            engine.hold(len(engine.given))
         with engine.lock:
             torch.set_num_threads(1)
             if self.path == "/collective_rpc":
@@ -92,9 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _update(self, body: Any) -> None:
         engine = self.server
         assert body["method"] == "reload_weights"
-        engine.updates += 1
         if engine.model is None or engine.fault != "stale":
             engine.model = load(Path(body["kwargs"]["weights_path"]))[0].eval()
+        engine.given.append(engine.model.state_dict())
+        engine.answered.append([])
 
     def _completion(self, body: Any) -> dict[str, Any]:
         assert body["temperature"] == body["top_p"] == 1
@@ -103,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         generator = Generator(self.server.model, 1, temperature=1.0, seed=body["seed"])
         stops = frozenset(body["stop_token_ids"])
         (found,) = generator.run([Request(0, body["prompt"], body["max_tokens"], (0,), stops)])
+        answered = Answered(body["prompt"], body["seed"], [*found.ids])
+        self.server.answered[-1].append(answered)
         return {
             "prompt_token_ids": body["prompt"],
             "token_ids": found.ids,
