@@ -56,6 +56,7 @@ from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.recipes.pretrain import Pretrain
+from nemo_hybrid.train.metrics import METRICS_FILE, read_metrics
 from nemo_hybrid.train.run import Run
 from nemo_kernels.documents import Shard, divided
 
@@ -99,7 +100,12 @@ class Stage(NamedTuple):
 class Sizes(NamedTuple):
     """What is trained and measured."""
 
-    stages: tuple[Stage, ...]
+    learning: tuple[Stage, ...]
+    """In which a model begins to look for what it is asked, instead of guessing among the values of
+    the row, then of the key: rows with little filler, of one section first, then of two. From
+    longer rows it learns that later or never. When it does depends on the weights that it begins
+    with and on roundings: where it has not, weights of another seed are taken."""
+    growing: tuple[Stage, ...]
     long: Stage
     short: int
     """Tokens of the rows that the model learnt with, and that alternate with long ones."""
@@ -107,19 +113,26 @@ class Sizes(NamedTuple):
     questions: int
 
 
-LEARNING = (Stage(32, 96, 1400, 3, 2), Stage(64, 48, 100, 8, 2), Stage(128, 32, 150))
-"""Steps in which a model begins to look for what it is asked, instead of guessing among the values
-of the row, then of the key: rows with little filler, and few sections at first. From longer rows it
-learns that later or never."""
+LEARNT, TRIES = 0.3, 5
+"""Loss below which a model has learnt to look (a guess between two sections costs 0.69), and seeds
+of weights that are tried."""
+LEARNING = (Stage(16, 128, 400, 2, 1), Stage(32, 96, 1000, 3, 2))
+GROWING = (Stage(64, 48, 100, 8, 2), Stage(128, 32, 150))
 WHOLE = Sizes(
-    stages=(*LEARNING, Stage(256, 24, 100), Stage(512, 16, 100)),
-    long=Stage(16_384, 1, 48, KEYS),
+    learning=LEARNING,
+    growing=(*GROWING, Stage(256, 24, 100), Stage(512, 16, 100)),
+    long=Stage(16_384, 1, 96, KEYS),
     short=512,
     lengths=(512, 4096, 16_384),
     questions=256,
 )
 QUICK = Sizes(
-    stages=LEARNING, long=Stage(512, 1, 8, KEYS), short=128, lengths=(128, 512), questions=64
+    learning=LEARNING,
+    growing=GROWING,
+    long=Stage(512, 1, 8, KEYS),
+    short=128,
+    lengths=(128, 512),
+    questions=64,
 )
 
 
@@ -275,7 +288,7 @@ def measure(model: Any, sizes: Sizes, seed: int, part: Part) -> dict[str, Any]:
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def configuration(out: Path, stage: Stage, seed: int, lr: float, from_: Path | None) -> RunConfig:
+def configuration(out: Path, stage: Stage, seed: int, from_: Path | None) -> RunConfig:
     return RunConfig(
         run_dir=str(out),
         continue_from=None if from_ is None else str(from_),
@@ -288,7 +301,7 @@ def configuration(out: Path, stage: Stage, seed: int, lr: float, from_: Path | N
             seed=seed,
             global_batch_size=stage.rows,
             micro_batch_size=stage.rows,
-            lr=lr,
+            lr=2e-3,
             schedule="constant",
             warmup_steps=0 if from_ else 20,
             decay_steps=0,
@@ -330,24 +343,38 @@ def worker(file: Path) -> None:
 
 def base_of(out: Path, sizes: Sizes) -> Path:
     """The model that has learnt with short rows; what is there already is not made again."""
-    last: Path | None = None
-    for number, stage in enumerate(sizes.stages):
-        config = configuration(out / f"base_{number}", stage, number, 2e-3, last)
+    for attempt in range(TRIES):
+        last = stages_of(out / f"weights_{attempt}", sizes.learning, 10 * attempt, None)
+        if loss_of(last) < LEARNT:
+            return stages_of(out / "base", sizes.growing, 100, last)
+        print(f"weights of seed {10 * attempt} have not learnt to look: others are taken")
+    raise SystemExit(f"none of {TRIES} seeds of weights has learnt to look")
+
+
+def stages_of(out: Path, stages: Sequence[Stage], seed: int, last: Path | None) -> Path:
+    """Runs that go on from one another."""
+    for number, stage in enumerate(stages):
+        config = configuration(out / str(number), stage, seed + number, last)
         last = run(config, 1)
     assert last is not None
     return last
 
 
+def loss_of(directory: Path) -> float:
+    """Over the last 50 steps of a run."""
+    return mean(row.loss for row in read_metrics(directory / METRICS_FILE)[-50:])
+
+
 def phases(out: Path, sizes: Sizes, base: Path, seed: int, cp: int) -> dict[str, Path]:
     """The runs that went on with the long rows of a seed, and with as many tokens in short rows."""
-    long = configuration(out / f"long_{seed}", sizes.long, seed, 1e-3, base)
+    long = configuration(out / f"long_{seed}", sizes.long, seed, base)
     short = ShortOptions(sequence_length=sizes.short, path=Needles.path_of())
     long = replace(
         long, data=replace(long.data, short=short), parallel=replace(long.parallel, cp=cp)
     )
     rows = sizes.long.rows * sizes.long.length // sizes.short
     stage = Stage(sizes.short, rows, sizes.long.steps)
-    control = configuration(out / f"control_{seed}", stage, seed, 1e-3, base)
+    control = configuration(out / f"control_{seed}", stage, seed, base)
     return {"long": run(long, cp), "control": run(control, 1)}
 
 

@@ -33,7 +33,7 @@ def sections_of(needle: Any, ids: list[int]) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("length", "keys", "sections"), [(32, 3, 2), (128, 8, 4), (129, 8, 4), (512, 16, 4)]
+    ("length", "keys", "sections"), [(16, 2, 1), (32, 3, 2), (128, 8, 4), (129, 8, 4), (512, 16, 4)]
 )
 def test_every_question_has_one_answer_in_the_row(
     needle: Any, length: int, keys: int, sections: int
@@ -124,13 +124,17 @@ def test_bars_are_those_that_are_asked(needle: Any) -> None:
 
 
 @pytest.mark.sweep
-def test_it_runs_from_the_first_step_to_the_figures(needle: Any, tmp_path: Path) -> None:
+def test_it_runs_from_the_first_step_to_the_figures(
+    needle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps of everything, long rows over two processes, which also measure; of the long phase
     one at a time."""
     stage = needle.Stage
-    sizes = needle.Sizes(
-        (stage(32, 4, 2, 3, 2), stage(128, 4, 2)), stage(512, 1, 1), 128, (512,), 64
-    )
+    begin, learning = (stage(128, 4, 2),), (stage(32, 4, 2, 3, 2),)
+    sizes = needle.Sizes(learning, begin, stage(512, 1, 1), 128, (512,), 64)
+    with pytest.raises(SystemExit, match="none of 5 seeds of weights"):
+        needle.base_of(tmp_path, sizes)  # nothing is learnt in two steps
+    monkeypatch.setitem(needle.base_of.__globals__, "LEARNT", 9.0)
     base = needle.base_of(tmp_path, sizes)
     needle.phases(tmp_path, sizes, base, seed=5, cp=2)
     sizes = sizes._replace(long=stage(512, 1, 2))  # which goes on from there
