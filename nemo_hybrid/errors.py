@@ -31,7 +31,7 @@ class Stopped(Exception):
     """
 
 
-def suggest(key: str, known: Iterable[str]) -> str:
+def suggest(key: str, known: Iterable[str], otherwise: str = "; see `--help`") -> str:
     """``; did you mean X?`` for the known key nearest to key, else a pointer to the help."""
     import difflib  # which mistakes alone need
 
@@ -43,4 +43,4 @@ def suggest(key: str, known: Iterable[str]) -> str:
         name = key.rsplit(".", 1)[-1].lstrip("-")
         leaf = difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)
         nearest = [leaves[found] for found in leaf]
-    return f"; did you mean {nearest[0]}?" if nearest else "; see `--help`"
+    return f"; did you mean {nearest[0]}?" if nearest else otherwise

@@ -117,7 +117,7 @@ def _read_lines(
             continue
         where = f"{source.path} line {number}"
         try:
-            value = json.loads(line.decode())
+            value = json.loads(line.decode().rstrip("\r\n"))
         except UnicodeDecodeError:
             yield Unusable(where, "not UTF-8")
         except json.JSONDecodeError as e:

@@ -8,6 +8,8 @@ alone, where the configuration names it as ``module:Class``.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -46,7 +48,7 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
         return _own(kind, further, where)
     if kind not in BUILT_IN:
         raise UserError(
-            f"{where}: there is no kind {kind!r}{suggest(str(kind), BUILT_IN)}; the kinds are "
+            f"{where}: there is no kind {kind!r}{suggest(str(kind), BUILT_IN, '')}; the kinds are "
             f"{', '.join(BUILT_IN)}, and a class of your own as kind: MODULE:CLASS"
         )
     try:
@@ -62,6 +64,8 @@ def is_own(kind: object) -> bool:
 
 def _own(kind: str, options: Mapping[str, Any], where: str) -> Environment:
     module, _, name = kind.partition(":")
+    if os.getcwd() not in sys.path:  # as for `python -m`; last, so that it hides no other module
+        sys.path.append(os.getcwd())
     try:
         found: Environment = getattr(import_module(module), name)(**options)
     except Exception as error:  # whatever the user's module does

@@ -177,11 +177,15 @@ class StoreRecipe(Generic[C, R]):
     def _origin_warning(self) -> Iterator[str]:
         """Where the weights that the run began with may be gone when it starts again."""
         if self.origin is not None and (kept := keeps(self.origin)):
+            config = self.config
+            if config.continue_from == config.model.from_hf:  # moments too are read there
+                copy = f"cp -r {self.origin} DIR, continue_from DIR"
+            else:
+                copy = f"nemo-hybrid import {self.origin} --out DIR, model.from_hf DIR"
             yield (
                 f"warning: {self.origin}, which {self.origin_is}, is a checkpoint of a run that "
                 f"keeps its {kept} newest alone and removes it when it goes on: begin with a copy "
-                f"(nemo-hybrid import {self.origin} --out DIR, model.from_hf DIR), or set "
-                "checkpoint.keep 0 there"
+                f"({copy}), or set checkpoint.keep 0 there"
             )
 
     def _find_origin(self, checkpoint: Path | None) -> Path:

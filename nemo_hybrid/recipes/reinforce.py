@@ -208,6 +208,11 @@ class Reinforce(StoreRecipe[RlConfig, Prompts]):
             raise UserError(f"{config.data.path} holds no prompts that can be asked and judged")
         train, seed = read[0], config.train.seed
         if config.data.skip_solved:
+            if all(prompt.row.get("pass_rate") is None for prompt in train):
+                raise UserError(
+                    f"{config.data.path}: data.skip_solved needs the field pass_rate, and no row "
+                    "has it"
+                )
             train = [prompt for prompt in train if prompt.row.get("pass_rate") not in (0, 1)]
             if not train:
                 raise UserError(f"{config.data.path}: every pass_rate is 0 or 1")

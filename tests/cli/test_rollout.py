@@ -183,6 +183,9 @@ def test_what_is_missing_is_named_with_its_line(
     assert said("model", '{"prompt": a}') == (
         "error: HERE/data.jsonl line 2: not JSON: Expecting value at column 12\n"
     )
+    assert said("model", '{"prompt": "a"\n').endswith(
+        "not JSON: Expecting ',' delimiter at column 15\n"
+    )
     assert said("model/config.json", "") == (
         "error: HOME/model/config.json is a file: name its directory, HOME/model\n"
     )

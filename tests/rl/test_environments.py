@@ -226,6 +226,10 @@ def test_a_service_judges() -> None:
             {"exakt": {}},
             "environments.exakt: there is no kind 'exakt'; did you mean exact?; the kinds",
         ),
+        (
+            {"word.count": {}},
+            "environments.word.count: there is no kind 'word.count'; the kinds are",
+        ),
         ({"a": {"kind": "exact", "afer": ""}}, "environments.a: unknown option afer"),
         ({"regex": {"whole": 1}}, "environments.regex: whole: expected true or false, got 1"),
         ({"http": {}}, "environments.http: url must begin with http"),
@@ -243,3 +247,19 @@ def test_environments_that_cannot_be_had(environments: dict[str, Any], message: 
 def test_a_class_is_imported_in_processes_of_its_own(pool: Pool) -> None:
     assert pool.fields == {"own": ["answer"], "exact": ["answer"]}
     assert "helpers.verifiers" not in sys.modules
+
+
+def test_a_class_may_lie_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as of nemo-hybrid
+    monkeypatch.chdir(tmp_path)
+    Path("lying_here.py").write_text(
+        "class Right:\n    fields = ()\n\n    def score(self, row, text, ended):\n"
+        "        return 2.0\n"
+    )
+    Path("json.py").write_text("raise OSError")  # hides no module of Python's
+    with Pool({"own": {"kind": "lying_here:Right"}}, 1, 60.0) as pool:
+        (score,) = pool.score([Job("own", {}, "", "stop")])
+    assert isinstance(score, Score)
+    assert score.reward == 2.0

@@ -372,6 +372,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
         {"prompt": "ab", "environment": "letters", "pass_rate": 1},
         "line 1: data.easy_first needs",
     ),
+    ({"data__skip_solved": True}, None, "data.skip_solved needs the field pass_rate, and no row"),
     ({"data__path": None}, None, "data.path is missing"),
     ({"model__from_hf": None}, None, "model.from_hf is missing"),
 ]

@@ -106,7 +106,10 @@ def test_a_beginning_that_its_run_may_remove_is_warned_of(
         (tmp_path / "run/config.yaml").write_text("checkpoint: {keep: 2}")
         (warning,) = recipe._origin_warning()
         assert f"{checkpoint}, {what}, is a checkpoint of a run that keeps its 2 newest" in warning
-        assert "nemo-hybrid import" in warning
+        assert "(nemo-hybrid import" in warning
+    recipe = opened(recipe_of(RunConfig(continue_from=str(tmp_path / "run"))), monkeypatch)
+    (warning,) = recipe._origin_warning()
+    assert f"begin with a copy (cp -r {checkpoint} DIR, continue_from DIR)" in warning
 
 
 def test_a_run_that_needs_its_beginning_finds_it_where_more_has_been_written_since(
