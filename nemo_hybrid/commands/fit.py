@@ -63,7 +63,7 @@ def fit_lines(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) 
             yield f"    - {name}"
     if found:
         name, (cp, plan) = min(found.items(), key=lambda item: item[1][0])
-        yield f"take --parallel.cp {cp} {name}: {gb(plan.needed)} of {gb(plan.capacity)}"
+        yield f"smallest: --parallel.cp {cp} {name}: {gb(plan.needed)} of {gb(plan.capacity)}"
     else:
         yield "none fits: take more processes, or a device with more memory"
 

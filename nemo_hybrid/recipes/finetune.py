@@ -23,11 +23,13 @@ from nemo_hybrid.data.template import stop_rendering
 from nemo_hybrid.data.template_files import read_sources
 from nemo_hybrid.data.tokenizer import CHAT_TEMPLATE
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.files import read_json
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.lora import parameter_count
 from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.parallel.world import World
+from nemo_hybrid.precision import policy
 from nemo_hybrid.recipes.base import StoreRecipe
 from nemo_hybrid.train.metrics import METRICS_FILE, evaluations, read_metrics
 from nemo_hybrid.train.run import Data, Run, Trained
@@ -200,6 +202,14 @@ class Finetune(StoreRecipe[FinetuneConfig, PackedSamples]):
                 f"({ends}): text will go on behind an answer, unless eos_token_id in "
                 f"generation_config.json of {config.model.from_hf} lists the token that ends a turn"
             )
+        dtype = str(policy.weight_dtype(config.precision)).removeprefix("torch.")
+        if config.train.trained == "mtp" and self.origin and dtype != "float32":
+            settings = read_json(self.origin / "config.json")
+            if settings.get("dtype", settings.get("torch_dtype")) == "float32":
+                yield (
+                    f"warning: {self.origin} has weights in float32, and this run rounds them to "
+                    f"{dtype}, also those that it does not train: precision.recipe fp32 keeps them"
+                )
 
     def _card(self, steps: int) -> str:
         """README.md of the model, in the form that the Hugging Face hub reads."""

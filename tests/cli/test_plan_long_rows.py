@@ -58,7 +58,7 @@ def test_the_smallest_layout_that_fits(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 + len(CHOICES)
     sizes = [int(line.split()[0]) for line in said[1:-1]]
-    found = re.fullmatch(r"take --parallel.cp (\d+) (.*): .* GB of 76 GB", said[-1])
+    found = re.fullmatch(r"smallest: --parallel.cp (\d+) (.*): .* GB of 76 GB", said[-1])
     assert found
     assert sizes[-1] == min(sizes) < min(sizes[:-2])  # nothing saves more than all of it
     # What is proposed fits, and half of it does not, nor the same without tiles and offloading.

@@ -65,6 +65,7 @@ def test_only_the_block_learns_and_acceptance_is_measured(
     )  # fmt: skip
     assert said.status == 0, said.err
     assert "boosting by kl over 2 depths" in said.out
+    assert "rounds them" not in said.out
     before, after = tensors(base), tensors(tmp_path / "run/model")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -75,6 +76,19 @@ def test_only_the_block_learns_and_acceptance_is_measured(
     assert found[0].loss == pytest.approx(sum(found[0].mtp_losses) / 2)
     for row, when in ((found[0], "before"), (found[-1], "heldout")):
         assert 1 <= row.further[f"{when}_acceptance_length"] <= 3
+
+
+def test_a_run_that_rounds_the_backbone_says_so(
+    commands: Commands, base: Path, rollouts: Path, tmp_path: Path
+) -> None:
+    said = commands(
+        "finetune", "--run_dir", tmp_path / "run", "--model.from_hf", base, "--data.path", rollouts,
+        *WORDS, *BOOST, "--precision.recipe", "bf16", "--train.max_steps", "1",
+    )  # fmt: skip
+    assert said.status == 0, said.err
+    assert (
+        f"warning: {base} has weights in float32, and this run rounds them to bfloat16" in said.out
+    )
 
 
 def test_a_rollout_is_a_sample_whose_own_tokens_are_learnt(base: Path, rollouts: Path) -> None:
