@@ -133,6 +133,7 @@ class Rollouts:
         self._asked: dict[int, Asked] = {}  # by turn: what a server answers while others are learnt
         self._figures: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._failed: set[str] = set()  # environments of which a failure was shown
         self._bad = 0  # steps in a row in which sampling and training disagreed too much
 
     def begin(self, model: HybridLM, world: World) -> None:
@@ -266,6 +267,7 @@ class Rollouts:
                 f"none of the {len(answers)} answers of a step could be judged: environment "
                 f"{answers[0].environment}: {answers[0].note}"
             )
+        self._show_failures(answers)
         every = config.rollout.log_every
         if every and number % every == 0:
             world.from_rank_0(self._write, turn)
@@ -337,6 +339,15 @@ class Rollouts:
             )
             for job, rollout, score in zip(jobs, rollouts, scores, strict=True)
         ]
+
+    def _show_failures(self, answers: Sequence[Answer]) -> None:
+        """The first of each environment: all are counted, and leave the loss without a word."""
+        for answer in answers:
+            if math.isnan(answer.reward) and answer.environment not in self._failed:
+                self._failed.add(answer.environment)
+                if self._world.rank == 0:
+                    why = f"environment {answer.environment} could not judge an answer"
+                    print(f"warning: {why}: {answer.note}", flush=True)
 
     def _write(self, turn: Turn) -> None:
         """As `nemo-hybrid rollout` does, and what was thought of the answers."""

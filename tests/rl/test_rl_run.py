@@ -441,3 +441,12 @@ def test_when_nothing_can_be_judged(commands: Commands, base: Path, tmp_path: Pa
         said.err
     )
     assert ENVIRONMENTS["own"]
+    with questions.open("a") as out:
+        out.write(json.dumps(GOOD) + "\n")
+    config = ask(base / "hf", questions, tmp_path / "some", train__max_steps=2)
+    file.write_text(dump_config(config))
+    said = commands("rl", "--config", file)
+    assert said.status == 0, said.err
+    assert (
+        said.out.count("warning: environment own could not judge an answer: RuntimeError: a") == 1
+    )
