@@ -234,9 +234,8 @@ def make_plan(config: TrainingConfig, shape: ModelConfig, options: PlanOptions) 
     long, rows = plan(at), getattr(config.data, "short", None)
     if not (rows and rows.sequence_length):
         return long
-    # As many tokens, in whole rows.
-    in_one = at.length // (at.cp * rows.sequence_length)
-    short = plan(replace(at, rows=at.rows * in_one, length=rows.sequence_length, cp=1))
+    whole = rows.rows(at.rows, at.length, at.cp)
+    short = plan(replace(at, rows=whole, length=rows.sequence_length, cp=1))
     memory = max(long.memory, short.memory, key=lambda m: m.device)
     return replace(long, memory=memory, short=short, share=rows.share)
 

@@ -26,6 +26,10 @@ class ShortOptions(Options):
     blend: dict[str, float] = field(default_factory=dict)
     """Several stores and their weights, instead of path."""
 
+    def rows(self, rows: int, length: int, cp: int) -> int:
+        """Short rows of a micro-batch: as many tokens as parts of so many long ones have."""
+        return rows * (length // (cp * self.sequence_length))
+
     def validate(self, length: int, cp: int) -> None:
         """Raise UserError where they do not fit rows of ``length`` tokens over ``cp`` processes."""
         if not self.sequence_length:

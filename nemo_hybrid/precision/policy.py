@@ -235,9 +235,10 @@ def _check_dimensions(product: Product, shape: ModelConfig, tokens: int) -> None
             )
     if is_linear(module) and tokens % BLOCKS[formats.wgrad]:
         raise UserError(
-            "train.micro_batch_size x data.sequence_length, in parts and pieces as parallel.cp "
-            f"and train.tile make them ({tokens}), is not divisible by {BLOCKS[formats.wgrad]}, "
-            f"the block of {formats.wgrad}, in which the weight gradient of {name} sums over "
+            "train.micro_batch_size x data.sequence_length, in parts and pieces as parallel.cp, "
+            f"data.short and train.tile make them ({tokens}), is not divisible by "
+            f"{BLOCKS[formats.wgrad]}, the block of {formats.wgrad}, in which the weight gradient "
+            f"of {name} sums over "
             "tokens: change one of them"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +29,20 @@ def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
     """Raise UserError where the formats do not fit the model; nothing is built for it."""
     if config.precision.low:
         model = without_storage(shape, config.parallel.ep)
-        rows = config.train.micro_batch_size
-        sizes = divided(config.data.sequence_length, config.parallel.cp)
+        for tokens in sorted(set(_at_a_time(config))):
+            policy.check(model, config.precision, shape, tokens)
+
+
+def _at_a_time(config: TrainingConfig) -> Iterator[int]:
+    """How many tokens layers take at a time, in all micro-batches that there are."""
+    rows, cp, length = config.train.micro_batch_size, config.parallel.cp, config.data.sequence_length
+    micro_batches = [(rows, divided(length, cp))]
+    short = getattr(config.data, "short", None)
+    if short and short.sequence_length:
+        micro_batches.append((short.rows(rows, length, cp), [short.sequence_length]))
+    for rows, sizes in micro_batches:
         count = pieces(rows, sizes, config.train.tile)
-        for piece in {piece for size in sizes for piece in divided(size, count)}:
-            policy.check(model, config.precision, shape, rows * piece)
+        yield from (rows * piece for size in sizes for piece in divided(size, count))
 
 
 def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None = None) -> Run:

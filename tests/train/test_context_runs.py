@@ -26,6 +26,8 @@ from nemo_hybrid.train.metrics import read_metrics
 TOLERANCE = 4e-6
 """Of losses and gradient norms in fp32, as in test_elastic.py."""
 TINY = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **ALL_EXPERTS}
+LOW = TINY | {"hidden_size": 64, "mamba_num_heads": 16, "moe_intermediate_size": 32}
+"""Of whole blocks of all formats."""
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,18 @@ def test_pieces_fit_the_blocks_of_formats(store: Path) -> None:
         check_precision(config, shape)
 
 
+def test_pieces_of_short_rows_fit_them_too(store: Path) -> None:
+    """Six rows of 16 tokens in three pieces, where one row of 96 has three of 32."""
+    config = tiny_run(store, model=LOW, train={"micro_batch_size": 1}, recipe="nvfp4_all")
+    config.data.sequence_length, config.train.tile = 96, 32
+    check_precision(config, config.model.hybrid())
+    config.data.short = ShortOptions(sequence_length=16, path=str(store))
+    with pytest.raises(UserError, match=r"data\.short and train\.tile make them \(30\), is not"):
+        check_precision(config, config.model.hybrid())
+    config.train.tile = 48
+    check_precision(config, config.model.hybrid())
+
+
 def test_a_mistake_ends_before_data_and_processes(commands: Commands, tmp_path: Path) -> None:
     """There is no data, and there are no others."""
     (tmp_path / "run.yaml").write_text(dump_config(tiny_run(tmp_path / "absent", cp=2)))
@@ -191,9 +205,8 @@ def test_what_needs_whole_sequences_says_so(tmp_path: Path) -> None:
 
 def test_low_precision_runs_too(store: Path, tmp_path: Path) -> None:
     """Its scales are those of parts then, so that nothing is equal."""
-    model = TINY | {"hidden_size": 64, "mamba_num_heads": 16, "moe_intermediate_size": 32}
     train = {"max_steps": 2, "eval_sequences": 0, "micro_batch_size": 4}
-    config = tiny_run(store, model=model, train=train, recipe="nvfp4_all", cp=2)
+    config = tiny_run(store, model=LOW, train=train, recipe="nvfp4_all", cp=2)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     words = ("pretrain", "--config", tmp_path / "run.yaml", "--run_dir", tmp_path / "run")
     run_command(*words, size=2)
