@@ -45,10 +45,15 @@ class ParallelOptions(Options):
     ) -> Iterator[tuple[object, str]]:
         """Where sequences of so many tokens, so many at a time, cannot be divided, and why.
         ``ssd``: the path of the scan."""
-        cp = self.cp
+        cp, letters = self.cp, m.pattern + m.mtp_pattern * bool(m.mtp_num_depths)
+        channels = m.conv_channels * rows * -(-length // cp)
+        yield (
+            ssd == "mamba_ssm" and "M" in letters and channels >= 2**31,
+            f"kernels.ssd mamba_ssm: rows x tokens x channels ({channels}) reaches 2**31, where "
+            "the library's offsets wrap: raise parallel.cp or take auto",
+        )
         if cp == 1:
             return
-        letters = m.pattern + m.mtp_pattern * bool(m.mtp_num_depths)
         heads, groups, part = m.num_attention_heads, m.num_key_value_heads, length // cp
         if "*" in letters:
             possible = [n for n in range(1, heads + 1) if not heads % n and _nested(n, groups)]
@@ -63,17 +68,11 @@ class ParallelOptions(Options):
                 f"neither of model.num_key_value_heads ({groups}) and parallel.cp ({cp}) divides "
                 "the other: change parallel.cp",
             )
-        reach = m.conv_kernel - 1 if "M" in letters else 1
+        reach = max(1, m.conv_kernel - 1 if "M" in letters else 1)
         yield (
             part < reach,
             f"data.sequence_length / parallel.cp ({part} tokens) is below "
             f"{'model.conv_kernel - 1' if reach > 1 else 'one'} ({reach}): lower parallel.cp",
-        )
-        channels = m.conv_channels * rows * part
-        yield (
-            ssd == "mamba_ssm" and channels >= 2**31,
-            f"kernels.ssd mamba_ssm: rows x tokens x channels ({channels}) reaches 2**31, where "
-            "the library's offsets wrap: raise parallel.cp or take auto",
         )
 
 

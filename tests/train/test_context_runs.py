@@ -136,7 +136,12 @@ def test_fine_tuning(
         ("--parallel.cp 2 --train.micro_batch_size 8", 4,
          "train.global_batch_size (8) is not divisible by train.micro_batch_size (8) x readers "
          "(4 processes / parallel.cp 2) = 16"),
+        ("--parallel.cp 4 --model.pattern M --model.mtp_num_depths 0 --model.conv_kernel 1 "
+         "--data.sequence_length 3", 4,
+         "data.sequence_length / parallel.cp (0 tokens) is below one (1)"),
         ("--parallel.cp 2 --data.sequence_length 67108864 --kernels.ssd mamba_ssm", 2,
+         "reaches 2**31, where the library's offsets wrap: raise parallel.cp or take auto"),
+        ("--data.sequence_length 67108864 --kernels.ssd mamba_ssm", 1,
          "reaches 2**31, where the library's offsets wrap: raise parallel.cp or take auto"),
     ],
 )  # fmt: skip
