@@ -9,7 +9,8 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from nemo_hybrid.commands.plan import Plan, PlanOptions, gb, make_plan
+from nemo_hybrid.commands.plan import Plan, PlanOptions, gb, make_plan, ready
+from nemo_hybrid.config.hf import HybridConfig
 from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import UserError
@@ -28,6 +29,27 @@ CHOICES: dict[str, dict[str, Any]] = {
 """From the least to the most that is computed once more."""
 
 
+def ready_divided(
+    config: TrainingConfig, options: PlanOptions
+) -> tuple[TrainingConfig, HybridConfig]:
+    """What `ready` makes of it, with another parallel.cp where its own cannot be had: a batch may
+    have fewer rows than there are processes. Raises UserError where none can."""
+    refused = []
+    for cp in (config.parallel.cp, *_sizes(options)):
+        tried = deepcopy(config)
+        tried.parallel = replace(config.parallel, cp=cp)
+        try:
+            return ready(tried, options)
+        except UserError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _sizes(options: PlanOptions) -> list[int]:
+    """Of parallel.cp, those that are looked at."""
+    return [1 << k for k in range(options.processes.bit_length())]
+
+
 def fitting(
     config: TrainingConfig, options: PlanOptions, shape: ModelConfig
 ) -> dict[str, tuple[int, Plan]]:
@@ -35,8 +57,7 @@ def fitting(
     and its plan; those with which none does are left out."""
     found: dict[str, tuple[int, Plan]] = {}
     for name, choice in CHOICES.items():
-        cp = 1
-        while cp <= options.processes and name not in found:
+        for cp in _sizes(options):
             tried = deepcopy(config)
             tried.train = replace(config.train, **choice)
             tried.parallel = replace(config.parallel, cp=cp)
@@ -44,10 +65,10 @@ def fitting(
                 tried.validate(shape)
                 plan = make_plan(tried, shape, options)
             except UserError:  # heads cannot be divided so, or the batch
-                pass
-            else:
-                found |= {name: (cp, plan)} if plan.fits else {}
-            cp *= 2
+                continue
+            if plan.fits:
+                found[name] = cp, plan
+                break
     return found
 
 

@@ -154,12 +154,13 @@ class Plan:
 
 def plan_command(config: TrainingConfig, options: PlanOptions) -> int:
     """Print the plan; return the exit status, 0 whether it fits or not."""
-    config, shape = ready(config, options)
     if options.fit:
-        from nemo_hybrid.commands.fit import fit_lines
+        from nemo_hybrid.commands.fit import fit_lines, ready_divided
 
+        config, shape = ready_divided(config, options)
         print(*fit_lines(config, options, shape), sep="\n")
         return 0
+    config, shape = ready(config, options)
     print("\n".join(_lines(make_plan(config, shape, options), config, shape, options)))
     return 0
 

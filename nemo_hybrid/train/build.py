@@ -35,7 +35,11 @@ def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
 
 def _at_a_time(config: TrainingConfig) -> Iterator[int]:
     """How many tokens layers take at a time, in all micro-batches that there are."""
-    rows, cp, length = config.train.micro_batch_size, config.parallel.cp, config.data.sequence_length
+    rows, cp, length = (
+        config.train.micro_batch_size,
+        config.parallel.cp,
+        config.data.sequence_length,
+    )
     micro_batches = [(rows, divided(length, cp))]
     short = getattr(config.data, "short", None)
     if short and short.sequence_length:

@@ -14,10 +14,11 @@ import pytest
 from helpers.plans import CONFIG, MODELS, family, layout, run
 from nemo_hybrid.cli import main
 from nemo_hybrid.commands import memory, plan
-from nemo_hybrid.commands.fit import CHOICES, changes
+from nemo_hybrid.commands.fit import CHOICES, changes, ready_divided
 from nemo_hybrid.commands.memory import groups_of, layout_of, moments, saved
 from nemo_hybrid.commands.plan import Part, PlanOptions, make_plan
 from nemo_hybrid.commands.step_time import count, paths_of
+from nemo_hybrid.errors import UserError
 
 SWEEP = pytest.mark.sweep
 
@@ -71,6 +72,30 @@ def test_the_smallest_layout_that_fits(capsys: pytest.CaptureFixture[str]) -> No
         if size != "0":
             main(["plan", *given])
             assert ("\nfits: " if fits else "\ndoes not fit: ") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "ready"),
+    [
+        (24, 1, 8),  # of 64 processes: 16 readers do not divide 24 rows
+        (24, 3, 8),  # nor do 3 parts the heads
+        (24, 16, 16),
+        (64, 1, 1),
+        (3, 1, 0),
+    ],
+)
+def test_what_is_looked_at_may_have_fewer_rows_than_processes(
+    batch: int, given: int, ready: int
+) -> None:
+    config = run(length=1024, micro_batch_size=1, global_batch_size=batch)
+    config.model = replace(config.model, num_attention_heads=32)
+    config.parallel = replace(config.parallel, cp=given)
+    if not ready:
+        with pytest.raises(UserError, match=r"train\.global_batch_size \(3\) is not divisible by"):
+            ready_divided(config, PlanOptions(processes=64))
+    else:
+        divided, _ = ready_divided(config, PlanOptions(processes=64))
+        assert divided.parallel.cp == ready
 
 
 def test_tiles_and_offloading_keep_inputs_or_nothing() -> None:
