@@ -13,7 +13,13 @@ import torch
 
 from nemo_hybrid.checkpoint.directory import verify
 from nemo_hybrid.checkpoint.state import check_resumable
-from nemo_hybrid.checkpoint.steps import find_latest, resolve, step_name, step_of
+from nemo_hybrid.checkpoint.steps import (
+    find_latest,
+    resolve,
+    saying_if_removed,
+    step_name,
+    step_of,
+)
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import Stopped, TrainingError, Unavailable, UserError
 from nemo_hybrid.model.operations import operations, sizes
@@ -134,7 +140,8 @@ def _find_phase(world: World, config: TrainingConfig) -> Path | None:
     if not config.continue_from:
         return None
     phase = world.from_rank_0(resolve, config.continue_from)
-    verify(phase, world=world)
+    with saying_if_removed(phase):
+        verify(phase, world=world)
     return phase
 
 

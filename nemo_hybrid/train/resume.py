@@ -24,6 +24,7 @@ from nemo_hybrid.checkpoint.state import (
     load_state,
     save_checkpoint,
 )
+from nemo_hybrid.checkpoint.steps import saying_if_removed
 from nemo_hybrid.checkpoint.tensors import opened
 from nemo_hybrid.checkpoint.weights import load_weights
 from nemo_hybrid.config.read import dump_config
@@ -222,7 +223,7 @@ def check_phase(directory: Path, recipe: Recipe) -> dict[str, Any]:
 def begin_phase(directory: Path, run: Run) -> Position:
     """Load weights, masters, moments and router biases of a checkpoint of another run, and nothing
     else of it. Raises UserError as `restore` does."""
-    with run.world.agreed():
+    with run.world.agreed(), saying_if_removed(directory):  # by that run, which may go on
         _read(directory, run, check_phase(directory, run.recipe))
     run.engine.publish_masters()
     return Position()

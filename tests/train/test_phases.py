@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from helpers.once import once
 from helpers.processes import Finished, run_python
+from nemo_hybrid.agreement import ALONE
 from nemo_hybrid.commands.plan import COMMANDS
 from nemo_hybrid.config.read import load_config
+from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
 from nemo_hybrid.train.metrics import read_metrics
+from nemo_hybrid.train.resume import begin_phase
 from train.phases import SAVED
 
 
@@ -89,3 +95,12 @@ def test_plan_reads_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(runs / "phase/config.yaml"), "--plan.processes", "2"]
     assert COMMANDS["plan"].start("plan", words) == 0
     assert "4 x 32 tokens per micro-batch, 1 micro-batches per step" in capsys.readouterr().out
+
+
+def test_a_beginning_may_be_removed_by_its_own_run(tmp_path: Path) -> None:
+    """While this one builds its model."""
+    identity = partial(dict, tokenizer="", weight_dtype="", base=None)
+    run: Any = SimpleNamespace(world=ALONE, recipe=SimpleNamespace(shape=None, identity=identity))
+    removed = tmp_path / "run/checkpoints/step_00000002"
+    with pytest.raises(UserError, match=r"step_00000002 was removed while it was read: a run that"):
+        begin_phase(removed, run)
