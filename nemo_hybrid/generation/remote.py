@@ -28,6 +28,18 @@ _MOST = 1 << 20
 _MOST_OF_TOKEN = 1 << 10
 """Bytes that an answer may have, and as many more for each token of it and of its prompt."""
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
+_PLAIN = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "ignore_eos": True,
+}
+"""The model's own distribution, and no end but at the ids that are named: what is not said, vLLM
+takes from the model's generation_config.json and tokenizer."""
 
 
 class _Here(HTTPRedirectHandler):
@@ -52,7 +64,9 @@ class Remote:
         with others. Raises UserError where it does not."""
         weights = {"weights_path": str(directory.absolute())}
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
-        self._ask("/reset_prefix_cache", {})
+        said = self._ask("/reset_prefix_cache", {})
+        if b"false" in said:  # vLLM tells it by {"success": false} alone
+            raise self._error("it still answers, and so keeps what it computed with other weights")
 
     def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
         """The samples of all requests, which are asked for from now on, whether or not somebody
@@ -80,8 +94,7 @@ class Remote:
             "prompt": list(request.ids),
             "max_tokens": request.most,
             "stop_token_ids": sorted(request.stops),
-            "temperature": 1.0,
-            "top_p": 1.0,
+            **_PLAIN,
             "logprobs": 1,
             "return_token_ids": True,
             "seed": stream(self._seed, request.prompt, number) % 2**31,

@@ -45,9 +45,9 @@ class Answered(NamedTuple):
 
 class FakeEngine(ThreadingHTTPServer):
     """``fault``: in ``bad`` samples, after ``good`` of them; or "silent": no answer before the end;
-    or "stale": weights are not read again. ``given``: the weights of each update; ``answered``:
-    what was sampled with them. ``hold`` is called before a sample is drawn, with the number of
-    updates when it was asked for."""
+    or "stale": weights are not read again; or "still answering": what was computed with the former
+    ones is kept. ``given``: the weights of each update; ``answered``: what was sampled with them.
+    ``hold`` is called before a sample is drawn, with the number of updates at its request."""
 
     daemon_threads = True
 
@@ -93,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._update(body)
                 return self._say(200, b'{"results": [null]}')
             if self.path == "/reset_prefix_cache":
-                return self._say(200, b"")
+                said = {"success": engine.fault != "still answering"}
+                return self._say(200, json.dumps(said).encode())
             engine.samples += 1
             wrong = engine.good < engine.samples <= engine.good + engine.bad
             fault = engine.fault if wrong else None
@@ -112,7 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         engine.answered.append([])
 
     def _completion(self, body: Any) -> dict[str, Any]:
-        assert body["temperature"] == body["top_p"] == 1
+        assert body["temperature"] == body["top_p"] == body["repetition_penalty"] == 1
+        assert body["min_p"] == body["presence_penalty"] == body["frequency_penalty"] == 0
+        assert body["top_k"] == -1
+        assert body["ignore_eos"]
         assert body["return_token_ids"]
         assert self.server.model is not None
         generator = Generator(self.server.model, 1, temperature=1.0, seed=body["seed"])

@@ -92,6 +92,12 @@ def test_behind_a_failure_no_more_is_asked_for(engine: FakeEngine, base: Path) -
     assert engine.samples <= 3  # each of two threads stops at its first that is none
 
 
+def test_who_keeps_what_it_computed_is_named(engine: FakeEngine, base: Path) -> None:
+    engine.fault = "still answering"
+    with pytest.raises(UserError, match="keeps what it computed with other weights"):
+        remote(engine).update(base)
+
+
 def test_a_failure_that_passes_is_none(engine: FakeEngine, base: Path) -> None:
     """The server is asked again."""
     remote(engine).update(base)
