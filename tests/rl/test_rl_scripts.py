@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import rl_noise
 import rl_task
 import rl_tutorial
 import torch
+import vllm_rl
 from safetensors.torch import save_file
 
 from nemo_hybrid.config.hf import read_config
@@ -67,3 +70,35 @@ def test_shares_of_a_step() -> None:
     assert rl_tutorial.shares([row, row]) == pytest.approx(
         {"rollout": 0.25, "score": 0.125, "prox": 0.125, "update": 0.5}
     )
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_the_check_with_vllm_says_when_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vllm_rl.check(tmp_path / "out", sys.executable, 1.0) == vllm_rl.ABSENT
+    assert "NOT CHECKED" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("python", "status", "message"),
+    [
+        ("/nope", 2, "/nope cannot be run"),
+        ("/bin/false", 4, "/bin/false imported it"),
+        ("/bin/true", 2, "is there already"),
+    ],
+)
+def test_the_check_with_vllm_names_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    python: str,
+    status: int,
+    message: str,
+) -> None:
+    words = ["vllm_rl.py", str(tmp_path), "--vllm_python", python]
+    monkeypatch.setattr(sys, "argv", words)
+    assert vllm_rl.main() == status
+    assert message in "".join(capsys.readouterr())
+    assert not list(tmp_path.iterdir())
