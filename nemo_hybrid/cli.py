@@ -7,6 +7,7 @@ messages come at once.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -32,6 +33,9 @@ STATUSES = (
     "torchrun ends with 1 whatever its processes end with."
 )
 OTHER_RANKS_WAIT_S = 3.0
+BRIEF = ("plan", "inspect", "doctor")
+"""Commands that end before it would help to look for unreachable objects: among all those that
+libraries make when they are imported that takes up to a second."""
 TOP_OPTIONS = {
     "--help": "Show this help.",
     "--version": "Show the version, and the commit.",
@@ -83,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Internal failures raise, so Python ends with 1."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
+        if words and words[0] in BRIEF:
+            gc.disable()
         asks = {"-h", "--help", "--print_config"} & set(words)
         runs = ("pretrain", "finetune", "rl")
         open_streams(needed=bool(asks) or not words or words[0] not in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -82,6 +83,20 @@ def number_of(environment: Mapping[str, str], name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name} is {text!r}, which is no number: use torchrun, or unset it")
     return int(text)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python does not look for unreachable cycles of objects. While libraries are imported
+    there are hardly any, and looking at all that is there, again and again, takes up to a second.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Ending:

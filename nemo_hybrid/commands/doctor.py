@@ -32,7 +32,8 @@ IMPORT_LIMIT_S = 120
 _MARK = "nemo_hybrid doctor: "
 """Begins what a child says, among what the packages print."""
 _IMPORT = f"""
-import importlib, json, sys
+import gc, importlib, json, sys
+gc.disable()
 for module in sys.argv[1:]:
     try:
         importlib.import_module(module)
@@ -40,7 +41,9 @@ for module in sys.argv[1:]:
     except BaseException as error:
         problem = f"does not import: {{type(error).__name__}}: {{error}}"
     print({_MARK!r} + json.dumps(problem), flush=True)
+gc.freeze()
 """
+"""Without looking for unreachable objects, see BRIEF of the command line."""
 
 
 class Package(NamedTuple):

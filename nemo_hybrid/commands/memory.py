@@ -22,11 +22,11 @@ import torch
 
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.model import ModelConfig
+from nemo_hybrid.config.parallel import REDUCE_BUCKET
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import TrainingConfig, TrainOptions
 from nemo_hybrid.model.hybrid import HybridLM
 from nemo_hybrid.model.recompute import TILED, pieces
-from nemo_hybrid.parallel.engine import REDUCE_BUCKET
 from nemo_hybrid.precision.policy import weight_dtype
 from nemo_hybrid.train.flops import layer_parameters, without_storage
 from nemo_hybrid.train.optim import parameter_groups

@@ -180,7 +180,7 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     if isinstance(config, RlConfig):
         config.data.heldout_path = "not needed"
     config.validate(shape)
-    from nemo_hybrid.train.build import check_precision  # which takes seconds
+    from nemo_hybrid.train.checks import check_precision  # which takes a second
 
     check_precision(config, shape)
     per_pass = config.train.micro_batch_size * max(1, options.processes // config.parallel.cp)

@@ -8,7 +8,7 @@ from nemo_hybrid.commands.command import Command
 from nemo_hybrid.config.finetune import FinetuneConfig
 from nemo_hybrid.config.rl import RlConfig
 from nemo_hybrid.config.run import RunConfig, TrainingConfig
-from nemo_hybrid.process import launched
+from nemo_hybrid.process import launched, uncollected
 from nemo_hybrid.terminal import say_phase
 
 
@@ -21,10 +21,12 @@ def train_command(config: TrainingConfig) -> None:
     config.validate(model_shape(config.model))
     config.validate_world(launched()[1])
     say_phase(f"{config.run_dir}: loading libraries")
-    from nemo_hybrid.recipes import recipe_of
-    from nemo_hybrid.train.loop import train
+    with uncollected():
+        from nemo_hybrid.recipes import recipe_of
+        from nemo_hybrid.train.loop import train
 
-    train(recipe_of(config), launcher)
+        recipe = recipe_of(config)
+    train(recipe, launcher)
 
 
 COMMANDS = {

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from nemo_hybrid.model.latent_moe import AdaptedExperts
-from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
 from nemo_hybrid.parallel.exchange import AllToAll
 from nemo_kernels.moe import combine_slots, grouped_mlp, sort_slots
 
@@ -75,6 +73,8 @@ class AllToAllDispatcher(nn.Module):
 
     def join(self, data_first: bool = False) -> None:
         """Make or find the expert-parallel group; all processes together."""
+        from nemo_hybrid.parallel.deepspeed_private import expert_parallel_group
+
         name = expert_group_name(self.ep_size)
         self.group = expert_parallel_group(name, self.ep_size, data_first)
         if dist.get_rank(self.group) * self.num_local_experts != self.owned.start:
@@ -129,22 +129,6 @@ class AllToAllDispatcher(nn.Module):
         y_RL = AllToAll.apply(_Combine.apply(y_QL, *orders, 1), receive, send, self.exchange)
         y_TL: Tensor = _Combine.apply(y_RL, order_R, inverse_R, top_k)
         return y_TL
-
-
-class TrainedExperts(MoE):
-    """Tells DeepSpeed's engine, by its class alone, that parameters flagged ``allreduce = False``
-    are reduced over the expert-data-parallel group. It refuses this where there are none."""
-
-    def __init__(self, dispatcher: AllToAllDispatcher) -> None:
-        nn.Module.__init__(self)
-        self.num_experts = dispatcher.num_experts
-        self._join = dispatcher.join
-
-    def set_deepspeed_parallelism(
-        self, use_data_before_expert_parallel_: bool = False, **_: Any
-    ) -> None:
-        """Called by ``deepspeed.initialize``."""
-        self._join(use_data_before_expert_parallel_)
 
 
 def expert_group_name(ep_size: int) -> str:

@@ -15,18 +15,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from nemo_hybrid.checkpoint.state import Fragment
+from nemo_hybrid.config.parallel import REDUCE_BUCKET
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.parallel import deepspeed_private
-from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, TrainedExperts, expert_group_name
+from nemo_hybrid.parallel.dispatch import AllToAllDispatcher, expert_group_name
 from nemo_hybrid.parallel.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-REDUCE_BUCKET = 100_000_000
-"""Least elements of DeepSpeed's reduction buffer: 400 MB, an all-reduce of which takes two
-milliseconds over 450 GB/s, beside which it does not matter how long one takes to begin."""
 
 
 def prepare_deepspeed(world: World) -> None:
@@ -192,6 +191,22 @@ class Engine:
     def publish_masters(self) -> None:
         """Round the (restored) masters into the model's weights, on every rank."""
         self.zero.publish_masters()
+
+
+class TrainedExperts(MoE):
+    """Tells DeepSpeed's engine, by its class alone, that parameters flagged ``allreduce = False``
+    are reduced over the expert-data-parallel group. It refuses this where there are none."""
+
+    def __init__(self, dispatcher: AllToAllDispatcher) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = dispatcher.num_experts
+        self._join = dispatcher.join
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, **_: Any
+    ) -> None:
+        """Called by ``deepspeed.initialize``."""
+        self._join(use_data_before_expert_parallel_)
 
 
 def first_state(master: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from nemo_hybrid.objectives.base import Objective
 from nemo_hybrid.objectives.next_token import NextToken
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
-from nemo_hybrid.train.build import check_precision
+from nemo_hybrid.train.checks import check_precision
 from nemo_hybrid.train.evaluate import heldout_losses, small_steps
 from nemo_hybrid.train.guard import Bands
 from nemo_hybrid.train.resume import WholeModel

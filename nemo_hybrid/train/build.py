@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.data.loader import Share
 from nemo_hybrid.model.hybrid import HybridLM
-from nemo_hybrid.model.recompute import pieces, recompute_layers
+from nemo_hybrid.model.recompute import recompute_layers
 from nemo_hybrid.parallel.context import SequenceShards
 from nemo_hybrid.parallel.dispatch import AllToAllDispatcher
 from nemo_hybrid.parallel.engine import Engine, prepare_deepspeed
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
 from nemo_hybrid.precision.health import Probe
-from nemo_hybrid.train.flops import peak_flops, without_storage
+from nemo_hybrid.train.flops import peak_flops
 from nemo_hybrid.train.guard import Guard
 from nemo_hybrid.train.optim import parameter_groups
 from nemo_hybrid.train.run import Data, Recipe, Run
-from nemo_kernels.documents import divided
-
-
-def check_precision(config: TrainingConfig, shape: HybridConfig) -> None:
-    """Raise UserError where the formats do not fit the model; nothing is built for it."""
-    if config.precision.low:
-        model = without_storage(shape, config.parallel.ep)
-        for tokens in sorted(set(_at_a_time(config))):
-            policy.check(model, config.precision, shape, tokens)
-
-
-def _at_a_time(config: TrainingConfig) -> Iterator[int]:
-    """How many tokens layers take at a time, in all micro-batches that there are."""
-    rows, cp, length = (
-        config.train.micro_batch_size,
-        config.parallel.cp,
-        config.data.sequence_length,
-    )
-    micro_batches = [(rows, divided(length, cp))]
-    short = getattr(config.data, "short", None)
-    if short and short.sequence_length:
-        micro_batches.append((short.rows(rows, length, cp), [short.sequence_length]))
-    for rows, sizes in micro_batches:
-        count = pieces(rows, sizes, config.train.tile)
-        yield from (rows * piece for size in sizes for piece in divided(size, count))
 
 
 def build_run(recipe: Recipe, world: World, data: Data, checkpoint: Path | None = None) -> Run:

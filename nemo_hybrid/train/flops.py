@@ -74,7 +74,7 @@ def _built(shape: tuple[Any, ...], ep: int, dtype: torch.dtype) -> HybridLM:
     cfg = HybridConfig(*shape)
     with torch.device("meta"):
         model = HybridLM(cfg, dispatcher=LocalDispatcher(cfg.n_routed_experts // ep))
-        return model.to(dtype)
+    return model.to(dtype)
 
 
 def layer_parameters(cfg: ModelConfig, letter: str, ep: int = 1) -> dict[str, torch.Tensor]:

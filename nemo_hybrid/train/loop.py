@@ -26,7 +26,7 @@ from nemo_hybrid.model.operations import operations, sizes
 from nemo_hybrid.parallel.watch import Watch
 from nemo_hybrid.parallel.world import World
 from nemo_hybrid.precision import policy
-from nemo_hybrid.process import launched
+from nemo_hybrid.process import launched, uncollected
 from nemo_hybrid.terminal import print_table, say_phase
 from nemo_hybrid.train import track
 from nemo_hybrid.train.build import build_run
@@ -82,7 +82,8 @@ def _train(recipe: Recipe, lock: RunLock, watch: Watch) -> None:
     if phase:
         world.from_rank_0(check_phase, phase, recipe)
     say_phase("building the model")
-    run = build_run(recipe, world, data, checkpoint or phase)
+    with uncollected():  # DeepSpeed imports much as it starts
+        run = build_run(recipe, world, data, checkpoint or phase)
     position = Position()
     if source := checkpoint or phase:
         say_phase(f"reading {source}")

@@ -25,6 +25,7 @@ from nemo_hybrid.commands.plan import Part, PlanOptions, gb, make_plan
 from nemo_hybrid.commands.step_time import count, paths_of
 from nemo_hybrid.config.finetune import DistillOptions, FinetuneConfig, LoraOptions
 from nemo_hybrid.config.hf import HybridConfig
+from nemo_hybrid.config.parallel import REDUCE_BUCKET
 from nemo_hybrid.config.read import load_config
 from nemo_hybrid.config.run import ModelOptions, RunConfig
 from nemo_hybrid.config.short import ShortOptions
@@ -96,10 +97,10 @@ def test_every_choice_moves_its_kind() -> None:
 
 def test_gpus_hold_the_whole_reduction_buffer() -> None:
     """It is larger than the tiny model's gradients; on CPU only what is touched counts."""
-    bucket = 4 * engine.REDUCE_BUCKET
+    bucket = 4 * REDUCE_BUCKET
     largest = {cpu: max(m.buffers for m in moments(layout(cpu=cpu))) for cpu in (True, False)}
     assert largest[False] >= bucket > largest[True]
-    for numel, size in ((5, engine.REDUCE_BUCKET), (2 * engine.REDUCE_BUCKET,) * 2):
+    for numel, size in ((5, REDUCE_BUCKET), (2 * REDUCE_BUCKET,) * 2):
         config = engine._deepspeed_config(run(), 2, 1, numel)
         assert config["zero_optimization"]["reduce_bucket_size"] == size
 

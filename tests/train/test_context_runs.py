@@ -20,7 +20,7 @@ from nemo_hybrid.config.run import RunConfig
 from nemo_hybrid.config.short import ShortOptions
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.files import read_json
-from nemo_hybrid.train.build import check_precision
+from nemo_hybrid.train.checks import check_precision
 from nemo_hybrid.train.metrics import read_metrics
 
 TOLERANCE = 4e-6

@@ -16,7 +16,7 @@ from nemo_hybrid.cli import main
 from nemo_hybrid.config.read import dump_config, load_config
 from nemo_hybrid.errors import UserError
 from nemo_hybrid.precision import policy
-from nemo_hybrid.train.build import check_precision
+from nemo_hybrid.train.checks import check_precision
 from nemo_hybrid.train.metrics import StepMetrics, evaluations, read_metrics
 from nemo_hybrid.train.run_dir import RunLock, open_run
 from train.low_precision import SAVED, low_run
