@@ -11,9 +11,9 @@ from typing import Any
 
 from nemo_hybrid.commands.plan import Plan, PlanOptions, gb, make_plan, ready
 from nemo_hybrid.config.hf import HybridConfig
-from nemo_hybrid.config.model import ModelConfig
 from nemo_hybrid.config.run import TrainingConfig
 from nemo_hybrid.errors import UserError
+from nemo_hybrid.train.checks import check_precision
 
 TILE = 8192
 """Tokens of a tile, as it is advised."""
@@ -50,8 +50,15 @@ def _sizes(options: PlanOptions) -> list[int]:
     return [1 << k for k in range(options.processes.bit_length())]
 
 
+def _planned(config: TrainingConfig, shape: HybridConfig, options: PlanOptions) -> Plan:
+    """Raises UserError where there is no such run."""
+    config.validate(shape)
+    check_precision(config, shape)
+    return make_plan(config, shape, options)
+
+
 def fitting(
-    config: TrainingConfig, options: PlanOptions, shape: ModelConfig
+    config: TrainingConfig, options: PlanOptions, shape: HybridConfig
 ) -> dict[str, tuple[int, Plan]]:
     """Names of `CHOICES` -> the smallest parallel.cp, of powers of two, with which that fits,
     and its plan; those with which none does are left out."""
@@ -62,9 +69,8 @@ def fitting(
             tried.train = replace(config.train, **choice)
             tried.parallel = replace(config.parallel, cp=cp)
             try:
-                tried.validate(shape)
-                plan = make_plan(tried, shape, options)
-            except UserError:  # heads cannot be divided so, or the batch
+                plan = _planned(tried, shape, options)
+            except UserError:  # heads cannot be divided so, or the batch, or a format's blocks
                 continue
             if plan.fits:
                 found[name] = cp, plan
@@ -72,7 +78,7 @@ def fitting(
     return found
 
 
-def fit_lines(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
+def fit_lines(config: TrainingConfig, options: PlanOptions, shape: HybridConfig) -> Iterator[str]:
     """What fits, and which is the smallest: of equal sizes the one that recomputes least."""
     found = fitting(config, options, shape)
     yield f"smallest parallel.cp with {options.processes} processes:"
@@ -89,7 +95,7 @@ def fit_lines(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) 
         yield "none fits: take more processes, or a device with more memory"
 
 
-def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) -> Iterator[str]:
+def changes(config: TrainingConfig, options: PlanOptions, shape: HybridConfig) -> Iterator[str]:
     """What makes a run fit, one change after the other, each with the memory it leads to.
 
     Tried in this order: ZeRO-2, smaller micro-batches, recomputation, tiles and offloading, more
@@ -103,8 +109,7 @@ def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) ->
         tried = deepcopy(config), replace(options)
         _apply(change, *tried)
         try:
-            tried[0].validate(shape)
-            found = make_plan(tried[0], shape, tried[1])
+            found = _planned(tried[0], shape, tried[1])
         except UserError:
             continue
         if found.needed > 0.98 * at.needed:
@@ -117,8 +122,7 @@ def changes(config: TrainingConfig, options: PlanOptions, shape: ModelConfig) ->
     while config.data.sequence_length >= 2 * _SHORTEST:
         config.data.sequence_length //= 2
         with suppress(UserError):
-            config.validate(shape)
-            found = make_plan(config, shape, options)
+            found = _planned(config, shape, options)
             if found.fits:
                 shorter = f"--data.sequence_length {config.data.sequence_length}"
                 yield f"{shorter}, of which less is learnt: {gb(found.needed)}, fits"
@@ -136,7 +140,7 @@ def _apply(change: dict[str, int | str], config: TrainingConfig, options: PlanOp
 
 
 def _candidates(
-    config: TrainingConfig, shape: ModelConfig, options: PlanOptions
+    config: TrainingConfig, shape: HybridConfig, options: PlanOptions
 ) -> Iterator[tuple[str, dict[str, int | str]]]:
     if config.parallel.stage(options.processes) == 1:
         yield "--parallel.zero 2", {"parallel.zero": 2}

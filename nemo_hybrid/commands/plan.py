@@ -315,7 +315,7 @@ def _traffic(at: Layout, device: Device, network_gb_s: float) -> dict[str, Part]
 
 
 def _lines(
-    found: Plan, config: TrainingConfig, shape: ModelConfig, options: PlanOptions
+    found: Plan, config: TrainingConfig, shape: HybridConfig, options: PlanOptions
 ) -> Iterator[str]:
     from nemo_hybrid.commands.fit import changes
     from nemo_hybrid.train.flops import parameter_counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import long_context_figures
@@ -13,7 +14,7 @@ import pytest
 
 from helpers.plans import CONFIG, MODELS, family, layout, run
 from nemo_hybrid.cli import main
-from nemo_hybrid.commands import memory, plan
+from nemo_hybrid.commands import fit, memory, plan
 from nemo_hybrid.commands.fit import CHOICES, changes, ready_divided
 from nemo_hybrid.commands.memory import groups_of, layout_of, moments, saved
 from nemo_hybrid.commands.plan import Part, PlanOptions, make_plan
@@ -96,6 +97,18 @@ def test_what_is_looked_at_may_have_fewer_rows_than_processes(
     else:
         divided, _ = ready_divided(config, PlanOptions(processes=64))
         assert divided.parallel.cp == ready
+
+
+def test_parts_that_are_no_blocks_are_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 128 tokens, eight parts are no multiples of 32."""
+    config = run(length=128, micro_batch_size=1, global_batch_size=8)
+    config.precision = replace(config.precision, recipe="nvfp4_super")
+    for needed, found in ((4, {4}), (8, set())):
+        monkeypatch.setattr(
+            fit, "make_plan", lambda c, *_, n=needed: SimpleNamespace(fits=c.parallel.cp >= n)
+        )
+        fits = fit.fitting(config, PlanOptions(processes=8), family("nano"))
+        assert {cp for cp, _ in fits.values()} == found
 
 
 def test_tiles_and_offloading_keep_inputs_or_nothing() -> None:
