@@ -30,7 +30,7 @@ class Lengths(NamedTuple):
     rl: int = 120
     noise: int = 40
     teacher: int = 80
-    student: int = 80
+    student: int = 140
     healing: int = 150
 
 
