@@ -41,7 +41,14 @@ CONFIGS = ROOT / "configs/run"
 STEPS, STALE = 4, 2
 MAX_MISMATCH = 1.00001
 PATIENCE_S = 600
-FIND = f"try: import vllm\nexcept ImportError: raise SystemExit({ABSENT})"
+FIND = f"""
+try:
+    import vllm
+except ModuleNotFoundError as error:
+    if error.name != "vllm":
+        raise
+    raise SystemExit({ABSENT})
+"""
 PLUGIN = {
     "METADATA": "Metadata-Version: 2.1\nName: supply\nVersion: 0\n",
     "entry_points.txt": "[vllm.general_plugins]\nsupply = vllm_rl:supply\n",

@@ -185,14 +185,16 @@ def ready(config: TrainingConfig, options: PlanOptions) -> tuple[TrainingConfig,
     check_precision(config, shape)
     per_pass = config.train.micro_batch_size * max(1, options.processes // config.parallel.cp)
     batch = config.train.global_batch_size
-    if "global_batch_size" not in config.train.changed() and batch % per_pass:
+    other = "global_batch_size" not in config.train.changed() and batch % per_pass > 0
+    if other:
         config.train.global_batch_size = math.ceil(batch / per_pass) * per_pass
+    config.validate_world(options.processes)
+    if other:
         print(
             f"train.global_batch_size is its default, {batch}, which the {per_pass} sequences "
             "of a pass of all processes do not divide: planned with "
             f"{config.train.global_batch_size}"
         )
-    config.validate_world(options.processes)
     return config, shape
 
 

@@ -109,7 +109,7 @@ class Remote:
             prompt_ids, ended = choice["prompt_token_ids"], choice["finish_reason"]
             found.chosen.extend([True] * len(found.ids))
             why = self._wrong(found, prompt_ids, ended)
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             shown = said[:_SHOWN].decode(errors="replace")
             why = f"its answer is none with token ids and log-probabilities ({error!r}): {shown}"
         if why:
@@ -148,7 +148,9 @@ class Remote:
                 why = f"it answers with more than {most:,} bytes, more than was asked for can take"
                 break
             except HTTPError as error:
-                why = f"{error}: {error.read(_SHOWN).decode(errors='replace')}"
+                why = str(error)
+                with suppress(OSError, HTTPException):  # it may fail there, too
+                    why += f": {error.read(_SHOWN).decode(errors='replace')}"
                 if error.code < 500:  # asking again would not help
                     break
             except (OSError, HTTPException) as error:

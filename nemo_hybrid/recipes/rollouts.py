@@ -244,9 +244,15 @@ class Rollouts:
         with self._sampling():
             self._world.from_rank_0(shutil.rmtree, weights, ignore_errors=True)  # of a killed run
             self.write(weights)
-            self._world.from_rank_0(self.engine.update, weights)
-            self._world.from_rank_0(shutil.rmtree, weights)
+            self._world.from_rank_0(self._hand_over, weights)
             return Asked(prompts, requests, self.engine.run(requests))
+
+    def _hand_over(self, weights: Path) -> None:
+        assert self.engine
+        try:
+            self.engine.update(weights)
+        finally:
+            shutil.rmtree(weights, ignore_errors=True)
 
     def _received(self, number: int, asked: Asked, share: Share) -> Turn:
         """The answers to the prompts of a turn, judged and compared."""

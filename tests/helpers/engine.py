@@ -20,6 +20,7 @@ from nemo_hybrid.model.hybrid import HybridLM
 
 FAULTS = {
     "fails": "HTTP Error 503",
+    "fails midway": "HTTP Error 503",
     "refuses": "HTTP Error 400: Bad Request: no such field",
     "moved": "HTTP Error 302",
     "hangs up": "Remote end closed connection",
@@ -32,6 +33,7 @@ FAULTS = {
     "too long": "tokens ended by 'stop', where one ends at",
     "cut short": "its answer of 1 tokens ended by None, where one ends at",
     "endless": "it answers with more than 1,056,768 bytes",
+    "too deep": "its answer is none with token ids and log-probabilities (RecursionError",
     "no JSON": "its answer is none with token ids and log-probabilities",
 }
 """What is done wrong, and what `Remote` says of it."""
@@ -49,7 +51,7 @@ class FakeEngine(ThreadingHTTPServer):
     ones is kept. ``given``: the weights of each update; ``answered``: what was sampled with them.
     ``hold`` is called before a sample is drawn, with the number of updates at its request."""
 
-    daemon_threads = True
+    daemon_threads = False  # whoever closes it waits for them: torch must not end in one of them
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -141,8 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         if fault in ("fails", "refuses"):
             return self._say(503 if fault == "fails" else 400, b"no such field")
+        if fault == "fails midway":
+            return self._say(503, b"9\r\nno", Transfer_Encoding="chunked")
         if fault == "moved":
-            return self._say(302, b"", "/page")
+            return self._say(302, b"", Location="/page")
         logprobs = choice["logprobs"]["token_logprobs"]
         if fault == "other prompt":
             choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
@@ -165,12 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "endless":
             choice["text"] = "x" * (2 << 20)
         content = json.dumps({"choices": [choice]})
-        self._say(200, b"<html>" if fault == "no JSON" else content.encode())
+        broken = {"no JSON": b"<html>", "too deep": b"[" * 900_000}
+        self._say(200, broken.get(fault or "", content.encode()))
 
-    def _say(self, status: int, content: bytes, moved: str | None = None) -> None:
+    def _say(self, status: int, content: bytes, **headers: str) -> None:
         self.send_response(status)
-        if moved:
-            self.send_header("Location", moved)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {"Content-Length": str(len(content))}).items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(content)

@@ -275,3 +275,4 @@ def test_mistakes_are_named(
         assert said.status == 2, (changes, said)
         assert message in said.err, said.err
         assert not list(tmp_path.glob(f"{number}/checkpoints/*"))
+        assert not (tmp_path / f"{number}/engine").exists()
