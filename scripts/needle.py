@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does a long-context phase make a model find what it read 16,384 tokens before?
 
-A tiny model learns, in rows of 32 to 512 tokens, to answer questions about keys whose values lie in
+A tiny model learns, in rows of 16 to 512 tokens, to answer questions about keys whose values lie in
 random filler. Rows have sections, each with a name at its beginning, and every key has a value in
 each; a question names section and key. So attention finds the key, but which section a value is of
 only the state of the Mamba-2 layer can tell, which has to keep the name until the next one: a model
@@ -487,6 +487,7 @@ def main() -> int:
     print(*lines(figures, sizes), sep="\n")
     bars = [] if words.quick else judged(figures, sizes)
     status = verdict(bars)
+    figures["seeds_of_weights_tried"] = len([*words.out.glob("weights_*")])
     figures["bars"] = [bar._asdict() for bar in bars]
     figures["seconds"] = time.monotonic() - began
     print(f"{figures['seconds']:.0f} s in all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.chats import write_base
-from helpers.commands import Commands, commands_in_one_process
+from helpers.commands import Commands, Said, commands_in_one_process
 from nemo_hybrid.config.finetune import SampleOptions
 from nemo_hybrid.data.samples import SampleMaker
 from nemo_hybrid.data.sources import Record
@@ -56,14 +56,28 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+Boosted = Callable[..., Said]
+
+
+@pytest.fixture
+def boosted(commands: Commands, base: Path, rollouts: Path, tmp_path: Path) -> Boosted:
+    """A run with these words more."""
+
+    def run(*words: str) -> Said:
+        said = commands(
+            "finetune", "--run_dir", tmp_path / "run", "--model.from_hf", base, "--data.path",
+            rollouts, *WORDS, *BOOST, *words,
+        )  # fmt: skip
+        assert said.status == 0, said.err
+        return said
+
+    return run
+
+
 def test_only_the_block_learns_and_acceptance_is_measured(
-    commands: Commands, base: Path, rollouts: Path, tmp_path: Path
+    boosted: Boosted, base: Path, tmp_path: Path
 ) -> None:
-    said = commands(
-        "finetune", "--run_dir", tmp_path / "run", "--model.from_hf", base, "--data.path", rollouts,
-        *WORDS, *BOOST,
-    )  # fmt: skip
-    assert said.status == 0, said.err
+    said = boosted()
     assert "boosting by kl over 2 depths" in said.out
     assert "rounds them" not in said.out
     before, after = tensors(base), tensors(tmp_path / "run/model")
@@ -78,14 +92,8 @@ def test_only_the_block_learns_and_acceptance_is_measured(
         assert 1 <= row.further[f"{when}_acceptance_length"] <= 3
 
 
-def test_a_run_that_rounds_the_backbone_says_so(
-    commands: Commands, base: Path, rollouts: Path, tmp_path: Path
-) -> None:
-    said = commands(
-        "finetune", "--run_dir", tmp_path / "run", "--model.from_hf", base, "--data.path", rollouts,
-        *WORDS, *BOOST, "--precision.recipe", "bf16", "--train.max_steps", "1",
-    )  # fmt: skip
-    assert said.status == 0, said.err
+def test_a_run_that_rounds_the_backbone_says_so(boosted: Boosted, base: Path) -> None:
+    said = boosted("--precision.recipe", "bf16", "--train.max_steps", "1")
     assert (
         f"warning: {base} has weights in float32, and this run rounds them to bfloat16" in said.out
     )
